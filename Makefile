@@ -1,0 +1,63 @@
+# The commands that a person types. `make` alone lists them.
+DATASET ?= cifar10
+MODEL ?= cnn
+SEED ?= 0
+# A named experiment, where its name is not DATASET_MODEL: make train EXPERIMENT=cifar10_tutorial
+EXPERIMENT ?= $(DATASET)_$(MODEL)
+# More options, such as ARGS="--optim.learning-rate 3e-4"; cnnjax train --help lists them.
+ARGS ?=
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help setup train eval predict data test test-slow lint lock clean
+
+help:
+	@echo 'make train DATASET=cifar10 [MODEL=cnn] [SEED=0] [ARGS="--optim.learning-rate 3e-4"]   train and score a network'
+	@echo 'make train EXPERIMENT=cifar10_tutorial                          run experiments/cifar10_tutorial.py'
+	@echo 'make eval RUN=runs/cifar10_cnn-seed0                            score a run again'
+	@echo 'make predict RUN=runs/cifar10_cnn-seed0 IMAGES="cat.jpg ..."    classify image files'
+	@echo 'make data DATASET=cifar10                                       fetch and check a data set'
+	@echo 'make test | test-slow | lint                                    the tests, those on real data, the checks'
+
+setup: .venv/installed
+
+.venv/installed: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "cnnjax needs Python 3.11 or newer, got " + sys.version.split()[0] + ". Name one: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# An experiment file where there is one, the defaults of the command line otherwise.
+train: setup
+ifneq ($(wildcard experiments/$(EXPERIMENT).py),)
+	@$(BIN)/python experiments/$(EXPERIMENT).py --seed $(SEED) $(ARGS)
+else
+	@$(BIN)/cnnjax train --dataset $(DATASET) --model.name $(MODEL) --seed $(SEED) $(ARGS)
+endif
+
+eval: setup
+	@$(BIN)/cnnjax eval $(RUN) $(ARGS)
+
+predict: setup
+	@$(BIN)/cnnjax predict $(RUN) $(IMAGES) $(ARGS)
+
+data: setup
+	@$(BIN)/cnnjax data $(DATASET) $(ARGS)
+
+test: setup
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/pytest -n 2 -m 'not slow' $(ARGS)
+
+test-slow: setup
+	$(BIN)/pytest -m slow $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format . && $(BIN)/pyright --pythonpath $(BIN)/python
+
+# Renews the lock file; needs uv.
+lock:
+	uv pip compile pyproject.toml --extra dev --universal --generate-hashes --python-version 3.11 --no-header -o requirements.lock --upgrade
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,55 @@
+"""cnnjax: the functional JAX/Flax way to train image classifiers. The README lists the public interface."""
+
+from typing import TYPE_CHECKING, Any
+
+from cnnjax.xla import set_flags
+
+if TYPE_CHECKING:
+    from cnnjax.cli import run_experiment
+    from cnnjax.config import Config, ModelConfig, OptimConfig
+    from cnnjax.data import load_dataset
+    from cnnjax.errors import UserError
+    from cnnjax.loop import train_and_evaluate
+    from cnnjax.models import CNN, MLP
+    from cnnjax.step import Batch, Metrics, TrainState, eval_step, init_state, softmax_cross_entropy, train_step
+
+# Where each public name lives. They are imported when first used, so that `cnnjax --help` does not wait for jax.
+_HOME = {
+    "run_experiment": "cli",
+    **dict.fromkeys(("Config", "ModelConfig", "OptimConfig"), "config"),
+    "load_dataset": "data",
+    "UserError": "errors",
+    "train_and_evaluate": "loop",
+    **dict.fromkeys(("CNN", "MLP"), "models"),
+    **dict.fromkeys(
+        ("Batch", "Metrics", "TrainState", "eval_step", "init_state", "softmax_cross_entropy", "train_step"), "step"
+    ),
+}
+__all__ = [
+    "CNN",
+    "MLP",
+    "Batch",
+    "Config",
+    "Metrics",
+    "ModelConfig",
+    "OptimConfig",
+    "TrainState",
+    "UserError",
+    "eval_step",
+    "init_state",
+    "load_dataset",
+    "run_experiment",
+    "softmax_cross_entropy",
+    "train_and_evaluate",
+    "train_step",
+]
+
+set_flags()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'cnnjax' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"cnnjax.{_HOME[name]}"), name)

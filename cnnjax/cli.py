@@ -1,0 +1,149 @@
+"""The command line: cnnjax train | eval | predict | data. Imports jax only when a command runs."""
+
+import logging
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal, NoReturn
+
+import tyro
+from tyro.conf import Positional, arg
+
+from cnnjax.config import Config
+from cnnjax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a network, validate each epoch, and score it on the test set once at the end.
+
+    Any value of the configuration can be given by its name. Ctrl-C saves and says how to go on.
+    """
+
+    config: Annotated[Config, arg(name="")] = field(default_factory=Config)
+    run_dir: Path | None = None
+    """Where config, metrics, checkpoints and result go; runs/EXPERIMENT-seedSEED by default."""
+    data_dir: Path | None = None
+    """The tfds directory; $TFDS_DATA_DIR or ~/tensorflow_datasets by default."""
+    resume: bool = False
+    """Go on with the run in the run directory, exactly where it stopped."""
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Score a trained network on every image of a split."""
+
+    run: Positional[Path]
+    """The run directory."""
+    split: Literal["test", "validation"] = "test"
+    """The split; validation is the part of the training split that the run held out."""
+    data_dir: Path | None = None
+    """The tfds directory; $TFDS_DATA_DIR or ~/tensorflow_datasets by default."""
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Print the most probable classes of image files, of any size and kind."""
+
+    run: Positional[Path]
+    """The run directory."""
+    images: Positional[tuple[Path, ...]]
+    """The image files."""
+    top: int = 3
+    """How many classes to print."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Fetch, check and prepare a data set, and say what it holds."""
+
+    dataset: Positional[str]
+    """mnist, fashion_mnist, cifar10, cifar100, or any image classification set of TensorFlow Datasets."""
+    data_dir: Path | None = None
+    """The tfds directory; $TFDS_DATA_DIR or ~/tensorflow_datasets by default."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line; exits with 0, or with 2 and a message where the user has to mend something."""
+    commands = {"train": Train, "eval": Eval, "predict": Predict, "data": Data}
+    _run(lambda: tyro.extras.subcommand_cli_from_dict(commands, args=argv, prog="cnnjax", description=__doc__))
+
+
+def run_experiment(config: Config) -> None:
+    """Runs an experiment file: trains `config`, of which the command line may change any value.
+
+    Raises:
+      SystemExit: 0 at the end; 2 with a message where the user has to mend something.
+    """
+    _run(lambda: tyro.cli(Train, default=Train(config)))
+
+
+def _run(parse: Callable[[], Train | Eval | Predict | Data]) -> None:
+    logging.getLogger("absl").setLevel(logging.ERROR)  # tfds and Orbax tell there what is of no use to users.
+    try:
+        command = parse()
+        {Train: _train, Eval: _eval, Predict: _predict, Data: _data}[type(command)](command)
+    except UserError as error:
+        _fail(str(error), 2)
+    except KeyboardInterrupt:
+        _fail("Stopped at once; whatever was not saved is lost.", 130)
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    print(message, file=sys.stderr)
+    raise SystemExit(status)
+
+
+def _train(command: Train) -> None:
+    from cnnjax.loop import Interrupted, train_and_evaluate
+    from cnnjax.report import Report
+
+    try:
+        train_and_evaluate(
+            command.config,
+            run_dir=command.run_dir,
+            data_dir=command.data_dir,
+            resume=command.resume,
+            report=Report(),
+        )
+    except Interrupted as stop:
+        again = [*sys.orig_argv, *([] if command.resume else ["--resume"])]
+        _fail(f"{stop} Go on with:\n  {shlex.join(again)}", 128 + stop.signum)
+
+
+def _eval(command: Eval) -> None:
+    from cnnjax.trained import load_trained, score
+
+    trained = load_trained(command.run)
+    scores = score(trained, command.split, command.data_dir)
+    print(
+        f"{command.split} accuracy {scores.accuracy:.2%}, loss {scores.loss:.4f}, on all "
+        f"{scores.num_examples:,} images ({trained.config.dataset}, {command.run})"
+    )
+
+
+def _predict(command: Predict) -> None:
+    from cnnjax.trained import classify, load_trained
+
+    trained = load_trained(command.run)
+    for path in command.images:
+        probability = classify(trained, path)
+        top = (-probability).argsort(kind="stable")[: command.top]
+        print(f"{path}: " + ", ".join(f"{trained.facts.class_names[k]} {probability[k]:.1%}" for k in top))
+
+
+def _data(command: Data) -> None:
+    from cnnjax.data import load_dataset
+
+    dataset = load_dataset(command.dataset, command.data_dir)
+    print(f"{dataset.name}, from {dataset.source}, in {dataset.folder}")
+    for split, sha256 in dataset.sha256.items():
+        shape = "×".join(map(str, dataset.load(split).image.shape))
+        print(f"  {split}: {shape}, SHA-256 {sha256}")
+    print(f"  {dataset.num_classes} classes: {', '.join(dataset.class_names)}")
+
+
+if __name__ == "__main__":
+    main()

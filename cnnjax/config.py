@@ -1,0 +1,79 @@
+"""The typed configuration of a run: what, together with the code, decides every bit of its result."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from cnnjax.errors import UserError, unknown_name
+
+
+def _check(parameter: str, rule: str, valid: bool, value: object) -> None:
+    if not valid:
+        raise UserError(f"`{parameter}` must be {rule}, got {value}.")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network."""
+
+    name: str = "cnn"
+    """cnn (the tutorial's convolutional network) or mlp (two hidden layers of 512)."""
+    conv_dropout: float = 0.25
+    """The share of units dropped after each group of convolutions (cnn only), rounded to a 256th."""
+    dense_dropout: float = 0.5
+    """The share of units dropped after each hidden dense layer, rounded to a 256th."""
+
+    def __post_init__(self) -> None:
+        if self.name not in ("cnn", "mlp"):
+            raise unknown_name("model.name", self.name, ("cnn", "mlp"))
+        for parameter in ("conv_dropout", "dense_dropout"):
+            value = getattr(self, parameter)
+            _check(f"model.{parameter}", "between 0 and 0.99", 0 <= value <= 0.99, value)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The optimizer (Adam) and its learning rate."""
+
+    learning_rate: float = 1e-3
+    """The learning rate; with a schedule, its peak."""
+    schedule: Literal["constant", "one_cycle"] = "constant"
+    """constant, or one_cycle: up in a line, then down to 0 along a half cosine."""
+    warmup: float = 0.2
+    """The share of all steps in which one_cycle rises."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of the kernels (AdamW), times the learning rate, per step."""
+
+    def __post_init__(self) -> None:
+        _check("optim.learning_rate", "above 0", self.learning_rate > 0, self.learning_rate)
+        _check("optim.warmup", "at least 0 and below 1", 0 <= self.warmup < 1, self.warmup)
+        _check("optim.weight_decay", "at least 0", self.weight_decay >= 0, self.weight_decay)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run. The same configuration and seed on the same machine give the same bits."""
+
+    experiment: str = ""
+    """The name of the run directory, before the seed; DATASET_MODEL where it is empty."""
+    dataset: str = "cifar10"
+    """mnist, fashion_mnist, cifar10, cifar100, or any image classification set prepared in the tfds directory."""
+    seed: int = 0
+    """Decides the held-out examples, the first parameters, the order of the data, and dropout."""
+    num_epochs: int = 10
+    """How often training goes through the training examples."""
+    batch_size: int = 128
+    """Examples an update."""
+    validation_fraction: float = 0.1
+    """The share of each class that is held out of the training split, for validation."""
+    flip: bool = False
+    """Mirror each training image, left to right, with probability 1/2."""
+    label_smoothing: float = 0.0
+    """The share of the target probability that is spread over all classes, in training."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+    def __post_init__(self) -> None:
+        _check("seed", "between 0 and 2**32 - 1", 0 <= self.seed < 2**32, self.seed)
+        _check("num_epochs", "at least 1", self.num_epochs >= 1, self.num_epochs)
+        _check("batch_size", "at least 1", self.batch_size >= 1, self.batch_size)
+        _check("label_smoothing", "at least 0 and below 1", 0 <= self.label_smoothing < 1, self.label_smoothing)

@@ -1,0 +1,313 @@
+"""The loop: epochs of training steps, validation, checkpoints, and the test set once at the end."""
+
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from cnnjax import rundir
+from cnnjax.batches import (
+    Standardization,
+    eval_batches,
+    measure,
+    split_validation,
+    steps_per_epoch,
+    train_batch,
+)
+from cnnjax.checkpoint import Checkpoints, all_finite
+from cnnjax.config import Config
+from cnnjax.data import Examples, ImageDataset, load_dataset
+from cnnjax.errors import NonFiniteLossError
+from cnnjax.models import make_model
+from cnnjax.optim import make_loss, make_tx
+from cnnjax.report import Report
+from cnnjax.step import Batch, LossFn, Metrics, TrainState, eval_step, init_state, train_step
+
+EVAL_BATCH_SIZE = 500  # Examples; a divisor of the usual test sets, large enough for any device's full speed.
+
+
+class Totals(NamedTuple):
+    """Sums on the host, as Python numbers."""
+
+    loss: float = 0.0
+    correct: int = 0
+    num_examples: int = 0
+
+    def add(self, metrics: Metrics) -> "Totals":
+        """Returns the totals with a batch more. Waits for the device."""
+        loss, correct, num_examples = (value.item() for value in jax.device_get(metrics))
+        return Totals(self.loss + loss, self.correct + correct, self.num_examples + num_examples)
+
+    def means(self) -> "Scores":
+        """Returns the means over all examples."""
+        return Scores(self.loss / self.num_examples, self.correct / self.num_examples, self.num_examples)
+
+
+class Scores(NamedTuple):
+    """Means over `num_examples` examples."""
+
+    loss: float
+    accuracy: float
+    num_examples: int
+
+
+class Interrupted(Exception):  # noqa: N818  It is no error.
+    """A signal ended the run; all it did is saved.
+
+    Attributes:
+      signum: the signal.
+      step: the step of the checkpoint.
+    """
+
+    def __init__(self, signum: int, step: int):
+        super().__init__(f"Stopped by {signal.Signals(signum).name}; the checkpoint of step {step} is saved.")
+        self.signum = signum
+        self.step = step
+
+
+class Run(NamedTuple):
+    """All that a run does not change."""
+
+    config: Config
+    folder: Path
+    dataset: ImageDataset
+    train: Examples
+    validation: Examples
+    standardization: Standardization
+    steps: int  # an epoch
+    model: nn.Module
+    tx: optax.GradientTransformation
+    loss_fn: LossFn
+    train_key: jax.Array
+
+    def batch(self, step: int) -> Batch:
+        """Returns the batch of a training step."""
+        return train_batch(
+            self.train,
+            self.standardization,
+            seed=self.config.seed,
+            step=step,
+            batch_size=self.config.batch_size,
+            flip=self.config.flip,
+        )
+
+
+def train_and_evaluate(
+    config: Config,
+    *,
+    run_dir: Path | None = None,
+    data_dir: Path | None = None,
+    resume: bool = False,
+    report: Report | None = None,
+) -> dict[str, Any]:
+    """Trains a network and scores it on the test set, in one run directory.
+
+    Args:
+      config: what to train.
+      run_dir: runs/<experiment>-seed<k> when None.
+      data_dir: the tfds directory; tfds's own default when None.
+      resume: go on with the run in `run_dir`, exactly where it stopped; a run that ended is not run again.
+      report: told what happens; a quiet one when None.
+
+    Returns:
+      The content of result.json.
+
+    Raises:
+      UserError: what the user can mend; see its message.
+      NonFiniteLossError: the loss became infinite or not a number; the checkpoints before that are kept.
+      Interrupted: SIGINT or SIGTERM came; the run can be resumed.
+    """
+    report = report or Report(quiet=True)
+    run_dir = rundir.default_run_dir(config) if run_dir is None else run_dir
+    rundir.check_run(run_dir, config, resume)
+    if (result := rundir.read_result(run_dir)) is None:
+        run, state = _set_up(config, run_dir, data_dir, report)
+        with closing(Checkpoints(run_dir / "checkpoints")) as checkpoints:
+            rows = fit(run, state, checkpoints, report)
+            result = _test(run, state, rows, checkpoints)
+        rundir.write_result(run_dir, result)
+    report.result(result, run_dir)
+    return result
+
+
+def _set_up(config: Config, run_dir: Path, data_dir: Path | None, report: Report) -> tuple[Run, TrainState]:
+    """Loads the training split, builds what `config` names, makes the first state and writes config.json."""
+    dataset = load_dataset(config.dataset, data_dir, report.say)
+    examples = dataset.load("train")
+    train, validation = (
+        Examples(examples.image[part], examples.label[part])
+        for part in split_validation(config.seed, examples.label, config.validation_fraction)
+    )
+    standardization = measure(train.image)
+    steps = steps_per_epoch(len(train.label), config.batch_size)
+    init_key, train_key = jax.random.split(jax.random.key(config.seed))
+    run = Run(
+        config=config,
+        folder=run_dir,
+        dataset=dataset,
+        train=train,
+        validation=validation,
+        standardization=standardization,
+        steps=steps,
+        model=make_model(config.model, dataset.num_classes),
+        tx=make_tx(config.optim, num_steps=steps * config.num_epochs),
+        loss_fn=make_loss(config.label_smoothing),
+        train_key=train_key,
+    )
+    image_shape = train.image.shape[1:]
+    state = init_state(init_key, jnp.zeros((1, *image_shape)), model=run.model, tx=run.tx)
+    rundir.create_run(run_dir, config, rundir.make_facts(dataset, image_shape, standardization))
+    report.say(
+        f"{run_dir}: {config.model.name} ({count_params(state):,} parameters) on {config.dataset} ({dataset.source}), "
+        f"{len(train.label):,} training and {len(validation.label):,} validation images, on {device()}"
+    )
+    return run, state
+
+
+def fit(run: Run, state: TrainState, checkpoints: Checkpoints, report: Report) -> list[dict[str, Any]]:
+    """Trains from the latest checkpoint, or from `state` where there is none, to the last epoch.
+
+    Returns:
+      The rows of metrics.jsonl, one an epoch.
+    """
+    config, steps = run.config, run.steps
+    totals, seconds = Totals(), 0.0
+    if (latest := checkpoints.latest()) is not None:
+        state, progress = checkpoints.restore(latest, state)
+        totals, seconds = Totals(*progress["totals"]), progress["seconds"]
+        report.say(f"resuming at step {latest} of {steps * config.num_epochs}")
+    step = int(state.step)
+    rows = rundir.read_metrics(run.folder)[: step // steps]
+    clock = time.perf_counter() - seconds  # The instant at which a run without interruptions would have begun.
+
+    def save(scores: Scores | None = None) -> None:
+        if not all_finite(state):
+            raise _not_finite("the parameters became infinite or nan", step, config, checkpoints)
+        progress = {"totals": totals, "seconds": time.perf_counter() - clock}
+        checkpoints.save(state, progress, scores and scores._asdict())
+
+    batch = run.batch(step)
+    with report.progress(config.num_epochs, steps, start=step) as bar, stop_signals() as stop:
+        for epoch in range(step // steps, config.num_epochs):
+            lap, already = time.perf_counter(), totals.num_examples
+            while step < (epoch + 1) * steps:
+                state, metrics = train_step(
+                    state, batch, run.train_key, model=run.model, tx=run.tx, loss_fn=run.loss_fn
+                )
+                step += 1
+                batch = run.batch(step)  # The host makes the next batch while the device works on this one.
+                totals = totals.add(metrics)  # Waits for the device.
+                if not math.isfinite(totals.loss):
+                    raise _not_finite(f"the loss became {float(metrics.loss)}", step, config, checkpoints)
+                bar.update(step, totals.means())
+                if stop and step % steps:  # A stop at the end of an epoch is saved with its scores, below.
+                    save()
+                    raise Interrupted(stop[0], step)
+            images_per_second = (totals.num_examples - already) / (time.perf_counter() - lap)
+            scores = evaluate(state, run.validation, run.standardization, model=run.model)
+            rows.append(
+                {
+                    "epoch": epoch + 1,
+                    "step": step,
+                    "train_loss": totals.means().loss,
+                    "train_accuracy": totals.means().accuracy,
+                    "validation_loss": scores.loss,
+                    "validation_accuracy": scores.accuracy,
+                    "images_per_second": images_per_second,
+                    "seconds": time.perf_counter() - clock,
+                }
+            )
+            rundir.write_metrics(run.folder, rows)
+            report.epoch(rows[-1], config.num_epochs)
+            totals = Totals()
+            save(scores)
+            if stop:
+                raise Interrupted(stop[0], step)
+    checkpoints.wait()
+    return rows
+
+
+def _test(run: Run, like: TrainState, rows: list[dict[str, Any]], checkpoints: Checkpoints) -> dict[str, Any]:
+    """Scores the best checkpoint on the test split; returns the content of result.json."""
+    best_step = checkpoints.best()
+    assert best_step is not None  # The last epoch was saved with its scores.
+    state, _ = checkpoints.restore(best_step, like)
+    best = rows[best_step // run.steps - 1]
+    scores = evaluate(state, run.dataset.load("test"), run.standardization, model=run.model)
+    return {
+        "test_accuracy": scores.accuracy,
+        "test_loss": scores.loss,
+        "num_test_examples": scores.num_examples,
+        "best_validation_accuracy": best["validation_accuracy"],
+        "best_epoch": best["epoch"],
+        "num_epochs": run.config.num_epochs,
+        "training_seconds": rows[-1]["seconds"],
+        "num_params": count_params(state),
+        "seed": run.config.seed,
+        "device": device(),
+        "versions": {name: version(name) for name in ("cnnjax", "jax", "jaxlib", "flax", "optax", "numpy")},
+    }
+
+
+def evaluate(state: TrainState, examples: Examples, standardization: Standardization, *, model: nn.Module) -> Scores:
+    """Scores every example once, by softmax cross-entropy and accuracy. Waits for the device."""
+    batch_size = min(EVAL_BATCH_SIZE, len(examples.label))
+    totals = Totals()
+    for batch in eval_batches(examples, standardization, batch_size):
+        totals = totals.add(eval_step(state, batch, model=model))
+    return totals.means()
+
+
+def count_params(state: TrainState) -> int:
+    """Returns the number of trainable parameters."""
+    return sum(leaf.size for leaf in jax.tree.leaves(state.params))
+
+
+def device() -> str:
+    """Returns what jax computes on, in words."""
+    first = jax.devices()[0]
+    if first.platform == "cpu":
+        return f"cpu, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"
+    return f"{first.platform}, {first.device_kind}"
+
+
+def _not_finite(what: str, step: int, config: Config, checkpoints: Checkpoints) -> NonFiniteLossError:
+    checkpoints.wait()
+    latest = checkpoints.latest()
+    kept = "there is no checkpoint yet" if latest is None else f"the last finite checkpoint is of step {latest}"
+    return NonFiniteLossError(
+        f"{what} between steps {step - 1} and {step}; {kept}. Try a lower `optim.learning_rate` "
+        f"(now {config.optim.learning_rate}), in another run directory."
+    )
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM into a list instead of ending the process; a second one ends it at once."""
+    received: list[int] = []
+
+    def receive(signum: int, frame: object) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(signum)
+
+    if threading.current_thread() is not threading.main_thread():  # Python gives signals to the main thread alone.
+        yield received
+        return
+    before = {signum: signal.signal(signum, receive) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

@@ -1,0 +1,102 @@
+"""A trained network: restored from its run directory, scored, and asked about image files."""
+
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+from PIL import Image, ImageOps
+
+from cnnjax.batches import split_validation, standardize
+from cnnjax.checkpoint import Checkpoints
+from cnnjax.config import Config
+from cnnjax.data import Examples, load_dataset
+from cnnjax.errors import UserError
+from cnnjax.loop import Scores, evaluate
+from cnnjax.models import make_model
+from cnnjax.optim import make_tx
+from cnnjax.rundir import DataFacts, read_run
+from cnnjax.step import TrainState, init_state
+
+
+class Trained(NamedTuple):
+    """A network with the best parameters of its run, by validation."""
+
+    config: Config
+    facts: DataFacts
+    model: nn.Module
+    state: TrainState
+
+
+def load_trained(run_dir: Path) -> Trained:
+    """Restores the best checkpoint of a run.
+
+    Raises:
+      UserError: `run_dir` holds no run, or no checkpoint of an epoch yet.
+    """
+    config, facts = read_run(run_dir)
+    model = make_model(config.model, len(facts.class_names))
+    tx = make_tx(config.optim, num_steps=1)  # Only the structure of its state matters here.
+    image = jax.ShapeDtypeStruct((1, *facts.image_shape), np.float32)
+    like = jax.eval_shape(partial(init_state, model=model, tx=tx), jax.random.key(0), image)
+    with closing(Checkpoints(run_dir / "checkpoints", read_only=True)) as checkpoints:
+        if (best := checkpoints.best()) is None:
+            raise UserError(f"`run` must have finished an epoch, got {run_dir}. Train it further: --resume.")
+        state, _ = checkpoints.restore(best, like)
+    return Trained(config, facts, model, state)
+
+
+def score(trained: Trained, split: str, data_dir: Path | None = None) -> Scores:
+    """Scores a trained network on the "test" split, or on the "validation" part that it did not train on.
+
+    Raises:
+      UserError: the data are not those that it was trained with.
+    """
+    dataset = load_dataset(trained.config.dataset, data_dir)
+    if dataset.sha256 != trained.facts.sha256:
+        raise UserError(
+            f"`data_dir` must hold the {trained.config.dataset!r} of this run, SHA-256 {trained.facts.sha256}, got "
+            f"{dataset.sha256} in {dataset.folder}."
+        )
+    if split == "test":
+        examples = dataset.load("test")
+    else:
+        whole = dataset.load("train")
+        _, part = split_validation(trained.config.seed, whole.label, trained.config.validation_fraction)
+        examples = Examples(whole.image[part], whole.label[part])
+    return evaluate(trained.state, examples, trained.facts.standardization, model=trained.model)
+
+
+def classify(trained: Trained, path: Path) -> np.ndarray:
+    """Returns the probability of each class, float32 [K], for an image file of any size and kind.
+
+    Raises:
+      UserError: `path` is no image.
+    """
+    image = standardize(read_image(path, trained.facts.image_shape)[None], trained.facts.standardization)
+    variables = {"params": trained.state.params, "batch_stats": trained.state.batch_stats}
+    logits: Any = trained.model.apply(variables, image, train=False)
+    return np.asarray(jax.nn.softmax(logits)[0])
+
+
+def read_image(path: Path, image_shape: tuple[int, ...]) -> np.ndarray:
+    """Reads an image file as uint8 [H W C].
+
+    Turned upright as its camera says, transparent parts on white, converted to grey or colour as C asks, and fitted by
+    cropping the longer side about the centre.
+
+    Raises:
+      UserError: `path` is no image that Pillow can read.
+    """
+    height, width, channels = image_shape
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file).convert("RGBA")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"`image` must be an image file (PNG, JPEG, WebP, ...), got {path} ({error}).") from error
+    opaque = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    fitted = ImageOps.fit(opaque.convert("L" if channels == 1 else "RGB"), (width, height), Image.Resampling.LANCZOS)
+    return np.asarray(fitted).reshape(image_shape)

@@ -1,0 +1,15 @@
+"""The tutorial to the letter: batch 32, Adam at 1e-3, a tenth held out, 200 epochs, no augmentation."""
+
+from cnnjax import Config, ModelConfig, OptimConfig, run_experiment
+
+CONFIG = Config(
+    experiment="cifar10_tutorial",
+    dataset="cifar10",
+    num_epochs=200,
+    batch_size=32,
+    model=ModelConfig(name="cnn", conv_dropout=0.25, dense_dropout=0.5),
+    optim=OptimConfig(learning_rate=1e-3),
+)
+
+if __name__ == "__main__":
+    run_experiment(CONFIG)

@@ -1,0 +1,34 @@
+"""Fixtures: a small generated set, prepared in tfds's own format, that a network can learn."""
+
+import numpy as np
+import pytest
+
+from cnnjax.prepare import write_tfds
+from cnnjax.sources import NAMED_SETS, RawSet, RawSplit
+
+
+def make_raw(shape, num_train, num_test, num_classes=10, label_names=None):
+    """Noisy copies of one random pattern a class: real uint8 images, real class balance, learnable in seconds."""
+    rng = np.random.default_rng(0)
+    patterns = rng.integers(0, 256, (num_classes, *shape))
+
+    def split(count):
+        label = np.arange(count) % num_classes
+        image = np.clip(patterns[label] + rng.normal(0, 40, (count, *shape)), 0, 255).astype(np.uint8)
+        return RawSplit(image, {"label": label.astype(np.uint8)})
+
+    return RawSet({"train": split(num_train), "test": split(num_test)}, label_names or {})
+
+
+@pytest.fixture(scope="session")
+def raw_fashion_mnist():
+    return make_raw((28, 28, 1), num_train=430, num_test=170)
+
+
+@pytest.fixture(scope="session")
+def prepared_dir(tmp_path_factory, raw_fashion_mnist):
+    """A tfds directory that holds a generated set under the name "generated"."""
+    data_dir = tmp_path_factory.mktemp("tfds")
+    write_tfds(NAMED_SETS["fashion_mnist"], raw_fashion_mnist, data_dir, say=lambda line: None)
+    (data_dir / "fashion_mnist").rename(data_dir / "generated")
+    return data_dir
