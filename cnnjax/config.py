@@ -17,6 +17,8 @@ class ModelConfig:
 
     name: str = "cnn"
     """cnn (the tutorial's convolutional network) or mlp (two hidden layers of 512)."""
+    kernel_init: Literal["glorot_uniform", "he_normal"] = "glorot_uniform"
+    """The distribution that the kernels of the hidden layers are drawn from; glorot_uniform is what Keras takes."""
     conv_dropout: float = 0.25
     """The share of units dropped after each group of convolutions (cnn only), rounded to a 256th."""
     dense_dropout: float = 0.5
@@ -37,7 +39,7 @@ class OptimConfig:
     learning_rate: float = 1e-3
     """The learning rate; with a schedule, its peak."""
     schedule: Literal["constant", "one_cycle"] = "constant"
-    """constant, or one_cycle: up in a line, then down to 0 along a half cosine."""
+    """constant, or one_cycle: from 0 up to the peak in a line, and down to 0 in another."""
     warmup: float = 0.2
     """The share of all steps in which one_cycle rises."""
     weight_decay: float = 0.0

@@ -148,9 +148,10 @@ def _prepare_with_tensorflow(name: str, data_dir: Path, say: Callable[[str], Non
     import tensorflow_datasets as tfds
 
     base = name.split("/", 1)[0]
-    if base not in tfds.list_builders():
+    known = tfds.list_builders(with_community_datasets=False)  # The community's are listed on the network.
+    if base not in known:
         prepared = {info.parent.parent.name for info in data_dir.glob("*/*/dataset_info.json")}
-        raise unknown_name("dataset", name, {*NAMED_SETS, *prepared, *tfds.list_builders()})
+        raise unknown_name("dataset", name, {*NAMED_SETS, *prepared, *known})
     if importlib.util.find_spec("tensorflow") is None:
         raise UserError(
             f"`dataset` {name!r} is not prepared in {data_dir}, and only TensorFlow can prepare it. Either run "

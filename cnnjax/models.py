@@ -3,9 +3,14 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.initializers import Initializer
 from jaxtyping import Array, Float
 
 from cnnjax.config import ModelConfig
+from cnnjax.step import AnyArray
+
+# Built once: a module is a static argument of the step, and two equal initializers built twice are not equal.
+INITIALIZERS = {"glorot_uniform": nn.initializers.glorot_uniform(), "he_normal": nn.initializers.he_normal()}
 
 
 class CNN(nn.Module):
@@ -17,20 +22,21 @@ class CNN(nn.Module):
     num_classes: int
     conv_dropout: float = 0.25
     dense_dropout: float = 0.5
+    kernel_init: Initializer = INITIALIZERS["glorot_uniform"]
 
     @nn.compact
-    def __call__(self, image: Float[Array, "B H W C"], *, train: bool) -> Float[Array, "B K"]:
+    def __call__(self, image: Float[AnyArray, "B H W C"], *, train: bool) -> Float[Array, "B K"]:
         """Returns logits; consumes the "dropout" key where `train` is true."""
         x = image
         for features in (32, 64):
-            x = nn.relu(nn.Conv(features, (3, 3))(x))
-            x = nn.relu(nn.Conv(features, (3, 3))(x))
+            x = nn.relu(nn.Conv(features, (3, 3), kernel_init=self.kernel_init)(x))
+            x = nn.relu(nn.Conv(features, (3, 3), kernel_init=self.kernel_init)(x))
             x = max_pool_2x2(x)  # [B H W C] -> [B H/2 W/2 C]
             x = Dropout(self.conv_dropout)(x, train=train)
         x = x.reshape(x.shape[0], -1)  # [B H/4 W/4 64] -> [B H/4*W/4*64]
-        x = nn.relu(nn.Dense(512)(x))
+        x = nn.relu(nn.Dense(512, kernel_init=self.kernel_init)(x))
         x = Dropout(self.dense_dropout)(x, train=train)
-        return nn.Dense(self.num_classes)(x)
+        return nn.Dense(self.num_classes, kernel_init=INITIALIZERS["glorot_uniform"])(x)
 
 
 class MLP(nn.Module):
@@ -41,22 +47,24 @@ class MLP(nn.Module):
 
     num_classes: int
     dense_dropout: float = 0.5
+    kernel_init: Initializer = INITIALIZERS["glorot_uniform"]
 
     @nn.compact
-    def __call__(self, image: Float[Array, "B H W C"], *, train: bool) -> Float[Array, "B K"]:
+    def __call__(self, image: Float[AnyArray, "B H W C"], *, train: bool) -> Float[Array, "B K"]:
         """Returns logits; consumes the "dropout" key where `train` is true."""
         x = image.reshape(image.shape[0], -1)  # [B H W C] -> [B H*W*C]
         for _ in range(2):
-            x = nn.relu(nn.Dense(512)(x))
+            x = nn.relu(nn.Dense(512, kernel_init=self.kernel_init)(x))
             x = Dropout(self.dense_dropout)(x, train=train)
-        return nn.Dense(self.num_classes)(x)
+        return nn.Dense(self.num_classes, kernel_init=INITIALIZERS["glorot_uniform"])(x)
 
 
 def make_model(config: ModelConfig, num_classes: int) -> nn.Module:
     """Returns the network that `config` names, for `num_classes` classes and images of any size."""
+    kernel_init = INITIALIZERS[config.kernel_init]
     if config.name == "mlp":
-        return MLP(num_classes, config.dense_dropout)
-    return CNN(num_classes, config.conv_dropout, config.dense_dropout)
+        return MLP(num_classes, config.dense_dropout, kernel_init)
+    return CNN(num_classes, config.conv_dropout, config.dense_dropout, kernel_init)
 
 
 def max_pool_2x2(x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:

@@ -12,12 +12,10 @@ def make_schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
     """Returns the learning rate as a function of the step, for a run of `num_steps`."""
     if config.schedule == "constant":
         return optax.constant_schedule(config.learning_rate)
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=config.learning_rate,
-        warmup_steps=round(config.warmup * num_steps),
-        decay_steps=num_steps,
-    )
+    rise = round(config.warmup * num_steps)
+    up = optax.linear_schedule(0.0, config.learning_rate, rise)
+    down = optax.linear_schedule(config.learning_rate, 0.0, num_steps - rise)
+    return optax.join_schedules([up, down], [rise])
 
 
 def make_tx(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:

@@ -53,7 +53,7 @@ def softmax_cross_entropy(logits: Float[Array, "B K"], label: Int[AnyArray, " B"
 
 
 def init_state(
-    key: Key[Array, ""], image: Float[Array, "B H W C"], *, model: nn.Module, tx: optax.GradientTransformation
+    key: Key[Array, ""], image: Float[AnyArray, "B H W C"], *, model: nn.Module, tx: optax.GradientTransformation
 ) -> TrainState:
     """Returns the first state of `model` and `tx`.
 

@@ -1,0 +1,103 @@
+from contextlib import closing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from cnnjax import CNN, MLP, UserError, init_state
+from cnnjax.checkpoint import Checkpoints, all_finite
+
+TX = optax.adam(1e-3)
+
+
+def make_state(model, step=0, seed=0):
+    state = init_state(jax.random.key(seed), jnp.zeros((1, 8, 8, 1)), model=model, tx=TX)
+    return state._replace(step=jnp.int32(step))
+
+
+def save(checkpoints, step, accuracy=None, seed=0):
+    scores = None if accuracy is None else {"accuracy": accuracy}
+    checkpoints.save(make_state(MLP(3), step, seed), {"seconds": 1.5, "totals": [0.1, 2, 3]}, scores)
+
+
+def steps(folder):
+    return sorted(int(path.name) for path in folder.iterdir())
+
+
+def test_restores_every_leaf_with_its_dtype(tmp_path):
+    with closing(Checkpoints(tmp_path)) as checkpoints:
+        save(checkpoints, 5, 0.5, seed=3)
+    with closing(Checkpoints(tmp_path)) as checkpoints:
+        assert checkpoints.latest() == 5
+        state, progress = checkpoints.restore(5, make_state(MLP(3)))
+    expected = make_state(MLP(3), 5, seed=3)
+    assert jax.tree.structure(state) == jax.tree.structure(expected)
+    for got, leaf in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
+        assert got.dtype == leaf.dtype
+        np.testing.assert_array_equal(got, leaf)
+    assert progress == {"seconds": 1.5, "totals": [0.1, 2, 3]}
+
+
+def test_keeps_the_last_and_the_best(tmp_path):
+    with closing(Checkpoints(tmp_path)) as checkpoints:
+        for step, accuracy in ((1, 0.2), (2, 0.9), (3, 0.5), (4, 0.4)):
+            save(checkpoints, step, accuracy)
+        checkpoints.wait()
+        assert steps(tmp_path) == [2, 4]
+        assert (checkpoints.best(), checkpoints.latest()) == (2, 4)
+        save(checkpoints, 5)  # Within an epoch: no score.
+        checkpoints.wait()
+        assert steps(tmp_path) == [2, 5]
+        save(checkpoints, 6, 0.9)  # As good as the best: the later one counts.
+        checkpoints.wait()
+        assert steps(tmp_path) == [6]
+        assert checkpoints.best() == 6
+
+
+def test_nothing_is_there_at_first(tmp_path):
+    with closing(Checkpoints(tmp_path)) as checkpoints:
+        assert checkpoints.latest() is None
+        assert checkpoints.best() is None
+
+
+def test_a_donated_state_is_saved_as_it_was(tmp_path):
+    bump = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)
+    state = make_state(MLP(3), 1)
+    expected = jax.tree.map(np.array, state)
+    with closing(Checkpoints(tmp_path)) as checkpoints:
+        checkpoints.save(state, {})
+        for _ in range(20):
+            state = bump(state)
+        jax.block_until_ready(state)
+        restored, _ = checkpoints.restore(1, state)
+    jax.tree.map(np.testing.assert_array_equal, restored, expected)
+
+
+def test_a_checkpoint_of_another_model(tmp_path):
+    with closing(Checkpoints(tmp_path)) as checkpoints:
+        save(checkpoints, 1)
+        checkpoints.wait()
+        with pytest.raises(UserError, match=r"Dense_2/bias` has shape \(3,\) \(float32\) there and shape \(4,\)"):
+            checkpoints.restore(1, make_state(MLP(4)))
+        with pytest.raises(UserError, match=r"must be of the same model and optimizer.*no values there and shape"):
+            checkpoints.restore(1, make_state(CNN(3)))
+
+
+def test_a_truncated_checkpoint(tmp_path):
+    with closing(Checkpoints(tmp_path)) as checkpoints:
+        save(checkpoints, 1)
+    data = max((path for path in tmp_path.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    data.write_bytes(data.read_bytes()[:1000])
+    with closing(Checkpoints(tmp_path)) as checkpoints:
+        with pytest.raises(UserError, match=r"The checkpoint .*1 is damaged .*Delete it to go on from an earlier one"):
+            checkpoints.restore(1, make_state(MLP(3)))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_all_finite_sees_a_single_bad_value(value):
+    state = make_state(MLP(3))
+    assert all_finite(state)
+    bias = state.params["Dense_1"]["bias"].at[3].set(value)
+    assert not all_finite(state._replace(params={**state.params, "Dense_1": {**state.params["Dense_1"], "bias": bias}}))

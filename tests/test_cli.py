@@ -1,0 +1,164 @@
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from cnnjax import Config, OptimConfig, UserError
+from cnnjax.cli import main
+
+COMMON = ["--batch-size", "16", "--model.name", "mlp", "--num-epochs", "1"]
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory, prepared_dir):
+    run_dir = tmp_path_factory.mktemp("cli") / "run"
+    where = ["--data-dir", str(prepared_dir), "--run-dir", str(run_dir)]
+    main(["train", "--dataset", "generated", *COMMON, "--optim.learning-rate", "3e-3", *where])
+    return run_dir
+
+
+def fails(capsys, *argv):
+    """Runs a command that must end with status 2; returns its message, which must be no traceback."""
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    assert stopped.value.code == 2
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err + captured.out
+    return re.sub(r"[│╭╮╰╯─\s]+", " ", captured.err + captured.out)
+
+
+def test_train_takes_any_value_by_its_name(run_dir):
+    config = json.loads((run_dir / "config.json").read_text())["config"]
+    assert config["optim"]["learning_rate"] == 3e-3
+    assert (config["dataset"], config["batch_size"], config["model"]["name"]) == ("generated", 16, "mlp")
+
+
+def test_eval_prints_the_score_of_every_test_image(run_dir, prepared_dir, capsys):
+    main(["eval", str(run_dir), "--data-dir", str(prepared_dir)])
+    result = json.loads((run_dir / "result.json").read_text())
+    assert f"test accuracy {result['test_accuracy']:.2%}, loss {result['test_loss']:.4f}, on all 170 images" in (
+        capsys.readouterr().out
+    )
+
+
+def test_predict_prints_the_top_classes(run_dir, tmp_path, capsys):
+    for name in ("a.png", "b.jpg"):
+        Image.new("RGB", (40, 30), "grey").save(tmp_path / name)
+    main(["predict", str(run_dir), str(tmp_path / "a.png"), str(tmp_path / "b.jpg"), "--top", "2"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[0] for line in lines] == [str(tmp_path / "a.png"), str(tmp_path / "b.jpg")]
+    assert all(re.search(r": [\w/ -]+ \d+\.\d%, [\w/ -]+ \d+\.\d%$", line) for line in lines)
+
+
+def test_data_prints_what_the_set_holds(prepared_dir, capsys):
+    main(["data", "generated", "--data-dir", str(prepared_dir)])
+    out = capsys.readouterr().out
+    assert "train: 430×28×28×1, SHA-256 " in out
+    assert "10 classes: T-shirt/top, Trouser," in out
+
+
+def test_unknown_names_list_the_nearest(prepared_dir, tmp_path, capsys):
+    where = ("--data-dir", str(prepared_dir))
+    assert "Did you mean cifar10 or cifar100" in fails(capsys, "train", "--dataset", "cifr10", *where)
+    assert "Did you mean cnn?" in fails(capsys, "train", "--model.name", "cmn")
+    assert "--optim.learning-rate" in fails(capsys, "train", "--optim.learning-rat", "1e-3")
+    assert "must be a known name, got 'generatd'. Did you mean generated" in fails(capsys, "data", "generatd", *where)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "rule"),
+    [
+        ("--num-epochs", "0", "`num_epochs` must be at least 1, got 0"),
+        ("--batch-size", "0", "`batch_size` must be at least 1, got 0"),
+        ("--seed", "-1", "`seed` must be between 0 and 2**32 - 1, got -1"),
+        ("--label-smoothing", "1", "`label_smoothing` must be at least 0 and below 1, got 1"),
+        ("--optim.learning-rate", "-1", "`optim.learning_rate` must be above 0, got -1"),
+        ("--optim.learning-rate", "nan", "`optim.learning_rate` must be above 0, got nan"),
+        ("--optim.warmup", "1", "`optim.warmup` must be at least 0 and below 1, got 1"),
+        ("--optim.weight-decay", "-1", "`optim.weight_decay` must be at least 0, got -1"),
+        ("--model.conv-dropout", "1", "`model.conv_dropout` must be between 0 and 0.99, got 1"),
+        ("--model.dense-dropout", "-1", "`model.dense_dropout` must be between 0 and 0.99, got -1"),
+    ],
+)
+def test_values_out_of_range(option, value, rule, capsys):
+    assert rule in fails(capsys, "train", option, value)
+
+
+def test_messages_of_the_user_s_mistakes(run_dir, prepared_dir, tmp_path, capsys):
+    where = ("--dataset", "generated", "--data-dir", str(prepared_dir))
+    (tmp_path / "no.png").write_text("no image")
+    assert "exists already" in fails(capsys, "train", *where, *COMMON, "--run-dir", str(run_dir))
+    assert "`image` must be an image file" in fails(capsys, "predict", str(run_dir), str(tmp_path / "no.png"))
+    assert "`run` must be the directory of a run" in fails(capsys, "eval", str(tmp_path))
+    message = fails(capsys, "train", *where, *COMMON, "--batch-size", "1000", "--run-dir", str(tmp_path / "run"))
+    assert "`batch_size` must be between 1 and the 390 training examples, got 1000" in message
+
+
+def test_help_does_not_wait_for_jax():
+    code = "import sys, cnnjax.cli\ntry: cnnjax.cli.main(['train', '--help'])\nfinally: print('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+    assert "--optim.learning-rate" in done.stdout
+
+
+def test_output_that_is_no_terminal_has_no_progress_bar(prepared_dir, tmp_path):
+    command = [sys.executable, "-m", "cnnjax.cli", "train", "--dataset", "generated", *COMMON]
+    where = ["--data-dir", str(prepared_dir), "--run-dir", str(tmp_path / "run")]
+    done = subprocess.run([*command, *where], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert lines[-2].startswith("epoch 1/1  loss ")
+    assert re.match(r"Test accuracy \d+\.\d\d% \(loss .*\) on all 170 test images", lines[-1])
+
+
+def test_a_terminal_shows_a_progress_bar(prepared_dir, tmp_path):
+    command = [sys.executable, "-m", "cnnjax.cli", "train", "--dataset", "generated", *COMMON]
+    command += ["--data-dir", str(prepared_dir), "--run-dir", str(tmp_path / "run")]
+    terminal, other = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "200"}
+    process = subprocess.Popen(command, stdin=other, stdout=other, stderr=other, env=environment)
+    os.close(other)
+    shown = b""
+    while True:
+        try:
+            shown += os.read(terminal, 1 << 16)
+        except OSError:  # The process has ended.
+            break
+    assert process.wait() == 0
+    text = shown.decode()
+    assert re.search(r"epoch 1/1.*/25.*loss \d\.\d{3}  accuracy \d+\.\d%.*images/s", text)
+
+
+def test_the_configuration_is_checked_where_it_is_made():
+    with pytest.raises(UserError, match=r"`batch_size` must be at least 1, got -5\."):
+        Config(batch_size=-5)
+    with pytest.raises(UserError, match=r"`optim.learning_rate` must be above 0, got 0.0\."):
+        OptimConfig(learning_rate=0.0)
+
+
+def test_the_flag_that_xla_needs_is_set_once():
+    code = "import os; import cnnjax; print(os.environ.get('XLA_FLAGS', ''))"
+    environment = {**os.environ, "XLA_FLAGS": "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"}
+    for env in ({k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}, environment):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+        import jaxlib
+
+        expected = jaxlib.__version__.startswith("0.10.") or env is environment
+        assert done.stdout.count("ynn_fusion_type") == int(expected)
+
+
+def test_the_public_interface_is_what_the_readme_lists():
+    import cnnjax
+
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    listed = re.findall(r"^\| `(\w+)` \|", readme, re.MULTILINE)
+    assert sorted(listed) == sorted(cnnjax.__all__)
+    assert all(getattr(cnnjax, name).__doc__ for name in listed)
+    with pytest.raises(AttributeError, match="module 'cnnjax' has no attribute 'nothing'"):
+        cnnjax.nothing  # noqa: B018

@@ -1,0 +1,41 @@
+import re
+import runpy
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cnnjax import Batch, init_state, train_step
+from cnnjax.models import make_model
+from cnnjax.optim import make_loss, make_tx
+
+EXPERIMENTS = [p for p in sorted((Path(__file__).parent.parent / "experiments").glob("*.py")) if p.stem != "benchmark"]
+SHAPES = {"mnist": (28, 28, 1), "fashion_mnist": (28, 28, 1), "cifar10": (32, 32, 3)}
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_experiment_runs_two_steps(path):
+    module = runpy.run_path(str(path))
+    config = module["CONFIG"]
+    assert config.experiment == path.stem
+    model, tx, loss_fn = make_model(config.model, 10), make_tx(config.optim, 100), make_loss(config.label_smoothing)
+    shape, key = SHAPES[config.dataset], jax.random.key(0)
+    image = np.random.default_rng(0).normal(size=(config.batch_size, *shape)).astype(np.float32)
+    batch = Batch(image, np.arange(config.batch_size, dtype=np.int32) % 10, np.ones(config.batch_size, bool))
+    state = init_state(key, jnp.zeros((1, *shape)), model=model, tx=tx)
+    before = jax.tree.map(np.array, state.params)
+    for _ in range(2):
+        state, metrics = train_step(state, batch, key, model=model, tx=tx, loss_fn=loss_fn)
+    assert state.step == 2
+    assert np.isfinite(metrics.loss)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.params, before)
+    assert min(jax.tree.leaves(moved)) > 0
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_experiment_states_what_was_measured(path):
+    docstring = runpy.run_path(str(path))["__doc__"]
+    for part in (r"make train ", r"\d\d\.\d\d% ± \d\.\d\d", r"\d seeds", r"cores"):
+        assert re.search(part, docstring), part

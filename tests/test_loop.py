@@ -1,0 +1,246 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from cnnjax import CNN, Config, ModelConfig, OptimConfig, UserError, init_state, loop, train_and_evaluate
+from cnnjax.batches import measure, standardize
+from cnnjax.checkpoint import Checkpoints
+from cnnjax.data import Examples, load_dataset
+from cnnjax.errors import NonFiniteLossError
+
+# Dropout, augmentation and a partial last batch on: 390 training examples make 25 steps an epoch, the last of 6.
+CONFIG = Config(
+    experiment="test",
+    dataset="generated",
+    num_epochs=2,
+    batch_size=16,
+    flip=True,
+    label_smoothing=0.1,
+    model=ModelConfig(name="mlp", dense_dropout=0.2),
+    optim=OptimConfig(learning_rate=1e-3, schedule="one_cycle"),
+)
+
+
+def last_state(run_dir, model="mlp"):
+    """The arrays of the latest checkpoint."""
+    checkpoints = Checkpoints(run_dir / "checkpoints", read_only=True)
+    made = loop.make_model(ModelConfig(name=model), 10)
+    like = init_state(jax.random.key(0), jnp.zeros((1, 28, 28, 1)), model=made, tx=loop.make_tx(CONFIG.optim, 1))
+    state, _ = checkpoints.restore(checkpoints.latest(), like)
+    checkpoints.close()
+    return jax.tree.map(np.asarray, state)
+
+
+def without_clock(rows):
+    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows]
+
+
+def read_rows(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, prepared_dir):
+    """A run without interruptions."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    result = train_and_evaluate(CONFIG, run_dir=run_dir, data_dir=prepared_dir)
+    return run_dir, result
+
+
+def test_a_run_learns_and_leaves_its_directory(whole, prepared_dir):
+    run_dir, result = whole
+    assert {path.name for path in run_dir.iterdir()} == {"config.json", "metrics.jsonl", "checkpoints", "result.json"}
+    assert json.loads((run_dir / "result.json").read_text()) == result
+    assert result["test_accuracy"] > 0.9
+    assert result["num_test_examples"] == 170
+    assert result["num_params"] == 784 * 512 + 512 + 512 * 512 + 512 + 5120 + 10
+    rows = read_rows(run_dir)
+    assert [(row["epoch"], row["step"]) for row in rows] == [(1, 25), (2, 50)]
+    best = max(row["validation_accuracy"] for row in rows)
+    assert result["best_validation_accuracy"] == best
+    assert rows[result["best_epoch"] - 1]["validation_accuracy"] == best
+    assert last_state(run_dir).step == 50
+
+
+def test_a_seed_gives_the_same_bits_and_another_seed_others(whole, prepared_dir, tmp_path):
+    train_and_evaluate(CONFIG, run_dir=tmp_path / "again", data_dir=prepared_dir)
+    jax.tree.map(np.testing.assert_array_equal, last_state(tmp_path / "again"), last_state(whole[0]))
+    other = Config(**{**vars(CONFIG), "seed": 1})
+    train_and_evaluate(other, run_dir=tmp_path / "other", data_dir=prepared_dir)
+    kernel = last_state(tmp_path / "other").params["Dense_0"]["kernel"]
+    assert not np.array_equal(kernel, last_state(whole[0]).params["Dense_0"]["kernel"])
+
+
+@pytest.mark.parametrize("stop_at", [10, 25, 33], ids=["in epoch 1", "at its end", "in epoch 2"])
+def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(stop_at, whole, prepared_dir, tmp_path, monkeypatch):
+    step = loop.train_step
+
+    def train_step_and_stop(state, *args, **kwargs):
+        if state.step == stop_at - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(state, *args, **kwargs)
+
+    monkeypatch.setattr(loop, "train_step", train_step_and_stop)
+    with pytest.raises(loop.Interrupted, match=f"Stopped by SIGTERM; the checkpoint of step {stop_at} is saved"):
+        train_and_evaluate(CONFIG, run_dir=tmp_path / "run", data_dir=prepared_dir)
+    monkeypatch.undo()
+    assert last_state(tmp_path / "run").step == stop_at
+
+    result = train_and_evaluate(CONFIG, run_dir=tmp_path / "run", data_dir=prepared_dir, resume=True)
+
+    jax.tree.map(np.testing.assert_array_equal, last_state(tmp_path / "run"), last_state(whole[0]))
+    assert without_clock(read_rows(tmp_path / "run")) == without_clock(read_rows(whole[0]))
+    assert result["test_loss"] == whole[1]["test_loss"]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_real_process_is_stopped_and_resumed(signum, whole, prepared_dir, tmp_path):
+    script = tmp_path / "experiment.py"
+    script.write_text(
+        "from cnnjax import Config, ModelConfig, OptimConfig, loop, run_experiment\n"
+        "import sys, time\n"
+        "step = loop.train_step\n"
+        "def slow_step(*args, **kwargs):\n"
+        "    time.sleep(0.1)\n"
+        "    return step(*args, **kwargs)\n"
+        "if '--resume' not in sys.argv:\n"
+        "    loop.train_step = slow_step\n"
+        f"run_experiment({CONFIG!r})\n"
+    )
+    command = [sys.executable, str(script), "--data-dir", str(prepared_dir), "--run-dir", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    while not line.startswith("epoch 1/2"):
+        assert line, process.communicate()[1]
+        line = process.stdout.readline()
+    while not (tmp_path / "run" / "checkpoints" / "25").exists():
+        time.sleep(0.01)
+    time.sleep(0.3)  # Into the second epoch (2.5 s), where nothing but the signal saves.
+    process.send_signal(signum)
+    _, errors = process.communicate(timeout=60)
+
+    if signum == signal.SIGKILL:
+        assert process.returncode == -signum
+    else:
+        assert process.returncode == 128 + signum
+        assert f"Stopped by {signum.name}" in errors
+        assert f"{' '.join(command)} --resume" in errors  # How to go on.
+        assert 25 < last_state(tmp_path / "run").step < 50
+    again = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=True)
+    assert "resuming at step" in again.stdout
+    assert again.stdout.splitlines()[-1].startswith("Test accuracy ")
+    jax.tree.map(np.testing.assert_array_equal, last_state(tmp_path / "run"), last_state(whole[0]))
+    assert without_clock(read_rows(tmp_path / "run")) == without_clock(read_rows(whole[0]))
+
+
+def test_a_run_that_ended_is_not_run_again(whole, prepared_dir, monkeypatch):
+    monkeypatch.setattr(loop, "fit", None)
+    assert train_and_evaluate(CONFIG, run_dir=whole[0], data_dir=prepared_dir, resume=True) == whole[1]
+
+
+def test_a_run_directory_in_use(whole, prepared_dir):
+    with pytest.raises(UserError, match=r"`run_dir` .* exists already\. Go on with that run by --resume, or name"):
+        train_and_evaluate(CONFIG, run_dir=whole[0], data_dir=prepared_dir)
+
+
+def test_resuming_with_another_configuration(whole, prepared_dir):
+    other = Config(**{**vars(CONFIG), "batch_size": 8, "optim": OptimConfig(learning_rate=0.5, schedule="one_cycle")})
+    with pytest.raises(
+        UserError, match=r"`batch_size` is 16 there and 8 here; `optim.learning_rate` is 0.001 there and"
+    ):
+        train_and_evaluate(other, run_dir=whole[0], data_dir=prepared_dir, resume=True)
+
+
+def test_a_checkpoint_of_another_model(whole, prepared_dir, tmp_path):
+    run_dir = tmp_path / "run"
+    cnn = Config(**{**vars(CONFIG), "model": ModelConfig(name="cnn")})
+    loop.rundir.create_run(run_dir, cnn, loop.rundir.read_run(whole[0])[1])
+    shutil.copytree(whole[0] / "checkpoints", run_dir / "checkpoints")
+    with pytest.raises(UserError, match=r"must be of the same model and optimizer"):
+        train_and_evaluate(cnn, run_dir=run_dir, data_dir=prepared_dir, resume=True)
+
+
+def test_a_batch_larger_than_the_set_leaves_no_directory(prepared_dir, tmp_path):
+    config = Config(**{**vars(CONFIG), "batch_size": 391})
+    with pytest.raises(UserError, match=r"`batch_size` must be between 1 and the 390 training examples, got 391"):
+        train_and_evaluate(config, run_dir=tmp_path / "run", data_dir=prepared_dir)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_directory_that_cannot_be_written(prepared_dir, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"`run_dir` must be a directory that can be written, got .*file/run"):
+        train_and_evaluate(CONFIG, run_dir=tmp_path / "file" / "run", data_dir=prepared_dir)
+    with pytest.raises(UserError, match=r"`run_dir` must be a directory, got the file"):
+        train_and_evaluate(CONFIG, run_dir=tmp_path / "file", data_dir=prepared_dir)
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_finite_checkpoint(prepared_dir, tmp_path, monkeypatch):
+    """Diverges for real: after the first epoch the gradients are scaled beyond float32."""
+
+    def make_tx(config, num_steps):
+        return optax.sgd(lambda step: jnp.where(step < 30, 1e-3, 1e30))
+
+    monkeypatch.setattr(loop, "make_tx", make_tx)
+    pattern = (
+        r"the loss became (nan|inf) between steps 3\d and 3\d; the last finite checkpoint is of step 25\. Try a lower"
+    )
+    with pytest.raises(NonFiniteLossError, match=pattern):
+        train_and_evaluate(CONFIG, run_dir=tmp_path, data_dir=prepared_dir)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["25"]
+    assert len(read_rows(tmp_path)) == 1
+
+
+def test_evaluation_of_a_size_that_the_batch_does_not_divide_equals_numpy():
+    rng = np.random.default_rng(0)
+    examples = Examples(rng.integers(0, 256, (703, 8, 8, 3), np.uint8), rng.integers(0, 10, 703).astype(np.int32))
+    statistics, model = measure(examples.image), CNN(10)
+    state = init_state(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), model=model, tx=optax.adam(1e-3))
+    logits = np.asarray(
+        model.apply({"params": state.params}, standardize(examples.image, statistics), train=False), np.float64
+    )
+    log_probability = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+
+    scores = loop.evaluate(state, examples, statistics, model=model)
+
+    assert scores.num_examples == 703
+    assert scores.accuracy == (logits.argmax(1) == examples.label).mean()
+    assert scores.loss == pytest.approx(-log_probability[np.arange(703), examples.label].mean(), rel=1e-5)
+
+
+def test_training_never_sees_the_held_out_examples(prepared_dir, tmp_path, monkeypatch):
+    seen = []
+    step = loop.train_step
+
+    def record(state, batch, *args, **kwargs):
+        seen.append(batch.image)
+        return step(state, batch, *args, **kwargs)
+
+    monkeypatch.setattr(loop, "train_step", record)
+    config = Config(**{**vars(CONFIG), "num_epochs": 1, "flip": False})
+    train_and_evaluate(config, run_dir=tmp_path, data_dir=prepared_dir)
+    examples = load_dataset("generated", prepared_dir).load("train")
+    train, validation = loop.split_validation(0, examples.label, 0.1)
+    statistics = measure(examples.image[train])
+    trained_on = {image.tobytes() for image in np.concatenate(seen)}
+    assert trained_on == {image.tobytes() for image in standardize(examples.image[train], statistics)}
+    assert not trained_on & {image.tobytes() for image in standardize(examples.image[validation], statistics)}
+
+
+def test_a_second_signal_ends_at_once():
+    with loop.stop_signals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop == [signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
