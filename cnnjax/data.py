@@ -98,7 +98,7 @@ def load_dataset(name: str, data_dir: Path | None = None, say: Callable[[str], N
     try:
         return _decode_all(name, named, folder, source or f"the prepared tfds directory {folder}", say)
     except UserError:
-        if source is not None:  # What this very call wrote is not what the project knows: leave nothing of it behind.
+        if named is not None and source is not None:  # Leave nothing behind of what this very call fetched in vain.
             shutil.rmtree(folder)
         raise
 
@@ -190,7 +190,8 @@ def _decode_all(
 def _mismatch(name: str, split: str, source: str, expected: str | None, got: str) -> UserError:
     return UserError(
         f"The {split} split of {name!r} from {source} is not the known one: the SHA-256 of its images and labels "
-        f"must be {expected}, got {got}. Delete that directory and run the command again to fetch the set anew."
+        f"must be {expected}, got {got}. Move the prepared directory away, if it is there, and run the command again "
+        "to fetch the set anew."
     )
 
 

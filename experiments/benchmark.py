@@ -1,8 +1,8 @@
-"""How fast a training step of the tutorial's network is, beside plain Flax and PyTorch: make benchmark
+"""How fast a training step of the tutorial's network is, beside plain Flax and PyTorch.
 
-Each contender trains on the same 2,048 random images of CIFAR-10's shape in a process of its own. They take turns, so that a
-change of the machine's speed meets all of them; a turn is one warm pass over the images, synchronised at both ends. Printed
-is the median of the turns, with the smallest and largest, and the ratio to cnnjax in the same turn.
+Each contender trains on the same 2,048 random images of CIFAR-10's shape in a process of its own. They take turns, so
+that a change of the machine's speed meets all of them; a turn is one warm pass over the images, synchronised at both
+ends. Printed is the median of the turns, with the smallest and largest, and the ratio to cnnjax in the same turn.
 """
 
 import argparse
@@ -146,8 +146,8 @@ def main():
         process.wait()
         ratio = statistics.median(a / b for a, b in zip(speed[name], speed["cnnjax"], strict=True))
         print(
-            f"{name:7} {statistics.median(speed[name]):6.0f} images/s ({min(speed[name]):.0f} to {max(speed[name]):.0f}), "
-            f"{ratio:.2f} × cnnjax   {CONTENDERS[name]}"
+            f"{name:7} {statistics.median(speed[name]):6.0f} images/s ({min(speed[name]):.0f} to "
+            f"{max(speed[name]):.0f}), {ratio:.2f} × cnnjax   {CONTENDERS[name]}"
         )
     return None
 

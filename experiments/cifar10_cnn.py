@@ -8,7 +8,8 @@ CONFIG = Config(
     num_epochs=7,
     batch_size=64,
     flip=True,
-    model=ModelConfig(conv_dropout=0.1, dense_dropout=0.3),
+    label_smoothing=0.1,
+    model=ModelConfig(name="cnn", kernel_init="he_normal", conv_dropout=0.1, dense_dropout=0.3),
     optim=OptimConfig(learning_rate=2e-3, schedule="one_cycle"),
 )
 

@@ -1,14 +1,15 @@
-"""fashion_mnist with the tutorial's cnn."""
+"""Fashion-MNIST with the tutorial's network."""
 
 from cnnjax import Config, ModelConfig, OptimConfig, run_experiment
 
 CONFIG = Config(
     experiment="fashion_mnist_cnn",
     dataset="fashion_mnist",
-    num_epochs=6,
+    num_epochs=5,
     batch_size=64,
-    model=ModelConfig(name="cnn"),
-    optim=OptimConfig(learning_rate=1e-3, schedule="one_cycle"),
+    flip=True,
+    model=ModelConfig(name="cnn", kernel_init="he_normal", conv_dropout=0.1, dense_dropout=0.3),
+    optim=OptimConfig(learning_rate=2e-3, schedule="one_cycle"),
 )
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""mnist with the tutorial's mlp."""
+"""MNIST with the tutorial's first network."""
 
 from cnnjax import Config, ModelConfig, OptimConfig, run_experiment
 
 CONFIG = Config(
     experiment="mnist_mlp",
     dataset="mnist",
-    num_epochs=6,
-    batch_size=64,
-    model=ModelConfig(name="mlp"),
+    num_epochs=15,
+    batch_size=128,
+    model=ModelConfig(name="mlp", kernel_init="he_normal", dense_dropout=0.3),
     optim=OptimConfig(learning_rate=1e-3, schedule="one_cycle"),
 )
 

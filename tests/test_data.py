@@ -97,6 +97,8 @@ def test_the_arrays_may_move(data_dir, tmp_path, monkeypatch):
     moved = load_dataset("generated", tmp_path / "moved")
     assert moved.folder == tmp_path / "moved" / "generated" / "3.0.1"
     assert digest(moved.load("test")) == first.sha256["test"]
+    (tmp_path / "moved" / "generated").rename(tmp_path / "moved" / "mine")
+    assert load_dataset("mine", tmp_path / "moved").name == "mine"
 
 
 @pytest.mark.parametrize("name", ["image", "label"])
@@ -212,6 +214,15 @@ def test_an_unknown_name_lists_near_ones(name, near, data_dir):
 def test_a_set_that_is_not_prepared_needs_tensorflow(name, tmp_path):
     with pytest.raises(UserError, match=f"`dataset` '{name}' is not prepared in {tmp_path}, and only TensorFlow"):
         load_dataset(name, tmp_path)
+
+
+def test_what_tensorflow_prepared_is_never_deleted(data_dir, monkeypatch):
+    folder = data_dir / "generated" / "3.0.1"
+    monkeypatch.setattr(data, "_prepare_with_tensorflow", lambda name, data_dir, say: folder)
+    monkeypatch.setattr(data, "_image_and_label", lambda builder: ("absent", "label"))
+    with pytest.raises(UserError, match="must hold images with one class label each"):
+        load_dataset("imagenet_resized", data_dir)
+    assert (folder / "dataset_info.json").exists()
 
 
 @pytest.mark.parametrize("name", ["data", "data/below"])
@@ -355,11 +366,22 @@ def test_tfrecords_give_the_same_examples(tfrecord_dir, raw_fashion_mnist):
         assert_equal(dataset.load(split), in_record_order(split, raw))
 
 
-def test_a_short_tfrecord_shard_is_an_error(tfrecord_dir):
-    shard = tfrecord_dir / "generated" / "3.0.1" / "fashion_mnist-train.tfrecord-00001-of-00002"
-    shard.write_bytes(b"")
-    with pytest.raises(UserError, match="must hold 430 examples"):
+def test_a_missing_tfrecord_is_an_error(tfrecord_dir):
+    folder = tfrecord_dir / "generated" / "3.0.1"
+    (folder / "fashion_mnist-train.tfrecord-00001-of-00002").write_bytes(b"")
+    with pytest.raises(UserError, match=f"^{folder} must hold 430 examples in its split 'train', got 216"):
         load_dataset("generated", tfrecord_dir)
+
+
+@pytest.mark.parametrize("file_format", ["array_record", "tfrecord"])
+def test_a_truncated_shard_is_an_error(file_format, data_dir, request):
+    if file_format == "tfrecord":
+        request.getfixturevalue("tfrecord_dir")
+    folder = data_dir / "generated" / "3.0.1"
+    shard = max(folder.glob(f"*-train.{file_format}-*"))
+    shard.write_bytes(shard.read_bytes()[:-300])
+    with pytest.raises(UserError, match=f"^{folder} "):
+        load_dataset("generated", data_dir)
 
 
 # --- The real sets --------------------------------------------------------------------------------------------------

@@ -260,6 +260,14 @@ def test_package_serves_where_the_archive_does_not(closed_url, tmp_path):
     assert lines == [f"the official archive: {closed_url}/a could not be fetched (no connection); trying a registry"]
 
 
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10"])
+def test_package_of_another_layout_is_no_source(name, closed_url, tmp_path):
+    package = NAMED_SETS[name].package._replace(fetch=lambda folder: (folder / "README").write_text(""))
+    named = dataclasses.replace(NAMED_SETS[name], package=package)
+    with pytest.raises(UserError, match=f"No source of '{name}' could be used"):
+        fetch(named, tmp_path, silent, [archive_of(closed_url, "a", b"")])
+
+
 @pytest.mark.parametrize("package", [None, Package("a registry", refuses, lambda folder: None)])
 def test_no_source_says_what_was_tried_and_what_to_bring(package, closed_url, tmp_path):
     named = dataclasses.replace(NAMED_SETS["mnist"], package=package)
