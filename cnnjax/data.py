@@ -6,25 +6,19 @@ import json
 import os
 import re
 import shutil
-import struct
-from collections.abc import Callable, Iterator, Sequence
+import tokenize
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 
 from cnnjax.errors import UserError, unknown_name
-from cnnjax.sources import NAMED_SETS, NamedSet, fetch
+from cnnjax.named_sets import NAMED_SETS
+from cnnjax.shards import Examples, class_names, decode
+from cnnjax.sources import NamedSet, fetch
 
 CACHE = "cnnjax_arrays"  # The folder of the decoded arrays, beside the shards of the prepared version.
-
-
-class Examples(NamedTuple):
-    """Images and labels in memory."""
-
-    image: np.ndarray  # uint8 [N H W C]
-    label: np.ndarray  # int32 [N]
 
 
 @dataclass(frozen=True)
@@ -92,7 +86,7 @@ def load_dataset(name: str, data_dir: Path | None = None, say: Callable[[str], N
         folder, source = _prepare(name, named, data_dir, say)
     else:
         source = None
-        cached = _read_facts(folder)
+        cached = _read_facts(name, folder)
         if cached is not None and (named is None or named.sha256 in ({}, cached.sha256)):
             return cached
     try:
@@ -177,7 +171,7 @@ def _decode_all(
         if pinned not in (None, sha256[split]):
             raise _mismatch(name, split, source, pinned, sha256[split])
         written = _write_arrays(folder, split, examples)
-    dataset = ImageDataset(name, source, _class_names(folder), sha256, folder)
+    dataset = ImageDataset(name, source, class_names(folder), sha256, folder)
     if written:
         facts = asdict(dataset)
         del facts["folder"]  # People move and mount these directories elsewhere.
@@ -195,83 +189,13 @@ def _mismatch(name: str, split: str, source: str, expected: str | None, got: str
     )
 
 
-# --- Decoding tfds shards -------------------------------------------------------------------------------------------
-
-
-def decode(folder: Path, split: str) -> Examples:
-    """Decodes a split of a prepared tfds directory, in record order.
-
-    Raises:
-      UserError: there is no such split, no image and label, or images of different shapes.
-    """
-    import tensorflow_datasets as tfds
-
-    builder: Any = tfds.builder_from_directory(folder)
-    features, splits = builder.info.features, builder.info.splits
-    if split not in splits:
-        raise UserError(f"{folder} must have a split {split!r}, got {sorted(splits)}.")
-    image_name, label_name = _image_and_label(builder)
-    kinds = (tfds.features.Image, tfds.features.ClassLabel)
-    if not all(
-        name in features and isinstance(features[name], kind)
-        for name, kind in zip((image_name, label_name), kinds, strict=True)
-    ):
-        raise UserError(f"{folder} must hold images with one class label each, got the features {list(features)}.")
-
-    if builder.info.file_format == tfds.core.FileFormat.TFRECORD:
-        rows: Any = map(features.deserialize_example_np, _tfrecords(splits[split].filepaths))
-    else:
-        rows = builder.as_data_source(split=split)
-    count = splits[split].num_examples
-    image, label = None, np.empty(count, np.int32)
-    for i, row in enumerate(rows):
-        if image is None:
-            image = np.empty((count, *row[image_name].shape), row[image_name].dtype)
-        if row[image_name].shape != image.shape[1:]:
-            raise UserError(
-                f"{folder} must hold images of one shape, got {image.shape[1:]} and {row[image_name].shape} "
-                f"(record {i})."
-            )
-        image[i], label[i] = row[image_name], row[label_name]
-    if image is None or image.dtype != np.uint8:
-        raise UserError(f"{folder} must hold 8-bit images, got {'none' if image is None else image.dtype}.")
-    return Examples(image, label)
-
-
-def _tfrecords(paths: Sequence[Path]) -> Iterator[bytes]:
-    """Yields the records of TFRecord files, which tfds reads only with TensorFlow.
-
-    A record is its length (uint64), a checksum of the length (4 bytes), the data, a checksum of the data (4 bytes). The
-    digest of the decoded set stands in for the checksums.
-    """
-    for path in paths:
-        with path.open("rb") as file:
-            while header := file.read(12):
-                (length,) = struct.unpack("<Q", header[:8])
-                yield file.read(length)
-                file.read(4)
-
-
-def _class_names(folder: Path) -> tuple[str, ...]:
-    import tensorflow_datasets as tfds
-
-    builder: Any = tfds.builder_from_directory(folder)
-    return tuple(builder.info.features[_image_and_label(builder)[1]].names)
-
-
-def _image_and_label(builder: Any) -> tuple[str, str]:
-    """Returns the names of the features to learn from, and to learn."""
-    keys = builder.info.supervised_keys
-    return keys if keys is not None and len(keys) == 2 else ("image", "label")
-
-
 # --- The decoded arrays ---------------------------------------------------------------------------------------------
 
 
-def _read_facts(folder: Path) -> ImageDataset | None:
+def _read_facts(name: str, folder: Path) -> ImageDataset | None:
     try:
         facts = json.loads((folder / CACHE / "facts.json").read_text())
-        return ImageDataset(**{**facts, "class_names": tuple(facts["class_names"])}, folder=folder)
+        return ImageDataset(**{**facts, "name": name, "class_names": tuple(facts["class_names"])}, folder=folder)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -280,7 +204,7 @@ def _read_arrays(folder: Path, split: str, sha256: str) -> Examples | None:
     """Returns the decoded arrays, or None where they are missing or not what `sha256` says."""
     try:
         examples = Examples(*(np.load(folder / CACHE / f"{split}_{name}.npy") for name in Examples._fields))
-    except (OSError, ValueError, EOFError):
+    except (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError):  # The last two: a damaged header.
         return None
     return examples if digest(examples) == sha256 else None
 

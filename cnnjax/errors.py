@@ -15,6 +15,6 @@ class NonFiniteLossError(UserError, FloatingPointError):
 def unknown_name(parameter: str, value: str, valid: Iterable[str]) -> UserError:
     """Returns the error for a name that is not one of `valid`, with the nearest ones first."""
     valid = sorted(valid)
-    near = difflib.get_close_matches(value, valid, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(value.lower(), valid, n=3, cutoff=0.5)
     hint = f"Did you mean {' or '.join(near)}?" if near else f"Valid names: {', '.join(valid[:20])}."
     return UserError(f"`{parameter}` must be a known name, got {value!r}. {hint}")

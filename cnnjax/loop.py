@@ -19,7 +19,6 @@ import optax
 from cnnjax import rundir
 from cnnjax.batches import (
     Standardization,
-    eval_batches,
     measure,
     split_validation,
     steps_per_epoch,
@@ -29,37 +28,11 @@ from cnnjax.checkpoint import Checkpoints, all_finite
 from cnnjax.config import Config
 from cnnjax.data import Examples, ImageDataset, load_dataset
 from cnnjax.errors import NonFiniteLossError
+from cnnjax.evaluation import Scores, Totals, evaluate
 from cnnjax.models import make_model
 from cnnjax.optim import make_loss, make_tx
 from cnnjax.report import Report
-from cnnjax.step import Batch, LossFn, Metrics, TrainState, eval_step, init_state, train_step
-
-EVAL_BATCH_SIZE = 500  # Examples; a divisor of the usual test sets, large enough for any device's full speed.
-
-
-class Totals(NamedTuple):
-    """Sums on the host, as Python numbers."""
-
-    loss: float = 0.0
-    correct: int = 0
-    num_examples: int = 0
-
-    def add(self, metrics: Metrics) -> "Totals":
-        """Returns the totals with a batch more. Waits for the device."""
-        loss, correct, num_examples = (value.item() for value in jax.device_get(metrics))
-        return Totals(self.loss + loss, self.correct + correct, self.num_examples + num_examples)
-
-    def means(self) -> "Scores":
-        """Returns the means over all examples."""
-        return Scores(self.loss / self.num_examples, self.correct / self.num_examples, self.num_examples)
-
-
-class Scores(NamedTuple):
-    """Means over `num_examples` examples."""
-
-    loss: float
-    accuracy: float
-    num_examples: int
+from cnnjax.step import Batch, LossFn, TrainState, init_state, train_step
 
 
 class Interrupted(Exception):  # noqa: N818  It is no error.
@@ -258,15 +231,6 @@ def _test(run: Run, like: TrainState, rows: list[dict[str, Any]], checkpoints: C
         "device": device(),
         "versions": {name: version(name) for name in ("cnnjax", "jax", "jaxlib", "flax", "optax", "numpy")},
     }
-
-
-def evaluate(state: TrainState, examples: Examples, standardization: Standardization, *, model: nn.Module) -> Scores:
-    """Scores every example once, by softmax cross-entropy and accuracy. Waits for the device."""
-    batch_size = min(EVAL_BATCH_SIZE, len(examples.label))
-    totals = Totals()
-    for batch in eval_batches(examples, standardization, batch_size):
-        totals = totals.add(eval_step(state, batch, model=model))
-    return totals.means()
 
 
 def count_params(state: TrainState) -> int:

@@ -5,6 +5,7 @@ and integer keys, fed with PNG bytes, writes what `tfds.data_source(name)` reads
 """
 
 import io
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,8 @@ def write_tfds(named: NamedSet, raw: RawSet, data_dir: Path, say: Callable[[str]
                     example["id"] = f"{split}_{key:05d}"
                 yield key, {**example, "image": _png(image)}
 
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
     builder = Builder(data_dir=data_dir)
     builder.download_and_prepare(
         file_format="array_record",

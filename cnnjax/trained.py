@@ -15,7 +15,7 @@ from cnnjax.checkpoint import Checkpoints
 from cnnjax.config import Config
 from cnnjax.data import Examples, load_dataset
 from cnnjax.errors import UserError
-from cnnjax.loop import Scores, evaluate
+from cnnjax.evaluation import Scores, evaluate
 from cnnjax.models import make_model
 from cnnjax.optim import make_tx
 from cnnjax.rundir import DataFacts, read_run

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from cnnjax.named_sets import NAMED_SETS
 from cnnjax.prepare import write_tfds
-from cnnjax.sources import NAMED_SETS, RawSet, RawSplit
+from cnnjax.sources import RawSet, RawSplit
 
 
 def make_raw(shape, num_train, num_test, num_classes=10, label_names=None):

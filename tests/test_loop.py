@@ -17,6 +17,7 @@ from cnnjax.batches import measure, standardize
 from cnnjax.checkpoint import Checkpoints
 from cnnjax.data import Examples, load_dataset
 from cnnjax.errors import NonFiniteLossError
+from cnnjax.evaluation import evaluate
 
 # Dropout, augmentation and a partial last batch on: 390 training examples make 25 steps an epoch, the last of 6.
 CONFIG = Config(
@@ -212,7 +213,7 @@ def test_evaluation_of_a_size_that_the_batch_does_not_divide_equals_numpy():
     )
     log_probability = logits - np.log(np.exp(logits).sum(1, keepdims=True))
 
-    scores = loop.evaluate(state, examples, statistics, model=model)
+    scores = evaluate(state, examples, statistics, model=model)
 
     assert scores.num_examples == 703
     assert scores.accuracy == (logits.argmax(1) == examples.label).mean()

@@ -5,8 +5,9 @@ import pytest
 import tensorflow_datasets as tfds
 from conftest import make_raw
 
+from cnnjax.named_sets import NAMED_SETS
 from cnnjax.prepare import write_tfds
-from cnnjax.sources import NAMED_SETS, RawSplit
+from cnnjax.sources import RawSplit
 
 CLASS_NAMES = {
     "fashion_mnist": (

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cnnjax import UserError, sources
-from cnnjax.sources import NAMED_SETS, Archive, Package, RawSet, RawSplit, Unavailable, download, fetch, parse_idx
+from cnnjax import UserError, named_sets, sources
+from cnnjax.named_sets import NAMED_SETS, parse_idx
+from cnnjax.sources import Archive, Package, RawSet, RawSplit, Unavailable, download, fetch
 
 CIFAR10_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
@@ -310,7 +311,7 @@ def python(code):
 
 
 def test_run_works_in_the_folder(tmp_path):
-    sources._run(python("open('made', 'w').write('here')"), tmp_path)
+    named_sets._run(python("open('made', 'w').write('here')"), tmp_path)
     assert (tmp_path / "made").read_text() == "here"
 
 
@@ -326,9 +327,9 @@ def test_run_works_in_the_folder(tmp_path):
 )
 def test_run_errors(command, message, tmp_path, monkeypatch):
     if "sleep" in command[-1]:
-        monkeypatch.setattr(sources, "PACKAGE_TIMEOUT", 0.1)
+        monkeypatch.setattr(named_sets, "PACKAGE_TIMEOUT", 0.1)
     with pytest.raises(Unavailable, match=message):
-        sources._run(command, tmp_path)
+        named_sets._run(command, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,93 @@
+"""Decodes the shards of a prepared tfds directory, ArrayRecord or TFRecord, without TensorFlow."""
+
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cnnjax.errors import UserError
+
+
+class Examples(NamedTuple):
+    """Images and labels in memory."""
+
+    image: np.ndarray  # uint8 [N H W C]
+    label: np.ndarray  # int32 [N]
+
+
+def decode(folder: Path, split: str) -> Examples:
+    """Decodes a split of a prepared tfds directory, in record order.
+
+    Raises:
+      UserError: there is no such split, no image and label, or images of different shapes.
+    """
+    import tensorflow_datasets as tfds
+
+    builder: Any = tfds.builder_from_directory(folder)
+    features, splits = builder.info.features, builder.info.splits
+    if split not in splits:
+        raise UserError(f"{folder} must have a split {split!r}, got {sorted(splits)}.")
+    image_name, label_name = _image_and_label(builder)
+    kinds = (tfds.features.Image, tfds.features.ClassLabel)
+    if not all(
+        name in features and isinstance(features[name], kind)
+        for name, kind in zip((image_name, label_name), kinds, strict=True)
+    ):
+        raise UserError(f"{folder} must hold images with one class label each, got the features {sorted(features)}.")
+    if features[image_name].np_dtype != np.uint8:
+        raise UserError(f"{folder} must hold 8-bit images, got {np.dtype(features[image_name].np_dtype)}.")
+
+    try:
+        if builder.info.file_format == tfds.core.FileFormat.TFRECORD:
+            rows: Any = map(
+                features.deserialize_example_np, _tfrecords([Path(path) for path in splits[split].filepaths])
+            )
+        else:
+            rows = builder.as_data_source(split=split)
+        rows = [(row[image_name], row[label_name]) for row in rows]
+    except Exception as error:  # Each format's reader, and PIL, has errors of its own.
+        raise UserError(
+            f"{folder} is damaged: its split {split!r} cannot be read ({error}). Prepare it again."
+        ) from error
+    count = splits[split].num_examples
+    if len(rows) != count or count == 0:
+        raise UserError(f"{folder} must hold {count or 'some'} examples in its split {split!r}, got {len(rows)}.")
+    image = np.empty((count, *rows[0][0].shape), np.uint8)
+    label = np.empty(count, np.int32)
+    for i, row in enumerate(rows):
+        if row[0].shape != image.shape[1:]:
+            raise UserError(
+                f"{folder} must hold images of one shape, got {image.shape[1:]} and {row[0].shape} (record {i})."
+            )
+        image[i], label[i] = row
+    return Examples(image, label)
+
+
+def _tfrecords(paths: Sequence[Path]) -> Iterator[bytes]:
+    """Yields the records of TFRecord files, which tfds reads only with TensorFlow.
+
+    A record is its length (uint64), a checksum of the length (4 bytes), the data, a checksum of the data (4 bytes). The
+    digest of the decoded set stands in for the checksums.
+    """
+    for path in paths:
+        with path.open("rb") as file:
+            while header := file.read(12):
+                (length,) = struct.unpack("<Q", header[:8])
+                yield file.read(length)
+                file.read(4)
+
+
+def class_names(folder: Path) -> tuple[str, ...]:
+    """Returns the name of each label of a prepared tfds directory."""
+    import tensorflow_datasets as tfds
+
+    builder: Any = tfds.builder_from_directory(folder)
+    return tuple(builder.info.features[_image_and_label(builder)[1]].names)
+
+
+def _image_and_label(builder: Any) -> tuple[str, str]:
+    """Returns the names of the features to learn from, and to learn."""
+    keys = builder.info.supervised_keys
+    return keys if keys is not None and len(keys) == 2 else ("image", "label")
