@@ -30,6 +30,9 @@ setup: .venv/installed
 
 # An experiment file where there is one, the defaults of the command line otherwise.
 train: setup
+ifneq ($(origin EXPERIMENT),file)
+	@test -f experiments/$(EXPERIMENT).py || { echo '`EXPERIMENT` must be one of $(patsubst experiments/%.py,%,$(wildcard experiments/*_*.py)), got $(EXPERIMENT).' >&2; exit 2; }
+endif
 ifneq ($(wildcard experiments/$(EXPERIMENT).py),)
 	@$(BIN)/python experiments/$(EXPERIMENT).py --seed $(SEED) $(ARGS)
 else

@@ -8,9 +8,10 @@ if TYPE_CHECKING:
     from cnnjax.cli import run_experiment
     from cnnjax.config import Config, ModelConfig, OptimConfig
     from cnnjax.data import load_dataset
-    from cnnjax.errors import UserError
+    from cnnjax.errors import NonFiniteLossError, UserError
     from cnnjax.loop import train_and_evaluate
     from cnnjax.models import CNN, MLP
+    from cnnjax.signals import Interrupted
     from cnnjax.step import Batch, Metrics, TrainState, eval_step, init_state, softmax_cross_entropy, train_step
 
 # Where each public name lives. They are imported when first used, so that `cnnjax --help` does not wait for jax.
@@ -18,9 +19,10 @@ _HOME = {
     "run_experiment": "cli",
     **dict.fromkeys(("Config", "ModelConfig", "OptimConfig"), "config"),
     "load_dataset": "data",
-    "UserError": "errors",
+    **dict.fromkeys(("NonFiniteLossError", "UserError"), "errors"),
     "train_and_evaluate": "loop",
     **dict.fromkeys(("CNN", "MLP"), "models"),
+    "Interrupted": "signals",
     **dict.fromkeys(
         ("Batch", "Metrics", "TrainState", "eval_step", "init_state", "softmax_cross_entropy", "train_step"), "step"
     ),
@@ -30,8 +32,10 @@ __all__ = [
     "MLP",
     "Batch",
     "Config",
+    "Interrupted",
     "Metrics",
     "ModelConfig",
+    "NonFiniteLossError",
     "OptimConfig",
     "TrainState",
     "UserError",

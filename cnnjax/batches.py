@@ -61,10 +61,8 @@ def split_validation(seed: int, label: np.ndarray, fraction: float) -> tuple[np.
       The indices of the training and of the validation part, each sorted.
 
     Raises:
-      UserError: `fraction` is not in (0, 1), or leaves nothing of a class to train on.
+      UserError: `fraction` leaves nothing of a class to train on.
     """
-    if not 0 < fraction < 1:
-        raise UserError(f"`validation_fraction` must be above 0 and below 1, got {fraction}.")
     shuffled = np.argsort(random_bits(seed, SPLIT, 0, len(label)), kind="stable")
     held_out = np.zeros(len(label), bool)
     for k in np.unique(label):
@@ -79,7 +77,7 @@ def split_validation(seed: int, label: np.ndarray, fraction: float) -> tuple[np.
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
-def measure(image: np.ndarray) -> Standardization:
+def pixel_statistics(image: np.ndarray) -> Standardization:
     """Returns the mean and deviation of each channel of uint8 [N H W C] (a deviation of 0 becomes 1)."""
     pixels = image.reshape(-1, image.shape[-1])
     counts = np.stack([np.bincount(channel, minlength=256) for channel in pixels.T])  # [C 256], exact and small

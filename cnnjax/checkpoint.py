@@ -83,7 +83,8 @@ class Checkpoints:
             raise
         except Exception as error:  # Orbax raises many types for missing or truncated files.
             raise UserError(
-                f"The checkpoint {path} is damaged ({type(error).__name__}). Delete it to go on from an earlier one."
+                f"The checkpoint {path} cannot be read ({type(error).__name__}: {str(error)[:200]}). If it is damaged, "
+                "move it away to go on from an earlier one."
             ) from error
         return state, metadata.custom_metadata
 

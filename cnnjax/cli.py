@@ -53,6 +53,8 @@ class Predict:
     """The image files."""
     top: int = 3
     """How many classes to print."""
+    invert: bool = False
+    """Exchange dark and bright first: for dark digits on white paper, where the training images are the reverse."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,11 @@ class Data:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line; exits with 0, or with 2 and a message where the user has to mend something."""
     commands = {"train": Train, "eval": Eval, "predict": Predict, "data": Data}
-    _run(lambda: tyro.extras.subcommand_cli_from_dict(commands, args=argv, prog="cnnjax", description=__doc__))
+    _run(
+        lambda: tyro.extras.subcommand_cli_from_dict(
+            commands, args=argv, prog="cnnjax", description="Train image classifiers with JAX and Flax."
+        )
+    )
 
 
 def run_experiment(config: Config) -> None:
@@ -87,6 +93,8 @@ def _run(parse: Callable[[], Train | Eval | Predict | Data]) -> None:
         {Train: _train, Eval: _eval, Predict: _predict, Data: _data}[type(command)](command)
     except UserError as error:
         _fail(str(error), 2)
+    except OSError as error:  # A full disk, a missing permission: the system's message names the file.
+        _fail(str(error), 1)
     except KeyboardInterrupt:
         _fail("Stopped at once; whatever was not saved is lost.", 130)
 
@@ -97,8 +105,9 @@ def _fail(message: str, status: int) -> NoReturn:
 
 
 def _train(command: Train) -> None:
-    from cnnjax.loop import Interrupted, train_and_evaluate
+    from cnnjax.loop import train_and_evaluate
     from cnnjax.report import Report
+    from cnnjax.signals import Interrupted
 
     try:
         train_and_evaluate(
@@ -125,11 +134,19 @@ def _eval(command: Eval) -> None:
 
 
 def _predict(command: Predict) -> None:
-    from cnnjax.trained import classify, load_trained
+    from cnnjax.trained import classify, load_trained, read_image
 
+    if not command.images or command.top < 1:
+        raise UserError(
+            f"`images` must name a file and `top` be at least 1, got {len(command.images)} files and {command.top}."
+        )
     trained = load_trained(command.run)
     for path in command.images:
-        probability = classify(trained, path)
+        image = read_image(path, trained.facts.image_shape)
+        image = 255 - image if command.invert else image
+        if image.mean() > 2 * max(trained.facts.mean) and not command.invert:
+            print(f"{path} is much brighter than the training images; try --invert", file=sys.stderr)
+        probability = classify(trained, image)
         top = (-probability).argsort(kind="stable")[: command.top]
         print(f"{path}: " + ", ".join(f"{trained.facts.class_names[k]} {probability[k]:.1%}" for k in top))
 

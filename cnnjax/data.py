@@ -8,8 +8,10 @@ import re
 import shutil
 import tokenize
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -132,7 +134,7 @@ def _prepare(name: str, named: NamedSet | None, data_dir: Path, say: Callable[[s
     except OSError as error:
         raise UserError(
             f"`data_dir` must be a directory that can be written, got {data_dir} ({error}). "
-            "Give another: --data-dir DIR."
+            "Mend that, or give another: --data-dir DIR."
         ) from error
     say(f"{name} was served by {source}")
     return folder, source
@@ -152,9 +154,12 @@ def _prepare_with_tensorflow(name: str, data_dir: Path, say: Callable[[str], Non
             f"`pip install tensorflow` and the command again, or copy a directory that was prepared elsewhere to "
             f"{data_dir / name}."
         )
-    builder = tfds.builder(name, data_dir=data_dir)
     say(f"tfds prepares {name} below {data_dir}")
-    builder.download_and_prepare(file_format="array_record")
+    try:
+        builder = tfds.builder(name, data_dir=data_dir)
+        builder.download_and_prepare(file_format="array_record")
+    except Exception as error:  # tfds raises many types: no network, files to be brought by hand, a full disk.
+        raise UserError(f"tfds could not prepare {name!r} below {data_dir}: {error}") from error
     return Path(builder.data_dir)
 
 
@@ -163,20 +168,16 @@ def _decode_all(
 ) -> ImageDataset:
     """Decodes and checks both splits, and keeps the arrays and the facts beside the shards."""
     say(f"decoding {name} from {folder} (once)")
-    sha256 = {}
+    sha256, kept = {}, True
     for split in ("train", "test"):
         examples = decode(folder, split)
         sha256[split] = digest(examples)
         pinned = named.sha256.get(split) if named else None
         if pinned not in (None, sha256[split]):
             raise _mismatch(name, split, source, pinned, sha256[split])
-        written = _write_arrays(folder, split, examples)
+        kept = _write_arrays(folder, split, examples) and kept
     dataset = ImageDataset(name, source, class_names(folder), sha256, folder)
-    if written:
-        facts = asdict(dataset)
-        del facts["folder"]  # People move and mount these directories elsewhere.
-        (folder / CACHE / "facts.json").write_text(json.dumps(facts, indent=2))
-    else:
+    if not (kept and _write_facts(dataset)):
         say(f"{folder} cannot be written, so the decoded arrays are not kept: each start decodes {name} again")
     return dataset
 
@@ -209,15 +210,31 @@ def _read_arrays(folder: Path, split: str, sha256: str) -> Examples | None:
     return examples if digest(examples) == sha256 else None
 
 
+def _write_facts(dataset: ImageDataset) -> bool:
+    facts = asdict(dataset)
+    del facts["folder"]  # People move and mount these directories elsewhere.
+    return _write(dataset.folder / CACHE / "facts.json", lambda file: file.write(json.dumps(facts, indent=2).encode()))
+
+
 def _write_arrays(folder: Path, split: str, examples: Examples) -> bool:
-    """Writes the decoded arrays, each file whole or not at all; returns whether the folder can be written."""
+    """Writes the decoded arrays; returns whether that went well."""
+    return all(
+        _write(folder / CACHE / f"{split}_{name}.npy", lambda file, array=array: np.save(file, array))
+        for name, array in examples._asdict().items()
+    )
+
+
+def _write(path: Path, write: Callable[[Any], object]) -> bool:
+    """Writes a file whole or not at all; returns whether that went well."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        (folder / CACHE).mkdir(exist_ok=True)
-        for name, array in examples._asdict().items():
-            partial = folder / CACHE / f"{split}_{name}.{os.getpid()}.partial"
-            with partial.open("wb") as file:
-                np.save(file, array)
-            partial.replace(folder / CACHE / f"{split}_{name}.npy")
+        path.parent.mkdir(exist_ok=True)
+        with partial.open("wb") as file:
+            write(file)
+        partial.replace(path)
     except OSError:
         return False
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
     return True

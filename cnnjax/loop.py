@@ -2,11 +2,8 @@
 
 import math
 import os
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +16,7 @@ import optax
 from cnnjax import rundir
 from cnnjax.batches import (
     Standardization,
-    measure,
+    pixel_statistics,
     split_validation,
     steps_per_epoch,
     train_batch,
@@ -27,26 +24,13 @@ from cnnjax.batches import (
 from cnnjax.checkpoint import Checkpoints, all_finite
 from cnnjax.config import Config
 from cnnjax.data import Examples, ImageDataset, load_dataset
-from cnnjax.errors import NonFiniteLossError
+from cnnjax.errors import NonFiniteLossError, UserError
 from cnnjax.evaluation import Scores, Totals, evaluate
 from cnnjax.models import make_model
 from cnnjax.optim import make_loss, make_tx
 from cnnjax.report import Report
+from cnnjax.signals import Interrupted, stop_signals
 from cnnjax.step import Batch, LossFn, TrainState, init_state, train_step
-
-
-class Interrupted(Exception):  # noqa: N818  It is no error.
-    """A signal ended the run; all it did is saved.
-
-    Attributes:
-      signum: the signal.
-      step: the step of the checkpoint.
-    """
-
-    def __init__(self, signum: int, step: int):
-        super().__init__(f"Stopped by {signal.Signals(signum).name}; the checkpoint of step {step} is saved.")
-        self.signum = signum
-        self.step = step
 
 
 class Run(NamedTuple):
@@ -58,7 +42,7 @@ class Run(NamedTuple):
     train: Examples
     validation: Examples
     standardization: Standardization
-    steps: int  # an epoch
+    steps_per_epoch: int
     model: nn.Module
     tx: optax.GradientTransformation
     loss_fn: LossFn
@@ -103,11 +87,12 @@ def train_and_evaluate(
     """
     report = report or Report(quiet=True)
     run_dir = rundir.default_run_dir(config) if run_dir is None else run_dir
-    rundir.check_run(run_dir, config, resume)
+    if not rundir.check_run(run_dir, config, resume) and resume:
+        report.say(f"There is nothing to resume in {run_dir}: starting anew.")
     if (result := rundir.read_result(run_dir)) is None:
         run, state = _set_up(config, run_dir, data_dir, report)
-        with closing(Checkpoints(run_dir / "checkpoints")) as checkpoints:
-            rows = fit(run, state, checkpoints, report)
+        with stop_signals() as stop, closing(Checkpoints(run_dir / "checkpoints")) as checkpoints:
+            state, rows = fit(run, state, checkpoints, stop, report)
             result = _test(run, state, rows, checkpoints)
         rundir.write_result(run_dir, result)
     report.result(result, run_dir)
@@ -122,7 +107,7 @@ def _set_up(config: Config, run_dir: Path, data_dir: Path | None, report: Report
         Examples(examples.image[part], examples.label[part])
         for part in split_validation(config.seed, examples.label, config.validation_fraction)
     )
-    standardization = measure(train.image)
+    standardization = pixel_statistics(train.image)
     steps = steps_per_epoch(len(train.label), config.batch_size)
     init_key, train_key = jax.random.split(jax.random.key(config.seed))
     run = Run(
@@ -132,7 +117,7 @@ def _set_up(config: Config, run_dir: Path, data_dir: Path | None, report: Report
         train=train,
         validation=validation,
         standardization=standardization,
-        steps=steps,
+        steps_per_epoch=steps,
         model=make_model(config.model, dataset.num_classes),
         tx=make_tx(config.optim, num_steps=steps * config.num_epochs),
         loss_fn=make_loss(config.label_smoothing),
@@ -148,13 +133,26 @@ def _set_up(config: Config, run_dir: Path, data_dir: Path | None, report: Report
     return run, state
 
 
-def fit(run: Run, state: TrainState, checkpoints: Checkpoints, report: Report) -> list[dict[str, Any]]:
+def fit(
+    run: Run, state: TrainState, checkpoints: Checkpoints, stop: list[int], report: Report
+) -> tuple[TrainState, list[dict[str, Any]]]:
     """Trains from the latest checkpoint, or from `state` where there is none, to the last epoch.
 
+    Args:
+      run: what stays the same.
+      state: donated.
+      checkpoints: of this run.
+      stop: the signals received; as soon as there is one, the loop saves and raises.
+      report: told what happens.
+
     Returns:
-      The rows of metrics.jsonl, one an epoch.
+      The last state, and the rows of metrics.jsonl, one an epoch.
+
+    Raises:
+      NonFiniteLossError: the loss or a parameter became infinite or not a number.
+      Interrupted: a signal came.
     """
-    config, steps = run.config, run.steps
+    config, steps = run.config, run.steps_per_epoch
     totals, seconds = Totals(), 0.0
     if (latest := checkpoints.latest()) is not None:
         state, progress = checkpoints.restore(latest, state)
@@ -168,10 +166,10 @@ def fit(run: Run, state: TrainState, checkpoints: Checkpoints, report: Report) -
         if not all_finite(state):
             raise _not_finite("the parameters became infinite or nan", step, config, checkpoints)
         progress = {"totals": totals, "seconds": time.perf_counter() - clock}
-        checkpoints.save(state, progress, scores and scores._asdict())
+        checkpoints.save(state, progress, None if scores is None else scores._asdict())
 
     batch = run.batch(step)
-    with report.progress(config.num_epochs, steps, start=step) as bar, stop_signals() as stop:
+    with report.progress(config.num_epochs, steps, start=step) as bar:
         for epoch in range(step // steps, config.num_epochs):
             lap, already = time.perf_counter(), totals.num_examples
             while step < (epoch + 1) * steps:
@@ -186,6 +184,7 @@ def fit(run: Run, state: TrainState, checkpoints: Checkpoints, report: Report) -
                 bar.update(step, totals.means())
                 if stop and step % steps:  # A stop at the end of an epoch is saved with its scores, below.
                     save()
+                    checkpoints.wait()
                     raise Interrupted(stop[0], step)
             images_per_second = (totals.num_examples - already) / (time.perf_counter() - lap)
             scores = evaluate(state, run.validation, run.standardization, model=run.model)
@@ -206,17 +205,19 @@ def fit(run: Run, state: TrainState, checkpoints: Checkpoints, report: Report) -
             totals = Totals()
             save(scores)
             if stop:
+                checkpoints.wait()
                 raise Interrupted(stop[0], step)
     checkpoints.wait()
-    return rows
+    return state, rows
 
 
 def _test(run: Run, like: TrainState, rows: list[dict[str, Any]], checkpoints: Checkpoints) -> dict[str, Any]:
     """Scores the best checkpoint on the test split; returns the content of result.json."""
     best_step = checkpoints.best()
-    assert best_step is not None  # The last epoch was saved with its scores.
+    if best_step is None:
+        raise UserError(f"The checkpoints in {run.folder} must have one at the end of an epoch, got none. Train anew.")
     state, _ = checkpoints.restore(best_step, like)
-    best = rows[best_step // run.steps - 1]
+    best = rows[best_step // run.steps_per_epoch - 1]
     scores = evaluate(state, run.dataset.load("test"), run.standardization, model=run.model)
     return {
         "test_accuracy": scores.accuracy,
@@ -242,7 +243,8 @@ def device() -> str:
     """Returns what jax computes on, in words."""
     first = jax.devices()[0]
     if first.platform == "cpu":
-        return f"cpu, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"
+        count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        return f"cpu, {count} core{'s' if count != 1 else ''}"
     return f"{first.platform}, {first.device_kind}"
 
 
@@ -254,24 +256,3 @@ def _not_finite(what: str, step: int, config: Config, checkpoints: Checkpoints) 
         f"{what} between steps {step - 1} and {step}; {kept}. Try a lower `optim.learning_rate` "
         f"(now {config.optim.learning_rate}), in another run directory."
     )
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM into a list instead of ending the process; a second one ends it at once."""
-    received: list[int] = []
-
-    def receive(signum: int, frame: object) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(signum)
-
-    if threading.current_thread() is not threading.main_thread():  # Python gives signals to the main thread alone.
-        yield received
-        return
-    before = {signum: signal.signal(signum, receive) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)

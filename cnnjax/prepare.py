@@ -4,6 +4,7 @@ The stock builders need TensorFlow (its file system and its PNG encoder). A buil
 and integer keys, fed with PNG bytes, writes what `tfds.data_source(name)` reads like any other, in the same order.
 """
 
+import contextlib
 import io
 import sys
 from collections.abc import Callable, Iterator
@@ -52,10 +53,11 @@ def write_tfds(named: NamedSet, raw: RawSet, data_dir: Path, say: Callable[[str]
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
     builder = Builder(data_dir=data_dir)
-    builder.download_and_prepare(
-        file_format="array_record",
-        download_config=tfds.download.DownloadConfig(try_download_gcs=False),
-    )
+    with contextlib.redirect_stdout(io.StringIO()):  # tfds tells there of a download that does not happen.
+        builder.download_and_prepare(
+            file_format="array_record",
+            download_config=tfds.download.DownloadConfig(try_download_gcs=False),
+        )
     return Path(builder.data_dir)
 
 

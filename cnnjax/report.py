@@ -41,7 +41,7 @@ class Report:
 
     def __init__(self, quiet: bool = False):
         self._out = Console(quiet=quiet, highlight=False, soft_wrap=True)
-        self._err = Console(quiet=quiet, stderr=True)
+        self._err = Console(quiet=quiet, stderr=True, highlight=False, soft_wrap=True)
 
     def say(self, line: str) -> None:
         """Prints a line."""
@@ -62,7 +62,7 @@ class Report:
         )
         # The lines of `say` and `epoch` must scroll above the bar: on a terminal both go through the same console.
         out, shown = self._out, sys.stderr.isatty() and not self._err.quiet
-        if shown:
+        if shown and sys.stdout.isatty():
             self._out = self._err
         with Progress(*columns, console=self._err, disable=not shown, transient=True, speed_estimate_period=10) as bar:
             fields = {"epoch": "compiling", "loss": float("nan"), "accuracy": 0.0, "images_per_second": 0.0}

@@ -56,8 +56,8 @@ def default_run_dir(config: Config) -> Path:
     return Path("runs") / f"{name}-seed{config.seed}"
 
 
-def check_run(run_dir: Path, config: Config, resume: bool) -> None:
-    """Checks that a run may start, or go on, in `run_dir`.
+def check_run(run_dir: Path, config: Config, resume: bool) -> bool:
+    """Checks that a run may start, or go on, in `run_dir`; returns whether there is one.
 
     Raises:
       UserError: the directory is in use and `resume` is off, or holds a run of another configuration.
@@ -65,12 +65,13 @@ def check_run(run_dir: Path, config: Config, resume: bool) -> None:
     if not run_dir.is_dir() and run_dir.exists():
         raise UserError(f"`run_dir` must be a directory, got the file {run_dir}.")
     if not run_dir.exists() or not any(run_dir.iterdir()):
-        return
-    if not resume:
-        raise UserError(
-            f"`run_dir` {run_dir} exists already. Go on with that run by --resume, or name another by --run-dir DIR."
-        )
+        return False
+    if not (run_dir / "config.json").exists():
+        raise UserError(f"`run_dir` must be empty or hold a run, got {run_dir}. Name another by --run-dir DIR.")
     saved, _ = read_run(run_dir)
+    if not resume:
+        hint = "Go on with that run by --resume, or name" if saved == config else "It holds another configuration. Name"
+        raise UserError(f"`run_dir` {run_dir} exists already. {hint} another by --run-dir DIR.")
     old, new = _flatten(asdict(saved)), _flatten(asdict(config))
     changed = [f"`{name}` is {old[name]!r} there and {new[name]!r} here" for name in new if old[name] != new[name]]
     if changed:
@@ -78,16 +79,23 @@ def check_run(run_dir: Path, config: Config, resume: bool) -> None:
             f"{run_dir} must be resumed with its own configuration: {'; '.join(changed)}. "
             f"Give the same values, or name another directory by --run-dir DIR."
         )
+    return True
 
 
 def create_run(run_dir: Path, config: Config, facts: DataFacts) -> None:
-    """Makes the directory and writes config.json; does nothing where that is written already.
+    """Makes the directory and writes config.json, or checks the one that is there.
 
     Raises:
-      UserError: the directory cannot be written.
+      UserError: the directory cannot be written, or holds a run of another configuration or of other data.
     """
     path = run_dir / "config.json"
     if path.exists():
+        saved, old = read_run(run_dir)
+        if saved != config or (old.sha256, old.mean, old.std) != (facts.sha256, facts.mean, facts.std):
+            raise UserError(
+                f"{run_dir} must be resumed with its own configuration and data, SHA-256 {old.sha256}, got "
+                f"{facts.sha256} from {facts.source}. Give the same --data-dir."
+            )
         return
     try:
         run_dir.mkdir(parents=True, exist_ok=True)

@@ -39,37 +39,53 @@ def decode(folder: Path, split: str) -> Examples:
     if features[image_name].np_dtype != np.uint8:
         raise UserError(f"{folder} must hold 8-bit images, got {np.dtype(features[image_name].np_dtype)}.")
 
-    try:
-        if builder.info.file_format == tfds.core.FileFormat.TFRECORD:
-            rows: Any = map(
-                features.deserialize_example_np, _tfrecords([Path(path) for path in splits[split].filepaths])
-            )
-        else:
-            rows = builder.as_data_source(split=split)
-        rows = [(row[image_name], row[label_name]) for row in rows]
-    except Exception as error:  # Each format's reader, and PIL, has errors of its own.
-        raise UserError(
-            f"{folder} is damaged: its split {split!r} cannot be read ({error}). Prepare it again."
-        ) from error
     count = splits[split].num_examples
-    if len(rows) != count or count == 0:
-        raise UserError(f"{folder} must hold {count or 'some'} examples in its split {split!r}, got {len(rows)}.")
-    image = np.empty((count, *rows[0][0].shape), np.uint8)
-    label = np.empty(count, np.int32)
-    for i, row in enumerate(rows):
-        if row[0].shape != image.shape[1:]:
+    image, label, read = None, np.empty(count, np.int32), 0
+    for row in _rows(builder, split):
+        if image is None:
+            image = np.empty((count, *row[image_name].shape), np.uint8)
+        if row[image_name].shape != image.shape[1:]:
             raise UserError(
-                f"{folder} must hold images of one shape, got {image.shape[1:]} and {row[0].shape} (record {i})."
+                f"{folder} must hold images of one shape, got {image.shape[1:]} and {row[image_name].shape} "
+                f"(record {read})."
             )
-        image[i], label[i] = row
+        if read < count:
+            image[read], label[read] = row[image_name], row[label_name]
+        read += 1
+    if image is None or read != count:
+        raise UserError(f"{folder} must hold {count or 'some'} examples in its split {split!r}, got {read}.")
     return Examples(image, label)
+
+
+def _rows(builder: Any, split: str) -> Iterator[dict[str, Any]]:
+    """Yields the decoded examples of a split, in record order.
+
+    Raises:
+      UserError: the shards are damaged.
+    """
+    import tensorflow_datasets as tfds
+
+    info = builder.info
+    try:
+        if info.file_format == tfds.core.FileFormat.TFRECORD:
+            paths = [Path(path) for path in info.splits[split].filepaths]
+            yield from map(info.features.deserialize_example_np, _tfrecords(paths))
+        else:
+            yield from builder.as_data_source(split=split)
+    except (MemoryError, PermissionError):
+        raise
+    except Exception as error:  # Each format's reader, and Pillow, has errors of its own.
+        raise UserError(
+            f"{builder.data_dir} is damaged: its split {split!r} cannot be read ({error}). Move it away, and run the "
+            "command again to prepare the set anew."
+        ) from error
 
 
 def _tfrecords(paths: Sequence[Path]) -> Iterator[bytes]:
     """Yields the records of TFRecord files, which tfds reads only with TensorFlow.
 
     A record is its length (uint64), a checksum of the length (4 bytes), the data, a checksum of the data (4 bytes). The
-    digest of the decoded set stands in for the checksums.
+    checksums are not looked at: PNG has its own, and the digest of the decoded set is checked at every later start.
     """
     for path in paths:
         with path.open("rb") as file:

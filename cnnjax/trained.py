@@ -70,13 +70,9 @@ def score(trained: Trained, split: str, data_dir: Path | None = None) -> Scores:
     return evaluate(trained.state, examples, trained.facts.standardization, model=trained.model)
 
 
-def classify(trained: Trained, path: Path) -> np.ndarray:
-    """Returns the probability of each class, float32 [K], for an image file of any size and kind.
-
-    Raises:
-      UserError: `path` is no image.
-    """
-    image = standardize(read_image(path, trained.facts.image_shape)[None], trained.facts.standardization)
+def classify(trained: Trained, image: np.ndarray) -> np.ndarray:
+    """Returns the probability of each class, float32 [K], for an image, uint8 [H W C]."""
+    image = standardize(image[None], trained.facts.standardization)
     variables = {"params": trained.state.params, "batch_stats": trained.state.batch_stats}
     logits: Any = trained.model.apply(variables, image, train=False)
     return np.asarray(jax.nn.softmax(logits)[0])

@@ -11,7 +11,7 @@ from cnnjax.sources import RawSet, RawSplit
 def make_raw(shape, num_train, num_test, num_classes=10, label_names=None):
     """Noisy copies of one random pattern a class: real uint8 images, real class balance, learnable in seconds."""
     rng = np.random.default_rng(0)
-    patterns = rng.integers(0, 256, (num_classes, *shape))
+    patterns = rng.integers(0, 128, (num_classes, *shape))  # Dark, as MNIST is.
 
     def split(count):
         label = np.arange(count) % num_classes

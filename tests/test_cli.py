@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from cnnjax import Config, OptimConfig, UserError
+from cnnjax import Config, ModelConfig, OptimConfig, UserError
 from cnnjax.cli import main
 
 COMMON = ["--batch-size", "16", "--model.name", "mlp", "--num-epochs", "1"]
@@ -56,6 +56,21 @@ def test_predict_prints_the_top_classes(run_dir, tmp_path, capsys):
     assert all(re.search(r": [\w/ -]+ \d+\.\d%, [\w/ -]+ \d+\.\d%$", line) for line in lines)
 
 
+def test_predict_hints_at_images_of_reversed_brightness(run_dir, prepared_dir, tmp_path, capsys):
+    from cnnjax.data import load_dataset
+
+    dataset = load_dataset("generated", prepared_dir)
+    examples = dataset.load("test")
+    Image.new("L", (28, 28), "white").save(tmp_path / "white.png")
+    main(["predict", str(run_dir), str(tmp_path / "white.png")])
+    assert "white.png is much brighter than the training images; try --invert" in capsys.readouterr().err
+    Image.fromarray(255 - examples.image[0, ..., 0]).save(tmp_path / "negative.png")
+    main(["predict", str(run_dir), str(tmp_path / "negative.png"), "--invert"])
+    captured = capsys.readouterr()
+    assert f"negative.png: {dataset.class_names[examples.label[0]]} " in captured.out
+    assert captured.err == ""
+
+
 def test_data_prints_what_the_set_holds(prepared_dir, capsys):
     main(["data", "generated", "--data-dir", str(prepared_dir)])
     out = capsys.readouterr().out
@@ -76,12 +91,14 @@ def test_unknown_names_list_the_nearest(prepared_dir, tmp_path, capsys):
     [
         ("--num-epochs", "0", "`num_epochs` must be at least 1, got 0"),
         ("--batch-size", "0", "`batch_size` must be at least 1, got 0"),
+        ("--validation-fraction", "1", "`validation_fraction` must be above 0 and below 1, got 1"),
+        ("--validation-fraction", "0", "`validation_fraction` must be above 0 and below 1, got 0"),
         ("--seed", "-1", "`seed` must be between 0 and 2**32 - 1, got -1"),
         ("--label-smoothing", "1", "`label_smoothing` must be at least 0 and below 1, got 1"),
-        ("--optim.learning-rate", "-1", "`optim.learning_rate` must be above 0, got -1"),
-        ("--optim.learning-rate", "nan", "`optim.learning_rate` must be above 0, got nan"),
+        ("--optim.learning-rate", "-1", "`optim.learning_rate` must be above 0 and finite, got -1"),
+        ("--optim.learning-rate", "nan", "`optim.learning_rate` must be above 0 and finite, got nan"),
         ("--optim.warmup", "1", "`optim.warmup` must be at least 0 and below 1, got 1"),
-        ("--optim.weight-decay", "-1", "`optim.weight_decay` must be at least 0, got -1"),
+        ("--optim.weight-decay", "-1", "`optim.weight_decay` must be at least 0 and finite, got -1"),
         ("--model.conv-dropout", "1", "`model.conv_dropout` must be between 0 and 0.99, got 1"),
         ("--model.dense-dropout", "-1", "`model.dense_dropout` must be between 0 and 0.99, got -1"),
     ],
@@ -96,6 +113,8 @@ def test_messages_of_the_user_s_mistakes(run_dir, prepared_dir, tmp_path, capsys
     assert "exists already" in fails(capsys, "train", *where, *COMMON, "--run-dir", str(run_dir))
     assert "`image` must be an image file" in fails(capsys, "predict", str(run_dir), str(tmp_path / "no.png"))
     assert "`run` must be the directory of a run" in fails(capsys, "eval", str(tmp_path))
+    assert "`images` must name a file" in fails(capsys, "predict", str(run_dir))
+    assert "`top` be at least 1, got 1 files and 0" in fails(capsys, "predict", str(run_dir), "a.png", "--top", "0")
     message = fails(capsys, "train", *where, *COMMON, "--batch-size", "1000", "--run-dir", str(tmp_path / "run"))
     assert "`batch_size` must be between 1 and the 390 training examples, got 1000" in message
 
@@ -138,8 +157,12 @@ def test_a_terminal_shows_a_progress_bar(prepared_dir, tmp_path):
 def test_the_configuration_is_checked_where_it_is_made():
     with pytest.raises(UserError, match=r"`batch_size` must be at least 1, got -5\."):
         Config(batch_size=-5)
-    with pytest.raises(UserError, match=r"`optim.learning_rate` must be above 0, got 0.0\."):
+    with pytest.raises(UserError, match=r"`optim.learning_rate` must be above 0 and finite, got 0.0\."):
         OptimConfig(learning_rate=0.0)
+    with pytest.raises(UserError, match=r"`optim.schedule` must be a known name, .* Did you mean one_cycle"):
+        OptimConfig(schedule="one_cycel")
+    with pytest.raises(UserError, match=r"`model.kernel_init` must be a known name, .* Did you mean he_normal"):
+        ModelConfig(kernel_init="he_norm")
 
 
 def test_the_flag_that_xla_needs_is_set_once():

@@ -11,13 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import make_raw
 
 from cnnjax import CNN, Config, ModelConfig, OptimConfig, UserError, init_state, loop, train_and_evaluate
-from cnnjax.batches import measure, standardize
+from cnnjax.batches import pixel_statistics, standardize
 from cnnjax.checkpoint import Checkpoints
 from cnnjax.data import Examples, load_dataset
 from cnnjax.errors import NonFiniteLossError
 from cnnjax.evaluation import evaluate
+from cnnjax.named_sets import NAMED_SETS
+from cnnjax.prepare import write_tfds
+from cnnjax.signals import Interrupted, stop_signals
 
 # Dropout, augmentation and a partial last batch on: 390 training examples make 25 steps an epoch, the last of 6.
 CONFIG = Config(
@@ -92,7 +96,7 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(stop_at, whole, p
         return step(state, *args, **kwargs)
 
     monkeypatch.setattr(loop, "train_step", train_step_and_stop)
-    with pytest.raises(loop.Interrupted, match=f"Stopped by SIGTERM; the checkpoint of step {stop_at} is saved"):
+    with pytest.raises(Interrupted, match=f"Stopped by SIGTERM; the checkpoint of step {stop_at} is saved"):
         train_and_evaluate(CONFIG, run_dir=tmp_path / "run", data_dir=prepared_dir)
     monkeypatch.undo()
     assert last_state(tmp_path / "run").step == stop_at
@@ -153,6 +157,9 @@ def test_a_run_that_ended_is_not_run_again(whole, prepared_dir, monkeypatch):
 def test_a_run_directory_in_use(whole, prepared_dir):
     with pytest.raises(UserError, match=r"`run_dir` .* exists already\. Go on with that run by --resume, or name"):
         train_and_evaluate(CONFIG, run_dir=whole[0], data_dir=prepared_dir)
+    other = Config(**{**vars(CONFIG), "batch_size": 8})
+    with pytest.raises(UserError, match=r"`run_dir` .* exists already\. It holds another configuration\. Name another"):
+        train_and_evaluate(other, run_dir=whole[0], data_dir=prepared_dir)
 
 
 def test_resuming_with_another_configuration(whole, prepared_dir):
@@ -161,6 +168,30 @@ def test_resuming_with_another_configuration(whole, prepared_dir):
         UserError, match=r"`batch_size` is 16 there and 8 here; `optim.learning_rate` is 0.001 there and"
     ):
         train_and_evaluate(other, run_dir=whole[0], data_dir=prepared_dir, resume=True)
+
+
+def test_resuming_with_other_data(whole, prepared_dir, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole[0], run_dir)
+    (run_dir / "result.json").unlink()
+    other = tmp_path / "tfds"
+    write_tfds(NAMED_SETS["fashion_mnist"], make_raw((28, 28, 1), 430, 100), other, say=lambda line: None)
+    (other / "fashion_mnist").rename(other / "generated")
+    with pytest.raises(UserError, match=r"must be resumed with its own configuration and data, SHA-256 {'train'"):
+        train_and_evaluate(CONFIG, run_dir=run_dir, data_dir=other, resume=True)
+
+
+def test_resuming_where_there_is_nothing_starts_anew(whole, prepared_dir, tmp_path, capsys):
+    report = loop.Report()
+    train_and_evaluate(CONFIG, run_dir=tmp_path / "run", data_dir=prepared_dir, resume=True, report=report)
+    assert "There is nothing to resume in" in capsys.readouterr().out
+    jax.tree.map(np.testing.assert_array_equal, last_state(tmp_path / "run"), last_state(whole[0]))
+
+
+def test_a_directory_of_something_else(prepared_dir, tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(UserError, match="`run_dir` must be empty or hold a run, got"):
+        train_and_evaluate(CONFIG, run_dir=tmp_path, data_dir=prepared_dir)
 
 
 def test_a_checkpoint_of_another_model(whole, prepared_dir, tmp_path):
@@ -206,7 +237,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_finite_checkpoint(pr
 def test_evaluation_of_a_size_that_the_batch_does_not_divide_equals_numpy():
     rng = np.random.default_rng(0)
     examples = Examples(rng.integers(0, 256, (703, 8, 8, 3), np.uint8), rng.integers(0, 10, 703).astype(np.int32))
-    statistics, model = measure(examples.image), CNN(10)
+    statistics, model = pixel_statistics(examples.image), CNN(10)
     state = init_state(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), model=model, tx=optax.adam(1e-3))
     logits = np.asarray(
         model.apply({"params": state.params}, standardize(examples.image, statistics), train=False), np.float64
@@ -233,14 +264,14 @@ def test_training_never_sees_the_held_out_examples(prepared_dir, tmp_path, monke
     train_and_evaluate(config, run_dir=tmp_path, data_dir=prepared_dir)
     examples = load_dataset("generated", prepared_dir).load("train")
     train, validation = loop.split_validation(0, examples.label, 0.1)
-    statistics = measure(examples.image[train])
+    statistics = pixel_statistics(examples.image[train])
     trained_on = {image.tobytes() for image in np.concatenate(seen)}
     assert trained_on == {image.tobytes() for image in standardize(examples.image[train], statistics)}
     assert not trained_on & {image.tobytes() for image in standardize(examples.image[validation], statistics)}
 
 
 def test_a_second_signal_ends_at_once():
-    with loop.stop_signals() as stop:
+    with stop_signals() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop == [signal.SIGINT]
         with pytest.raises(KeyboardInterrupt):
