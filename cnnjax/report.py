@@ -1,13 +1,22 @@
 """What a person sees: lines on standard output, and a progress bar on standard error where that is a terminal."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import track as rich_track
+
+T = TypeVar("T")
+
+
+def track(items: Iterable[T], description: str, total: float) -> Iterable[T]:
+    """Yields `items`, with a progress bar on standard error where that is a terminal."""
+    hidden = not sys.stderr.isatty()
+    return rich_track(items, description, total, console=Console(stderr=True), transient=True, disable=hidden)
 
 
 class Bar:

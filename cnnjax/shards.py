@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cnnjax.errors import UserError
+from cnnjax.report import track
 
 
 class Examples(NamedTuple):
@@ -41,7 +42,7 @@ def decode(folder: Path, split: str) -> Examples:
 
     count = splits[split].num_examples
     image, label, read = None, np.empty(count, np.int32), 0
-    for row in _rows(builder, split):
+    for row in track(_rows(builder, split), f"decoding {split}", total=count):
         if image is None:
             image = np.empty((count, *row[image_name].shape), np.uint8)
         if row[image_name].shape != image.shape[1:]:

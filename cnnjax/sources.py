@@ -14,6 +14,7 @@ import numpy as np
 import requests
 
 from cnnjax.errors import UserError
+from cnnjax.report import track
 
 # Seconds. A firewall that drops packets is found out in 3; a slow host is not silent for a minute.
 CONNECT_TIMEOUT = 3.0
@@ -148,7 +149,8 @@ def _stream(url: str, path: Path, say: Callable[[str], None]) -> None:
             size = f" ({total / 1e6:.0f} MB)" if total else ""
             say(f"downloading {url}{size}")
             with partial.open("wb") as file:
-                for chunk in response.iter_content(1 << 20):
+                megabytes = response.iter_content(1 << 20)
+                for chunk in track(megabytes, path.name, total=total / (1 << 20)):
                     file.write(chunk)
         partial.replace(path)
     except requests.RequestException as error:

@@ -1,11 +1,14 @@
 """Fixtures: a small generated set, prepared in tfds's own format, that a network can learn."""
 
+import jax
 import numpy as np
 import pytest
 
 from cnnjax.named_sets import NAMED_SETS
 from cnnjax.prepare import write_tfds
 from cnnjax.sources import RawSet, RawSplit
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def make_raw(shape, num_train, num_test, num_classes=10, label_names=None):

@@ -67,3 +67,32 @@ def test_make_model_takes_the_names_and_rates_of_the_configuration():
     assert (model.num_classes, model.conv_dropout, model.dense_dropout) == (7, 0.2, 0.3)
     kernel = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False)["params"]["Dense_0"]["kernel"]
     assert kernel.std() == pytest.approx(np.sqrt(2 / 4096), rel=0.02)  # He et al. 2015, equation 10.
+
+
+@pytest.mark.parametrize(("size", "c", "features"), [(32, 3, 32), (32, 32, 32), (16, 32, 64), (16, 64, 64)])
+def test_the_convolutions_that_xla_picks_are_right_with_their_gradients(size, c, features):
+    """At each shape of the network, against NumPy in float64: some of XLA's CPU kernels have been wrong."""
+    rng = np.random.default_rng(0)
+    x, kernel, cotangent = (
+        rng.normal(size=shape).astype(np.float32)
+        for shape in ((4, size, size, c), (3, 3, c, features), (4, size, size, features))
+    )
+    model = nn.Conv(features, (3, 3), use_bias=False)
+
+    @jax.jit
+    def forward_and_gradients(x, kernel):
+        y, pullback = jax.vjp(lambda x, kernel: model.apply({"params": {"kernel": kernel}}, x), x, kernel)
+        return y, *pullback(cotangent)
+
+    def windows(x):
+        padded = np.pad(x.astype(np.float64), ((0, 0), (1, 1), (1, 1), (0, 0)))
+        return np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))  # [B H W C 3 3]
+
+    turned = kernel[::-1, ::-1].astype(np.float64)
+    expected = (
+        np.einsum("bhwcij,ijck->bhwk", windows(x), kernel, optimize=True),
+        np.einsum("bhwkij,ijck->bhwc", windows(cotangent), turned, optimize=True),
+        np.einsum("bhwcij,bhwk->ijck", windows(x), cotangent, optimize=True),
+    )
+    for got, wanted in zip(forward_and_gradients(x, kernel), expected, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-4 * np.abs(wanted).max())
