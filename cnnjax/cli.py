@@ -13,6 +13,7 @@ from tyro.conf import Positional, arg
 
 from cnnjax.config import Config
 from cnnjax.errors import UserError
+from cnnjax.xla import use_compilation_cache
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ def _train(command: Train) -> None:
     from cnnjax.report import Report
     from cnnjax.signals import Interrupted
 
+    use_compilation_cache()
     try:
         train_and_evaluate(
             command.config,

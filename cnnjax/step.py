@@ -56,10 +56,11 @@ def softmax_cross_entropy(logits: Float[Array, "B K"], label: Int[AnyArray, " B"
     return optax.softmax_cross_entropy_with_integer_labels(logits, label)
 
 
+@partial(jax.jit, static_argnames=("model", "tx"))
 def init_state(
     key: Key[Array, ""], image: Float[AnyArray, "B H W C"], *, model: nn.Module, tx: optax.GradientTransformation
 ) -> TrainState:
-    """Returns the first state of `model` and `tx`.
+    """Returns the first state of `model` and `tx`. Jitted so that its compilation can be cached, as the step's.
 
     Args:
       key: consumed; draws the initial parameters.

@@ -1,5 +1,7 @@
 """Fixtures: a small generated set, prepared in tfds's own format, that a network can learn."""
 
+import os
+
 import jax
 import numpy as np
 import pytest
@@ -9,6 +11,12 @@ from cnnjax.prepare import write_tfds
 from cnnjax.sources import RawSet, RawSplit
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_home(tmp_path_factory):
+    """The tests leave nothing in the person's own cache."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
 def make_raw(shape, num_train, num_test, num_classes=10, label_names=None):

@@ -176,6 +176,21 @@ def test_the_flag_that_xla_needs_is_set_once():
         assert done.stdout.count("ynn_fusion_type") == int(expected)
 
 
+def test_a_second_start_takes_the_compiled_step_from_the_cache(prepared_dir, tmp_path):
+    command = [sys.executable, "-m", "cnnjax.cli", "train", "--dataset", "generated", *COMMON]
+    for run in ("first", "second"):
+        where = ["--data-dir", str(prepared_dir), "--run-dir", str(tmp_path / run)]
+        env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_LOG_COMPILES": "1"}
+        done = subprocess.run([*command, *where], capture_output=True, text=True, check=True, env=env)
+        hits = re.findall(r"Persistent compilation cache hit for '(\w+)'", done.stderr)
+        assert ("jit_train_step" in hits) == (run == "second"), done.stderr[-2000:]
+    metrics = [
+        re.sub(r'"(images_per_second|seconds)": [\d.]+', "", (tmp_path / run / "metrics.jsonl").read_text())
+        for run in ("first", "second")
+    ]
+    assert metrics[0] == metrics[1]
+
+
 def test_the_public_interface_is_what_the_readme_lists():
     import cnnjax
 
