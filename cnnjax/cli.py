@@ -29,7 +29,7 @@ class Train:
     data_dir: Path | None = None
     """The tfds directory; $TFDS_DATA_DIR or ~/tensorflow_datasets by default."""
     resume: bool = False
-    """Go on with the run in the run directory, exactly where it stopped."""
+    """Go on with the run in the run directory, exactly where it stopped (or longer, at a constant learning rate)."""
 
 
 @dataclass(frozen=True)

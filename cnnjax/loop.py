@@ -74,7 +74,8 @@ def train_and_evaluate(
       config: what to train.
       run_dir: runs/<experiment>-seed<k> when None.
       data_dir: the tfds directory; tfds's own default when None.
-      resume: go on with the run in `run_dir`, exactly where it stopped; a run that ended is not run again.
+      resume: go on with the run in `run_dir`, exactly where it stopped. A run that ended is not run again, but for more
+        epochs at a constant learning rate.
       report: told what happens; a quiet one when None.
 
     Returns:
@@ -89,7 +90,8 @@ def train_and_evaluate(
     run_dir = rundir.default_run_dir(config) if run_dir is None else run_dir
     if not rundir.check_run(run_dir, config, resume) and resume:
         report.say(f"There is nothing to resume in {run_dir}: starting anew.")
-    if (result := rundir.read_result(run_dir)) is None:
+    result = rundir.read_result(run_dir)
+    if result is None or result["num_epochs"] < config.num_epochs:
         run, state = _set_up(config, run_dir, data_dir, report)
         with stop_signals() as stop, closing(Checkpoints(run_dir / "checkpoints")) as checkpoints:
             state, rows = fit(run, state, checkpoints, stop, report)

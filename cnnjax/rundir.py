@@ -1,7 +1,7 @@
 """The run directory: config.json, metrics.jsonl (a line an epoch), checkpoints/ and, at the end, result.json."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,8 @@ def check_run(run_dir: Path, config: Config, resume: bool) -> bool:
     if not (run_dir / "config.json").exists():
         raise UserError(f"`run_dir` must be empty or hold a run, got {run_dir}. Name another by --run-dir DIR.")
     saved, _ = read_run(run_dir)
+    if resume and _is_longer(config, saved):
+        return True
     if not resume:
         hint = "Go on with that run by --resume, or name" if saved == config else "It holds another configuration. Name"
         raise UserError(f"`run_dir` {run_dir} exists already. {hint} another by --run-dir DIR.")
@@ -82,8 +84,17 @@ def check_run(run_dir: Path, config: Config, resume: bool) -> bool:
     return True
 
 
+def _is_longer(config: Config, saved: Config) -> bool:
+    """Returns whether `config` is `saved` with more epochs, which changes nothing of the steps that were made.
+
+    With a schedule it would: the learning rate of each step depends on the number of all.
+    """
+    more = config.num_epochs > saved.num_epochs and config.optim.schedule == "constant"
+    return more and config == replace(saved, num_epochs=config.num_epochs)
+
+
 def create_run(run_dir: Path, config: Config, facts: DataFacts) -> None:
-    """Makes the directory and writes config.json, or checks the one that is there.
+    """Makes the directory and writes config.json, or checks the one that is there (a longer run renews it).
 
     Raises:
       UserError: the directory cannot be written, or holds a run of another configuration or of other data.
@@ -91,12 +102,14 @@ def create_run(run_dir: Path, config: Config, facts: DataFacts) -> None:
     path = run_dir / "config.json"
     if path.exists():
         saved, old = read_run(run_dir)
-        if saved != config or (old.sha256, old.mean, old.std) != (facts.sha256, facts.mean, facts.std):
+        same_config = saved == config or _is_longer(config, saved)
+        if not same_config or (old.sha256, old.mean, old.std) != (facts.sha256, facts.mean, facts.std):
             raise UserError(
                 f"{run_dir} must be resumed with its own configuration and data, SHA-256 {old.sha256}, got "
                 f"{facts.sha256} from {facts.source}. Give the same --data-dir."
             )
-        return
+        if saved == config:
+            return
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         _write_json(path, {"config": asdict(config), "data": asdict(facts)})

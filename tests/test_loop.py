@@ -170,6 +170,26 @@ def test_resuming_with_another_configuration(whole, prepared_dir):
         train_and_evaluate(other, run_dir=whole[0], data_dir=prepared_dir, resume=True)
 
 
+def test_a_run_at_a_constant_rate_can_be_trained_longer(whole, prepared_dir, tmp_path):
+    two, one = (
+        Config(**{**vars(CONFIG), "num_epochs": num_epochs, "optim": OptimConfig(learning_rate=1e-3)})
+        for num_epochs in (2, 1)
+    )
+    train_and_evaluate(two, run_dir=tmp_path / "at once", data_dir=prepared_dir)
+    train_and_evaluate(one, run_dir=tmp_path / "longer", data_dir=prepared_dir)
+    with pytest.raises(UserError, match="exists already"):
+        train_and_evaluate(two, run_dir=tmp_path / "longer", data_dir=prepared_dir)
+    result = train_and_evaluate(two, run_dir=tmp_path / "longer", data_dir=prepared_dir, resume=True)
+    assert result["num_epochs"] == 2
+    assert loop.rundir.read_run(tmp_path / "longer")[0] == two
+    assert without_clock(read_rows(tmp_path / "longer")) == without_clock(read_rows(tmp_path / "at once"))
+    with pytest.raises(UserError, match="`num_epochs` is 2 there and 1 here"):
+        train_and_evaluate(one, run_dir=tmp_path / "longer", data_dir=prepared_dir, resume=True)
+    more = Config(**{**vars(CONFIG), "num_epochs": 3})
+    with pytest.raises(UserError, match="`num_epochs` is 2 there and 3 here"):  # Its learning rate is on a schedule.
+        train_and_evaluate(more, run_dir=whole[0], data_dir=prepared_dir, resume=True)
+
+
 def test_resuming_with_other_data(whole, prepared_dir, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(whole[0], run_dir)
