@@ -13,7 +13,7 @@ from rich.progress import track as rich_track
 T = TypeVar("T")
 
 
-def track(items: Iterable[T], description: str, total: float) -> Iterable[T]:
+def track(items: Iterable[T], description: str, total: int | float) -> Iterable[T]:
     """Yields `items`, with a progress bar on standard error where that is a terminal."""
     hidden = not sys.stderr.isatty()
     return rich_track(items, description, total, console=Console(stderr=True), transient=True, disable=hidden)
