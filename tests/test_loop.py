@@ -296,3 +296,11 @@ def test_a_second_signal_ends_at_once():
         assert stop == [signal.SIGINT]
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.slow
+def test_an_epoch_on_the_real_mnist_scores_every_test_image(tmp_path):
+    config = Config(dataset="mnist", num_epochs=1, model=ModelConfig(name="mlp", dense_dropout=0.2))
+    result = train_and_evaluate(config, run_dir=tmp_path / "run")
+    assert result["num_test_examples"] == 10_000
+    assert result["test_accuracy"] > 0.94
