@@ -38,6 +38,14 @@ def epoch_order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
     return order
 
 
+@lru_cache(maxsize=2)
+def epoch_flips(seed: int, epoch: int, num_examples: int) -> np.ndarray:
+    """Returns bool [num_examples]: which of the examples, in the order of the epoch, are mirrored."""
+    flips = random_bits(seed, FLIP, epoch, num_examples) % 2 == 1
+    flips.setflags(write=False)
+    return flips
+
+
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:
     """Returns how many batches hold every example once.
 
@@ -109,7 +117,7 @@ def train_batch(
     which = epoch_order(seed, epoch, num_examples)[position % num_examples]
     image = standardize(examples.image[which], standardization)
     if flip:
-        mirrored = random_bits(seed, FLIP, epoch, num_examples)[position % num_examples] % 2 == 1
+        mirrored = epoch_flips(seed, epoch, num_examples)[position % num_examples]
         image = np.where(mirrored[:, None, None, None], image[:, :, ::-1], image)
     return Batch(image, examples.label[which], position < num_examples)
 

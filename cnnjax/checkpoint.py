@@ -84,7 +84,7 @@ class Checkpoints:
         except Exception as error:  # Orbax raises many types for missing or truncated files.
             raise UserError(
                 f"The checkpoint {path} cannot be read ({type(error).__name__}: {str(error)[:200]}). If it is damaged, "
-                "move it away to go on from an earlier one."
+                "move it away: the run then goes on from an earlier one, or anew where there is none."
             ) from error
         return state, metadata.custom_metadata
 

@@ -81,6 +81,7 @@ def load_dataset(name: str, data_dir: Path | None = None, say: Callable[[str], N
       UserError: the name is unknown, no source can be reached, a digest does not match, the set is no image
         classification set, or `data_dir` cannot be written.
     """
+    name = name.strip("/")
     data_dir = default_data_dir() if data_dir is None else data_dir.expanduser().absolute()
     named = NAMED_SETS.get(name)
     folder = prepared_folder(name, data_dir)

@@ -88,12 +88,13 @@ def train_and_evaluate(
     """
     report = report or Report(quiet=True)
     run_dir = rundir.default_run_dir(config) if run_dir is None else run_dir
-    if not rundir.check_run(run_dir, config, resume) and resume:
-        report.say(f"There is nothing to resume in {run_dir}: starting anew.")
+    rundir.check_run(run_dir, config, resume)
     result = rundir.read_result(run_dir)
     if result is None or result["num_epochs"] < config.num_epochs:
         run, state = _set_up(config, run_dir, data_dir, report)
-        with stop_signals() as stop, closing(Checkpoints(run_dir / "checkpoints")) as checkpoints:
+        with rundir.lock(run_dir), stop_signals() as stop, closing(Checkpoints(run_dir / "checkpoints")) as checkpoints:
+            if resume and checkpoints.latest() is None:
+                report.say(f"There is nothing to resume in {run_dir}: starting anew.")
             state, rows = fit(run, state, checkpoints, stop, report)
             result = _test(run, state, rows, checkpoints)
         rundir.write_result(run_dir, result)
@@ -151,6 +152,7 @@ def fit(
       The last state, and the rows of metrics.jsonl, one an epoch.
 
     Raises:
+      UserError: metrics.jsonl lacks epochs.
       NonFiniteLossError: the loss or a parameter became infinite or not a number.
       Interrupted: a signal came.
     """
@@ -162,6 +164,11 @@ def fit(
         report.say(f"resuming at step {latest} of {steps * config.num_epochs}")
     step = int(state.step)
     rows = rundir.read_metrics(run.folder)[: step // steps]
+    if len(rows) != step // steps:
+        raise UserError(
+            f"{run.folder}/metrics.jsonl must have a line for each of the {step // steps} epochs before step {step}, "
+            f"got {len(rows)}. Restore it, or train in another directory."
+        )
     clock = time.perf_counter() - seconds  # The instant at which a run without interruptions would have begun.
 
     def save(scores: Scores | None = None) -> None:
@@ -219,7 +226,7 @@ def _test(run: Run, like: TrainState, rows: list[dict[str, Any]], checkpoints: C
     if best_step is None:
         raise UserError(f"The checkpoints in {run.folder} must have one at the end of an epoch, got none. Train anew.")
     state, _ = checkpoints.restore(best_step, like)
-    best = rows[best_step // run.steps_per_epoch - 1]
+    best = next(row for row in rows if row["step"] == best_step)
     scores = evaluate(state, run.dataset.load("test"), run.standardization, model=run.model)
     return {
         "test_accuracy": scores.accuracy,

@@ -1,6 +1,10 @@
 """The run directory: config.json, metrics.jsonl (a line an epoch), checkpoints/ and, at the end, result.json."""
 
+import fcntl
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -56,8 +60,8 @@ def default_run_dir(config: Config) -> Path:
     return Path("runs") / f"{name}-seed{config.seed}"
 
 
-def check_run(run_dir: Path, config: Config, resume: bool) -> bool:
-    """Checks that a run may start, or go on, in `run_dir`; returns whether there is one.
+def check_run(run_dir: Path, config: Config, resume: bool) -> None:
+    """Checks that a run may start, or go on, in `run_dir`.
 
     Raises:
       UserError: the directory is in use and `resume` is off, or holds a run of another configuration.
@@ -65,23 +69,38 @@ def check_run(run_dir: Path, config: Config, resume: bool) -> bool:
     if not run_dir.is_dir() and run_dir.exists():
         raise UserError(f"`run_dir` must be a directory, got the file {run_dir}.")
     if not run_dir.exists() or not any(run_dir.iterdir()):
-        return False
+        return
     if not (run_dir / "config.json").exists():
         raise UserError(f"`run_dir` must be empty or hold a run, got {run_dir}. Name another by --run-dir DIR.")
     saved, _ = read_run(run_dir)
-    if resume and _is_longer(config, saved):
-        return True
+    fits = saved == config or _is_longer(config, saved)
     if not resume:
-        hint = "Go on with that run by --resume, or name" if saved == config else "It holds another configuration. Name"
+        hint = "Go on with that run by --resume, or name" if fits else "It holds another configuration. Name"
         raise UserError(f"`run_dir` {run_dir} exists already. {hint} another by --run-dir DIR.")
     old, new = _flatten(asdict(saved)), _flatten(asdict(config))
     changed = [f"`{name}` is {old[name]!r} there and {new[name]!r} here" for name in new if old[name] != new[name]]
-    if changed:
+    if not fits:
         raise UserError(
             f"{run_dir} must be resumed with its own configuration: {'; '.join(changed)}. "
             f"Give the same values, or name another directory by --run-dir DIR."
         )
-    return True
+
+
+@contextmanager
+def lock(run_dir: Path) -> Iterator[None]:
+    """Keeps other processes out of the run directory while the context lasts; the system frees it when a process ends.
+
+    Raises:
+      UserError: another process trains in it.
+    """
+    descriptor = os.open(run_dir, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise UserError(f"`run_dir` {run_dir} is in use by another process. Name another by --run-dir DIR.") from error
+    finally:
+        os.close(descriptor)
 
 
 def _is_longer(config: Config, saved: Config) -> bool:
@@ -97,19 +116,20 @@ def create_run(run_dir: Path, config: Config, facts: DataFacts) -> None:
     """Makes the directory and writes config.json, or checks the one that is there (a longer run renews it).
 
     Raises:
-      UserError: the directory cannot be written, or holds a run of another configuration or of other data.
+      UserError: the directory cannot be written, or holds a run on other data.
     """
     path = run_dir / "config.json"
     if path.exists():
         saved, old = read_run(run_dir)
-        same_config = saved == config or _is_longer(config, saved)
-        if not same_config or (old.sha256, old.mean, old.std) != (facts.sha256, facts.mean, facts.std):
+        if (old.sha256, old.mean, old.std) != (facts.sha256, facts.mean, facts.std):
             raise UserError(
-                f"{run_dir} must be resumed with its own configuration and data, SHA-256 {old.sha256}, got "
-                f"{facts.sha256} from {facts.source}. Give the same --data-dir."
+                f"{run_dir} must be resumed with its own data, SHA-256 {old.sha256}, mean {old.mean} and deviation "
+                f"{old.std}, got {facts.sha256}, {facts.mean} and {facts.std} from {facts.source}. Give the same "
+                "--data-dir."
             )
         if saved == config:
             return
+        (run_dir / "result.json").unlink(missing_ok=True)  # Of the shorter run.
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         _write_json(path, {"config": asdict(config), "data": asdict(facts)})
@@ -142,7 +162,7 @@ def read_run(run_dir: Path) -> tuple[Config, DataFacts]:
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """Returns the rows of metrics.jsonl, one an epoch (none before the first)."""
     path = run_dir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [_parse(path, line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def write_metrics(run_dir: Path, rows: list[dict[str, Any]]) -> None:
@@ -155,12 +175,20 @@ def write_metrics(run_dir: Path, rows: list[dict[str, Any]]) -> None:
 def read_result(run_dir: Path) -> dict[str, Any] | None:
     """Returns the content of result.json, or None while the run has not ended."""
     path = run_dir / "result.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return _parse(path, path.read_text()) if path.exists() else None
 
 
 def write_result(run_dir: Path, result: dict[str, Any]) -> None:
     """Writes result.json."""
     _write_json(run_dir / "result.json", result)
+
+
+def _parse(path: Path, text: str) -> dict[str, Any]:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        message = f"{path} must hold JSON, got {text[:80]!r}. Restore it, or train in another directory."
+        raise UserError(message) from error
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ def decode(folder: Path, split: str) -> Examples:
     """
     import tensorflow_datasets as tfds
 
-    builder: Any = tfds.builder_from_directory(folder)
+    builder = _builder(folder)
     features, splits = builder.info.features, builder.info.splits
     if split not in splits:
         raise UserError(f"{folder} must have a split {split!r}, got {sorted(splits)}.")
@@ -55,7 +55,32 @@ def decode(folder: Path, split: str) -> Examples:
         read += 1
     if image is None or read != count:
         raise UserError(f"{folder} must hold {count or 'some'} examples in its split {split!r}, got {read}.")
+    num_classes = features[label_name].num_classes
+    if label.min() < 0 or label.max() >= num_classes:
+        raise UserError(
+            f"{folder} must label each image of its split {split!r} with one of {num_classes} classes, got labels from "
+            f"{label.min()} to {label.max()}."
+        )
     return Examples(image, label)
+
+
+def _builder(folder: Path) -> Any:
+    """Returns the builder of a prepared directory.
+
+    Raises:
+      UserError: dataset_info.json or features.json is damaged.
+    """
+    import tensorflow_datasets as tfds
+
+    try:
+        return tfds.builder_from_directory(folder)
+    except (MemoryError, PermissionError):
+        raise
+    except Exception as error:  # Parsers of protocol buffers and of JSON have errors of their own.
+        raise UserError(
+            f"{folder} is damaged: its description cannot be read ({error}). Move it away, and run the command again "
+            "to prepare the set anew."
+        ) from error
 
 
 def _rows(builder: Any, split: str) -> Iterator[dict[str, Any]]:
@@ -68,12 +93,16 @@ def _rows(builder: Any, split: str) -> Iterator[dict[str, Any]]:
 
     info = builder.info
     try:
+        if info.file_format not in (tfds.core.FileFormat.TFRECORD, tfds.core.FileFormat.ARRAY_RECORD):
+            raise UserError(
+                f"{builder.data_dir} must be in the format tfrecord or array_record, got {info.file_format.value}."
+            )
         if info.file_format == tfds.core.FileFormat.TFRECORD:
             paths = [Path(path) for path in info.splits[split].filepaths]
             yield from map(info.features.deserialize_example_np, _tfrecords(paths))
         else:
             yield from builder.as_data_source(split=split)
-    except (MemoryError, PermissionError):
+    except (MemoryError, PermissionError, UserError):
         raise
     except Exception as error:  # Each format's reader, and Pillow, has errors of its own.
         raise UserError(
@@ -98,9 +127,7 @@ def _tfrecords(paths: Sequence[Path]) -> Iterator[bytes]:
 
 def class_names(folder: Path) -> tuple[str, ...]:
     """Returns the name of each label of a prepared tfds directory."""
-    import tensorflow_datasets as tfds
-
-    builder: Any = tfds.builder_from_directory(folder)
+    builder = _builder(folder)
     return tuple(builder.info.features[_image_and_label(builder)[1]].names)
 
 

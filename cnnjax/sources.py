@@ -133,7 +133,7 @@ def download(archive: Archive, folder: Path, say: Callable[[str], None]) -> Path
         got = _file_sha256(path)
         if got == archive.sha256:
             return path
-        say(f"{path} is damaged: its SHA-256 is {got}, not {archive.sha256}; fetching it again")
+        say(f"{path} is damaged: its SHA-256 is {got}, not {archive.sha256}")
     path.unlink()
     raise Unavailable(f"{archive.url} was damaged twice: its SHA-256 was {got}, not {archive.sha256}")
 

@@ -90,10 +90,14 @@ def read_image(path: Path, image_shape: tuple[int, ...]) -> np.ndarray:
     height, width, channels = image_shape
     try:
         with Image.open(path) as file:
+            if file.mode in ("I", "F"):
+                raise UserError(f"`image` must have 8 or 16 bits a channel, got {path} with 32 (mode {file.mode}).")
             if file.mode.startswith("I;16"):  # Pillow would clip 16-bit grey instead of scaling it.
                 image = Image.fromarray((np.asarray(file) >> 8).astype(np.uint8)).convert("RGBA")
             else:
                 image = ImageOps.exif_transpose(file).convert("RGBA")
+    except UserError:
+        raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"`image` must be an image file (PNG, JPEG, WebP, ...), got {path} ({error}).") from error
     opaque = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

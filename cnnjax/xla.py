@@ -3,6 +3,7 @@
 import hashlib
 import os
 import platform
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -28,8 +29,11 @@ def use_compilation_cache() -> None:
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(home / "cnnjax" / f"xla-{_processor()}"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        cache = home / "cnnjax" / f"xla-{_processor()}"
+        with suppress(OSError):  # A home that cannot be written is no reason not to train.
+            cache.mkdir(parents=True, exist_ok=True)
+            jax.config.update("jax_compilation_cache_dir", str(cache))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def _processor() -> str:

@@ -14,12 +14,6 @@ import time
 
 import numpy as np
 
-CONTENDERS = {
-    "cnnjax": "the step of this package",
-    "flax": "the same step, nn.max_pool and nn.Dropout, jax's default flags",
-    "torch": "PyTorch, eager, channels first (where it is installed)",
-}
-
 
 def cnnjax_pass(image, label, batch_size):
     import jax
@@ -106,12 +100,19 @@ def torch_pass(image, label, batch_size):
         yield
 
 
+CONTENDERS = {
+    "cnnjax": (cnnjax_pass, "the step of this package"),
+    "flax": (flax_pass, "the same step, nn.max_pool and nn.Dropout, jax's default flags"),
+    "torch": (torch_pass, "PyTorch, eager, channels first (where it is installed)"),
+}
+
+
 def contend(name, batch_size):
     """Makes a pass for each line on standard input, and prints its seconds."""
     rng = np.random.default_rng(0)
     image = rng.normal(size=(2048, 32, 32, 3)).astype(np.float32)
     label = rng.integers(0, 10, 2048).astype(np.int32)
-    passes = globals()[f"{name}_pass"](image, label, batch_size)
+    passes = CONTENDERS[name][0](image, label, batch_size)
     for _ in range(2):
         next(passes)  # Compiles and warms up.
     print("ready", flush=True)
@@ -147,7 +148,7 @@ def main():
         ratio = statistics.median(a / b for a, b in zip(speed[name], speed["cnnjax"], strict=True))
         print(
             f"{name:7} {statistics.median(speed[name]):6.0f} images/s ({min(speed[name]):.0f} to "
-            f"{max(speed[name]):.0f}), {ratio:.2f} × cnnjax   {CONTENDERS[name]}"
+            f"{max(speed[name]):.0f}), {ratio:.2f} × cnnjax   {CONTENDERS[name][1]}"
         )
     return None
 

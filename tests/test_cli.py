@@ -119,6 +119,24 @@ def test_messages_of_the_user_s_mistakes(run_dir, prepared_dir, tmp_path, capsys
     assert "`batch_size` must be between 1 and the 390 training examples, got 1000" in message
 
 
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (OSError(28, "No space left on device", "metrics.jsonl"), 1, "No space left on device: 'metrics.jsonl'"),
+        (KeyboardInterrupt(), 130, "Stopped at once; whatever was not saved is lost."),
+    ],
+)
+def test_the_system_s_errors_are_messages(error, status, message, monkeypatch, capsys):
+    def load_dataset(*args):
+        raise error
+
+    monkeypatch.setattr("cnnjax.data.load_dataset", load_dataset)
+    with pytest.raises(SystemExit) as stopped:
+        main(["data", "cifar10"])
+    assert stopped.value.code == status
+    assert message in capsys.readouterr().err
+
+
 def test_help_does_not_wait_for_jax():
     code = "import sys, cnnjax.cli\ntry: cnnjax.cli.main(['train', '--help'])\nfinally: print('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

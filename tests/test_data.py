@@ -273,11 +273,29 @@ def prepare_odd(data_dir, features, splits, supervised_keys=None):
             return {split: iter(enumerate(examples)) for split, examples in splits.items()}
 
         def _generate_examples(self):
-            raise NotImplementedError
+            """Not called: the splits hold their examples."""
 
     Builder(data_dir=data_dir).download_and_prepare(
         file_format="array_record", download_config=tfds.download.DownloadConfig(try_download_gcs=False)
     )
+
+
+def test_labels_out_of_range(tmp_path):
+    """-1 is how tfds marks the test images of sets whose labels are secret."""
+    features = {"image": IMAGE, "label": LABEL}
+    examples = {split: [{"image": png(2, 2, 3), "label": label}] for split, label in (("train", 0), ("test", -1))}
+    prepare_odd(tmp_path, features, examples)
+    with pytest.raises(UserError, match=r"split 'test' with one of 2 classes, got labels from -1 to -1"):
+        load_dataset("odd", tmp_path)
+
+
+@pytest.mark.parametrize("file", ["dataset_info.json", "features.json"])
+def test_a_damaged_description(file, data_dir):
+    folder = prepared_folder("generated", data_dir)
+    shutil.rmtree(folder / CACHE, ignore_errors=True)
+    (folder / file).write_text('{"name": ')
+    with pytest.raises(UserError, match=r"generated/3.0.1 is damaged: its description cannot be read .*Move it away"):
+        load_dataset("generated", data_dir)
 
 
 def png(*shape, dtype=np.uint8):

@@ -197,8 +197,44 @@ def test_resuming_with_other_data(whole, prepared_dir, tmp_path):
     other = tmp_path / "tfds"
     write_tfds(NAMED_SETS["fashion_mnist"], make_raw((28, 28, 1), 430, 100), other, say=lambda line: None)
     (other / "fashion_mnist").rename(other / "generated")
-    with pytest.raises(UserError, match=r"must be resumed with its own configuration and data, SHA-256 {'train'"):
+    with pytest.raises(UserError, match=r"must be resumed with its own data, SHA-256 {'train'"):
         train_and_evaluate(CONFIG, run_dir=run_dir, data_dir=other, resume=True)
+
+
+def test_a_run_directory_that_another_process_trains_in(prepared_dir, tmp_path):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    code = f"import fcntl, os, time; fcntl.flock(os.open({str(run_dir)!r}, 0), fcntl.LOCK_EX); print(); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-uc", code], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        process.stdout.readline()
+        with pytest.raises(UserError, match=r"`run_dir` .* is in use by another process"):
+            train_and_evaluate(CONFIG, run_dir=run_dir, data_dir=prepared_dir)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_metrics_that_lack_epochs_or_are_no_json(whole, prepared_dir, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole[0], run_dir)
+    (run_dir / "result.json").unlink()
+    (run_dir / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match=r"metrics.jsonl must have a line for each of the 2 epochs .*, got 0"):
+        train_and_evaluate(CONFIG, run_dir=run_dir, data_dir=prepared_dir, resume=True)
+    (run_dir / "metrics.jsonl").write_text('{"epoch": 1')
+    with pytest.raises(UserError, match=r"metrics.jsonl must hold JSON, got '{\"epoch\": 1'"):
+        train_and_evaluate(CONFIG, run_dir=run_dir, data_dir=prepared_dir, resume=True)
+
+
+def test_parameters_that_are_not_finite_are_never_saved(prepared_dir, tmp_path, monkeypatch):
+    """The last step of the epoch blows up: no loss has seen it yet."""
+    tx = optax.sgd(lambda step: jnp.where(step < 24, 1e-3, jnp.inf))
+    monkeypatch.setattr(loop, "make_tx", lambda config, num_steps: tx)
+    with pytest.raises(NonFiniteLossError, match=r"parameters became infinite or nan .* there is no checkpoint yet"):
+        train_and_evaluate(CONFIG, run_dir=tmp_path, data_dir=prepared_dir)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
 def test_resuming_where_there_is_nothing_starts_anew(whole, prepared_dir, tmp_path, capsys):
