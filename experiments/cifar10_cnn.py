@@ -1,4 +1,10 @@
-"""CIFAR-10 with the tutorial's network and a better recipe."""
+"""CIFAR-10 with the tutorial's network and a better recipe: one cycle, mirrored images, smoothed labels.
+
+    make train EXPERIMENT=cifar10_cnn SEED=0
+
+Test accuracy 80.90% ± 0.45 (sample deviation, 3 seeds),
+in 10 minutes (7 epochs) on 2 cores of an AMD EPYC. See RESULTS.md.
+"""
 
 from cnnjax import Config, ModelConfig, OptimConfig, run_experiment
 

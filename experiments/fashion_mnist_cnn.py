@@ -1,4 +1,10 @@
-"""Fashion-MNIST with the tutorial's network."""
+"""Fashion-MNIST with the tutorial's convolutional network: one cycle of the learning rate, mirrored images.
+
+    make train EXPERIMENT=fashion_mnist_cnn SEED=0
+
+Test accuracy 93.06% ± 0.02 (sample deviation, 2 seeds),
+in 11 minutes (5 epochs) on one of 2 cores of an AMD EPYC. See RESULTS.md.
+"""
 
 from cnnjax import Config, ModelConfig, OptimConfig, run_experiment
 

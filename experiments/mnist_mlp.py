@@ -1,4 +1,10 @@
-"""MNIST with the tutorial's first network."""
+"""MNIST with the tutorial's first network: two hidden layers of 512, dropout, one cycle of the learning rate.
+
+    make train EXPERIMENT=mnist_mlp SEED=0
+
+Test accuracy 98.60% (1 seed),
+in 49 seconds (15 epochs) on one of 2 cores of an AMD EPYC. See RESULTS.md.
+"""
 
 from cnnjax import Config, ModelConfig, OptimConfig, run_experiment
 

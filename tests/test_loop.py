@@ -116,7 +116,7 @@ def test_a_real_process_is_stopped_and_resumed(signum, whole, prepared_dir, tmp_
         "import sys, time\n"
         "step = loop.train_step\n"
         "def slow_step(*args, **kwargs):\n"
-        "    time.sleep(0.1)\n"
+        "    time.sleep(0.2)\n"
         "    return step(*args, **kwargs)\n"
         "if '--resume' not in sys.argv:\n"
         "    loop.train_step = slow_step\n"
@@ -131,7 +131,7 @@ def test_a_real_process_is_stopped_and_resumed(signum, whole, prepared_dir, tmp_
         line = process.stdout.readline()
     while not (tmp_path / "run" / "checkpoints" / "25").exists():
         time.sleep(0.01)
-    time.sleep(0.3)  # Into the second epoch (2.5 s), where nothing but the signal saves.
+    time.sleep(0.3)  # Into the second epoch (5 s), where nothing but the signal saves.
     process.send_signal(signum)
     _, errors = process.communicate(timeout=60)
 
