@@ -2,7 +2,7 @@
 
     make train EXPERIMENT=mnist_cnn SEED=0
 
-Test accuracy 99.34% (1 seed),
+Test accuracy 99.41% ± 0.07 (sample deviation, 3 seeds),
 in 8 minutes (4 epochs) on one of 2 cores of an AMD EPYC. See RESULTS.md.
 """
 

@@ -2,7 +2,7 @@
 
     make train EXPERIMENT=mnist_mlp SEED=0
 
-Test accuracy 98.60% (1 seed),
+Test accuracy 98.50% ± 0.09 (sample deviation, 3 seeds),
 in 49 seconds (15 epochs) on one of 2 cores of an AMD EPYC. See RESULTS.md.
 """
 
