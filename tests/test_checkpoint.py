@@ -91,7 +91,7 @@ def test_a_truncated_checkpoint(tmp_path):
     data = max((path for path in tmp_path.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     data.write_bytes(data.read_bytes()[:1000])
     with closing(Checkpoints(tmp_path)) as checkpoints:
-        with pytest.raises(UserError, match=r"(?s)The checkpoint .*1 cannot be read .*move it away: the run then goes on"):
+        with pytest.raises(UserError, match=r"(?s)checkpoint .*1 cannot be read .*move it away: the run then goes on"):
             checkpoints.restore(1, make_state(MLP(3)))
 
 
