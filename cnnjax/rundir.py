@@ -116,7 +116,7 @@ def create_run(run_dir: Path, config: Config, facts: DataFacts) -> None:
     """Makes the directory and writes config.json, or checks the one that is there (a longer run renews it).
 
     Raises:
-      UserError: the directory cannot be written, or holds a run on other data.
+      UserError: the directory cannot be written, is in use, or holds a run of another configuration or on other data.
     """
     path = run_dir / "config.json"
     if path.exists():
@@ -129,7 +129,12 @@ def create_run(run_dir: Path, config: Config, facts: DataFacts) -> None:
             )
         if saved == config:
             return
-        (run_dir / "result.json").unlink(missing_ok=True)  # Of the shorter run.
+        if not _is_longer(config, saved):  # Another process has begun a run here since `check_run`.
+            raise UserError(f"`run_dir` {run_dir} holds another configuration by now. Name another by --run-dir DIR.")
+        with lock(run_dir):  # A run that goes on keeps its files.
+            (run_dir / "result.json").unlink(missing_ok=True)  # Of the shorter run.
+            _write_json(path, {"config": asdict(config), "data": asdict(facts)})
+        return
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         _write_json(path, {"config": asdict(config), "data": asdict(facts)})

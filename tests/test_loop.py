@@ -216,6 +216,16 @@ def test_a_run_directory_that_another_process_trains_in(prepared_dir, tmp_path):
         process.communicate()
 
 
+def test_a_run_that_another_process_began_meanwhile_keeps_its_files(whole, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole[0], run_dir)
+    before = {name: (run_dir / name).read_bytes() for name in ("config.json", "result.json")}
+    other = Config(**{**vars(CONFIG), "batch_size": 8})
+    with pytest.raises(UserError, match="holds another configuration by now"):
+        loop.rundir.create_run(run_dir, other, loop.rundir.read_run(run_dir)[1])
+    assert before == {name: (run_dir / name).read_bytes() for name in before}
+
+
 def test_metrics_that_lack_epochs_or_are_no_json(whole, prepared_dir, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(whole[0], run_dir)
