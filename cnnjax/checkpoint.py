@@ -1,8 +1,12 @@
-"""Checkpoints: the last and the best by validation, written by Orbax while training goes on.
+"""Checkpoints: the last and the best by validation, written by Orbax while training goes on, each with its checksums.
 
-The only module that knows Orbax, whose v1 interface is still marked experimental.
+The only module that knows Orbax, whose v1 interface is still marked experimental. Orbax loads a file of which a bit has
+changed without a word, so every checkpoint gets a SHA256SUMS once it is whole, and is loaded only where all agree.
 """
 
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,26 +14,30 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
-from cnnjax.errors import UserError
+from cnnjax.errors import StorageError, UserError
+from cnnjax.files import check_sums, write_sums
 from cnnjax.step import TrainState
 
 
 class Checkpoints:
     """The checkpoints of one run, numbered by step.
 
-    Kept are the latest, and the best by validation accuracy (the later one of equals).
+    Kept are the latest two, and the best two by validation accuracy (the later one of equals): with one damaged, there
+    is still one to go on from, and the best of the epochs before it.
     """
 
     def __init__(self, directory: Path, *, read_only: bool = False):
         policies = ocp.training.preservation_policies
-        best = policies.BestN(get_metric_fn=_accuracy, n=1, keep_checkpoints_without_metrics=False)
-        preserved: Any = policies.AnyPreservationPolicy([policies.LatestN(1), best])
+        best = policies.BestN(get_metric_fn=_accuracy, n=2, keep_checkpoints_without_metrics=False)
+        preserved: Any = policies.AnyPreservationPolicy([policies.LatestN(2), best])
         self._checkpointer = ocp.training.Checkpointer(
             str(directory.absolute()),
             save_decision_policy=_Always(),
             preservation_policy=preserved,
             cleanup_tmp_directories=not read_only,  # What a killed save left behind.
         )
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
 
     def latest(self) -> int | None:
         """Returns the step of the latest checkpoint, or None."""
@@ -46,25 +54,46 @@ class Checkpoints:
 
         Args:
           state: may be donated afterwards: it is copied first.
-          progress: what the loop knows besides the state; any JSON.
+          progress: what the loop knows besides the state; any JSON. "best_step" names the checkpoint it needs.
           validation: the scores at the end of an epoch ("accuracy" ranks them); None within one.
+
+        Raises:
+          StorageError: the save before this one could not be written.
         """
         self.wait()
         copy = jax.tree.map(jnp.copy, state)
-        self._checkpointer.save_checkpointables_async(
-            int(state.step), {"state": copy}, metrics=validation, custom_metadata=progress
-        )
+        self._pending = self._thread.submit(self._save, int(state.step), copy, progress, validation)
+
+    def _save(self, step: int, state: TrainState, progress: dict[str, Any], validation: dict[str, Any] | None) -> None:
+        self._checkpointer.save_checkpointables(step, {"state": state}, metrics=validation, custom_metadata=progress)
+        folder = Path(self._checkpointer.directory) / str(step)
+        write_sums(folder, (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()))
 
     def wait(self) -> None:
-        """Waits until what was saved is on disk."""
-        self._checkpointer.wait()
+        """Waits until what was saved is on disk.
 
-    def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Restores a checkpoint onto the first device.
+        Raises:
+          StorageError: it could not be written, because the disk is full or not writable; earlier ones are kept.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            try:
+                pending.result()
+            except Exception as error:  # Orbax raises many types for a disk that is full.
+                raise StorageError(
+                    f"A checkpoint could not be written in {self._checkpointer.directory} ({_first_line(error)}). "
+                    "What was saved before is in place: make room, and go on by --resume."
+                ) from error
+
+    def restore(
+        self, step: int, like: TrainState, sharding: jax.sharding.Sharding | None = None
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """Restores a checkpoint, once its checksums are verified.
 
         Args:
           step: one of `latest()` and `best()`.
           like: gives structure, shapes and dtypes; arrays of `jax.eval_shape` will do.
+          sharding: where the arrays go; the first device when None.
 
         Returns:
           The state, and the `progress` that was saved with it.
@@ -72,8 +101,13 @@ class Checkpoints:
         Raises:
           UserError: the checkpoint is of another model or optimizer, or damaged.
         """
-        path = self._checkpointer.directory / str(step)
-        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        path = Path(self._checkpointer.directory) / str(step)
+        if wrong := faults(path):
+            raise UserError(
+                f"The checkpoint {path} must agree with its checksums, got {wrong[0]}. Go on by --resume: the run then "
+                "takes an earlier one."
+            )
+        sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
         target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like)
         try:
             metadata: Any = self._checkpointer.checkpointables_metadata(step)
@@ -81,21 +115,78 @@ class Checkpoints:
             state = self._checkpointer.load_checkpointables(step, {"state": target})["state"]
         except UserError:
             raise
-        except Exception as error:  # Orbax raises many types for missing or truncated files.
+        except Exception as error:  # Intact, so another version wrote it; Orbax raises many types.
             raise UserError(
-                f"The checkpoint {path} cannot be read ({type(error).__name__}: {str(error)[:200]}). If it is damaged, "
-                "move it away: the run then goes on from an earlier one, or anew where there is none."
+                f"The checkpoint {path} cannot be read by this version of Orbax ({_first_line(error)}). manifest.json "
+                "names the versions that wrote it."
             ) from error
         return state, metadata.custom_metadata
 
     def close(self) -> None:
-        """Waits until all is on disk and ends Orbax's threads."""
+        """Waits until all is on disk and ends the threads."""
+        self._thread.shutdown()
         self._checkpointer.close()
+
+
+def recover(directory: Path, say: Callable[[str], None]) -> None:
+    """Leaves in `directory` the checkpoints that a run can go on from.
+
+    That is the latest one that agrees with its checksums and whose best checkpoint does, too, and those before it.
+    Later ones are moved to `directory`/../damaged, and the user is told; what a killed removal left half is removed.
+    """
+    steps = sorted((int(path.name) for path in directory.glob("*") if path.name.isdecimal()), reverse=True)
+    intact = [step for step in steps if not faults(directory / str(step))]
+    usable = next((step for step in intact if _best_step(directory / str(step)) in (None, *intact)), None)
+    for step in steps:
+        path = directory / str(step)
+        wrong = faults(path)
+        if usable is None or step > usable:
+            moved = _set_aside(path, directory.parent / "damaged")
+            why = wrong[0] if wrong else f"the best checkpoint of its run, {_best_step(path)}, is missing or damaged"
+            to = "from the start" if usable is None else f"from the checkpoint of step {usable}"
+            say(f"The checkpoint of step {step} cannot be used: {why}. It is now {moved}; going on {to}.")
+        elif wrong:
+            shutil.rmtree(path)
+
+
+def faults(path: Path) -> list[str]:
+    """Returns what is wrong with a checkpoint's files, in words."""
+    if path.is_symlink():
+        return [f"{path.name} leads out of the folder"]
+    return [f"{name} {_WORDS.get(what, what)}" for name, what in check_sums(path).items() if what != "ok"]
 
 
 def all_finite(state: TrainState) -> bool:
     """Returns whether every parameter is a finite number. Waits for the device."""
     return all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(state.params))
+
+
+_WORDS = {"missing": "is missing", "damaged": "is damaged", "no checksum": "has no checksum"}
+
+
+def _best_step(path: Path) -> int | None:
+    """Returns the step of the best checkpoint so far, as the one in `path` knows it; -1 where it cannot tell."""
+    try:
+        progress: Any = ocp.checkpointables_metadata(str(path.absolute())).custom_metadata
+        return progress["best_step"]
+    except Exception:  # Of another version: Orbax raises many types, and ours had no "best_step".
+        return -1
+
+
+def _set_aside(path: Path, folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    target = next(t for i in range(10_000) if not (t := folder / (path.name + (f".{i}" if i else ""))).exists())
+    return path.rename(target)
+
+
+def _first_line(error: BaseException) -> str:
+    """Returns the type and the most telling line of an error: the system's own where one is in the chain."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return f"{type(error).__name__}: {str(error)[:200]}"
 
 
 def _leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], Any]]:

@@ -15,6 +15,9 @@ from cnnjax.config import Config
 from cnnjax.errors import UserError
 from cnnjax.xla import use_compilation_cache
 
+# The exit code of a run that a signal stopped and --resume goes on with: EX_TEMPFAIL of sysexits.h, for schedulers.
+REQUEUE = 75
+
 
 @dataclass(frozen=True)
 class Train:
@@ -30,6 +33,8 @@ class Train:
     """The tfds directory; $TFDS_DATA_DIR or ~/tensorflow_datasets by default."""
     resume: bool = False
     """Go on with the run in the run directory, exactly where it stopped (or longer, at a constant learning rate)."""
+    checkpoint_seconds: float = 60.0
+    """Save within an epoch, too, this long after the last save: what a power cut may cost. No bit depends on it."""
 
 
 @dataclass(frozen=True)
@@ -110,18 +115,19 @@ def _train(command: Train) -> None:
     from cnnjax.report import Report
     from cnnjax.signals import Interrupted
 
-    use_compilation_cache()
+    use_compilation_cache(print)
     try:
         train_and_evaluate(
             command.config,
             run_dir=command.run_dir,
             data_dir=command.data_dir,
             resume=command.resume,
+            checkpoint_seconds=command.checkpoint_seconds,
             report=Report(),
         )
     except Interrupted as stop:
         again = [*sys.orig_argv, *([] if command.resume else ["--resume"])]
-        _fail(f"{stop} Go on with:\n  {shlex.join(again)}", 128 + stop.signum)
+        _fail(f"{stop} Go on with:\n  {shlex.join(again)}", REQUEUE)
 
 
 def _eval(command: Eval) -> None:

@@ -1,5 +1,6 @@
 """The typed configuration of a run: what, together with the code, decides every bit of its result."""
 
+import re
 from dataclasses import dataclass, field
 from math import inf
 
@@ -81,6 +82,18 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self) -> None:
+        _check(
+            "experiment",
+            "a name of letters, digits, '.', '_' and '-' that begins with a letter or digit",
+            re.fullmatch(r"(\w[\w.-]*)?", self.experiment, re.ASCII) is not None,
+            repr(self.experiment),
+        )
+        _check(
+            "dataset",
+            "a tfds name, such as cifar10 or name/config",
+            re.fullmatch(r"\w[\w-]*(/\w[\w.-]*)?/?", self.dataset, re.ASCII) is not None,
+            repr(self.dataset),
+        )
         _check("seed", "between 0 and 2**32 - 1", 0 <= self.seed < 2**32, self.seed)
         _check("num_epochs", "at least 1", self.num_epochs >= 1, self.num_epochs)
         _check("batch_size", "at least 1", self.batch_size >= 1, self.batch_size)

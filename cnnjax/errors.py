@@ -8,6 +8,10 @@ class UserError(ValueError):
     """A mistake whose message says how to mend it; the command line prints it without a traceback."""
 
 
+class StorageError(UserError, OSError):
+    """The disk is full or cannot be written; what was saved before is kept."""
+
+
 class NonFiniteLossError(UserError, FloatingPointError):
     """The loss became infinite or not a number."""
 

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax
+from jax.sharding import NamedSharding
 
 from cnnjax.batches import Standardization, eval_batches
 from cnnjax.data import Examples
@@ -37,10 +38,23 @@ class Scores(NamedTuple):
     num_examples: int
 
 
-def evaluate(state: TrainState, examples: Examples, standardization: Standardization, *, model: nn.Module) -> Scores:
-    """Scores every example once, by softmax cross-entropy and accuracy. Waits for the device."""
+def evaluate(
+    state: TrainState,
+    examples: Examples,
+    standardization: Standardization,
+    *,
+    model: nn.Module,
+    sharding: NamedSharding | None = None,
+) -> Scores:
+    """Scores every example once, by softmax cross-entropy and accuracy. Waits for the device.
+
+    Args:
+      sharding: how devices share a batch; the first device works alone when None.
+    """
     batch_size = min(EVAL_BATCH_SIZE, len(examples.label))
+    if sharding is not None:
+        batch_size = -(-batch_size // sharding.mesh.size) * sharding.mesh.size
     totals = Totals()
     for batch in eval_batches(examples, standardization, batch_size):
-        totals = totals.add(eval_step(state, batch, model=model))
+        totals = totals.add(eval_step(state, jax.device_put(batch, sharding), model=model))
     return totals.means()

@@ -3,8 +3,8 @@
 import math
 import os
 import time
-from contextlib import closing
-from importlib.metadata import version
+from collections.abc import Sequence
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cnnjax import rundir
+from cnnjax import manifest, rundir
 from cnnjax.batches import (
     Standardization,
     pixel_statistics,
@@ -21,15 +21,17 @@ from cnnjax.batches import (
     steps_per_epoch,
     train_batch,
 )
-from cnnjax.checkpoint import Checkpoints, all_finite
+from cnnjax.checkpoint import Checkpoints, all_finite, recover
 from cnnjax.config import Config
 from cnnjax.data import Examples, ImageDataset, load_dataset
+from cnnjax.devices import Placement, place
 from cnnjax.errors import NonFiniteLossError, UserError
 from cnnjax.evaluation import Scores, Totals, evaluate
+from cnnjax.files import file_sha256, tree_sha256, write_json
 from cnnjax.models import make_model
 from cnnjax.optim import make_loss, make_tx
 from cnnjax.report import Report
-from cnnjax.signals import Interrupted, stop_signals
+from cnnjax.signals import Interrupted, Stop, stop_signals
 from cnnjax.step import Batch, LossFn, TrainState, init_state, train_step
 
 
@@ -47,10 +49,11 @@ class Run(NamedTuple):
     tx: optax.GradientTransformation
     loss_fn: LossFn
     train_key: jax.Array
+    placement: Placement
 
     def batch(self, step: int) -> Batch:
-        """Returns the batch of a training step."""
-        return train_batch(
+        """Returns the batch of a training step, on the run's devices."""
+        batch = train_batch(
             self.train,
             self.standardization,
             seed=self.config.seed,
@@ -58,6 +61,20 @@ class Run(NamedTuple):
             batch_size=self.config.batch_size,
             flip=self.config.flip,
         )
+        return jax.device_put(batch, self.placement.batch)
+
+
+class Progress(NamedTuple):
+    """What the loop knows besides the state, on the host; a checkpoint keeps it, so that no metric line can be lost."""
+
+    rows: list[dict[str, Any]]  # Of metrics.jsonl: one an epoch, the same bits for the same seed.
+    timing: list[dict[str, Any]]  # Of timing.jsonl.
+    totals: Totals = Totals()  # Of the epoch so far.
+    seconds: float = 0.0  # Of training, all sessions together.
+
+    def best(self) -> dict[str, Any] | None:
+        """Returns the row with the best validation accuracy, the latest of equals."""
+        return max(self.rows, key=lambda row: (row["validation_accuracy"], row["epoch"]), default=None)
 
 
 def train_and_evaluate(
@@ -66,7 +83,10 @@ def train_and_evaluate(
     run_dir: Path | None = None,
     data_dir: Path | None = None,
     resume: bool = False,
+    checkpoint_seconds: float = 60.0,
+    devices: Sequence[Any] | None = None,
     report: Report | None = None,
+    stop: Stop | None = None,
 ) -> dict[str, Any]:
     """Trains a network and scores it on the test set, in one run directory.
 
@@ -76,7 +96,10 @@ def train_and_evaluate(
       data_dir: the tfds directory; tfds's own default when None.
       resume: go on with the run in `run_dir`, exactly where it stopped. A run that ended is not run again, but for more
         epochs at a constant learning rate.
+      checkpoint_seconds: save within an epoch, too, this long after the last save; no bit depends on it.
+      devices: that share each batch; all when None.
       report: told what happens; a quiet one when None.
+      stop: where signals arrive, for a caller that trains in several threads; this function handles them when None.
 
     Returns:
       The content of result.json.
@@ -88,21 +111,33 @@ def train_and_evaluate(
     """
     report = report or Report(quiet=True)
     run_dir = rundir.default_run_dir(config) if run_dir is None else run_dir
-    rundir.check_run(run_dir, config, resume)
-    result = rundir.read_result(run_dir)
-    if result is None or result["num_epochs"] < config.num_epochs:
-        run, state = _set_up(config, run_dir, data_dir, report)
-        with rundir.lock(run_dir), stop_signals() as stop, closing(Checkpoints(run_dir / "checkpoints")) as checkpoints:
-            if resume and checkpoints.latest() is None:
-                report.say(f"There is nothing to resume in {run_dir}: starting anew.")
-            state, rows = fit(run, state, checkpoints, stop, report)
-            result = _test(run, state, rows, checkpoints)
-        rundir.write_result(run_dir, result)
+    with rundir.lock(run_dir), nullcontext(stop) if stop else stop_signals() as stopped:
+        rundir.check_run(run_dir, config, resume)
+        result = rundir.read_result(run_dir)
+        if result is None or result["num_epochs"] < config.num_epochs:
+            run, state = _set_up(config, run_dir, data_dir, devices, report)
+            environment = manifest.environment(run.placement.num_devices)
+            for line in manifest.changes_since_last_session(run_dir, environment):
+                report.say(line)
+            about = environment | {"seed": config.seed, "resumed_from": None}
+            with manifest.session(run_dir, about, rundir.FILES) as session:
+                recover(run_dir / "checkpoints", report.say)
+                with closing(Checkpoints(run_dir / "checkpoints")) as checkpoints:
+                    session["resumed_from"] = checkpoints.latest()
+                    if resume and checkpoints.latest() is None:
+                        report.say(f"There is nothing to resume in {run_dir}: starting anew.")
+                    state, progress = fit(
+                        run, state, checkpoints, stopped, report, checkpoint_seconds=checkpoint_seconds
+                    )
+                    result = _test(run, state, progress, checkpoints)
+                    write_json(run_dir / "result.json", result)
     report.result(result, run_dir)
     return result
 
 
-def _set_up(config: Config, run_dir: Path, data_dir: Path | None, report: Report) -> tuple[Run, TrainState]:
+def _set_up(
+    config: Config, run_dir: Path, data_dir: Path | None, devices: Sequence[Any] | None, report: Report
+) -> tuple[Run, TrainState]:
     """Loads the training split, builds what `config` names, makes the first state and writes config.json."""
     dataset = load_dataset(config.dataset, data_dir, report.say)
     examples = dataset.load("train")
@@ -113,6 +148,7 @@ def _set_up(config: Config, run_dir: Path, data_dir: Path | None, report: Report
     standardization = pixel_statistics(train.image)
     steps = steps_per_epoch(len(train.label), config.batch_size)
     init_key, train_key = jax.random.split(jax.random.key(config.seed))
+    placement = place(config.batch_size, devices)
     run = Run(
         config=config,
         folder=run_dir,
@@ -124,61 +160,65 @@ def _set_up(config: Config, run_dir: Path, data_dir: Path | None, report: Report
         model=make_model(config.model, dataset.num_classes),
         tx=make_tx(config.optim, num_steps=steps * config.num_epochs),
         loss_fn=make_loss(config.label_smoothing),
-        train_key=train_key,
+        train_key=jax.device_put(train_key, placement.state),
+        placement=placement,
     )
     image_shape = train.image.shape[1:]
     state = init_state(init_key, jnp.zeros((1, *image_shape)), model=run.model, tx=run.tx)
     rundir.create_run(run_dir, config, rundir.make_facts(dataset, image_shape, standardization))
+    shared = f" ({placement.num_devices} share a batch)" if placement.num_devices > 1 else ""
     report.say(
         f"{run_dir}: {config.model.name} ({count_params(state):,} parameters) on {config.dataset} ({dataset.source}), "
-        f"{len(train.label):,} training and {len(validation.label):,} validation images, on {device()}"
+        f"{len(train.label):,} training and {len(validation.label):,} validation images, on {device()}{shared}"
     )
-    return run, state
+    return run, jax.device_put(state, placement.state)
 
 
 def fit(
-    run: Run, state: TrainState, checkpoints: Checkpoints, stop: list[int], report: Report
-) -> tuple[TrainState, list[dict[str, Any]]]:
+    run: Run, state: TrainState, checkpoints: Checkpoints, stop: Stop, report: Report, *, checkpoint_seconds: float
+) -> tuple[TrainState, Progress]:
     """Trains from the latest checkpoint, or from `state` where there is none, to the last epoch.
 
     Args:
       run: what stays the same.
       state: donated.
       checkpoints: of this run.
-      stop: the signals received; as soon as there is one, the loop saves and raises.
+      stop: as soon as it has a signal, the loop saves and raises.
       report: told what happens.
+      checkpoint_seconds: save within an epoch, too, this long after the last save.
 
     Returns:
-      The last state, and the rows of metrics.jsonl, one an epoch.
+      The last state, and what it leaves in metrics.jsonl and timing.jsonl.
 
     Raises:
-      UserError: metrics.jsonl lacks epochs.
       NonFiniteLossError: the loss or a parameter became infinite or not a number.
+      StorageError: a checkpoint could not be written.
       Interrupted: a signal came.
     """
     config, steps = run.config, run.steps_per_epoch
-    totals, seconds = Totals(), 0.0
+    progress = Progress([], [])
     if (latest := checkpoints.latest()) is not None:
-        state, progress = checkpoints.restore(latest, state)
-        totals, seconds = Totals(*progress["totals"]), progress["seconds"]
+        state, saved = checkpoints.restore(latest, state, run.placement.state)
+        progress = Progress(saved["rows"], saved["timing"], Totals(*saved["totals"]), saved["seconds"])
         report.say(f"resuming at step {latest} of {steps * config.num_epochs}")
+    _write_progress(run.folder, progress)
+    rows, timing, totals, seconds = progress
     step = int(state.step)
-    rows = rundir.read_metrics(run.folder)[: step // steps]
-    if len(rows) != step // steps:
-        raise UserError(
-            f"{run.folder}/metrics.jsonl must have a line for each of the {step // steps} epochs before step {step}, "
-            f"got {len(rows)}. Restore it, or train in another directory."
-        )
-    clock = time.perf_counter() - seconds  # The instant at which a run without interruptions would have begun.
+    last_save = time.perf_counter()
+    clock = last_save - seconds  # The instant at which a run without interruptions would have begun.
 
     def save(scores: Scores | None = None) -> None:
+        nonlocal last_save
         if not all_finite(state):
             raise _not_finite("the parameters became infinite or nan", step, config, checkpoints)
-        progress = {"totals": totals, "seconds": time.perf_counter() - clock}
-        checkpoints.save(state, progress, None if scores is None else scores._asdict())
+        progress = Progress(list(rows), list(timing), totals, time.perf_counter() - clock)
+        best = progress.best()
+        kept = {**progress._asdict(), "best_step": None if best is None else best["step"]}
+        checkpoints.save(state, kept, None if scores is None else scores._asdict())
+        last_save = time.perf_counter()
 
     batch = run.batch(step)
-    with report.progress(config.num_epochs, steps, start=step) as bar:
+    with stop.held(), report.progress(config.num_epochs, steps, start=step) as bar:
         for epoch in range(step // steps, config.num_epochs):
             lap, already = time.perf_counter(), totals.num_examples
             while step < (epoch + 1) * steps:
@@ -191,12 +231,15 @@ def fit(
                 if not math.isfinite(totals.loss):
                     raise _not_finite(f"the loss became {float(metrics.loss)}", step, config, checkpoints)
                 bar.update(step, totals.means())
-                if stop and step % steps:  # A stop at the end of an epoch is saved with its scores, below.
+                if step % steps == 0:  # Saved with its scores, below.
+                    break
+                if stop.signum is not None or time.perf_counter() - last_save >= checkpoint_seconds:
                     save()
+                if stop.signum is not None:
                     checkpoints.wait()
-                    raise Interrupted(stop[0], step)
+                    raise Interrupted(stop.signum, step)
             images_per_second = (totals.num_examples - already) / (time.perf_counter() - lap)
-            scores = evaluate(state, run.validation, run.standardization, model=run.model)
+            scores = evaluate(state, run.validation, run.standardization, model=run.model, sharding=run.placement.batch)
             rows.append(
                 {
                     "epoch": epoch + 1,
@@ -205,29 +248,36 @@ def fit(
                     "train_accuracy": totals.means().accuracy,
                     "validation_loss": scores.loss,
                     "validation_accuracy": scores.accuracy,
-                    "images_per_second": images_per_second,
-                    "seconds": time.perf_counter() - clock,
+                    "params_sha256": tree_sha256(state.params),
                 }
             )
-            rundir.write_metrics(run.folder, rows)
-            report.epoch(rows[-1], config.num_epochs)
+            seconds = time.perf_counter() - clock
+            timing.append({"epoch": epoch + 1, "images_per_second": images_per_second, "seconds": seconds})
             totals = Totals()
             save(scores)
-            if stop:
+            _write_progress(run.folder, Progress(rows, timing))
+            report.epoch({**rows[-1], **timing[-1]}, config.num_epochs)
+            if stop.signum is not None:
                 checkpoints.wait()
-                raise Interrupted(stop[0], step)
-    checkpoints.wait()
-    return state, rows
+                raise Interrupted(stop.signum, step)
+        checkpoints.wait()
+    return state, Progress(rows, timing, totals, time.perf_counter() - clock)
 
 
-def _test(run: Run, like: TrainState, rows: list[dict[str, Any]], checkpoints: Checkpoints) -> dict[str, Any]:
+def _write_progress(run_dir: Path, progress: Progress) -> None:
+    rundir.write_rows(run_dir / "metrics.jsonl", progress.rows)
+    rundir.write_rows(run_dir / "timing.jsonl", progress.timing)
+
+
+def _test(run: Run, last: TrainState, progress: Progress, checkpoints: Checkpoints) -> dict[str, Any]:
     """Scores the best checkpoint on the test split; returns the content of result.json."""
-    best_step = checkpoints.best()
-    if best_step is None:
+    best = progress.best()
+    if best is None:
         raise UserError(f"The checkpoints in {run.folder} must have one at the end of an epoch, got none. Train anew.")
-    state, _ = checkpoints.restore(best_step, like)
-    best = next(row for row in rows if row["step"] == best_step)
-    scores = evaluate(state, run.dataset.load("test"), run.standardization, model=run.model)
+    state, _ = checkpoints.restore(best["step"], last, run.placement.state)
+    scores = evaluate(
+        state, run.dataset.load("test"), run.standardization, model=run.model, sharding=run.placement.batch
+    )
     return {
         "test_accuracy": scores.accuracy,
         "test_loss": scores.loss,
@@ -235,11 +285,17 @@ def _test(run: Run, like: TrainState, rows: list[dict[str, Any]], checkpoints: C
         "best_validation_accuracy": best["validation_accuracy"],
         "best_epoch": best["epoch"],
         "num_epochs": run.config.num_epochs,
-        "training_seconds": rows[-1]["seconds"],
+        "training_seconds": progress.timing[-1]["seconds"],
         "num_params": count_params(state),
         "seed": run.config.seed,
         "device": device(),
-        "versions": {name: version(name) for name in ("cnnjax", "jax", "jaxlib", "flax", "optax", "numpy")},
+        "sha256": {
+            "params": tree_sha256(last.params),
+            "batch_stats": tree_sha256(last.batch_stats),
+            "opt_state": tree_sha256(last.opt_state),
+            "best_params": tree_sha256(state.params),
+            "metrics": file_sha256(run.folder / "metrics.jsonl"),
+        },
     }
 
 

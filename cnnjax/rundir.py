@@ -1,8 +1,9 @@
-"""The run directory: config.json, metrics.jsonl (a line an epoch), checkpoints/ and, at the end, result.json."""
+"""The run directory: config.json, metrics.jsonl and timing.jsonl (a line an epoch), checkpoints/, manifest.json (see
+`manifest`) and, at the end, result.json. What it holds is read as data; none of it is executed.
+"""
 
 import fcntl
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -15,6 +16,10 @@ from cnnjax.batches import Standardization
 from cnnjax.config import Config, ModelConfig, OptimConfig
 from cnnjax.data import ImageDataset
 from cnnjax.errors import UserError
+from cnnjax.files import read_json, write_json, write_whole
+
+FILES = ("config.json", "metrics.jsonl", "timing.jsonl", "result.json")  # Besides manifest.json and what it names.
+LOCK = "lock"
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,7 @@ class DataFacts:
       image_shape: (H, W, C).
       class_names: of each label, in order.
       sha256: of each split (see `data.digest`).
+      version: of the set, as tfds numbers it.
       source: where the pixels came from, in words.
       mean, std: of the training images' channels, in units of a pixel (0 to 255).
     """
@@ -32,6 +38,7 @@ class DataFacts:
     image_shape: tuple[int, ...]
     class_names: tuple[str, ...]
     sha256: dict[str, str]
+    version: str
     source: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -48,6 +55,7 @@ def make_facts(dataset: ImageDataset, image_shape: tuple[int, ...], standardizat
         image_shape=image_shape,
         class_names=dataset.class_names,
         sha256=dataset.sha256,
+        version=dataset.folder.name,
         source=dataset.source,
         mean=tuple(standardization.mean.tolist()),
         std=tuple(standardization.std.tolist()),
@@ -64,11 +72,9 @@ def check_run(run_dir: Path, config: Config, resume: bool) -> None:
     """Checks that a run may start, or go on, in `run_dir`.
 
     Raises:
-      UserError: the directory is in use and `resume` is off, or holds a run of another configuration.
+      UserError: the directory is in use and `resume` is off, or holds a run of another configuration or version.
     """
-    if not run_dir.is_dir() and run_dir.exists():
-        raise UserError(f"`run_dir` must be a directory, got the file {run_dir}.")
-    if not run_dir.exists() or not any(run_dir.iterdir()):
+    if all(path.name == LOCK for path in run_dir.iterdir()):
         return
     if not (run_dir / "config.json").exists():
         raise UserError(f"`run_dir` must be empty or hold a run, got {run_dir}. Name another by --run-dir DIR.")
@@ -77,30 +83,66 @@ def check_run(run_dir: Path, config: Config, resume: bool) -> None:
     if not resume:
         hint = "Go on with that run by --resume, or name" if fits else "It holds another configuration. Name"
         raise UserError(f"`run_dir` {run_dir} exists already. {hint} another by --run-dir DIR.")
-    old, new = _flatten(asdict(saved)), _flatten(asdict(config))
-    changed = [f"`{name}` is {old[name]!r} there and {new[name]!r} here" for name in new if old[name] != new[name]]
     if not fits:
+        changed = [
+            f"`{name}` is {old!r} there and {new!r} here" for name, (old, new) in config_changes(saved, config).items()
+        ]
         raise UserError(
             f"{run_dir} must be resumed with its own configuration: {'; '.join(changed)}. "
             f"Give the same values, or name another directory by --run-dir DIR."
         )
 
 
+def config_changes(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Returns the values that differ: {dotted name: (old, new)}."""
+    a, b = _flatten(asdict(old)), _flatten(asdict(new))
+    return {name: (a[name], b[name]) for name in a if a[name] != b[name]}
+
+
 @contextmanager
 def lock(run_dir: Path) -> Iterator[None]:
-    """Keeps other processes out of the run directory while the context lasts; the system frees it when a process ends.
+    """Makes the directory, and keeps other processes out of it while the context lasts.
+
+    The system frees the lock when the process ends, however it ends. A directory that stayed empty is removed.
 
     Raises:
-      UserError: another process trains in it.
+      UserError: another process trains in it, or it cannot be written.
     """
-    descriptor = os.open(run_dir, os.O_RDONLY)
+    if not run_dir.is_dir() and run_dir.exists():
+        raise UserError(f"`run_dir` must be a directory, got the file {run_dir}.")
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise UserError(f"`run_dir` {run_dir} is in use by another process. Name another by --run-dir DIR.") from error
-    finally:
-        os.close(descriptor)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = (run_dir / LOCK).open("a")
+    except OSError as error:
+        raise UserError(
+            f"`run_dir` must be a directory that can be written, got {run_dir} ({error}). Give another: --run-dir DIR."
+        ) from error
+    with file:
+        if not _try_lock(file.fileno()):
+            raise UserError(f"`run_dir` {run_dir} is in use by another process. Name another by --run-dir DIR.")
+        try:
+            yield
+        finally:
+            if [path.name for path in run_dir.iterdir()] == [LOCK]:
+                (run_dir / LOCK).unlink()
+                run_dir.rmdir()
+
+
+def is_locked(run_dir: Path) -> bool:
+    """Returns whether a process trains in the directory now."""
+    try:
+        with (run_dir / LOCK).open() as file:
+            return not _try_lock(file.fileno(), fcntl.LOCK_SH)
+    except OSError:
+        return False
+
+
+def _try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _is_longer(config: Config, saved: Config) -> bool:
@@ -113,10 +155,10 @@ def _is_longer(config: Config, saved: Config) -> bool:
 
 
 def create_run(run_dir: Path, config: Config, facts: DataFacts) -> None:
-    """Makes the directory and writes config.json, or checks the one that is there (a longer run renews it).
+    """Writes config.json, or checks the one that is there (a longer run renews it). The directory must be locked.
 
     Raises:
-      UserError: the directory cannot be written, is in use, or holds a run of another configuration or on other data.
+      UserError: the run that is there was on other data.
     """
     path = run_dir / "config.json"
     if path.exists():
@@ -129,19 +171,8 @@ def create_run(run_dir: Path, config: Config, facts: DataFacts) -> None:
             )
         if saved == config:
             return
-        if not _is_longer(config, saved):  # Another process has begun a run here since `check_run`.
-            raise UserError(f"`run_dir` {run_dir} holds another configuration by now. Name another by --run-dir DIR.")
-        with lock(run_dir):  # A run that goes on keeps its files.
-            (run_dir / "result.json").unlink(missing_ok=True)  # Of the shorter run.
-            _write_json(path, {"config": asdict(config), "data": asdict(facts)})
-        return
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        _write_json(path, {"config": asdict(config), "data": asdict(facts)})
-    except OSError as error:
-        raise UserError(
-            f"`run_dir` must be a directory that can be written, got {run_dir} ({error}). Give another: --run-dir DIR."
-        ) from error
+        (run_dir / "result.json").unlink(missing_ok=True)  # Of the shorter run.
+    write_json(path, {"config": asdict(config), "data": asdict(facts)})
 
 
 def read_run(run_dir: Path) -> tuple[Config, DataFacts]:
@@ -151,55 +182,40 @@ def read_run(run_dir: Path) -> tuple[Config, DataFacts]:
       UserError: there is no readable config.json.
     """
     try:
-        content = json.loads((run_dir / "config.json").read_text())
+        content = json.loads((run_dir / "config.json").read_bytes())
         config = content["config"]
         parts = {"model": ModelConfig(**config["model"]), "optim": OptimConfig(**config["optim"])}
         data: Any = {
             name: tuple(value) if isinstance(value, list) else value for name, value in content["data"].items()
         }
         return Config(**{**config, **parts}), DataFacts(**data)
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"`run` must be the directory of a run of this version, with a config.json, got {run_dir} ({error!r})."
         ) from error
 
 
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Returns the rows of metrics.jsonl, one an epoch (none before the first)."""
-    path = run_dir / "metrics.jsonl"
-    return [_parse(path, line) for line in path.read_text().splitlines()] if path.exists() else []
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Returns the rows of metrics.jsonl or timing.jsonl, one an epoch (none before the first).
+
+    Raises:
+      UserError: a line is no JSON.
+    """
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    except ValueError as error:
+        raise UserError(f"{path} must hold a JSON object a line ({error}). --resume writes it again.") from error
 
 
-def write_metrics(run_dir: Path, rows: list[dict[str, Any]]) -> None:
-    """Writes metrics.jsonl whole: an epoch that is trained again after a resume must not stand there twice."""
-    partial = run_dir / "metrics.jsonl.partial"
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    partial.replace(run_dir / "metrics.jsonl")
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes metrics.jsonl or timing.jsonl whole: an epoch that is trained again must not stand there twice."""
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_result(run_dir: Path) -> dict[str, Any] | None:
     """Returns the content of result.json, or None while the run has not ended."""
     path = run_dir / "result.json"
-    return _parse(path, path.read_text()) if path.exists() else None
-
-
-def write_result(run_dir: Path, result: dict[str, Any]) -> None:
-    """Writes result.json."""
-    _write_json(run_dir / "result.json", result)
-
-
-def _parse(path: Path, text: str) -> dict[str, Any]:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        message = f"{path} must hold JSON, got {text[:80]!r}. Restore it, or train in another directory."
-        raise UserError(message) from error
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    partial.replace(path)
+    return read_json(path) if path.exists() else None
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM, turned from a sudden end into a flag that the loop looks at."""
+"""SIGINT and SIGTERM, turned from a sudden end into an exception, or a flag that the loop looks at."""
 
 import signal
 import threading
@@ -11,31 +11,56 @@ class Interrupted(Exception):  # noqa: N818  It is no error.
 
     Attributes:
       signum: the signal.
-      step: the step of the checkpoint.
+      step: the step of the checkpoint; None where the signal came before the first step or after the last.
     """
 
-    def __init__(self, signum: int, step: int):
-        super().__init__(f"Stopped by {signal.Signals(signum).name}; the checkpoint of step {step} is saved.")
+    def __init__(self, signum: int, step: int | None = None):
+        saved = "nothing is lost" if step is None else f"the checkpoint of step {step} is saved"
+        super().__init__(f"Stopped by {signal.Signals(signum).name}; {saved}.")
         self.signum = signum
         self.step = step
 
 
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM into a list instead of ending the process; a second one ends it at once."""
-    received: list[int] = []
+class Stop:
+    """The signal that asked to stop, if one came.
 
-    def receive(signum: int, frame: object) -> None:
-        if received:
+    It raises `Interrupted` where it arrives; within `held`, the loop looks at `signum` when it can save.
+    """
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self._held = False
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps a signal waiting while the context lasts."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+        if self.signum is not None:
+            raise Interrupted(self.signum)
+
+    def receive(self, signum: int, frame: object) -> None:
+        """Handles a signal; the second one ends the process at once."""
+        if self.signum is not None:
             raise KeyboardInterrupt
-        received.append(signum)
+        self.signum = signum
+        if not self._held:
+            raise Interrupted(signum)
 
+
+@contextmanager
+def stop_signals() -> Iterator[Stop]:
+    """Lets a `Stop` receive SIGINT and SIGTERM instead of ending the process."""
+    stop = Stop()
     if threading.current_thread() is not threading.main_thread():  # Python gives signals to the main thread alone.
-        yield received
+        yield stop
         return
-    before = {signum: signal.signal(signum, receive) for signum in (signal.SIGINT, signal.SIGTERM)}
+    before = {signum: signal.signal(signum, stop.receive) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield received
+        yield stop
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
