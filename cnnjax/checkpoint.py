@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, PyTree
 from orbax.checkpoint import v1 as ocp
 
 from cnnjax.errors import StorageError, UserError
@@ -61,7 +62,7 @@ class Checkpoints:
           StorageError: the save before this one could not be written.
         """
         self.wait()
-        copy = jax.tree.map(jnp.copy, state)
+        copy = _copy(state)
         self._pending = self._thread.submit(self._save, int(state.step), copy, progress, validation)
 
     def _save(self, step: int, state: TrainState, progress: dict[str, Any], validation: dict[str, Any] | None) -> None:
@@ -153,15 +154,29 @@ def faults(path: Path) -> list[str]:
     """Returns what is wrong with a checkpoint's files, in words."""
     if path.is_symlink():
         return [f"{path.name} leads out of the folder"]
-    return [f"{name} {_WORDS.get(what, what)}" for name, what in check_sums(path).items() if what != "ok"]
+    return [
+        f"{name} {_WORDS.get(what, what)}"
+        for name, what in check_sums(path).items()
+        if what not in ("ok", "no checksum")
+    ]
 
 
 def all_finite(state: TrainState) -> bool:
     """Returns whether every parameter is a finite number. Waits for the device."""
-    return all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(state.params))
+    return bool(_all_finite(state.params))
 
 
-_WORDS = {"missing": "is missing", "damaged": "is damaged", "no checksum": "has no checksum"}
+@jax.jit
+def _all_finite(params: PyTree) -> Bool[Array, ""]:
+    return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]))
+
+
+@jax.jit
+def _copy(state: TrainState) -> TrainState:
+    return jax.tree.map(jnp.copy, state)
+
+
+_WORDS = {"missing": "is missing", "damaged": "is damaged"}
 
 
 def _best_step(path: Path) -> int | None:

@@ -1,18 +1,21 @@
-"""The command line: cnnjax train | eval | predict | data. Imports jax only when a command runs."""
+"""The command line: train | eval | predict | data, and those of `cli_runs`. Imports jax only when a command runs."""
 
 import logging
+import runpy
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
 from tyro.conf import Positional, arg
 
+from cnnjax.cli_runs import Compare, Diff, Reproduce, Runs, Verify, describe
 from cnnjax.config import Config
-from cnnjax.errors import UserError
+from cnnjax.errors import StorageError, UserError, unknown_name
+from cnnjax.signals import Interrupted
 from cnnjax.xla import use_compilation_cache
 
 # The exit code of a run that a signal stopped and --resume goes on with: EX_TEMPFAIL of sysexits.h, for schedulers.
@@ -23,12 +26,16 @@ REQUEUE = 75
 class Train:
     """Train a network, validate each epoch, and score it on the test set once at the end.
 
-    Any value of the configuration can be given by its name. Ctrl-C saves and says how to go on.
+    `cnnjax train EXPERIMENT` takes the values of experiments/EXPERIMENT.py (or of such a file, by its path) as
+    defaults. Any value of the configuration can be given by its name. Ctrl-C and SIGTERM save, tell how to go on, and
+    exit with 75.
     """
 
     config: Annotated[Config, arg(name="")] = field(default_factory=Config)
+    seeds: str | None = None
+    """Train with many seeds in one process, 0:10 (0 to 9) or 0,3,7, and print the mean and its 95% interval."""
     run_dir: Path | None = None
-    """Where config, metrics, checkpoints and result go; runs/EXPERIMENT-seedSEED by default."""
+    """Where the run goes, runs/EXPERIMENT-seedSEED by default; with --seeds, the folder of the runs."""
     data_dir: Path | None = None
     """The tfds directory; $TFDS_DATA_DIR or ~/tensorflow_datasets by default."""
     resume: bool = False
@@ -75,12 +82,19 @@ class Data:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line; exits with 0, or with 2 and a message where the user has to mend something."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
     commands = {"train": Train, "eval": Eval, "predict": Predict, "data": Data}
-    _run(
-        lambda: tyro.extras.subcommand_cli_from_dict(
-            commands, args=argv, prog="cnnjax", description="Train image classifiers with JAX and Flax."
+    commands |= {"runs": Runs, "verify": Verify, "reproduce": Reproduce, "diff": Diff, "compare": Compare}
+
+    def parse() -> Any:
+        if len(arguments) > 1 and arguments[0] == "train" and not arguments[1].startswith("-"):
+            default = Train(_read_experiment(arguments[1]))
+            return tyro.cli(Train, default=default, args=arguments[2:], prog=f"cnnjax train {arguments[1]}")
+        return tyro.extras.subcommand_cli_from_dict(
+            commands, args=arguments, prog="cnnjax", description="Train image classifiers with JAX and Flax."
         )
-    )
+
+    _run(parse)
 
 
 def run_experiment(config: Config) -> None:
@@ -92,17 +106,38 @@ def run_experiment(config: Config) -> None:
     _run(lambda: tyro.cli(Train, default=Train(config)))
 
 
-def _run(parse: Callable[[], Train | Eval | Predict | Data]) -> None:
+def _read_experiment(name: str) -> Config:
+    """Returns the CONFIG of experiments/<name>.py, or of the file `name`; the file is run, as a Python program."""
+    folder = Path("experiments")
+    path = Path(name) if name.endswith(".py") else folder / f"{name}.py"
+    if not path.is_file():
+        known = (path.stem for path in folder.glob("*.py") if "CONFIG = " in path.read_text())
+        raise unknown_name("EXPERIMENT", name, known)
+    config = runpy.run_path(str(path)).get("CONFIG")
+    if not isinstance(config, Config):
+        raise UserError(f"`EXPERIMENT` must be a file with a CONFIG of type Config, got {path}.")
+    return config
+
+
+def _run(parse: Callable[[], Any]) -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)  # tfds and Orbax tell there what is of no use to users.
     try:
         command = parse()
-        {Train: _train, Eval: _eval, Predict: _predict, Data: _data}[type(command)](command)
+        actions = {Train: _train, Eval: _eval, Predict: _predict, Data: _data}
+        status = actions[type(command)](command) if type(command) in actions else command()
+    except Interrupted as stop:
+        again = [*sys.orig_argv, *([] if "--resume" in sys.orig_argv else ["--resume"])]
+        _fail(f"{stop} Go on with:\n  {shlex.join(again)}", REQUEUE)
+    except StorageError as error:
+        _fail(str(error), 1)
     except UserError as error:
         _fail(str(error), 2)
     except OSError as error:  # A full disk, a missing permission: the system's message names the file.
         _fail(str(error), 1)
     except KeyboardInterrupt:
         _fail("Stopped at once; whatever was not saved is lost.", 130)
+    if status:
+        raise SystemExit(status)
 
 
 def _fail(message: str, status: int) -> NoReturn:
@@ -113,21 +148,17 @@ def _fail(message: str, status: int) -> NoReturn:
 def _train(command: Train) -> None:
     from cnnjax.loop import train_and_evaluate
     from cnnjax.report import Report
-    from cnnjax.signals import Interrupted
 
     use_compilation_cache(print)
-    try:
-        train_and_evaluate(
-            command.config,
-            run_dir=command.run_dir,
-            data_dir=command.data_dir,
-            resume=command.resume,
-            checkpoint_seconds=command.checkpoint_seconds,
-            report=Report(),
-        )
-    except Interrupted as stop:
-        again = [*sys.orig_argv, *([] if command.resume else ["--resume"])]
-        _fail(f"{stop} Go on with:\n  {shlex.join(again)}", REQUEUE)
+    where: Any = {"data_dir": command.data_dir, "resume": command.resume, "report": Report()}
+    where["checkpoint_seconds"] = command.checkpoint_seconds
+    if command.seeds is None:
+        train_and_evaluate(command.config, run_dir=command.run_dir, **where)
+        return
+    from cnnjax.seeds import parse_seeds, train_seeds
+
+    results = train_seeds(command.config, parse_seeds(command.seeds), folder=command.run_dir, **where)
+    print(f"{len(results)} seeds, {command.seeds}: {describe([result['test_accuracy'] for result in results])}")
 
 
 def _eval(command: Eval) -> None:

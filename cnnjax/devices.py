@@ -22,8 +22,8 @@ class Placement(NamedTuple):
 def place(batch_size: int, devices: Sequence[Any] | None = None) -> Placement:
     """Shares a batch among as many devices as divide it evenly.
 
-    The draws of a step are of the whole batch: order, flips and dropout masks are the same on any number of devices. Sums
-    are made in another order, so parameters agree to rounding.
+    The draws of a step are of the whole batch: order, flips and dropout masks are the same on any number of devices.
+    Sums are made in another order, so parameters agree to rounding.
 
     Args:
       batch_size: examples.

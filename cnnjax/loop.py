@@ -63,6 +63,10 @@ class Run(NamedTuple):
         )
         return jax.device_put(batch, self.placement.batch)
 
+    def evaluate(self, state: TrainState, examples: Examples) -> Scores:
+        """Scores every example once."""
+        return evaluate(state, examples, self.standardization, model=self.model, sharding=self.placement.batch)
+
 
 class Progress(NamedTuple):
     """What the loop knows besides the state, on the host; a checkpoint keeps it, so that no metric line can be lost."""
@@ -202,8 +206,7 @@ def fit(
         progress = Progress(saved["rows"], saved["timing"], Totals(*saved["totals"]), saved["seconds"])
         report.say(f"resuming at step {latest} of {steps * config.num_epochs}")
     _write_progress(run.folder, progress)
-    rows, timing, totals, seconds = progress
-    step = int(state.step)
+    step, (rows, timing, totals, seconds) = int(state.step), progress
     last_save = time.perf_counter()
     clock = last_save - seconds  # The instant at which a run without interruptions would have begun.
 
@@ -239,20 +242,15 @@ def fit(
                     checkpoints.wait()
                     raise Interrupted(stop.signum, step)
             images_per_second = (totals.num_examples - already) / (time.perf_counter() - lap)
-            scores = evaluate(state, run.validation, run.standardization, model=run.model, sharding=run.placement.batch)
-            rows.append(
+            scores = run.evaluate(state, run.validation)
+            rows.append(_row(epoch + 1, step, totals.means(), scores, state))
+            timing.append(
                 {
                     "epoch": epoch + 1,
-                    "step": step,
-                    "train_loss": totals.means().loss,
-                    "train_accuracy": totals.means().accuracy,
-                    "validation_loss": scores.loss,
-                    "validation_accuracy": scores.accuracy,
-                    "params_sha256": tree_sha256(state.params),
+                    "images_per_second": images_per_second,
+                    "seconds": time.perf_counter() - clock,
                 }
             )
-            seconds = time.perf_counter() - clock
-            timing.append({"epoch": epoch + 1, "images_per_second": images_per_second, "seconds": seconds})
             totals = Totals()
             save(scores)
             _write_progress(run.folder, Progress(rows, timing))
@@ -262,6 +260,19 @@ def fit(
                 raise Interrupted(stop.signum, step)
         checkpoints.wait()
     return state, Progress(rows, timing, totals, time.perf_counter() - clock)
+
+
+def _row(epoch: int, step: int, train: Scores, validation: Scores, state: TrainState) -> dict[str, Any]:
+    """Returns a row of metrics.jsonl."""
+    return {
+        "epoch": epoch,
+        "step": step,
+        "train_loss": train.loss,
+        "train_accuracy": train.accuracy,
+        "validation_loss": validation.loss,
+        "validation_accuracy": validation.accuracy,
+        "params_sha256": tree_sha256(state.params),
+    }
 
 
 def _write_progress(run_dir: Path, progress: Progress) -> None:
@@ -275,9 +286,7 @@ def _test(run: Run, last: TrainState, progress: Progress, checkpoints: Checkpoin
     if best is None:
         raise UserError(f"The checkpoints in {run.folder} must have one at the end of an epoch, got none. Train anew.")
     state, _ = checkpoints.restore(best["step"], last, run.placement.state)
-    scores = evaluate(
-        state, run.dataset.load("test"), run.standardization, model=run.model, sharding=run.placement.batch
-    )
+    scores = run.evaluate(state, run.dataset.load("test"))
     return {
         "test_accuracy": scores.accuracy,
         "test_loss": scores.loss,

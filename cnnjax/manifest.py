@@ -24,7 +24,7 @@ FORMAT = 1  # Of the run directory; another one is another layout.
 PACKAGES = ("cnnjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy", "scipy")
 ACCELERATOR_PACKAGES = ("jax-cuda13-plugin", "jax-cuda12-plugin", "nvidia-cudnn-cu13", "nvidia-cudnn-cu12", "libtpu")
 # What decides bits, besides configuration and data: a session that differs in these may end in others.
-DECISIVE = ("commit", "diff_sha256", "versions", "device", "num_devices", "processor", "driver", "flags")
+DECISIVE = ("commit", "diff_sha256", "versions", "device", "num_devices", "processor", "cores", "driver", "flags")
 DIFF_LIMIT = 1 << 20  # Bytes of an untracked file that still counts as source.
 
 

@@ -1,5 +1,7 @@
 """The optimizer and the loss that a configuration names. Built once a run: another one traces the step again."""
 
+from functools import cache
+
 import jax
 import optax
 from jaxtyping import Array, Float, Int, PyTree
@@ -18,6 +20,7 @@ def make_schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
     return optax.join_schedules([up, down], [rise])
 
 
+@cache  # Of several seeds: a rebuilt optimizer or loss is compiled again.
 def make_tx(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
     """Returns Adam with the schedule, and decoupled weight decay of the kernels where it is not 0."""
     schedule = make_schedule(config, num_steps)
@@ -31,6 +34,7 @@ def _is_kernel(params: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 
+@cache
 def make_loss(label_smoothing: float) -> LossFn:
     """Returns softmax cross-entropy against labels smoothed towards the uniform distribution."""
     if label_smoothing == 0:

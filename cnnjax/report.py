@@ -46,15 +46,22 @@ class Report:
 
     Args:
       quiet: tell nothing (for callers that are programs).
+      prefix: of every line; with one, there is no progress bar.
     """
 
-    def __init__(self, quiet: bool = False):
+    def __init__(self, quiet: bool = False, prefix: str = ""):
+        self._quiet = quiet
+        self._prefix = prefix
         self._out = Console(quiet=quiet, highlight=False, soft_wrap=True)
         self._err = Console(quiet=quiet, stderr=True, highlight=False, soft_wrap=True)
 
     def say(self, line: str) -> None:
         """Prints a line."""
-        self._out.print(line, markup=False)
+        self._out.print(self._prefix + line, markup=False)
+
+    def of(self, prefix: str) -> "Report":
+        """Returns a report for one of several runs at a time."""
+        return Report(self._quiet, prefix)
 
     @contextmanager
     def progress(self, num_epochs: int, steps: int, start: int) -> Iterator[Bar]:
@@ -70,7 +77,7 @@ class Report:
             TimeRemainingColumn(),
         )
         # The lines of `say` and `epoch` must scroll above the bar: on a terminal both go through the same console.
-        out, shown = self._out, sys.stderr.isatty() and not self._err.quiet
+        out, shown = self._out, sys.stderr.isatty() and not self._err.quiet and not self._prefix
         if shown and sys.stdout.isatty():
             self._out = self._err
         with Progress(*columns, console=self._err, disable=not shown, transient=True, speed_estimate_period=10) as bar:

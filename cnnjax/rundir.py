@@ -95,7 +95,7 @@ def check_run(run_dir: Path, config: Config, resume: bool) -> None:
 
 def config_changes(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """Returns the values that differ: {dotted name: (old, new)}."""
-    a, b = _flatten(asdict(old)), _flatten(asdict(new))
+    a, b = flatten(asdict(old)), flatten(asdict(new))
     return {name: (a[name], b[name]) for name in a if a[name] != b[name]}
 
 
@@ -218,8 +218,9 @@ def read_result(run_dir: Path) -> dict[str, Any] | None:
     return read_json(path) if path.exists() else None
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns nested dicts as one, with dotted names."""
     flat = {}
     for name, value in tree.items():
-        flat.update(_flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})
+        flat.update(flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})
     return flat
