@@ -142,8 +142,8 @@ def recover(directory: Path, say: Callable[[str], None]) -> None:
         path = directory / str(step)
         wrong = faults(path)
         if usable is None or step > usable:
-            moved = _set_aside(path, directory.parent / "damaged")
             why = wrong[0] if wrong else f"the best checkpoint of its run, {_best_step(path)}, is missing or damaged"
+            moved = _set_aside(path, directory.parent / "damaged")
             to = "from the start" if usable is None else f"from the checkpoint of step {usable}"
             say(f"The checkpoint of step {step} cannot be used: {why}. It is now {moved}; going on {to}.")
         elif wrong:

@@ -179,8 +179,11 @@ def read_run(run_dir: Path) -> tuple[Config, DataFacts]:
     """Reads what `create_run` wrote.
 
     Raises:
-      UserError: there is no readable config.json.
+      UserError: there is no readable config.json, or a link leads out of the directory.
     """
+    for path in run_dir.glob("*"):
+        if path.is_symlink() and not path.resolve().is_relative_to(run_dir.resolve()):
+            raise UserError(f"A run directory must hold no link that leads out of it, got {path}. Remove the link.")
     try:
         content = json.loads((run_dir / "config.json").read_bytes())
         config = content["config"]

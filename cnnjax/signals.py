@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class Interrupted(Exception):  # noqa: N818  It is no error.
-    """A signal ended the run; all it did is saved.
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the run; all it did is saved. Like its parent it passes by code that catches `Exception`.
 
     Attributes:
       signum: the signal.

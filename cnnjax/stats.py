@@ -1,6 +1,7 @@
 """What several seeds say: their mean and its interval, and whether two experiments differ. The tests are SciPy's."""
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -79,20 +80,23 @@ def compare(a: Mapping[int, float], b: Mapping[int, float]) -> Comparison:
     paired = a.keys() == b.keys()
     x = np.array([a[seed] for seed in sorted(a)])
     y = np.array([b[seed] for seed in sorted(b)])
-    difference = float(y.mean() - x.mean())
-    constant = np.ptp(y - x) == 0 if paired else np.ptp(x) == np.ptp(y) == 0
-    if constant:  # No noise to measure the difference by.
+    difference = float(np.mean(y - x) if paired else y.mean() - x.mean())
+    noise = [np.ptp(y - x)] if paired else [np.ptp(x), np.ptp(y)]
+    if max(noise) <= 1e-12 * max(np.abs(x).max(), np.abs(y).max()):  # Rounding, nothing to measure the difference by.
         low = high = difference
         p_value = float(difference == 0)
     else:
-        test: Any = stats.ttest_rel(y, x) if paired else stats.ttest_ind(y, x, equal_var=False)
+        with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # One experiment may have no noise.
+            test: Any = stats.ttest_rel(y, x) if paired else stats.ttest_ind(y, x, equal_var=False)
         low, high = map(float, test.confidence_interval(CONFIDENCE))
         p_value = float(test.pvalue)
     resolved = p_value < 1 - CONFIDENCE
     more: int | None = 0
-    if not resolved:
+    if difference == 0:
+        more = None
+    elif not resolved:
         power = _paired_power(difference, y - x) if paired else _welch_power(difference, x, y)
-        more = None if difference == 0 else _more(power, max(len(x), len(y)))
+        more = _more(power, max(len(x), len(y)))
     return Comparison(paired, difference, low, high, p_value, resolved, len(x), len(y), more)
 
 
@@ -109,7 +113,7 @@ def _more(power: Callable[[int], float], n: int) -> int | None:
 
 def _paired_power(difference: float, differences: np.ndarray) -> Callable[[int], float]:
     effect = abs(difference) / float(np.std(differences, ddof=1))
-    return lambda n: _power(n - 1, effect * math.sqrt(n))
+    return lambda n: _power(float(n - 1), effect * math.sqrt(n))
 
 
 def _welch_power(difference: float, x: np.ndarray, y: np.ndarray) -> Callable[[int], float]:
@@ -124,7 +128,6 @@ def _welch_power(difference: float, x: np.ndarray, y: np.ndarray) -> Callable[[i
 
 def _power(freedom: float, noncentrality: float) -> float:
     """Returns the chance that a two-sided t test finds the difference; Cohen 1988, section 2.5."""
-    if noncentrality > 30:  # SciPy's noncentral t has no digits there, and the chance is 1.
-        return 1.0
     critical = stats.t.ppf((1 + CONFIDENCE) / 2, freedom)
-    return float(stats.nct.sf(critical, freedom, noncentrality) + stats.nct.cdf(-critical, freedom, noncentrality))
+    power = float(stats.nct.sf(critical, freedom, noncentrality) + stats.nct.cdf(-critical, freedom, noncentrality))
+    return 1.0 if math.isnan(power) else power  # SciPy has no digits where the effect is huge.

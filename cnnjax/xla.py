@@ -36,13 +36,13 @@ def use_compilation_cache(say: Callable[[str], None]) -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         cache = home / "cnnjax" / f"xla-{processor()}"
-        with suppress(OSError):  # A home that cannot be written is no reason not to train.
+        with suppress(OSError):
             cache.mkdir(parents=True, exist_ok=True)
-            if not os.access(cache, os.W_OK):
-                say(f"{cache} cannot be written, so compiled steps are not kept: each start compiles again")
-                return
-            jax.config.update("jax_compilation_cache_dir", str(cache))
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        if not os.access(cache, os.W_OK):  # No reason not to train.
+            say(f"{cache} cannot be written, so compiled steps are not kept: each start compiles again.")
+            return
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def processor() -> str:

@@ -1,3 +1,4 @@
+import shutil
 from contextlib import closing
 
 import jax
@@ -7,7 +8,7 @@ import optax
 import pytest
 
 from cnnjax import CNN, MLP, UserError, init_state
-from cnnjax.checkpoint import Checkpoints, all_finite
+from cnnjax.checkpoint import Checkpoints, all_finite, recover
 
 TX = optax.adam(1e-3)
 
@@ -103,3 +104,82 @@ def test_all_finite_sees_a_single_bad_value(value):
     assert all_finite(state)
     bias = state.params["Dense_1"]["bias"].at[3].set(value)
     assert not all_finite(state._replace(params={**state.params, "Dense_1": {**state.params["Dense_1"], "bias": bias}}))
+
+
+def flip_a_bit(checkpoint):
+    """Changes one bit of the largest file: Orbax loads it without a word."""
+    path = max((path for path in checkpoint.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def save_epochs(folder, *accuracies):
+    """Checkpoints of epochs 1, 2, ... with these validation accuracies."""
+    with closing(Checkpoints(folder)) as checkpoints:
+        best = 0
+        for epoch, accuracy in enumerate(accuracies, 1):
+            best = max(best, epoch, key=lambda e: (accuracies[e - 1], e) if e else (-1, 0))
+            checkpoints.save(make_state(MLP(3), epoch), {"best_step": best}, {"accuracy": accuracy})
+
+
+def recovered(folder):
+    lines = []
+    recover(folder, lines.append)
+    return steps(folder), " ".join(lines)
+
+
+def test_a_flipped_bit_is_found_and_the_previous_checkpoint_is_left(tmp_path):
+    folder = tmp_path / "checkpoints"
+    save_epochs(folder, 0.1, 0.2, 0.3)
+    assert recovered(folder) == ([2, 3], "")
+    flip_a_bit(folder / "3")
+    with closing(Checkpoints(folder)) as checkpoints:
+        with pytest.raises(UserError, match=r"checkpoint .*3 must agree with its checksums, got state/.* is damaged"):
+            checkpoints.restore(3, make_state(MLP(3)))
+    left, told = recovered(folder)
+    assert left == [2]
+    assert "The checkpoint of step 3 cannot be used: state/" in told
+    assert told.endswith(f"is damaged. It is now {tmp_path / 'damaged' / '3'}; going on from the checkpoint of step 2.")
+    assert steps(tmp_path / "damaged") == [3]
+
+
+def test_a_checkpoint_without_its_checksums_was_not_finished(tmp_path):
+    folder = tmp_path / "checkpoints"
+    save_epochs(folder, 0.1, 0.2)
+    (folder / "2" / "SHA256SUMS").unlink()
+    left, told = recovered(folder)
+    assert left == [1]
+    assert "SHA256SUMS is missing" in told
+
+
+def test_a_damaged_best_checkpoint_is_made_again(tmp_path):
+    folder = tmp_path / "checkpoints"
+    save_epochs(folder, 0.1, 0.9, 0.3, 0.4)
+    assert steps(folder) == [2, 3, 4]
+    flip_a_bit(folder / "2")
+    left, told = recovered(folder)
+    assert left == []  # 3 and 4 both need 2.
+    assert "step 4 cannot be used: the best checkpoint of its run, 2, is missing or damaged." in told
+    assert told.count("going on from the start") == 3
+
+
+def test_what_a_killed_removal_left_is_removed(tmp_path):
+    folder = tmp_path / "checkpoints"
+    save_epochs(folder, 0.1, 0.2, 0.3)
+    shutil.copytree(folder / "2", folder / "1")
+    (folder / "1" / "_CHECKPOINT_METADATA").unlink()
+    assert recovered(folder) == ([2, 3], "")
+
+
+def test_a_checkpoint_that_leads_out_of_the_run_is_not_read(tmp_path):
+    folder = tmp_path / "checkpoints"
+    save_epochs(folder, 0.1)
+    save_epochs(tmp_path / "elsewhere", 0.1, 0.2)
+    (folder / "2").symlink_to(tmp_path / "elsewhere" / "2")
+    (folder / "1" / "state" / "more").symlink_to(tmp_path / "elsewhere")
+    left, told = recovered(folder)
+    assert left == []
+    assert "step 2 cannot be used: 2 leads out of the folder" in told
+    assert "step 1 cannot be used: state/more leads out of the folder" in told
+    assert steps(tmp_path / "elsewhere") == [1, 2]
