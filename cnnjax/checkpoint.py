@@ -4,6 +4,7 @@ The only module that knows Orbax, whose v1 interface is still marked experimenta
 changed without a word, so every checkpoint gets a SHA256SUMS once it is whole, and is loaded only where all agree.
 """
 
+import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -82,7 +83,7 @@ class Checkpoints:
                 pending.result()
             except Exception as error:  # Orbax raises many types for a disk that is full.
                 raise StorageError(
-                    f"A checkpoint could not be written in {self._checkpointer.directory} ({_first_line(error)}). "
+                    f"A checkpoint could not be written in {self._checkpointer.directory} ({_reason(error)}). "
                     "What was saved before is in place: make room, and go on by --resume."
                 ) from error
 
@@ -118,7 +119,7 @@ class Checkpoints:
             raise
         except Exception as error:  # Intact, so another version wrote it; Orbax raises many types.
             raise UserError(
-                f"The checkpoint {path} cannot be read by this version of Orbax ({_first_line(error)}). manifest.json "
+                f"The checkpoint {path} cannot be read by this version of Orbax ({_reason(error)}). manifest.json "
                 "names the versions that wrote it."
             ) from error
         return state, metadata.custom_metadata
@@ -126,7 +127,10 @@ class Checkpoints:
     def close(self) -> None:
         """Waits until all is on disk and ends the threads."""
         self._thread.shutdown()
-        self._checkpointer.close()
+        try:
+            self._checkpointer.close()
+        except Exception:  # Orbax tells again of the save that failed.
+            self.wait()
 
 
 def recover(directory: Path, say: Callable[[str], None]) -> None:
@@ -194,14 +198,10 @@ def _set_aside(path: Path, folder: Path) -> Path:
     return path.rename(target)
 
 
-def _first_line(error: BaseException) -> str:
-    """Returns the type and the most telling line of an error: the system's own where one is in the chain."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
-        cause = cause.__cause__ or cause.__context__
-    return f"{type(error).__name__}: {str(error)[:200]}"
+def _reason(error: BaseException) -> str:
+    """Returns the system's own words where they are in the message, else the error's type and its beginning."""
+    known = re.search("No space left on device|Disk quota exceeded|Read-only file system|Permission denied", str(error))
+    return known[0] if known else f"{type(error).__name__}: {str(error)[:200]}"
 
 
 def _leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], Any]]:

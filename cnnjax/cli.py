@@ -4,6 +4,7 @@ import logging
 import runpy
 import shlex
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,7 +121,10 @@ def _read_experiment(name: str) -> Config:
 
 
 def _run(parse: Callable[[], Any]) -> None:
-    logging.getLogger("absl").setLevel(logging.ERROR)  # tfds and Orbax tell there what is of no use to users.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # tfds and Orbax tell there what is of no use to users.
+    threading.excepthook = lambda args: (
+        None
+    )  # An error of Orbax's threads is raised again where the loop waits for them.
     try:
         command = parse()
         actions = {Train: _train, Eval: _eval, Predict: _predict, Data: _data}

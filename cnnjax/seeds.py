@@ -45,8 +45,8 @@ def train_seeds(
 ) -> list[dict[str, Any]]:
     """Trains `config` with each seed, in a run directory each.
 
-    On one device one seed after another; on several, each seed on one device, so many at a time: `benchmark_seeds.py`
-    measures the alternatives. Either way the step is traced once and compiled once a device.
+    On one device one seed after another; on several, each seed on one device, so many at a time: `experiments/benchmark_runs.py`
+    measures the ways. Either way the step is traced once and compiled once a device.
 
     Args:
       config: its own seed does not count.

@@ -3,8 +3,8 @@
     make stress # 100 kills of a network on MNIST
 
 Each start is a process of its own, with --resume. Most end by SIGKILL, some by SIGTERM or SIGINT. When a run comes to
-its end, its digests (parameters, optimizer state, best checkpoint, metrics.jsonl) must be those of the run that was left
-alone; then the next one begins, with an empty compilation cache. Prints a table at the end; exits with 1 at the first
+its end, its digests (parameters, optimizer state, best checkpoint, metrics.jsonl) must be those of the run that was
+left alone; then the next begins, with an empty compilation cache. Prints a table at the end; exits with 1 at the first
 bit that differs.
 """
 
