@@ -9,7 +9,7 @@ ARGS ?=
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup train eval predict data test test-slow lint lock clean
+.PHONY: help setup train eval predict data test test-slow stress lint lock clean
 
 help:
 	@echo 'make train DATASET=cifar10 [MODEL=cnn] [SEED=0] [ARGS="--optim.learning-rate 3e-4"]   train and score a network'
@@ -18,6 +18,7 @@ help:
 	@echo 'make predict RUN=runs/cifar10_cnn-seed0 IMAGES="cat.jpg ..."    classify image files'
 	@echo 'make data DATASET=cifar10                                       fetch and check a data set'
 	@echo 'make test | test-slow | lint                                    the tests, those on real data, the checks'
+	@echo 'make stress                                                     100 kills of training: about 10 minutes'
 
 setup: .venv/installed
 
@@ -55,6 +56,9 @@ test: setup
 
 test-slow: setup
 	$(BIN)/pytest -m slow $(ARGS)
+
+stress: setup
+	@$(BIN)/python tests/stress.py $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format . && $(BIN)/pyright --pythonpath $(BIN)/python

@@ -1,7 +1,6 @@
 """The loop: epochs of training steps, validation, checkpoints, and the test set once at the end."""
 
 import math
-import os
 import time
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
@@ -317,7 +316,7 @@ def device() -> str:
     """Returns what jax computes on, in words."""
     first = jax.devices()[0]
     if first.platform == "cpu":
-        count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        count = manifest.num_cores()
         return f"cpu, {count} core{'s' if count != 1 else ''}"
     return f"{first.platform}, {first.device_kind}"
 

@@ -46,7 +46,7 @@ def environment(num_devices: int) -> dict[str, Any]:
         "device": first.device_kind if first.platform == "cpu" else f"{first.platform}, {first.device_kind}",
         "num_devices": num_devices,
         "processor": processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": num_cores(),
         "driver": " ".join(
             [first.client.platform_version, nvidia.read_text().split("\n")[0] if nvidia.exists() else ""]
         ),
@@ -54,6 +54,11 @@ def environment(num_devices: int) -> dict[str, Any]:
         "host": platform.node(),
         "system": platform.platform(),
     }
+
+
+def num_cores() -> int:
+    """Returns the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def source_code() -> tuple[dict[str, Any], str]:

@@ -1,7 +1,9 @@
 """Many seeds of one configuration, in one process and with one compilation."""
 
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -13,6 +15,7 @@ from cnnjax import rundir
 from cnnjax.config import Config
 from cnnjax.errors import UserError
 from cnnjax.loop import train_and_evaluate
+from cnnjax.manifest import num_cores
 from cnnjax.report import Report
 from cnnjax.signals import stop_signals
 
@@ -45,8 +48,9 @@ def train_seeds(
 ) -> list[dict[str, Any]]:
     """Trains `config` with each seed, in a run directory each.
 
-    On one device one seed after another; on several, each seed on one device, so many at a time: `experiments/benchmark_runs.py`
-    measures the ways. Either way the step is traced once and compiled once a device.
+    Each seed on one device, as many at a time as there are devices; the step is traced once, and compiled once a
+    device. On a CPU every core is such a device, and the cores share their work: `experiments/benchmark_runs.py`
+    measures this beside one seed after another, and beside `vmap`. A seed has the same bits as alone on one device.
 
     Args:
       config: its own seed does not count.
@@ -67,6 +71,9 @@ def train_seeds(
     for run_dir, c in zip(folders, configs, strict=True):
         if run_dir.is_dir():
             rundir.check_run(run_dir, c, resume)
+    if "device_count" not in os.environ.get("XLA_FLAGS", "") and "JAX_NUM_CPU_DEVICES" not in os.environ:
+        with suppress(RuntimeError):  # jax has begun: then on the devices that it has.
+            jax.config.update("jax_num_cpu_devices", min(len(seeds), num_cores()))
     devices = jax.local_devices()
     free: SimpleQueue[Any] = SimpleQueue()
     for device in devices:

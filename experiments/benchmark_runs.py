@@ -4,8 +4,8 @@
     .venv/bin/python experiments/benchmark_runs.py seeds    # one after another, batched by vmap, one a device
 
 `cost`: turns of training with and without a save in it, alternating, each until all is on disk; then the manifest. The
-share of an epoch counts a save at its end and one a minute. `seeds`: each way is a process of its own; they take turns, a
-turn is a warm pass over the same images for every seed, synchronised at both ends. Printed are medians, smallest and largest.
+share of a run counts a save an epoch and one a minute. `seeds`: each way is a process of its own; they take turns, a
+turn is a warm pass over the same images for every seed, synchronised at both ends. Printed are medians, with the spread.
 """
 
 import argparse
@@ -76,9 +76,8 @@ def cost(turns):
     saves = CONFIG.num_epochs + run / 60
     total = saves * save + CONFIG.num_epochs * digest + session
     for kind, values in seconds.items():
-        print(
-            f"{len(batches)} steps {kind} a save: {statistics.median(values):.2f} s ({min(values):.2f} to {max(values):.2f})"
-        )
+        spread = f"{min(values):.2f} to {max(values):.2f}"
+        print(f"{len(batches)} steps {kind} a save: {statistics.median(values):.2f} s ({spread})")
     print(f"a save costs {save:.3f} s, the digest of an epoch {digest:.3f} s, the manifest of a run {session:.3f} s")
     print(f"cifar10_cnn: {saves:.0f} saves in {run:.0f} s of training, {total:.1f} s in all: {total / run:.2%}")
 
