@@ -5,7 +5,7 @@
 
 `cost`: turns of training with and without a save in it, alternating, each until all is on disk; then the manifest. The
 share of a run counts a save an epoch and one a minute. `seeds`: each way is a process of its own; they take turns, a
-turn is a warm pass over the same images for every seed, synchronised at both ends. Printed are medians, with the spread.
+turn is a warm pass over the same images for every seed, synchronised at both ends. Printed are medians and the spread.
 """
 
 import argparse

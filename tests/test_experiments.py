@@ -11,7 +11,8 @@ from cnnjax import Batch, init_state, train_step
 from cnnjax.models import make_model
 from cnnjax.optim import make_loss, make_tx
 
-EXPERIMENTS = [p for p in sorted((Path(__file__).parent.parent / "experiments").glob("*.py")) if p.stem != "benchmark"]
+FILES = sorted((Path(__file__).parent.parent / "experiments").glob("*.py"))
+EXPERIMENTS = [path for path in FILES if not path.stem.startswith("benchmark")]
 SHAPES = {"mnist": (28, 28, 1), "fashion_mnist": (28, 28, 1), "cifar10": (32, 32, 3)}
 
 
