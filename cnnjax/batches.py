@@ -30,7 +30,7 @@ def random_bits(seed: int, purpose: int, epoch: int, size: int) -> np.ndarray:
     return np.random.Philox(np.random.SeedSequence([seed, purpose, epoch])).random_raw(size)
 
 
-@lru_cache(maxsize=2)  # A step asks for the order of its whole epoch.
+@lru_cache(maxsize=64)  # A step asks for the order of its whole epoch; many seeds may train at a time.
 def epoch_order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
     """Returns a permutation, int64 [num_examples]: the order in which epoch `epoch` (from 0) sees the examples."""
     order = np.argsort(random_bits(seed, ORDER, epoch, num_examples), kind="stable")
@@ -38,7 +38,7 @@ def epoch_order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
     return order
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=64)
 def epoch_flips(seed: int, epoch: int, num_examples: int) -> np.ndarray:
     """Returns bool [num_examples]: which of the examples, in the order of the epoch, are mirrored."""
     flips = random_bits(seed, FLIP, epoch, num_examples) % 2 == 1

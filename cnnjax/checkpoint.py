@@ -6,6 +6,7 @@ changed without a word, so every checkpoint gets a SHA256SUMS once it is whole, 
 
 import re
 import shutil
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -17,8 +18,12 @@ from jaxtyping import Array, Bool, PyTree
 from orbax.checkpoint import v1 as ocp
 
 from cnnjax.errors import StorageError, UserError
-from cnnjax.files import check_sums, write_sums
+from cnnjax.files import SUMS, check_sums, write_sums
 from cnnjax.step import TrainState
+
+# What Orbax's threads signal to each other is the process's, not a save's: two saves at a time, of two seeds, wait for
+# each other for ever.
+_ORBAX = threading.Lock()
 
 
 class Checkpoints:
@@ -67,7 +72,10 @@ class Checkpoints:
         self._pending = self._thread.submit(self._save, int(state.step), copy, progress, validation)
 
     def _save(self, step: int, state: TrainState, progress: dict[str, Any], validation: dict[str, Any] | None) -> None:
-        self._checkpointer.save_checkpointables(step, {"state": state}, metrics=validation, custom_metadata=progress)
+        with _ORBAX:
+            self._checkpointer.save_checkpointables(
+                step, {"state": state}, metrics=validation, custom_metadata=progress
+            )
         folder = Path(self._checkpointer.directory) / str(step)
         write_sums(folder, (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()))
 
@@ -106,22 +114,20 @@ class Checkpoints:
         path = Path(self._checkpointer.directory) / str(step)
         if wrong := faults(path):
             raise UserError(
-                f"The checkpoint {path} must agree with its checksums, got {wrong[0]}. Go on by --resume: the run then "
-                "takes an earlier one."
+                f"The checkpoint {path} must agree with its checksums, got {wrong[0]}. A run that is not finished goes "
+                "on from an earlier one: --resume. A finished one is made again: cnnjax reproduce."
             )
         sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
         target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like)
         try:
-            metadata: Any = self._checkpointer.checkpointables_metadata(step)
-            _check_same(path, wanted=_leaves(target), saved=_leaves(metadata.metadata["state"]))
-            state = self._checkpointer.load_checkpointables(step, {"state": target})["state"]
+            with _ORBAX:
+                metadata: Any = self._checkpointer.checkpointables_metadata(step)
+                _check_same(path, wanted=_leaves(target), saved=_leaves(metadata.metadata["state"]))
+                state = self._checkpointer.load_checkpointables(step, {"state": target})["state"]
         except UserError:
             raise
         except Exception as error:  # Intact, so another version wrote it; Orbax raises many types.
-            raise UserError(
-                f"The checkpoint {path} cannot be read by this version of Orbax ({_reason(error)}). manifest.json "
-                "names the versions that wrote it."
-            ) from error
+            raise _other_version(path, error) from error
         return state, metadata.custom_metadata
 
     def close(self) -> None:
@@ -136,22 +142,33 @@ class Checkpoints:
 def recover(directory: Path, say: Callable[[str], None]) -> None:
     """Leaves in `directory` the checkpoints that a run can go on from.
 
-    That is the latest one that agrees with its checksums and whose best checkpoint does, too, and those before it.
-    Later ones are moved to `directory`/../damaged, and the user is told; what a killed removal left half is removed.
+    That is the latest one that agrees with its checksums and whose best checkpoint does, too, and those before it. The
+    user is told of every other: a damaged one, and one that lacks its best, are moved to `directory`/../damaged; what a
+    kill left half written or half removed is removed.
+
+    Raises:
+      UserError: another version of the package or of Orbax wrote an intact one.
     """
     steps = sorted((int(path.name) for path in directory.glob("*") if path.name.isdecimal()), reverse=True)
-    intact = [step for step in steps if not faults(directory / str(step))]
-    usable = next((step for step in intact if _best_step(directory / str(step)) in (None, *intact)), None)
+    wrong = {step: faults(directory / str(step)) for step in steps}
+    intact = [step for step in steps if not wrong[step]]
+    best = {step: _best_step(directory / str(step)) for step in intact}
+    usable = next((step for step in intact if best[step] in (None, *intact)), None)
+    to = "from the start" if usable is None else f"from the checkpoint of step {usable}"
     for step in steps:
         path = directory / str(step)
-        wrong = faults(path)
-        if usable is None or step > usable:
-            why = wrong[0] if wrong else f"the best checkpoint of its run, {_best_step(path)}, is missing or damaged"
-            moved = _set_aside(path, directory.parent / "damaged")
-            to = "from the start" if usable is None else f"from the checkpoint of step {usable}"
-            say(f"The checkpoint of step {step} cannot be used: {why}. It is now {moved}; going on {to}.")
-        elif wrong:
+        if not wrong[step] and usable is not None and step <= usable:
+            continue
+        older = usable is not None and step < usable
+        if f"{SUMS} is missing" in wrong[step] or (
+            older and all(fault.endswith("is missing") for fault in wrong[step])
+        ):
             shutil.rmtree(path)
+            say(f"The checkpoint of step {step} was left half written or half removed. It is removed; going on {to}.")
+            continue
+        why = wrong[step][0] if wrong[step] else f"the best checkpoint of its run, {best[step]}, is missing or damaged"
+        moved = _set_aside(path, directory.parent / "damaged")
+        say(f"The checkpoint of step {step} cannot be used: {why}. It is now {moved}; going on {to}.")
 
 
 def faults(path: Path) -> list[str]:
@@ -184,12 +201,19 @@ _WORDS = {"missing": "is missing", "damaged": "is damaged"}
 
 
 def _best_step(path: Path) -> int | None:
-    """Returns the step of the best checkpoint so far, as the one in `path` knows it; -1 where it cannot tell."""
+    """Returns the step of the best checkpoint so far, as the intact one in `path` knows it."""
     try:
         progress: Any = ocp.checkpointables_metadata(str(path.absolute())).custom_metadata
         return progress["best_step"]
-    except Exception:  # Of another version: Orbax raises many types, and ours had no "best_step".
-        return -1
+    except Exception as error:  # Orbax raises many types.
+        raise _other_version(path, error) from error
+
+
+def _other_version(path: Path, error: Exception) -> UserError:
+    return UserError(
+        f"The checkpoint {path} is intact and must be of this version of cnnjax and Orbax, got {_reason(error)}. "
+        "manifest.json names the versions that wrote it: install those, or train in another directory."
+    )
 
 
 def _set_aside(path: Path, folder: Path) -> Path:

@@ -44,6 +44,10 @@ class Train:
     checkpoint_seconds: float = 60.0
     """Save within an epoch, too, this long after the last save: what a power cut may cost. No bit depends on it."""
 
+    def __post_init__(self) -> None:
+        if not self.checkpoint_seconds >= 0:
+            raise UserError(f"`checkpoint_seconds` must be at least 0, got {self.checkpoint_seconds}.")
+
 
 @dataclass(frozen=True)
 class Eval:

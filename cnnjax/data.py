@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import threading
 import tokenize
 from collections.abc import Callable
 from contextlib import suppress
@@ -227,7 +228,7 @@ def _write_arrays(folder: Path, split: str, examples: Examples) -> bool:
 
 def _write(path: Path, write: Callable[[Any], object]) -> bool:
     """Writes a file whole or not at all; returns whether that went well."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
     try:
         path.parent.mkdir(exist_ok=True)
         with partial.open("wb") as file:

@@ -117,13 +117,14 @@ def train_and_evaluate(
     with rundir.lock(run_dir), nullcontext(stop) if stop else stop_signals() as stopped:
         rundir.check_run(run_dir, config, resume)
         result = rundir.read_result(run_dir)
-        if result is None or result["num_epochs"] < config.num_epochs:
-            run, state = _set_up(config, run_dir, data_dir, devices, report)
+        if result is None or result["num_epochs"] < config.num_epochs or not manifest.is_closed(run_dir):
+            run, state, facts = _set_up(config, run_dir, data_dir, devices, report)
             environment = manifest.environment(run.placement.num_devices)
             for line in manifest.changes_since_last_session(run_dir, environment):
                 report.say(line)
             about = environment | {"seed": config.seed, "resumed_from": None}
             with manifest.session(run_dir, about, rundir.FILES) as session:
+                rundir.write_run(run_dir, config, facts)
                 recover(run_dir / "checkpoints", report.say)
                 with closing(Checkpoints(run_dir / "checkpoints")) as checkpoints:
                     session["resumed_from"] = checkpoints.latest()
@@ -140,8 +141,8 @@ def train_and_evaluate(
 
 def _set_up(
     config: Config, run_dir: Path, data_dir: Path | None, devices: Sequence[Any] | None, report: Report
-) -> tuple[Run, TrainState]:
-    """Loads the training split, builds what `config` names, makes the first state and writes config.json."""
+) -> tuple[Run, TrainState, rundir.DataFacts]:
+    """Loads the training split, builds what `config` names and makes the first state."""
     dataset = load_dataset(config.dataset, data_dir, report.say)
     examples = dataset.load("train")
     train, validation = (
@@ -167,14 +168,15 @@ def _set_up(
         placement=placement,
     )
     image_shape = train.image.shape[1:]
+    facts = rundir.make_facts(dataset, image_shape, standardization)
+    rundir.check_data(run_dir, facts)
     state = init_state(init_key, jnp.zeros((1, *image_shape)), model=run.model, tx=run.tx)
-    rundir.create_run(run_dir, config, rundir.make_facts(dataset, image_shape, standardization))
     shared = f" ({placement.num_devices} share a batch)" if placement.num_devices > 1 else ""
     report.say(
         f"{run_dir}: {config.model.name} ({count_params(state):,} parameters) on {config.dataset} ({dataset.source}), "
         f"{len(train.label):,} training and {len(validation.label):,} validation images, on {device()}{shared}"
     )
-    return run, jax.device_put(state, placement.state)
+    return run, jax.device_put(state, placement.state), facts
 
 
 def fit(

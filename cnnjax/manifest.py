@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from cnnjax.errors import UserError
-from cnnjax.files import read_json, write_json, write_sums, write_whole
+from cnnjax.files import SUMS, read_json, write_json, write_sums, write_whole
 from cnnjax.signals import Interrupted
 from cnnjax.xla import processor
 
@@ -24,8 +24,20 @@ FORMAT = 1  # Of the run directory; another one is another layout.
 PACKAGES = ("cnnjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy", "scipy")
 ACCELERATOR_PACKAGES = ("jax-cuda13-plugin", "jax-cuda12-plugin", "nvidia-cudnn-cu13", "nvidia-cudnn-cu12", "libtpu")
 # What decides bits, besides configuration and data: a session that differs in these may end in others.
-DECISIVE = ("commit", "diff_sha256", "versions", "device", "num_devices", "processor", "cores", "driver", "flags")
-DIFF_LIMIT = 1 << 20  # Bytes of an untracked file that still counts as source.
+DECISIVE = (
+    "commit",
+    "package_commit",
+    "diff_sha256",
+    "versions",
+    "device",
+    "num_devices",
+    "processor",
+    "cores",
+    "driver",
+    "flags",
+)
+SOURCE = (".py", ".toml")  # The untracked files that the diff takes along.
+DIFF_LIMIT = 1 << 20  # Bytes of such a file; a larger one is data.
 
 
 def environment(num_devices: int) -> dict[str, Any]:
@@ -62,21 +74,37 @@ def num_cores() -> int:
 
 
 def source_code() -> tuple[dict[str, Any], str]:
-    """Returns the commit of the repository that the command was given in (outside of one, of the package), and a diff.
+    """Returns what the code was: the commit and, where the tree is dirty, the diff against it.
 
-    The diff is of the tracked files against the commit, and of the untracked ones that git does not ignore and that are
-    small; empty where the tree is clean. The commit is None where there is no repository.
+    "commit" is that of the repository that the command was given in, None where there is none. The diff is of its
+    tracked files, and of the untracked ones of `SOURCE` that git does not ignore and that are small. Where the package
+    lies in another repository, "package_commit" names that one's commit, and the SHA-256 of its diff where it is dirty.
     """
-    for folder in (Path.cwd(), Path(__file__).parent):
-        with suppress(OSError, subprocess.CalledProcessError):
-            commit = _git(folder, "rev-parse", "HEAD").strip()
-            root = Path(_git(folder, "rev-parse", "--show-toplevel").strip())
-            diff = _git(root, "diff", "--binary", "HEAD")
-            for name in _git(root, "ls-files", "-z", "--others", "--exclude-standard").split("\0")[:-1]:
-                if (root / name).stat().st_size <= DIFF_LIMIT:
-                    diff += _git(root, "diff", "--binary", "--no-index", "--", os.devnull, name, expected=(0, 1))
-            return {"commit": commit, "dirty": bool(diff)}, diff
-    return {"commit": None, "dirty": False}, ""
+    here, package = _root(Path.cwd()), _root(Path(__file__).parent)
+    found: dict[str, Any] = {"commit": None if here is None else _git(here, "rev-parse", "HEAD").strip()}
+    if package is not None and package != here:
+        diff = _diff(package)
+        changed = f" and a diff, SHA-256 {_sha256(diff)}" if diff else ""
+        found["package_commit"] = _git(package, "rev-parse", "HEAD").strip() + changed
+    diff = "" if here is None else _diff(here)
+    return found | {"dirty": bool(diff)}, diff
+
+
+def _root(folder: Path) -> Path | None:
+    """Returns the top of the repository that holds `folder` and has a commit."""
+    with suppress(OSError, subprocess.CalledProcessError):
+        _git(folder, "rev-parse", "HEAD")
+        return Path(_git(folder, "rev-parse", "--show-toplevel").strip())
+    return None
+
+
+def _diff(root: Path) -> str:
+    diff = _git(root, "diff", "--binary", "HEAD")
+    for name in _git(root, "ls-files", "-z", "--others", "--exclude-standard").split("\0")[:-1]:
+        path = root / name
+        if path.suffix in SOURCE and not path.is_symlink() and path.is_file() and path.stat().st_size <= DIFF_LIMIT:
+            diff += _git(root, "diff", "--binary", "--no-index", "--", os.devnull, name, expected=(0, 1))
+    return diff
 
 
 @contextmanager
@@ -93,6 +121,9 @@ def session(run_dir: Path, about: dict[str, Any], files: tuple[str, ...]) -> Ite
     """
     path = run_dir / "manifest.json"
     sessions = read_manifest(run_dir)["sessions"] if path.exists() else []
+    sessions = [
+        {**s, "state": "killed"} if s["state"] == "running" else s for s in sessions
+    ]  # It holds the lock no more.
     code, diff = source_code()
     name = f"session-{len(sessions)}.diff"
     this: dict[str, Any] = {"state": "running", "command": sys.orig_argv, "started": _now(), **code, **about}
@@ -101,23 +132,31 @@ def session(run_dir: Path, about: dict[str, Any], files: tuple[str, ...]) -> Ite
         this |= {"diff": name, "diff_sha256": _sha256(diff)}
     begin = time.perf_counter()
     content = {"format": FORMAT, "sessions": [*sessions, this]}
+    (run_dir / SUMS).unlink(missing_ok=True)  # Of a state that this session leaves.
     write_json(path, content)
-    (run_dir / "SHA256SUMS").unlink(missing_ok=True)  # Of a state that this session leaves.
+
+    def end(**outcome: str) -> None:
+        this.update(outcome, ended=_now(), seconds=time.perf_counter() - begin)
+        write_json(path, content)
+        diffs = [path.name for path in run_dir.glob("session-*.diff")]
+        write_sums(run_dir, [name for name in (*files, *diffs, path.name) if (run_dir / name).exists()])
+
     try:
         yield this
-        this["state"] = "finished"
-    except Interrupted as stop:
-        this |= {"state": "interrupted", "error": str(stop)}
-        raise
     except BaseException as error:
-        this |= {"state": "failed", "error": str(error) or type(error).__name__}
+        with suppress(OSError):  # What raised tells of a full disk; the manifest then goes on saying "running".
+            if isinstance(error, Interrupted):
+                end(state="interrupted", error=str(error))
+            else:
+                end(state="failed", error=str(error) or type(error).__name__)
         raise
-    finally:
-        this |= {"ended": _now(), "seconds": time.perf_counter() - begin}
-        with suppress(OSError):  # A full disk is told by what raised; the manifest then says "running".
-            write_json(path, content)
-            diffs = [path.name for path in run_dir.glob("session-*.diff")]
-            write_sums(run_dir, [name for name in (*files, *diffs, path.name) if (run_dir / name).exists()])
+    end(state="finished")
+
+
+def is_closed(run_dir: Path) -> bool:
+    """Returns whether the last session came to its end: a kill can come between result.json and the checksums."""
+    finished = (run_dir / "manifest.json").exists() and read_manifest(run_dir)["sessions"][-1]["state"] == "finished"
+    return finished and (run_dir / SUMS).exists()
 
 
 def read_manifest(run_dir: Path) -> dict[str, Any]:
@@ -150,14 +189,22 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any
     return found
 
 
+def changes(sessions: list[dict[str, Any]], environment: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Returns what decides bits and differs between `sessions` and a session that would begin now."""
+    code, diff = source_code()
+    now = environment | code | ({"diff_sha256": _sha256(diff)} if diff else {})
+    found = {}
+    for session in sessions:
+        found |= differences(session, now)
+    return found
+
+
 def changes_since_last_session(run_dir: Path, environment: dict[str, Any]) -> list[str]:
     """Returns lines that a user must read before a run goes on in another environment, or at a strange time."""
     if not (run_dir / "manifest.json").exists():
         return []
     last = read_manifest(run_dir)["sessions"][-1]
-    code, diff = source_code()
-    now = environment | code | ({"diff_sha256": _sha256(diff)} if diff else {})
-    lines = [f"{name} was {old} and is {new}" for name, (old, new) in differences(last, now).items()]
+    lines = [f"{name} was {old} and is {new}" for name, (old, new) in changes([last], environment).items()]
     if lines:
         lines = [f"This run goes on in another environment, so its bits may differ: {'; '.join(lines)}."]
     before = last.get("ended") or last["started"]

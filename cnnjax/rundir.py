@@ -4,11 +4,14 @@
 
 import fcntl
 import json
+import os
+import re
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -20,6 +23,7 @@ from cnnjax.files import read_json, write_json, write_whole
 
 FILES = ("config.json", "metrics.jsonl", "timing.jsonl", "result.json")  # Besides manifest.json and what it names.
 LOCK = "lock"
+_BEGUN = rf"{LOCK}|manifest\.json|session-\d+\.diff|.*\.partial"  # What a kill leaves before config.json is written.
 
 
 @dataclass(frozen=True)
@@ -74,10 +78,19 @@ def check_run(run_dir: Path, config: Config, resume: bool) -> None:
     Raises:
       UserError: the directory is in use and `resume` is off, or holds a run of another configuration or version.
     """
-    if all(path.name == LOCK for path in run_dir.iterdir()):
-        return
     if not (run_dir / "config.json").exists():
-        raise UserError(f"`run_dir` must be empty or hold a run, got {run_dir}. Name another by --run-dir DIR.")
+        strangers = [path.name for path in run_dir.iterdir() if not re.fullmatch(_BEGUN, path.name)]
+        if strangers:
+            raise UserError(
+                f"`run_dir` must be empty or hold a run, got {run_dir} with {min(strangers)}. Name another by "
+                "--run-dir DIR."
+            )
+        return
+    if (run_dir / "checkpoints").exists() and not (run_dir / "manifest.json").exists():
+        raise UserError(
+            f"{run_dir} must have a manifest.json, got none: another version of cnnjax wrote it. Use that version, or "
+            "name another by --run-dir DIR."
+        )
     saved, _ = read_run(run_dir)
     fits = saved == config or _is_longer(config, saved)
     if not resume:
@@ -118,7 +131,7 @@ def lock(run_dir: Path) -> Iterator[None]:
             f"`run_dir` must be a directory that can be written, got {run_dir} ({error}). Give another: --run-dir DIR."
         ) from error
     with file:
-        if not _try_lock(file.fileno()):
+        if not _take_lock(file, run_dir / LOCK):
             raise UserError(f"`run_dir` {run_dir} is in use by another process. Name another by --run-dir DIR.")
         try:
             yield
@@ -126,6 +139,17 @@ def lock(run_dir: Path) -> Iterator[None]:
             if [path.name for path in run_dir.iterdir()] == [LOCK]:
                 (run_dir / LOCK).unlink()
                 run_dir.rmdir()
+
+
+def _take_lock(file: IO[str], path: Path) -> bool:
+    """Returns whether this process has the lock now; tries for a second, since `is_locked` holds it for an instant."""
+    for _ in range(10):
+        if _try_lock(file.fileno()):
+            with suppress(OSError):  # Another process may have removed the folder since the file was opened.
+                return os.path.samestat(os.fstat(file.fileno()), path.stat())
+            return False
+        time.sleep(0.1)
+    return False
 
 
 def is_locked(run_dir: Path) -> bool:
@@ -154,36 +178,39 @@ def _is_longer(config: Config, saved: Config) -> bool:
     return more and config == replace(saved, num_epochs=config.num_epochs)
 
 
-def create_run(run_dir: Path, config: Config, facts: DataFacts) -> None:
-    """Writes config.json, or checks the one that is there (a longer run renews it). The directory must be locked.
+def check_data(run_dir: Path, facts: DataFacts) -> None:
+    """Checks that a run that is there was on these data.
 
     Raises:
-      UserError: the run that is there was on other data.
+      UserError: it was on other data.
     """
-    path = run_dir / "config.json"
-    if path.exists():
-        saved, old = read_run(run_dir)
+    if (run_dir / "config.json").exists():
+        _, old = read_run(run_dir)
         if (old.sha256, old.mean, old.std) != (facts.sha256, facts.mean, facts.std):
             raise UserError(
                 f"{run_dir} must be resumed with its own data, SHA-256 {old.sha256}, mean {old.mean} and deviation "
                 f"{old.std}, got {facts.sha256}, {facts.mean} and {facts.std} from {facts.source}. Give the same "
                 "--data-dir."
             )
-        if saved == config:
+
+
+def write_run(run_dir: Path, config: Config, facts: DataFacts) -> None:
+    """Writes config.json, or renews that of a shorter run. The directory must be locked."""
+    path = run_dir / "config.json"
+    if path.exists():
+        if read_run(run_dir)[0] == config:
             return
         (run_dir / "result.json").unlink(missing_ok=True)  # Of the shorter run.
     write_json(path, {"config": asdict(config), "data": asdict(facts)})
 
 
 def read_run(run_dir: Path) -> tuple[Config, DataFacts]:
-    """Reads what `create_run` wrote.
+    """Reads what `write_run` wrote.
 
     Raises:
       UserError: there is no readable config.json, or a link leads out of the directory.
     """
-    for path in run_dir.glob("*"):
-        if path.is_symlink() and not path.resolve().is_relative_to(run_dir.resolve()):
-            raise UserError(f"A run directory must hold no link that leads out of it, got {path}. Remove the link.")
+    check_links(run_dir)
     try:
         content = json.loads((run_dir / "config.json").read_bytes())
         config = content["config"]
@@ -198,6 +225,17 @@ def read_run(run_dir: Path) -> tuple[Config, DataFacts]:
         ) from error
 
 
+def check_links(run_dir: Path) -> None:
+    """Checks that nothing in a run directory leads out of it.
+
+    Raises:
+      UserError: a link does.
+    """
+    for path in run_dir.glob("*"):
+        if path.is_symlink() and not path.resolve().is_relative_to(run_dir.resolve()):
+            raise UserError(f"A run directory must hold no link that leads out of it, got {path}. Remove the link.")
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Returns the rows of metrics.jsonl or timing.jsonl, one an epoch (none before the first).
 
@@ -207,7 +245,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     try:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     except ValueError as error:
-        raise UserError(f"{path} must hold a JSON object a line ({error}). --resume writes it again.") from error
+        raise UserError(
+            f"{path} must hold a JSON object a line, got {error}. A run that is not finished writes it again: "
+            "--resume. A finished one is made again: cnnjax reproduce."
+        ) from error
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:

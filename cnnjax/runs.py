@@ -5,6 +5,8 @@ followed.
 """
 
 import os
+import re
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +17,7 @@ import numpy as np
 from cnnjax import manifest, rundir
 from cnnjax.config import Config
 from cnnjax.errors import UserError
-from cnnjax.files import SUMS, check_sums
+from cnnjax.files import SUMS, check_sums, file_sha256
 from cnnjax.loop import train_and_evaluate
 from cnnjax.report import Report
 from cnnjax.trained import load_trained
@@ -86,22 +88,36 @@ def verify(run_dir: Path) -> dict[str, str]:
       before it could write one); or what is wrong, as `files.check_sums` says it.
 
     Raises:
-      UserError: `run_dir` holds no run of this version, or a process is training in it.
+      UserError: `run_dir` holds no run, or a process is training in it.
     """
-    info = read_info(run_dir)
-    if info.state == "running":
+    names = [name for name in (*rundir.FILES, "manifest.json") if (run_dir / name).exists()]
+    if not names:
+        raise UserError(f"`run` must be the directory of a run, got {run_dir}.")
+    if rundir.is_locked(run_dir):
         raise UserError(f"`run` must not be training while it is verified, got {run_dir}. Wait for its end.")
+    rundir.check_links(run_dir)
+    killed = _was_killed(run_dir)
     own = ("checkpoints/", "damaged/", rundir.LOCK)
     found = {name: what for name, what in check_sums(run_dir).items() if not name.startswith(own)}
-    if found == {SUMS: "missing"} and info.state == "killed":
-        names = (*rundir.FILES, "manifest.json")
-        found = {name: "no checksum" for name in names if (run_dir / name).exists()}
+    if killed and found == {SUMS: "missing"}:
+        found = dict.fromkeys(names, "no checksum")
     for path in sorted((run_dir / "checkpoints").glob("*")):
-        if path.name.isdecimal() and not path.is_symlink():
-            found |= {f"checkpoints/{path.name}/{name}": what for name, what in check_sums(path).items()}
-        elif path.is_symlink():
-            found[f"checkpoints/{path.name}"] = "leads out of the folder"
+        name = f"checkpoints/{path.name}"
+        if path.is_symlink():
+            found[name] = "leads out of the folder"
+        elif path.name.isdecimal() and killed and not (path / SUMS).exists():
+            found[name] = "no checksum"
+        elif path.name.isdecimal():
+            found |= {f"{name}/{file}": what for file, what in check_sums(path).items()}
     return found
+
+
+def _was_killed(run_dir: Path) -> bool:
+    """Returns whether the last session ended without a word; False where the manifest cannot tell."""
+    try:
+        return manifest.read_manifest(run_dir)["sessions"][-1]["state"] == "running"
+    except UserError:
+        return False
 
 
 def diff(a: Path, b: Path) -> dict[str, dict[str, tuple[Any, Any]]]:
@@ -134,11 +150,18 @@ def reproduce(
     old = rundir.read_result(run_dir)
     if old is None:
         raise UserError(f"`run` must have ended, got {run_dir}. Finish it by --resume first.")
-    first = manifest.read_manifest(run_dir)["sessions"][-1]
-    _take_cores(first["cores"])
-    devices = jax.local_devices()[: first["num_devices"]]
+    metrics = run_dir / "metrics.jsonl"
+    if not metrics.exists() or file_sha256(metrics) != old["sha256"]["metrics"]:
+        raise UserError(
+            f"{metrics} must be the one that result.json names, SHA-256 {old['sha256']['metrics']}. Restore it."
+        )
+    sessions = manifest.read_manifest(run_dir)["sessions"]
+    _take_cores(sessions[-1]["cores"])
+    devices = jax.local_devices()[: sessions[-1]["num_devices"]]
+    environment = manifest.changes(sessions, manifest.environment(len(devices)))
+    for name, (there, here) in environment.items():
+        report.say(f"{name} is {there} there and {here} here: the bits may differ")
     new = train_and_evaluate(config, run_dir=into, data_dir=data_dir, resume=resume, devices=devices, report=report)
-    differences = diff(run_dir, into)
     rows = list(zip(*(rundir.read_rows(folder / "metrics.jsonl") for folder in (run_dir, into)), strict=True))
     epochs = [x["epoch"] for x, y in rows if x["params_sha256"] != y["params_sha256"]]
     moved = {}
@@ -148,12 +171,13 @@ def reproduce(
             "test accuracy": f"{old['test_accuracy']:.2%} there, {new['test_accuracy']:.2%} here",
             "test loss": f"{old['test_loss']:.6g} there, {new['test_loss']:.6g} here",
             "validation accuracy": f"by {change:.2%} at most, over all epochs",
-            "best parameters": f"by {_distance(run_dir, into):.1e} of their norm",
         }
+        with suppress(UserError):  # The checkpoint there may be gone.
+            moved["best parameters"] = f"by {_distance(run_dir, into):.1e} of their norm"
     return Reproduction(
         same=new["sha256"] == old["sha256"],
-        environment=differences["environment"],
-        data=differences["data"],
+        environment=environment,
+        data=diff(run_dir, into)["data"],
         first_epoch=epochs[0] if epochs else None,
         moved=moved,
     )
@@ -174,8 +198,10 @@ def scores(target: str, metric: str) -> tuple[str, dict[int, float]]:
         folders = find_runs(path) if not (path / "config.json").exists() else [path]
     else:
         base = path if path.parent.name else Path("runs") / path
-        folders = sorted(folder.parent for folder in base.parent.glob(f"{base.name}-seed*/config.json"))
+        named = re.compile(rf"{re.escape(base.name)}-seed\d+")
+        folders = sorted(p.parent for p in base.parent.glob("*/config.json") if named.fullmatch(p.parent.name))
     found: dict[int, float] = {}
+    of_seed: dict[int, Path] = {}
     like: Config | None = None
     for folder in folders:
         config, _ = rundir.read_run(folder)
@@ -189,8 +215,11 @@ def scores(target: str, metric: str) -> tuple[str, dict[int, float]]:
             )
         if result is not None:
             if config.seed in found:
-                raise UserError(f"The runs of {target} must have a seed each, got seed {config.seed} twice.")
-            found[config.seed] = result[metric]
+                raise UserError(
+                    f"The runs of {target} must have a seed each, got seed {config.seed} in {of_seed[config.seed]} and "
+                    f"in {folder}. Name a folder, or a beginning, that holds one of them."
+                )
+            found[config.seed], of_seed[config.seed] = result[metric], folder
     if not found:
         raise UserError(
             f"`experiment` must be a folder of runs that ended, or the name before -seed<k> in runs/, got {target!r}."

@@ -13,11 +13,12 @@ import jax
 
 from cnnjax import rundir
 from cnnjax.config import Config
+from cnnjax.data import load_dataset
 from cnnjax.errors import UserError
 from cnnjax.loop import train_and_evaluate
 from cnnjax.manifest import num_cores
 from cnnjax.report import Report
-from cnnjax.signals import stop_signals
+from cnnjax.signals import Interrupted, stop_signals
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
@@ -71,6 +72,7 @@ def train_seeds(
     for run_dir, c in zip(folders, configs, strict=True):
         if run_dir.is_dir():
             rundir.check_run(run_dir, c, resume)
+    load_dataset(config.dataset, data_dir, report.say)  # Once: the threads below find it prepared.
     if "device_count" not in os.environ.get("XLA_FLAGS", "") and "JAX_NUM_CPU_DEVICES" not in os.environ:
         with suppress(RuntimeError):  # jax has begun: then on the devices that it has.
             jax.config.update("jax_num_cpu_devices", min(len(seeds), num_cores()))
@@ -83,6 +85,8 @@ def train_seeds(
         def train(run_dir: Path, config: Config, report: Report) -> dict[str, Any]:
             device = free.get()
             try:
+                if stop.signum is not None:  # This seed was waiting for its turn.
+                    raise Interrupted(stop.signum)
                 with jax.default_device(device):
                     return train_and_evaluate(
                         config,

@@ -33,13 +33,13 @@ class Stop:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keeps a signal waiting while the context lasts."""
-        self._held = True
+        """Keeps a signal waiting while the context lasts; one around several threads holds for all of theirs."""
+        before, self._held = self._held, True
         try:
             yield
         finally:
-            self._held = False
-        if self.signum is not None:
+            self._held = before
+        if self.signum is not None and not self._held:
             raise Interrupted(self.signum)
 
     def receive(self, signum: int, frame: object) -> None:

@@ -18,8 +18,8 @@ DETERMINISM_FLAG = "--xla_gpu_deterministic_ops"
 def set_flags() -> None:
     """Adds our flags to XLA_FLAGS, but for those that are there. Must run before jax makes its first array."""
     flags = os.environ.get("XLA_FLAGS", "")
-    ours = {DETERMINISM_FLAG: "true"}
-    # XLA ends the process on a flag that it does not know: only for versions that were tried.
+    ours = {DETERMINISM_FLAG: "true"}  # Known to every jaxlib that the package admits.
+    # XLA ends the process on a flag that it does not know: this one only for versions that were tried.
     if version("jaxlib").startswith("0.10."):
         ours[CONVOLUTION_FLAG] = "-individual_convolution"
     added = [f"{flag}={value}" for flag, value in ours.items() if flag not in flags]

@@ -93,7 +93,7 @@ def test_a_truncated_checkpoint(tmp_path):
     data.write_bytes(data.read_bytes()[:1000])
     with closing(Checkpoints(tmp_path)) as checkpoints:
         with pytest.raises(
-            UserError, match=r"checkpoint .*1 must agree with its checksums, got state/.* is damaged\. Go on"
+            UserError, match=r"checkpoint .*1 must agree with its checksums, got state/.* is damaged\. A run"
         ):
             checkpoints.restore(1, make_state(MLP(3)))
 
@@ -150,7 +150,10 @@ def test_a_checkpoint_without_its_checksums_was_not_finished(tmp_path):
     (folder / "2" / "SHA256SUMS").unlink()
     left, told = recovered(folder)
     assert left == [1]
-    assert "SHA256SUMS is missing" in told
+    assert told == (
+        "The checkpoint of step 2 was left half written or half removed. It is removed; "
+        "going on from the checkpoint of step 1."
+    )
 
 
 def test_a_damaged_best_checkpoint_is_made_again(tmp_path):
@@ -169,7 +172,28 @@ def test_what_a_killed_removal_left_is_removed(tmp_path):
     save_epochs(folder, 0.1, 0.2, 0.3)
     shutil.copytree(folder / "2", folder / "1")
     (folder / "1" / "_CHECKPOINT_METADATA").unlink()
-    assert recovered(folder) == ([2, 3], "")
+    left, told = recovered(folder)
+    assert left == [2, 3]
+    assert told.startswith("The checkpoint of step 1 was left half written or half removed")
+
+
+def test_an_older_checkpoint_that_is_damaged_is_told_and_set_aside(tmp_path):
+    folder = tmp_path / "checkpoints"
+    save_epochs(folder, 0.1, 0.2, 0.3)
+    flip_a_bit(folder / "2")
+    left, told = recovered(folder)
+    assert left == [3]
+    assert "step 2 cannot be used: state/" in told and told.endswith("going on from the checkpoint of step 3.")
+    assert steps(tmp_path / "damaged") == [2]
+
+
+def test_an_intact_checkpoint_of_another_version_stays_where_it_is(tmp_path, monkeypatch):
+    folder = tmp_path / "checkpoints"
+    with closing(Checkpoints(folder)) as checkpoints:
+        checkpoints.save(make_state(MLP(3), 1), {"rows": []}, {"accuracy": 0.5})  # No "best_step": not ours.
+    with pytest.raises(UserError, match=r"1 is intact and must be of this version of cnnjax and Orbax, got KeyError"):
+        recover(folder, print)
+    assert steps(folder) == [1]
 
 
 def test_a_checkpoint_that_leads_out_of_the_run_is_not_read(tmp_path):

@@ -93,6 +93,7 @@ def test_unknown_names_list_the_nearest(prepared_dir, tmp_path, capsys):
         ("--batch-size", "0", "`batch_size` must be at least 1, got 0"),
         ("--validation-fraction", "1", "`validation_fraction` must be above 0 and below 1, got 1"),
         ("--validation-fraction", "0", "`validation_fraction` must be above 0 and below 1, got 0"),
+        ("--checkpoint-seconds", "nan", "`checkpoint_seconds` must be at least 0, got nan"),
         ("--seed", "-1", "`seed` must be between 0 and 2**32 - 1, got -1"),
         ("--label-smoothing", "1", "`label_smoothing` must be at least 0 and below 1, got 1"),
         ("--optim.learning-rate", "-1", "`optim.learning_rate` must be above 0 and finite, got -1"),

@@ -22,6 +22,7 @@ from cnnjax.errors import NonFiniteLossError
 from cnnjax.evaluation import evaluate
 from cnnjax.named_sets import NAMED_SETS
 from cnnjax.prepare import write_tfds
+from cnnjax.runs import verify
 from cnnjax.signals import Interrupted, stop_signals
 
 # Dropout, augmentation and a partial last batch on: 390 training examples make 25 steps an epoch, the last of 6.
@@ -156,6 +157,33 @@ def test_a_run_that_ended_is_not_run_again(whole, prepared_dir, monkeypatch):
     assert train_and_evaluate(CONFIG, run_dir=whole[0], data_dir=prepared_dir, resume=True) == whole[1]
 
 
+@pytest.mark.parametrize("call", range(1, 9))
+def test_a_kill_at_any_write_is_mended_by_resume(call, whole, prepared_dir, tmp_path):
+    """Of manifest, configuration, metrics, result and checksums; the process dies at the moment of the rename."""
+    code = (
+        "import os, sys\n"
+        "from cnnjax import files, loop, manifest, rundir, train_and_evaluate, Config, ModelConfig, OptimConfig\n"
+        "from pathlib import Path\n"
+        "replace, calls = Path.replace, []\n"
+        "def killed(path, target):\n"
+        "    if target.parent.name == 'run':\n"
+        "        calls.append(target)\n"
+        "        if len(calls) == int(sys.argv[3]): os.kill(os.getpid(), 9)\n"
+        "    return replace(path, target)\n"
+        "Path.replace = killed\n"
+        f"train_and_evaluate({CONFIG!r}, run_dir=Path(sys.argv[1]), data_dir=Path(sys.argv[2]), resume=True)\n"
+    )
+    run_dir = tmp_path / "run"
+    command = [sys.executable, "-c", code, str(run_dir), str(prepared_dir)]
+    assert subprocess.run([*command, str(call)], check=False).returncode == -signal.SIGKILL
+    result = train_and_evaluate(CONFIG, run_dir=run_dir, data_dir=prepared_dir, resume=True)
+    assert result["sha256"] == whole[1]["sha256"]
+    assert read_metrics(run_dir) == read_metrics(whole[0])
+    assert {*verify(run_dir).values()} == {"ok"}
+    states = [s["state"] for s in json.loads((run_dir / "manifest.json").read_text())["sessions"]]
+    assert states[-1] == "finished" and {*states[:-1]} <= {"killed", "finished"}
+
+
 def test_a_run_directory_in_use(whole, prepared_dir):
     with pytest.raises(UserError, match=r"`run_dir` .* exists already\. Go on with that run by --resume, or name"):
         train_and_evaluate(CONFIG, run_dir=whole[0], data_dir=prepared_dir)
@@ -248,7 +276,7 @@ def test_resuming_where_there_is_nothing_starts_anew(whole, prepared_dir, tmp_pa
 
 def test_a_directory_of_something_else(prepared_dir, tmp_path):
     (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(UserError, match="`run_dir` must be empty or hold a run, got"):
+    with pytest.raises(UserError, match=r"`run_dir` must be empty or hold a run, got .* with thesis\.tex"):
         train_and_evaluate(CONFIG, run_dir=tmp_path, data_dir=prepared_dir)
 
 
@@ -256,8 +284,11 @@ def test_a_checkpoint_of_another_model(whole, prepared_dir, tmp_path):
     run_dir = tmp_path / "run"
     cnn = Config(**{**vars(CONFIG), "model": ModelConfig(name="cnn")})
     run_dir.mkdir()
-    loop.rundir.create_run(run_dir, cnn, loop.rundir.read_run(whole[0])[1])
+    loop.rundir.write_run(run_dir, cnn, loop.rundir.read_run(whole[0])[1])
     shutil.copytree(whole[0] / "checkpoints", run_dir / "checkpoints")
+    with pytest.raises(UserError, match=r"must have a manifest.json, got none: another version of cnnjax wrote it"):
+        train_and_evaluate(cnn, run_dir=run_dir, data_dir=prepared_dir, resume=True)
+    shutil.copy(whole[0] / "manifest.json", run_dir)
     with pytest.raises(UserError, match=r"must be of the same model and optimizer"):
         train_and_evaluate(cnn, run_dir=run_dir, data_dir=prepared_dir, resume=True)
 

@@ -28,7 +28,22 @@ def repository(tmp_path, monkeypatch):
 
 
 def test_a_clean_tree_is_its_commit(repository):
-    assert source_code() == ({"commit": git(repository, "rev-parse", "HEAD"), "dirty": False}, "")
+    code, diff = source_code()
+    assert (code["commit"], code["dirty"], diff) == (git(repository, "rev-parse", "HEAD"), False, "")
+
+
+def test_a_package_in_another_repository_is_recorded(repository, tmp_path, monkeypatch):
+    package = tmp_path / "package"
+    git(tmp_path, "clone", "-q", str(repository), "package")
+    monkeypatch.setattr(manifest, "__file__", str(package / "manifest.py"))
+    commit = git(package, "rev-parse", "HEAD")
+    assert source_code()[0]["package_commit"] == commit
+    (package / "train.py").write_text("print(3)\n")
+    code, diff = source_code()
+    assert code["package_commit"].startswith(f"{commit} and a diff, SHA-256 ")
+    assert not code["dirty"] and diff == ""
+    monkeypatch.chdir(package)
+    assert "package_commit" not in source_code()[0]
 
 
 def test_the_diff_of_a_dirty_tree_restores_it(repository, tmp_path, monkeypatch):
@@ -37,7 +52,9 @@ def test_the_diff_of_a_dirty_tree_restores_it(repository, tmp_path, monkeypatch)
     (repository / "runs").mkdir()
     (repository / "runs" / "ignored").touch()
     monkeypatch.setattr(manifest, "DIFF_LIMIT", 1000)
-    (repository / "data.bin").write_bytes(b"\0" * 1001)
+    (repository / "data.bin").write_bytes(b"\0")  # No source.
+    (repository / "large.py").write_bytes(b"#" * 1001)
+    (repository / "nowhere.py").symlink_to(tmp_path / "nowhere")
     code, diff = source_code()
     assert code["dirty"]
     git(tmp_path, "clone", "-q", str(repository), "clone")
@@ -45,7 +62,6 @@ def test_the_diff_of_a_dirty_tree_restores_it(repository, tmp_path, monkeypatch)
     git(tmp_path / "clone", "apply", str(tmp_path / "diff"))
     names = {path.name: path.read_text() for path in (tmp_path / "clone").glob("*.py")}
     assert names == {"train.py": "print(2)\n", "new file.py": "print('ä')\n"}
-    assert not (tmp_path / "clone" / "data.bin").exists()
 
 
 def test_a_session_records_how_it_ended(repository, tmp_path):
