@@ -123,7 +123,8 @@ def train_and_evaluate(
             for line in manifest.changes_since_last_session(run_dir, environment):
                 report.say(line)
             about = environment | {"seed": config.seed, "resumed_from": None}
-            with manifest.session(run_dir, about, rundir.FILES) as session:
+            # A signal waits for the loop, which saves: Orbax would turn one that arrives within it into a failure.
+            with stopped.held(), manifest.session(run_dir, about, rundir.FILES) as session:
                 rundir.write_run(run_dir, config, facts)
                 recover(run_dir / "checkpoints", report.say)
                 with closing(Checkpoints(run_dir / "checkpoints")) as checkpoints:
@@ -188,7 +189,7 @@ def fit(
       run: what stays the same.
       state: donated.
       checkpoints: of this run.
-      stop: as soon as it has a signal, the loop saves and raises.
+      stop: held; as soon as it has a signal, the loop saves and raises.
       report: told what happens.
       checkpoint_seconds: save within an epoch, too, this long after the last save.
 
@@ -222,7 +223,7 @@ def fit(
         last_save = time.perf_counter()
 
     batch = run.batch(step)
-    with stop.held(), report.progress(config.num_epochs, steps, start=step) as bar:
+    with report.progress(config.num_epochs, steps, start=step) as bar:
         for epoch in range(step // steps, config.num_epochs):
             lap, already = time.perf_counter(), totals.num_examples
             while step < (epoch + 1) * steps:
