@@ -2,26 +2,26 @@
 
 from typing import TYPE_CHECKING, Any
 
-from cnnjax.xla import set_flags
+from cnnjax.xla import keep_memory, set_flags
 
 if TYPE_CHECKING:
     from cnnjax.cli import run_experiment
-    from cnnjax.config import Config, ModelConfig, OptimConfig
+    from cnnjax.config import AugmentConfig, Config, ModelConfig, OptimConfig
     from cnnjax.data import load_dataset
     from cnnjax.errors import NonFiniteLossError, UserError
     from cnnjax.loop import train_and_evaluate
-    from cnnjax.models import CNN, MLP
+    from cnnjax.models import CNN, MLP, SpeedNet
     from cnnjax.signals import Interrupted
     from cnnjax.step import Batch, Metrics, TrainState, eval_step, init_state, softmax_cross_entropy, train_step
 
 # Where each public name lives. They are imported when first used, so that `cnnjax --help` does not wait for jax.
 _HOME = {
     "run_experiment": "cli",
-    **dict.fromkeys(("Config", "ModelConfig", "OptimConfig"), "config"),
+    **dict.fromkeys(("AugmentConfig", "Config", "ModelConfig", "OptimConfig"), "config"),
     "load_dataset": "data",
     **dict.fromkeys(("NonFiniteLossError", "UserError"), "errors"),
     "train_and_evaluate": "loop",
-    **dict.fromkeys(("CNN", "MLP"), "models"),
+    **dict.fromkeys(("CNN", "MLP", "SpeedNet"), "models"),
     "Interrupted": "signals",
     **dict.fromkeys(
         ("Batch", "Metrics", "TrainState", "eval_step", "init_state", "softmax_cross_entropy", "train_step"), "step"
@@ -30,6 +30,7 @@ _HOME = {
 __all__ = [
     "CNN",
     "MLP",
+    "AugmentConfig",
     "Batch",
     "Config",
     "Interrupted",
@@ -37,6 +38,7 @@ __all__ = [
     "ModelConfig",
     "NonFiniteLossError",
     "OptimConfig",
+    "SpeedNet",
     "TrainState",
     "UserError",
     "eval_step",
@@ -49,6 +51,7 @@ __all__ = [
 ]
 
 set_flags()
+keep_memory()
 
 
 def __getattr__(name: str) -> Any:

@@ -62,7 +62,7 @@ class Checkpoints:
         Args:
           state: may be donated afterwards: it is copied first.
           progress: what the loop knows besides the state; any JSON. "best_step" names the checkpoint it needs.
-          validation: the scores at the end of an epoch ("accuracy" ranks them); None within one.
+          validation: the scores at the end of an epoch ("accuracy" ranks them, where it is there); None within one.
 
         Raises:
           StorageError: the save before this one could not be written.
@@ -257,4 +257,4 @@ class _Always:
 
 
 def _accuracy(metrics: Any) -> float:
-    return metrics["accuracy"]
+    return metrics.get("accuracy", 0.0)  # 0 without validation: the latest is the best.

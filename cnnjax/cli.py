@@ -156,16 +156,18 @@ def _fail(message: str, status: int) -> NoReturn:
 def _train(command: Train) -> None:
     from cnnjax.loop import train_and_evaluate
     from cnnjax.report import Report
+    from cnnjax.seeds import parse_seeds, train_seeds, use_cores
 
+    seeds = None if command.seeds is None else parse_seeds(command.seeds)
+    if seeds is not None:
+        use_cores(len(seeds))
     use_compilation_cache(print)
     where: Any = {"data_dir": command.data_dir, "resume": command.resume, "report": Report()}
     where["checkpoint_seconds"] = command.checkpoint_seconds
-    if command.seeds is None:
+    if seeds is None:
         train_and_evaluate(command.config, run_dir=command.run_dir, **where)
         return
-    from cnnjax.seeds import parse_seeds, train_seeds
-
-    results = train_seeds(command.config, parse_seeds(command.seeds), folder=command.run_dir, **where)
+    results = train_seeds(command.config, seeds, folder=command.run_dir, **where)
     print(f"{len(results)} seeds, {command.seeds}: {describe([result['test_accuracy'] for result in results])}")
 
 

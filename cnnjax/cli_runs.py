@@ -31,7 +31,9 @@ class Runs:
             except UserError as error:
                 others.append(str(error))
                 continue
-            validation = max((row["validation_accuracy"] for row in info.rows), default=None)
+            validation = max(
+                (row["validation_accuracy"] for row in info.rows if "validation_accuracy" in row), default=None
+            )
             test = info.result["test_accuracy"] if info.result else None
             table.add_row(
                 str(run_dir.relative_to(self.folder)),

@@ -11,6 +11,7 @@ class Placement(NamedTuple):
     """Where the arrays of a run lie."""
 
     batch: NamedSharding  # Its examples, divided among the devices.
+    plan: NamedSharding  # The same, of many batches.
     state: NamedSharding  # The same on each.
 
     @property
@@ -32,4 +33,5 @@ def place(batch_size: int, devices: Sequence[Any] | None = None) -> Placement:
     devices = list(jax.local_devices() if devices is None else devices)
     num_devices = max(n for n in range(1, len(devices) + 1) if batch_size % n == 0)
     mesh = Mesh(devices[:num_devices], ("data",), axis_types=(AxisType.Auto,))
-    return Placement(NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec()))
+    specs = PartitionSpec("data"), PartitionSpec(None, "data"), PartitionSpec()
+    return Placement(*(NamedSharding(mesh, spec) for spec in specs))

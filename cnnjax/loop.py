@@ -7,64 +7,19 @@ from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
-import optax
 
 from cnnjax import manifest, rundir
-from cnnjax.batches import (
-    Standardization,
-    pixel_statistics,
-    split_validation,
-    steps_per_epoch,
-    train_batch,
-)
+from cnnjax.batches import Pixels
 from cnnjax.checkpoint import Checkpoints, all_finite, recover
 from cnnjax.config import Config
-from cnnjax.data import Examples, ImageDataset, load_dataset
-from cnnjax.devices import Placement, place
+from cnnjax.epoch import Scores, Totals
 from cnnjax.errors import NonFiniteLossError, UserError
-from cnnjax.evaluation import Scores, Totals, evaluate
+from cnnjax.experiment import Run, count_params, device, set_up
 from cnnjax.files import file_sha256, tree_sha256, write_json
-from cnnjax.models import make_model
-from cnnjax.optim import make_loss, make_tx
 from cnnjax.report import Report
 from cnnjax.signals import Interrupted, Stop, stop_signals
-from cnnjax.step import Batch, LossFn, TrainState, init_state, train_step
-
-
-class Run(NamedTuple):
-    """All that a run does not change."""
-
-    config: Config
-    folder: Path
-    dataset: ImageDataset
-    train: Examples
-    validation: Examples
-    standardization: Standardization
-    steps_per_epoch: int
-    model: nn.Module
-    tx: optax.GradientTransformation
-    loss_fn: LossFn
-    train_key: jax.Array
-    placement: Placement
-
-    def batch(self, step: int) -> Batch:
-        """Returns the batch of a training step, on the run's devices."""
-        batch = train_batch(
-            self.train,
-            self.standardization,
-            seed=self.config.seed,
-            step=step,
-            batch_size=self.config.batch_size,
-            flip=self.config.flip,
-        )
-        return jax.device_put(batch, self.placement.batch)
-
-    def evaluate(self, state: TrainState, examples: Examples) -> Scores:
-        """Scores every example once."""
-        return evaluate(state, examples, self.standardization, model=self.model, sharding=self.placement.batch)
+from cnnjax.step import TrainState
 
 
 class Progress(NamedTuple):
@@ -76,8 +31,8 @@ class Progress(NamedTuple):
     seconds: float = 0.0  # Of training, all sessions together.
 
     def best(self) -> dict[str, Any] | None:
-        """Returns the row with the best validation accuracy, the latest of equals."""
-        return max(self.rows, key=lambda row: (row["validation_accuracy"], row["epoch"]), default=None)
+        """Returns the row with the best validation accuracy, the latest of equals; without validation, the latest."""
+        return max(self.rows, key=lambda row: (row.get("validation_accuracy", 0.0), row["epoch"]), default=None)
 
 
 def train_and_evaluate(
@@ -118,7 +73,7 @@ def train_and_evaluate(
         rundir.check_run(run_dir, config, resume)
         result = rundir.read_result(run_dir)
         if result is None or result["num_epochs"] < config.num_epochs or not manifest.is_closed(run_dir):
-            run, state, facts = _set_up(config, run_dir, data_dir, devices, report)
+            run, state, facts = set_up(config, run_dir, data_dir, devices, report)
             environment = manifest.environment(run.placement.num_devices)
             for line in manifest.changes_since_last_session(run_dir, environment):
                 report.say(line)
@@ -138,46 +93,6 @@ def train_and_evaluate(
                     write_json(run_dir / "result.json", result)
     report.result(result, run_dir)
     return result
-
-
-def _set_up(
-    config: Config, run_dir: Path, data_dir: Path | None, devices: Sequence[Any] | None, report: Report
-) -> tuple[Run, TrainState, rundir.DataFacts]:
-    """Loads the training split, builds what `config` names and makes the first state."""
-    dataset = load_dataset(config.dataset, data_dir, report.say)
-    examples = dataset.load("train")
-    train, validation = (
-        Examples(examples.image[part], examples.label[part])
-        for part in split_validation(config.seed, examples.label, config.validation_fraction)
-    )
-    standardization = pixel_statistics(train.image)
-    steps = steps_per_epoch(len(train.label), config.batch_size)
-    init_key, train_key = jax.random.split(jax.random.key(config.seed))
-    placement = place(config.batch_size, devices)
-    run = Run(
-        config=config,
-        folder=run_dir,
-        dataset=dataset,
-        train=train,
-        validation=validation,
-        standardization=standardization,
-        steps_per_epoch=steps,
-        model=make_model(config.model, dataset.num_classes),
-        tx=make_tx(config.optim, num_steps=steps * config.num_epochs),
-        loss_fn=make_loss(config.label_smoothing),
-        train_key=jax.device_put(train_key, placement.state),
-        placement=placement,
-    )
-    image_shape = train.image.shape[1:]
-    facts = rundir.make_facts(dataset, image_shape, standardization)
-    rundir.check_data(run_dir, facts)
-    state = init_state(init_key, jnp.zeros((1, *image_shape)), model=run.model, tx=run.tx)
-    shared = f" ({placement.num_devices} share a batch)" if placement.num_devices > 1 else ""
-    report.say(
-        f"{run_dir}: {config.model.name} ({count_params(state):,} parameters) on {config.dataset} ({dataset.source}), "
-        f"{len(train.label):,} training and {len(validation.label):,} validation images, on {device()}{shared}"
-    )
-    return run, jax.device_put(state, placement.state), facts
 
 
 def fit(
@@ -212,39 +127,37 @@ def fit(
     last_save = time.perf_counter()
     clock = last_save - seconds  # The instant at which a run without interruptions would have begun.
 
-    def save(scores: Scores | None = None) -> None:
+    def save(validation: dict[str, Any] | None = None) -> None:
         nonlocal last_save
         if not all_finite(state):
-            raise _not_finite("the parameters became infinite or nan", step, config, checkpoints)
+            made = (step - run.steps_per_dispatch, step)
+            raise _not_finite("the parameters became infinite or nan", made, config, checkpoints)
         progress = Progress(list(rows), list(timing), totals, time.perf_counter() - clock)
         best = progress.best()
         kept = {**progress._asdict(), "best_step": None if best is None else best["step"]}
-        checkpoints.save(state, kept, None if scores is None else scores._asdict())
+        checkpoints.save(state, kept, validation)
         last_save = time.perf_counter()
 
-    batch = run.batch(step)
+    plan = run.plan(step)
     with report.progress(config.num_epochs, steps, start=step) as bar:
         for epoch in range(step // steps, config.num_epochs):
             lap, already = time.perf_counter(), totals.num_examples
             while step < (epoch + 1) * steps:
-                state, metrics = train_step(
-                    state, batch, run.train_key, model=run.model, tx=run.tx, loss_fn=run.loss_fn
-                )
-                step += 1
-                batch = run.batch(step)  # The host makes the next batch while the device works on this one.
+                made = len(plan.example)
+                state, metrics = run.train_steps(state, plan)
+                step += made
+                plan = run.plan(step)  # The host draws the next plan while the device works on this one.
                 totals = totals.add(metrics)  # Waits for the device.
                 if not math.isfinite(totals.loss):
-                    raise _not_finite(f"the loss became {float(metrics.loss)}", step, config, checkpoints)
+                    raise _not_finite(f"the loss became {totals.loss}", (step - made, step), config, checkpoints)
                 bar.update(step, totals.means())
                 if step % steps == 0:  # Saved with its scores, below.
                     break
                 if stop.signum is not None or time.perf_counter() - last_save >= checkpoint_seconds:
                     save()
-                if stop.signum is not None:
-                    checkpoints.wait()
-                    raise Interrupted(stop.signum, step)
+                _leave_if_asked(stop, step, checkpoints)
             images_per_second = (totals.num_examples - already) / (time.perf_counter() - lap)
-            scores = run.evaluate(state, run.validation)
+            scores = run.evaluate(state, run.validation) if len(run.validation.label) else None
             rows.append(_row(epoch + 1, step, totals.means(), scores, state))
             timing.append(
                 {
@@ -254,27 +167,26 @@ def fit(
                 }
             )
             totals = Totals()
-            save(scores)
+            save({"num_examples": 0} if scores is None else scores._asdict())
             _write_progress(run.folder, Progress(rows, timing))
             report.epoch({**rows[-1], **timing[-1]}, config.num_epochs)
-            if stop.signum is not None:
-                checkpoints.wait()
-                raise Interrupted(stop.signum, step)
+            _leave_if_asked(stop, step, checkpoints)
         checkpoints.wait()
     return state, Progress(rows, timing, totals, time.perf_counter() - clock)
 
 
-def _row(epoch: int, step: int, train: Scores, validation: Scores, state: TrainState) -> dict[str, Any]:
+def _leave_if_asked(stop: Stop, step: int, checkpoints: Checkpoints) -> None:
+    if stop.signum is not None:
+        checkpoints.wait()
+        raise Interrupted(stop.signum, step)
+
+
+def _row(epoch: int, step: int, train: Scores, validation: Scores | None, state: TrainState) -> dict[str, Any]:
     """Returns a row of metrics.jsonl."""
-    return {
-        "epoch": epoch,
-        "step": step,
-        "train_loss": train.loss,
-        "train_accuracy": train.accuracy,
-        "validation_loss": validation.loss,
-        "validation_accuracy": validation.accuracy,
-        "params_sha256": tree_sha256(state.params),
-    }
+    row: dict[str, Any] = {"epoch": epoch, "step": step, "train_loss": train.loss, "train_accuracy": train.accuracy}
+    if validation is not None:
+        row |= {"validation_loss": validation.loss, "validation_accuracy": validation.accuracy}
+    return row | {"params_sha256": tree_sha256(state.params)}
 
 
 def _write_progress(run_dir: Path, progress: Progress) -> None:
@@ -288,12 +200,13 @@ def _test(run: Run, last: TrainState, progress: Progress, checkpoints: Checkpoin
     if best is None:
         raise UserError(f"The checkpoints in {run.folder} must have one at the end of an epoch, got none. Train anew.")
     state, _ = checkpoints.restore(best["step"], last, run.placement.state)
-    scores = run.evaluate(state, run.dataset.load("test"))
+    test = Pixels(*run.dataset.load("test"), run.train.standardization)
+    scores = run.evaluate(state, jax.device_put(test, run.placement.state), run.config.views)
     return {
         "test_accuracy": scores.accuracy,
         "test_loss": scores.loss,
         "num_test_examples": scores.num_examples,
-        "best_validation_accuracy": best["validation_accuracy"],
+        "best_validation_accuracy": best.get("validation_accuracy"),
         "best_epoch": best["epoch"],
         "num_epochs": run.config.num_epochs,
         "training_seconds": progress.timing[-1]["seconds"],
@@ -310,25 +223,11 @@ def _test(run: Run, last: TrainState, progress: Progress, checkpoints: Checkpoin
     }
 
 
-def count_params(state: TrainState) -> int:
-    """Returns the number of trainable parameters."""
-    return sum(leaf.size for leaf in jax.tree.leaves(state.params))
-
-
-def device() -> str:
-    """Returns what jax computes on, in words."""
-    first = jax.devices()[0]
-    if first.platform == "cpu":
-        count = manifest.num_cores()
-        return f"cpu, {count} core{'s' if count != 1 else ''}"
-    return f"{first.platform}, {first.device_kind}"
-
-
-def _not_finite(what: str, step: int, config: Config, checkpoints: Checkpoints) -> NonFiniteLossError:
+def _not_finite(what: str, steps: tuple[int, int], config: Config, checkpoints: Checkpoints) -> NonFiniteLossError:
     checkpoints.wait()
     latest = checkpoints.latest()
     kept = "there is no checkpoint yet" if latest is None else f"the last finite checkpoint is of step {latest}"
     return NonFiniteLossError(
-        f"{what} between steps {step - 1} and {step}; {kept}. Try a lower `optim.learning_rate` "
+        f"{what} between steps {steps[0]} and {steps[1]}; {kept}. Try a lower `optim.learning_rate` "
         f"(now {config.optim.learning_rate}), in another run directory."
     )

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 
+from cnnjax import onednn
 from cnnjax.errors import UserError
 from cnnjax.files import SUMS, read_json, write_json, write_sums, write_whole
 from cnnjax.signals import Interrupted
@@ -34,6 +35,7 @@ DECISIVE = (
     "processor",
     "cores",
     "driver",
+    "kernels",
     "flags",
 )
 SOURCE = (".py", ".toml")  # The untracked files that the diff takes along.
@@ -62,6 +64,7 @@ def environment(num_devices: int) -> dict[str, Any]:
         "driver": " ".join(
             [first.client.platform_version, nvidia.read_text().split("\n")[0] if nvidia.exists() else ""]
         ),
+        "kernels": "oneDNN" if first.platform == "cpu" and onednn.in_use() else "XLA",
         "flags": flags,
         "host": platform.node(),
         "system": platform.platform(),

@@ -1,16 +1,19 @@
 """The networks: Flax modules used as pure `init` and `apply` functions."""
 
+from functools import partial
+
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from flax.linen.initializers import Initializer
-from jaxtyping import Array, Float
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Key
 
 from cnnjax.config import ModelConfig
+from cnnjax.layers import GLOROT_UNIFORM, Conv, Dense, Dropout, conv2d, max_pool_2x2
 from cnnjax.step import AnyArray
 
 # Built once: a module is a static argument of the step, and two equal initializers built twice are not equal.
-INITIALIZERS = {"glorot_uniform": nn.initializers.glorot_uniform(), "he_normal": nn.initializers.he_normal()}
+INITIALIZERS = {"glorot_uniform": GLOROT_UNIFORM, "he_normal": nn.initializers.he_normal()}
 
 
 class CNN(nn.Module):
@@ -22,21 +25,22 @@ class CNN(nn.Module):
     num_classes: int
     conv_dropout: float = 0.25
     dense_dropout: float = 0.5
-    kernel_init: Initializer = INITIALIZERS["glorot_uniform"]
+    kernel_init: Initializer = GLOROT_UNIFORM
+    dtype: str = "float32"  # Of the activations; parameters and logits are float32.
 
     @nn.compact
     def __call__(self, image: Float[AnyArray, "B H W C"], *, train: bool) -> Float[Array, "B K"]:
         """Returns logits; consumes the "dropout" key where `train` is true."""
-        x = image
+        x = jnp.asarray(image, self.dtype)
         for features in (32, 64):
-            x = nn.relu(nn.Conv(features, (3, 3), kernel_init=self.kernel_init)(x))
-            x = nn.relu(nn.Conv(features, (3, 3), kernel_init=self.kernel_init)(x))
+            x = Conv(features, relu=True, kernel_init=self.kernel_init)(x)
+            x = Conv(features, relu=True, kernel_init=self.kernel_init)(x)
             x = max_pool_2x2(x)  # [B H W C] -> [B H/2 W/2 C]
             x = Dropout(self.conv_dropout)(x, train=train)
         x = x.reshape(x.shape[0], -1)  # [B H/4 W/4 64] -> [B H/4*W/4*64]
-        x = nn.relu(nn.Dense(512, kernel_init=self.kernel_init)(x))
+        x = nn.relu(Dense(512, kernel_init=self.kernel_init)(x))
         x = Dropout(self.dense_dropout)(x, train=train)
-        return nn.Dense(self.num_classes, kernel_init=INITIALIZERS["glorot_uniform"])(x)
+        return Dense(self.num_classes)(x).astype(jnp.float32)
 
 
 class MLP(nn.Module):
@@ -47,51 +51,95 @@ class MLP(nn.Module):
 
     num_classes: int
     dense_dropout: float = 0.5
-    kernel_init: Initializer = INITIALIZERS["glorot_uniform"]
+    kernel_init: Initializer = GLOROT_UNIFORM
+    dtype: str = "float32"  # Of the activations; parameters and logits are float32.
 
     @nn.compact
     def __call__(self, image: Float[AnyArray, "B H W C"], *, train: bool) -> Float[Array, "B K"]:
         """Returns logits; consumes the "dropout" key where `train` is true."""
-        x = image.reshape(image.shape[0], -1)  # [B H W C] -> [B H*W*C]
+        x = jnp.asarray(image, self.dtype).reshape(image.shape[0], -1)  # [B H W C] -> [B H*W*C]
         for _ in range(2):
-            x = nn.relu(nn.Dense(512, kernel_init=self.kernel_init)(x))
+            x = nn.relu(Dense(512, kernel_init=self.kernel_init)(x))
             x = Dropout(self.dense_dropout)(x, train=train)
-        return nn.Dense(self.num_classes, kernel_init=INITIALIZERS["glorot_uniform"])(x)
+        return Dense(self.num_classes)(x).astype(jnp.float32)
+
+
+class SpeedNet(nn.Module):
+    """The network of the CIFAR-10 speed records: a whitening convolution, and three groups of convolutions.
+
+    Convolutions have no bias where a norm follows, and begin as the identity of their first channels. The whitening
+    kernel is a parameter that is not trained (see `optim.group_of`); `whitening.whiten` sets it.
+
+    Source: Keller Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU" (2024), sections 3 and A.
+    """
+
+    num_classes: int
+    widths: tuple[int, ...] = (64, 256, 256)
+    depth: int = 2
+    dtype: str = "float32"  # Of the activations; parameters, statistics and logits are float32.
+
+    @nn.compact
+    def __call__(self, image: Float[AnyArray, "B H W C"], *, train: bool) -> Float[Array, "B K"]:
+        """Returns logits; needs no key."""
+        x = Whiten(name="whiten")(jnp.asarray(image, self.dtype))  # [B H W C] -> [B H-1 W-1 8C]
+        x = nn.gelu(x)
+        for width in self.widths:
+            x = max_pool_2x2(SpeedConv(width)(x))
+            x = residual = nn.gelu(SpeedNorm()(x, train=train))
+            for i in range(1, self.depth):
+                x = SpeedNorm()(SpeedConv(width)(x), train=train)
+                if i == 2:
+                    x += residual
+                x = nn.gelu(x)
+        x = x.max(axis=(1, 2))  # [B 3 3 K] -> [B K], at CIFAR's size
+        kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # As PyTorch's linear layers.
+        head = self.param("head", kernel_init, (x.shape[-1], self.num_classes))
+        return x.astype(jnp.float32) @ head / 9
+
+
+class Whiten(nn.Module):
+    """The whitening convolution, 2×2 without padding: kernels of `whitening.whitening_kernel`, and a bias to train."""
+
+    @nn.compact
+    def __call__(self, image: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 K"]:
+        """Returns the features, K = 8C."""
+        features = 8 * image.shape[-1]
+        kernel = self.param("kernel", nn.initializers.zeros_init(), (2, 2, image.shape[-1], features))
+        bias = self.param("bias", nn.initializers.zeros_init(), (features,))
+        return conv2d(image, kernel, bias, ((0, 0), (0, 0)), False)
+
+
+def identity_init(key: Key[Array, ""], shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
+    """Initializes a kernel [I J C K]: its first C filters are the identity, the others uniform as PyTorch's.
+
+    Source: Keller Jordan (2024), section 3.2.
+    """
+    i, j, c, k = shape
+    kernel = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")(key, shape, dtype)
+    n = min(c, k)
+    identity = jnp.zeros((i, j, c, n), dtype).at[i // 2, j // 2, jnp.arange(n), jnp.arange(n)].set(1)
+    return kernel.at[..., :n].set(identity)
+
+
+# The two parts of a group: a convolution without bias, and a norm without a learned scale.
+SpeedConv = partial(Conv, use_bias=False, kernel_init=identity_init)
+
+
+class SpeedNorm(nn.Module):
+    """Batch normalisation without a learned scale, in float32."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"], *, train: bool) -> Float[Array, "B H W C"]:
+        """Returns `x` with mean 0 and deviation 1 of each channel, plus a bias."""
+        norm = nn.BatchNorm(use_running_average=not train, momentum=0.6, epsilon=1e-12, use_scale=False, dtype=x.dtype)
+        return norm(x)
 
 
 def make_model(config: ModelConfig, num_classes: int) -> nn.Module:
     """Returns the network that `config` names, for `num_classes` classes and images of any size."""
+    if config.name == "speednet":
+        return SpeedNet(num_classes, config.widths, config.depth, config.dtype)
     kernel_init = INITIALIZERS[config.kernel_init]
     if config.name == "mlp":
-        return MLP(num_classes, config.dense_dropout, kernel_init)
-    return CNN(num_classes, config.conv_dropout, config.dense_dropout, kernel_init)
-
-
-def max_pool_2x2(x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:
-    """Returns the maximum of each 2×2 window; a last odd row or column is left out.
-
-    Equals `nn.max_pool(x, window_shape=(2, 2), strides=(2, 2))`. Its gradient is two comparisons instead of a scatter,
-    which CPUs do faster (see experiments/BENCHMARKS.md); where values tie, they share the gradient.
-    """
-    b, h, w, c = x.shape
-    x = x[:, : h // 2 * 2, : w // 2 * 2].reshape(b, h // 2, 2, w // 2, 2 * c)  # [B H W C] -> [B H/2 2 W/2 2C]
-    rows = jnp.maximum(x[:, :, 0], x[:, :, 1])  # [B H/2 W/2 2C]
-    return jnp.maximum(rows[..., :c], rows[..., c:])
-
-
-class Dropout(nn.Module):
-    """Sets units to 0 with probability `rate`, rounded to a 256th, and scales the others to keep the mean.
-
-    A random byte a unit decides instead of a random float: a quarter of the bits to draw.
-    """
-
-    rate: float
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "..."], *, train: bool) -> Float[Array, "..."]:
-        """Returns `x` with units dropped; consumes the "dropout" key where `train` is true."""
-        dropped = round(self.rate * 256)
-        if dropped == 0 or not train:
-            return x
-        keep = jax.random.bits(self.make_rng("dropout"), x.shape, jnp.uint8) >= dropped
-        return jnp.where(keep, x * (256 / (256 - dropped)), 0.0)
+        return MLP(num_classes, config.dense_dropout, kernel_init, config.dtype)
+    return CNN(num_classes, config.conv_dropout, config.dense_dropout, kernel_init, config.dtype)

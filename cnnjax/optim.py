@@ -1,10 +1,13 @@
 """The optimizer and the loss that a configuration names. Built once a run: another one traces the step again."""
 
 from functools import cache
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
+from optax import contrib
 
 from cnnjax.config import OptimConfig
 from cnnjax.step import AnyArray, LossFn, softmax_cross_entropy
@@ -12,26 +15,140 @@ from cnnjax.step import AnyArray, LossFn, softmax_cross_entropy
 
 def make_schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
     """Returns the learning rate as a function of the step, for a run of `num_steps`."""
+    peak = config.learning_rate
     if config.schedule == "constant":
-        return optax.constant_schedule(config.learning_rate)
+        return optax.constant_schedule(peak)
     rise = round(config.warmup * num_steps)
-    up = optax.linear_schedule(0.0, config.learning_rate, rise)
-    down = optax.linear_schedule(config.learning_rate, 0.0, num_steps - rise)
+    up = optax.linear_schedule(config.start * peak, peak, rise)
+    down = optax.linear_schedule(peak, config.end * peak, num_steps - rise)
     return optax.join_schedules([up, down], [rise])
 
 
 @cache  # Of several seeds: a rebuilt optimizer or loss is compiled again.
-def make_tx(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
-    """Returns Adam with the schedule, and decoupled weight decay of the kernels where it is not 0."""
-    schedule = make_schedule(config, num_steps)
-    if config.weight_decay == 0:
-        return optax.adam(schedule)
-    return optax.adamw(schedule, weight_decay=config.weight_decay, mask=_is_kernel)
+def make_tx(config: OptimConfig, num_steps: int, num_epochs: int = 1) -> optax.GradientTransformation:
+    """Returns the optimizer of a run of `num_steps` in `num_epochs`."""
+    updates = num_steps // config.accumulate
+    schedule = make_schedule(config, updates)
+    if config.name == "adam":
+        decay = config.weight_decay
+        tx = optax.adamw(schedule, weight_decay=decay, mask=_is_kernel) if decay else optax.adam(schedule)
+    else:
+        filters = _muon(config, schedule) if config.name == "muon" else _sgd(config, schedule)
+        groups: Any = {
+            "frozen": optax.set_to_zero(),
+            "filter": filters,
+            "head": _sgd(config, schedule, config.head_scale),
+            "bias": _sgd(config, schedule, config.bias_scale),
+            "whiten": _sgd(config, _until(schedule, config, updates, num_epochs), config.whiten_scale),
+        }
+        tx = optax.partition(groups, group_of)
+    if config.clip_norm:
+        tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), tx)
+    if config.lookahead:
+        tx = lookahead(tx, config.lookahead, updates)
+    if config.accumulate > 1:
+        tx = optax.MultiSteps(tx, config.accumulate).gradient_transformation()
+    return tx
+
+
+def group_of(params: PyTree) -> PyTree:
+    """Returns of each parameter of a `SpeedNet` what learns alike: "frozen", "whiten", "filter", "head" or "bias"."""
+
+    def name(path: Any, leaf: Array) -> str:
+        module = path[0].key
+        if module == "whiten":
+            return "frozen" if leaf.ndim > 1 else "whiten"
+        return {4: "filter", 2: "head"}.get(leaf.ndim, "bias")
+
+    return jax.tree_util.tree_map_with_path(name, params)
 
 
 def _is_kernel(params: PyTree) -> PyTree:
     """Marks the leaves to decay: biases and scales are vectors."""
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+
+def _until(schedule: optax.Schedule, config: OptimConfig, updates: int, num_epochs: int) -> optax.Schedule:
+    """Returns the schedule, 0 after `whiten_epochs`."""
+    if config.whiten_epochs == 0:
+        return schedule
+    end = round(updates * config.whiten_epochs / num_epochs)
+    return lambda step: jnp.where(jnp.asarray(step) < end, schedule(step), 0.0)
+
+
+def _sgd(config: OptimConfig, schedule: optax.Schedule, scale: float = 1.0) -> optax.GradientTransformation:
+    """Nesterov momentum, `scale` times the learning rate; weight decay by the learning rate without `scale`."""
+    return optax.chain(
+        optax.add_decayed_weights(config.weight_decay / scale if scale else 0.0),
+        optax.trace(config.momentum, nesterov=True),
+        optax.scale_by_learning_rate(lambda step: scale * schedule(step)),
+    )
+
+
+def _muon(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Muon of convolution kernels [I J C K] as matrices [I*J*C K], each kept at the norm sqrt(K).
+
+    Source: Keller Jordan, "Muon: An optimizer for hidden layers in neural networks" (2024), and airbench94_muon.
+    """
+    filters = contrib.MuonDimensionNumbers(reduction_axis=(0, 1, 2), output_axis=3)
+
+    def matrices(params: PyTree) -> PyTree:
+        return jax.tree.map(lambda leaf: filters, params)
+
+    return optax.chain(
+        contrib.scale_by_muon(ns_steps=3, beta=config.muon_momentum, nesterov=True, weight_dimension_numbers=matrices),
+        optax.scale_by_learning_rate(schedule),
+        keep_norm(),
+    )
+
+
+def keep_norm() -> optax.GradientTransformation:
+    """Brings each convolution kernel [I J C K] to the norm sqrt(K) before the update is added; the last of a chain."""
+
+    def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, Any]:
+        def add(u: Array, p: Array) -> Array:
+            return u + p * (p.shape[-1] ** 0.5 / jnp.linalg.norm(p.ravel()) - 1)
+
+        return jax.tree.map(add, updates, params), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+class LookaheadState(NamedTuple):
+    """Attributes: step: the updates made, int32. slow: the average, as the parameters. inner: of the optimizer."""
+
+    step: Int[Array, ""]
+    slow: PyTree
+    inner: Any
+
+
+def lookahead(tx: optax.GradientTransformation, every: int, num_updates: int) -> optax.GradientTransformation:
+    """Every `every` updates, moves a slow average towards the parameters, and the parameters onto it.
+
+    What remains of the average then is 0.95**every * (t / num_updates)**3 at update t: little at first, most at the
+    end. The last update leaves the average itself as the parameters.
+
+    Source: Zhang et al., "Lookahead Optimizer" (2019), with the decay of Keller Jordan's airbench94.
+    """
+
+    def init(params: PyTree) -> LookaheadState:
+        return LookaheadState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params), tx.init(params))
+
+    def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, LookaheadState]:
+        updates, inner = tx.update(updates, state.inner, params)
+        count = state.step + 1
+        meet = count % every == 0
+        decay = jnp.where(meet, 0.95**every * (count / num_updates) ** 3, 1.0)
+        meet |= count == num_updates
+
+        def slow_of(s: Array, p: Array, u: Array) -> Array:
+            return jnp.where(meet, decay * s + (1 - decay) * (p + u), s)
+
+        slow = jax.tree.map(slow_of, state.slow, params, updates)
+        updates = jax.tree.map(lambda u, s, p: jnp.where(meet, s - p, u), updates, slow, params)
+        return updates, LookaheadState(count, slow, inner)
+
+    return optax.GradientTransformation(init, update)
 
 
 @cache

@@ -90,19 +90,22 @@ class Report:
 
     def epoch(self, row: dict[str, Any], num_epochs: int) -> None:
         """Prints a row of metrics.jsonl."""
+        validation = ""
+        if "validation_loss" in row:
+            validation = f"validation loss {row['validation_loss']:.4f}  accuracy {row['validation_accuracy']:.2%}  "
         self.say(
             f"epoch {row['epoch']:>{len(str(num_epochs))}}/{num_epochs}  "
-            f"loss {row['train_loss']:.4f}  accuracy {row['train_accuracy']:.2%}  "
-            f"validation loss {row['validation_loss']:.4f}  accuracy {row['validation_accuracy']:.2%}  "
+            f"loss {row['train_loss']:.4f}  accuracy {row['train_accuracy']:.2%}  {validation}"
             f"{row['images_per_second']:,.0f} images/s  {row['seconds']:.0f} s"
         )
 
     def result(self, result: dict[str, Any], run_dir: Path) -> None:
         """Prints result.json in words: the last line that a person sees."""
+        best = result["best_validation_accuracy"]
+        validation = "no validation" if best is None else f"validation accuracy {best:.2%}"
         self.say(
             f"Test accuracy {result['test_accuracy']:.2%} (loss {result['test_loss']:.4f}) on all "
             f"{result['num_test_examples']:,} test images, with the parameters of epoch {result['best_epoch']} of "
-            f"{result['num_epochs']} (validation accuracy {result['best_validation_accuracy']:.2%}); seed "
-            f"{result['seed']}, {result['num_params']:,} parameters, {result['training_seconds']:.0f} s of training on "
-            f"{result['device']}. All of it is in {run_dir}."
+            f"{result['num_epochs']} ({validation}); seed {result['seed']}, {result['num_params']:,} parameters, "
+            f"{result['training_seconds']:.0f} s of training on {result['device']}. All of it is in {run_dir}."
         )

@@ -16,7 +16,7 @@ from typing import IO, Any
 import numpy as np
 
 from cnnjax.batches import Standardization
-from cnnjax.config import Config, ModelConfig, OptimConfig
+from cnnjax.config import AugmentConfig, Config, ModelConfig, OptimConfig
 from cnnjax.data import ImageDataset
 from cnnjax.errors import UserError
 from cnnjax.files import read_json, write_json, write_whole
@@ -214,15 +214,18 @@ def read_run(run_dir: Path) -> tuple[Config, DataFacts]:
     try:
         content = json.loads((run_dir / "config.json").read_bytes())
         config = content["config"]
-        parts = {"model": ModelConfig(**config["model"]), "optim": OptimConfig(**config["optim"])}
-        data: Any = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in content["data"].items()
-        }
+        kinds: Any = {"model": ModelConfig, "optim": OptimConfig, "augment": AugmentConfig}
+        parts = {name: kind(**_tuples(config[name])) for name, kind in kinds.items()}
+        data: Any = _tuples(content["data"])
         return Config(**{**config, **parts}), DataFacts(**data)
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"`run` must be the directory of a run of this version, with a config.json, got {run_dir} ({error!r})."
         ) from error
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def check_links(run_dir: Path) -> None:

@@ -166,11 +166,11 @@ def reproduce(
     epochs = [x["epoch"] for x, y in rows if x["params_sha256"] != y["params_sha256"]]
     moved = {}
     if new["sha256"] != old["sha256"]:
-        change = max(abs(x["validation_accuracy"] - y["validation_accuracy"]) for x, y in rows)
+        change = max(abs(x["train_accuracy"] - y["train_accuracy"]) for x, y in rows)
         moved = {
             "test accuracy": f"{old['test_accuracy']:.2%} there, {new['test_accuracy']:.2%} here",
             "test loss": f"{old['test_loss']:.6g} there, {new['test_loss']:.6g} here",
-            "validation accuracy": f"by {change:.2%} at most, over all epochs",
+            "training accuracy": f"by {change:.2%} at most, over all epochs",
         }
         with suppress(UserError):  # The checkpoint there may be gone.
             moved["best parameters"] = f"by {_distance(run_dir, into):.1e} of their norm"
@@ -219,6 +219,8 @@ def scores(target: str, metric: str) -> tuple[str, dict[int, float]]:
                     f"The runs of {target} must have a seed each, got seed {config.seed} in {of_seed[config.seed]} and "
                     f"in {folder}. Name a folder, or a beginning, that holds one of them."
                 )
+            if result[metric] is None:
+                raise UserError(f"`metric` must be one that every run has, got {metric}, which {folder} has not.")
             found[config.seed], of_seed[config.seed] = result[metric], folder
     if not found:
         raise UserError(

@@ -37,6 +37,16 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     return seeds
 
 
+def use_cores(count: int) -> None:
+    """Lets `count` seeds train at a time on a CPU, at most one a core: each core becomes a device.
+
+    Without effect once jax has made its first array, and where the user has said how many devices there are.
+    """
+    if "device_count" not in os.environ.get("XLA_FLAGS", "") and "JAX_NUM_CPU_DEVICES" not in os.environ:
+        with suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", min(count, num_cores()))
+
+
 def train_seeds(
     config: Config,
     seeds: tuple[int, ...],
@@ -50,8 +60,9 @@ def train_seeds(
     """Trains `config` with each seed, in a run directory each.
 
     Each seed on one device, as many at a time as there are devices; the step is traced once, and compiled once a
-    device. On a CPU every core is such a device, and the cores share their work: `experiments/benchmark_runs.py`
-    measures this beside one seed after another, and beside `vmap`. A seed has the same bits as alone on one device.
+    device. After `use_cores` every core of a CPU is such a device, and they share their work:
+    `experiments/benchmark_runs.py` measures this beside one seed after another, and beside `vmap`. A seed has the same
+    bits as alone on one device.
 
     Args:
       config: its own seed does not count.
@@ -73,9 +84,6 @@ def train_seeds(
         if run_dir.is_dir():
             rundir.check_run(run_dir, c, resume)
     load_dataset(config.dataset, data_dir, report.say)  # Once: the threads below find it prepared.
-    if "device_count" not in os.environ.get("XLA_FLAGS", "") and "JAX_NUM_CPU_DEVICES" not in os.environ:
-        with suppress(RuntimeError):  # jax has begun: then on the devices that it has.
-            jax.config.update("jax_num_cpu_devices", min(len(seeds), num_cores()))
     devices = jax.local_devices()
     free: SimpleQueue[Any] = SimpleQueue()
     for device in devices:

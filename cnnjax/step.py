@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-AnyArray = Array | np.ndarray
+from cnnjax.views import AnyArray, mean_logits
+
 LossFn = Callable[[Float[Array, "B K"], Int[AnyArray, " B"]], Float[Array, " B"]]
 
 
@@ -112,12 +112,25 @@ def train_step(
     return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
 
 
-@partial(jax.jit, static_argnames=("model", "loss_fn"))
-def eval_step(state: TrainState, batch: Batch, *, model: nn.Module, loss_fn: LossFn = softmax_cross_entropy) -> Metrics:
-    """Returns the metrics of a batch, without dropout and with running statistics."""
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    logits: Any = model.apply(variables, batch.image, train=False)
-    return _sum_metrics(logits, batch, loss_fn)
+@partial(jax.jit, static_argnames=("model", "loss_fn", "views"))
+def eval_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    model: nn.Module,
+    loss_fn: LossFn = softmax_cross_entropy,
+    views: str = "plain",
+) -> Metrics:
+    """Returns the metrics of a batch, without dropout and with running statistics.
+
+    Args:
+      views: what an image is scored by, as of `views.mean_logits`.
+    """
+
+    def logits_fn(image: Float[AnyArray, "B H W C"]) -> Any:
+        return model.apply({"params": state.params, "batch_stats": state.batch_stats}, image, train=False)
+
+    return _sum_metrics(mean_logits(logits_fn, batch.image, views), batch, loss_fn)
 
 
 def _sum_metrics(logits: Float[Array, "B K"], batch: Batch, loss_fn: LossFn) -> Metrics:

@@ -10,12 +10,12 @@ import jax
 import numpy as np
 from PIL import Image, ImageOps
 
-from cnnjax.batches import split_validation, standardize
+from cnnjax.batches import Pixels, split_validation, standardize
 from cnnjax.checkpoint import Checkpoints
 from cnnjax.config import Config
 from cnnjax.data import Examples, load_dataset
+from cnnjax.epoch import Scores, evaluate
 from cnnjax.errors import UserError
-from cnnjax.evaluation import Scores, evaluate
 from cnnjax.models import make_model
 from cnnjax.optim import make_tx
 from cnnjax.rundir import DataFacts, read_run
@@ -65,16 +65,20 @@ def score(trained: Trained, split: str, data_dir: Path | None = None) -> Scores:
         examples = dataset.load("test")
     else:
         whole = dataset.load("train")
-        _, part = split_validation(trained.config.seed, whole.label, trained.config.validation_fraction)
+        fraction = trained.config.validation_fraction
+        if fraction == 0:
+            raise UserError("`split` must be test where `validation_fraction` was 0, got validation.")
+        _, part = split_validation(trained.config.seed, whole.label, fraction)
         examples = Examples(whole.image[part], whole.label[part])
-    return evaluate(trained.state, examples, trained.facts.standardization, model=trained.model)
+    pixels = Pixels(*examples, trained.facts.standardization)
+    return evaluate(trained.state, pixels, model=trained.model, views=trained.config.views)
 
 
 def classify(trained: Trained, image: np.ndarray) -> np.ndarray:
     """Returns the probability of each class, float32 [K], for an image, uint8 [H W C]."""
-    image = standardize(image[None], trained.facts.standardization)
+    pixels = standardize(image[None], trained.facts.standardization)
     variables = {"params": trained.state.params, "batch_stats": trained.state.batch_stats}
-    logits: Any = trained.model.apply(variables, image, train=False)
+    logits: Any = trained.model.apply(variables, pixels, train=False)
     return np.asarray(jax.nn.softmax(logits)[0])
 
 

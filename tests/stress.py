@@ -20,7 +20,18 @@ import time
 from collections import Counter
 from pathlib import Path
 
-MNIST = ["--dataset", "mnist", "--model.name", "mlp", "--model.dense-dropout", "0.2", "--flip", "--num-epochs", "4"]
+MNIST = [
+    "--dataset",
+    "mnist",
+    "--model.name",
+    "mlp",
+    "--model.dense-dropout",
+    "0.2",
+    "--augment.flip",
+    "random",
+    "--num-epochs",
+    "4",
+]
 # Where a kill can hit, and how often each is aimed at.
 MOMENTS = {"start": 1, "first step": 1, "within an epoch": 3, "end of an epoch": 2, "checkpoint write": 3}
 

@@ -72,6 +72,7 @@ def test_a_donated_state_is_saved_as_it_was(tmp_path):
         for _ in range(20):
             state = bump(state)
         jax.block_until_ready(state)
+        checkpoints.wait()
         restored, _ = checkpoints.restore(1, state)
     jax.tree.map(np.testing.assert_array_equal, restored, expected)
 

@@ -17,23 +17,25 @@ SCRIPT = """
 import hashlib, json, sys
 from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np
-from cnnjax import CNN, Config, ModelConfig, OptimConfig, loop, train_and_evaluate
+from cnnjax import AugmentConfig, Config, ModelConfig, OptimConfig, experiment, init_state, train_and_evaluate
+from cnnjax.batches import make_batch, row
 from cnnjax.devices import place
-from cnnjax.models import Dropout
+from cnnjax.layers import Dropout
 from cnnjax.checkpoint import Checkpoints
 
-config = Config(dataset="generated", batch_size=16, num_epochs=1, flip=True,
+config = Config(dataset="generated", batch_size=16, num_epochs=1, augment=AugmentConfig("random", 2, 4),
                 model=ModelConfig(name="mlp", dense_dropout=0.2), optim=OptimConfig(learning_rate=1e-3))
 digest = lambda arrays: hashlib.sha256(b"".join(np.asarray(a).tobytes() for a in arrays)).hexdigest()
-out, step, traces = {}, loop.train_step, []
+out, step = {}, experiment.train_steps
 for n in (1, 2, 4, 8):
     seen, lives = [], set()
-    def record(state, batch, *args, **kwargs):
+    def record(state, pixels, plan, *args, augment, **kwargs):
+        batch = jax.jit(make_batch, static_argnums=2)(pixels, row(plan, 0), augment)
         lives.add((len(batch.image.sharding.device_set), batch.image.sharding.is_fully_replicated,
                    all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state))))
         seen.extend(batch)
-        return step(state, batch, *args, **kwargs)
-    loop.train_step = record
+        return step(state, pixels, plan, *args, augment=augment, **kwargs)
+    experiment.train_steps = record
     run_dir = Path(sys.argv[2]) / str(n)
     before = step._cache_size()
     train_and_evaluate(config, run_dir=run_dir, data_dir=Path(sys.argv[1]), devices=jax.devices()[:n])
@@ -43,8 +45,8 @@ for n in (1, 2, 4, 8):
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     out[n] = {"batches": digest(seen), "count": len(seen) // 3, "mask": digest([mask]), "lives": sorted(lives),
               "compiled": step._cache_size() - before, "rows": rows}
-    like = loop.init_state(jax.random.key(0), jnp.zeros((1, 28, 28, 1)),
-                           model=loop.make_model(config.model, 10), tx=loop.make_tx(config.optim, num_steps=25))
+    model, tx = experiment.make_model(config.model, 10), experiment.make_tx(config.optim, num_steps=25)
+    like = init_state(jax.random.key(0), jnp.zeros((1, 28, 28, 1)), model=model, tx=tx)
     checkpoints = Checkpoints(run_dir / "checkpoints", read_only=True)
     state, _ = checkpoints.restore(25, like)
     checkpoints.close()

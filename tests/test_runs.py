@@ -9,14 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from cnnjax import Config, ModelConfig, UserError, rundir
+from cnnjax import AugmentConfig, Config, ModelConfig, UserError, rundir
 from cnnjax.cli import REQUEUE, main
+from cnnjax.epoch import train_steps
 from cnnjax.runs import diff, find_runs, read_info, reproduce, scores, verify
 from cnnjax.seeds import parse_seeds, train_seeds
-from cnnjax.step import train_step
 
 CONFIG = Config(
-    dataset="generated", num_epochs=2, batch_size=32, flip=True, model=ModelConfig(name="mlp", dense_dropout=0.2)
+    dataset="generated",
+    num_epochs=2,
+    batch_size=32,
+    augment=AugmentConfig(flip="random"),
+    model=ModelConfig(name="mlp", dense_dropout=0.2),
 )
 
 
@@ -24,9 +28,9 @@ CONFIG = Config(
 def seeds(tmp_path_factory, prepared_dir):
     """Three seeds of a configuration, trained in one process; the results, and how often the step compiled."""
     folder = tmp_path_factory.mktemp("runs")
-    before = train_step._cache_size()
+    before = train_steps._cache_size()
     results = train_seeds(CONFIG, (0, 1, 2), folder=folder / "a", data_dir=prepared_dir)
-    return folder, results, train_step._cache_size() - before
+    return folder, results, train_steps._cache_size() - before
 
 
 @pytest.fixture
@@ -210,10 +214,10 @@ def test_reproduce_says_what_differs_and_how_far_the_numbers_moved(
     """The code of the step changes in between: another learning rate from the second epoch on."""
     import optax
 
-    from cnnjax import loop
+    from cnnjax import experiment
 
     schedule = optax.piecewise_constant_schedule(1e-3, {13: 1.5})
-    monkeypatch.setattr(loop, "make_tx", lambda config, num_steps: optax.adam(schedule))
+    monkeypatch.setattr(experiment, "make_tx", lambda config, num_steps, num_epochs: optax.adam(schedule))
     sessions = json.loads((run_dir / "manifest.json").read_text())["sessions"]
     sessions[0]["versions"]["optax"] = "0.2.7"
     change(run_dir / "manifest.json", sessions=sessions)

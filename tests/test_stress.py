@@ -2,7 +2,16 @@ from collections import Counter
 
 from stress import stress
 
-GENERATED = ["--dataset", "generated", "--model.name", "mlp", "--model.dense-dropout", "0.2", "--flip"]
+GENERATED = [
+    "--dataset",
+    "generated",
+    "--model.name",
+    "mlp",
+    "--model.dense-dropout",
+    "0.2",
+    "--augment.flip",
+    "random",
+]
 
 
 def test_runs_that_are_killed_at_random_moments_end_in_the_same_bits(prepared_dir, tmp_path):

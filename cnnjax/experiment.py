@@ -1,0 +1,135 @@
+"""An experiment as its configuration names it: data on the device, network, optimizer, loss, first state."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from cnnjax import manifest, rundir
+from cnnjax.batches import (
+    Pixels,
+    Plan,
+    epoch_plan,
+    pixel_statistics,
+    row,
+    split_validation,
+    standardize,
+    steps_per_epoch,
+)
+from cnnjax.config import Config
+from cnnjax.data import Examples, ImageDataset, load_dataset
+from cnnjax.devices import Placement, place
+from cnnjax.epoch import Scores, evaluate, train_steps
+from cnnjax.models import make_model
+from cnnjax.optim import make_loss, make_tx
+from cnnjax.report import Report
+from cnnjax.step import LossFn, Metrics, TrainState, init_state
+from cnnjax.whitening import NUM_IMAGES, whiten
+
+
+class Run(NamedTuple):
+    """All that a run does not change."""
+
+    config: Config
+    folder: Path
+    dataset: ImageDataset
+    train: Pixels  # On every device, as the state.
+    validation: Pixels
+    steps_per_epoch: int
+    steps_per_dispatch: int
+    model: nn.Module
+    tx: optax.GradientTransformation
+    loss_fn: LossFn
+    train_key: jax.Array
+    placement: Placement
+
+    def plan(self, step: int) -> Plan:
+        """Returns the plan of the steps from `step` on that are dispatched together, on the run's devices."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        plan = epoch_plan(
+            self.config.seed,
+            epoch,
+            len(self.train.label),
+            batch_size=self.config.batch_size,
+            augment=self.config.augment,
+            image_size=self.train.image.shape[1:3],
+        )
+        return jax.device_put(row(plan, slice(index, index + self.steps_per_dispatch)), self.placement.plan)
+
+    def train_steps(self, state: TrainState, plan: Plan) -> tuple[TrainState, Metrics]:
+        """Makes the steps of a plan; the state is donated. Returns before the device is done."""
+        return train_steps(
+            state,
+            self.train,
+            plan,
+            self.train_key,
+            augment=self.config.augment,
+            model=self.model,
+            tx=self.tx,
+            loss_fn=self.loss_fn,
+        )
+
+    def evaluate(self, state: TrainState, pixels: Pixels, views: str = "plain") -> Scores:
+        """Scores every example once."""
+        return evaluate(state, pixels, model=self.model, views=views, placement=self.placement)
+
+
+def set_up(
+    config: Config, run_dir: Path, data_dir: Path | None, devices: Sequence[Any] | None, report: Report
+) -> tuple[Run, TrainState, rundir.DataFacts]:
+    """Loads the training split, builds what `config` names and makes the first state."""
+    dataset = load_dataset(config.dataset, data_dir, report.say)
+    examples = dataset.load("train")
+    train, validation = (
+        Examples(examples.image[part], examples.label[part])
+        for part in split_validation(config.seed, examples.label, config.validation_fraction)
+    )
+    standardization = pixel_statistics(train.image)
+    steps = steps_per_epoch(len(train.label), config.batch_size)
+    init_key, train_key = jax.random.split(jax.random.key(config.seed))
+    placement = place(config.batch_size, devices)
+    run = Run(
+        config=config,
+        folder=run_dir,
+        dataset=dataset,
+        train=jax.device_put(Pixels(*train, standardization), placement.state),
+        validation=jax.device_put(Pixels(*validation, standardization), placement.state),
+        steps_per_epoch=steps,
+        steps_per_dispatch=1 if jax.default_backend() == "cpu" else steps,
+        model=make_model(config.model, dataset.num_classes),
+        tx=make_tx(config.optim, num_steps=steps * config.num_epochs, num_epochs=config.num_epochs),
+        loss_fn=make_loss(config.label_smoothing),
+        train_key=jax.device_put(train_key, placement.state),
+        placement=placement,
+    )
+    image_shape = train.image.shape[1:]
+    facts = rundir.make_facts(dataset, image_shape, standardization)
+    rundir.check_data(run_dir, facts)
+    state = init_state(init_key, jnp.zeros((1, *image_shape)), model=run.model, tx=run.tx)
+    if config.model.name == "speednet":
+        state = whiten(state, np.asarray(standardize(train.image[:NUM_IMAGES], standardization)))
+    shared = f" ({placement.num_devices} share a batch)" if placement.num_devices > 1 else ""
+    report.say(
+        f"{run_dir}: {config.model.name} ({count_params(state):,} parameters) on {config.dataset} ({dataset.source}), "
+        f"{len(train.label):,} training and {len(validation.label):,} validation images, on {device()}{shared}"
+    )
+    return run, jax.device_put(state, placement.state), facts
+
+
+def count_params(state: TrainState) -> int:
+    """Returns the number of trainable parameters."""
+    return sum(leaf.size for leaf in jax.tree.leaves(state.params))
+
+
+def device() -> str:
+    """Returns what jax computes on, in words."""
+    first = jax.devices()[0]
+    if first.platform == "cpu":
+        count = manifest.num_cores()
+        return f"cpu, {count} core{'s' if count != 1 else ''}"
+    return f"{first.platform}, {first.device_kind}"

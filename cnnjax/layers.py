@@ -1,0 +1,293 @@
+"""The operations of the networks, as pure functions and as Flax modules: each with the gradient that its device does
+fastest.
+
+Flax's modules of the same names compute the same; the tests hold these against them. What differs: the kernels on a
+CPU, and that derivatives are of first order and by reverse mode alone. Parameters are float32; what is computed in is
+the image's dtype, with sums in float32.
+"""
+
+import math
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen.initializers import Initializer
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Key
+
+from cnnjax import onednn
+from cnnjax.onednn import Padding
+from cnnjax.step import AnyArray
+
+GLOROT_UNIFORM = nn.initializers.glorot_uniform()
+
+# --- Convolution ----------------------------------------------------------------------------------------------------
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def conv2d(
+    image: Float[AnyArray, "B H W C"],
+    kernel: Float[AnyArray, "I J C K"],
+    bias: Float[AnyArray, " K"] | None,
+    padding: Padding,
+    relu: bool,
+) -> Float[Array, "B H2 W2 K"]:
+    """Returns the convolution (cross-correlation) of stride 1, plus `bias`; negative values become 0 with `relu`.
+
+    Args:
+      image: float32 or bfloat16; decides the dtype of the result.
+      kernel, bias: float32, rounded to the image's dtype.
+      padding: zeros around the image, ((top, bottom), (left, right)).
+    """
+    return _forward(image, kernel, bias, padding, relu)
+
+
+def _forward(
+    image: Float[AnyArray, "B H W C"],
+    kernel: Float[AnyArray, "I J C K"],
+    bias: Float[AnyArray, " K"] | None,
+    padding: Padding,
+    relu: bool,
+) -> Float[Array, "B H2 W2 K"]:
+    dtype = image.dtype
+    operands = tuple(jnp.asarray(x, dtype) for x in (image, kernel, bias) if x is not None)
+
+    def by_xla(image: Array, kernel: Array, *bias: Array) -> Array:
+        y = lax.conv_general_dilated(image, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        for b in bias:
+            y = y + b[None, None, None]  # [K] -> [1 1 1 K]
+        return jnp.maximum(y, 0) if relu else y
+
+    return _on_cpu(partial(onednn.convolution, padding=padding, relu=relu), by_xla, *operands)
+
+
+def _conv2d_fwd(image, kernel, bias, padding, relu):
+    y = _forward(image, kernel, bias, padding, relu)
+    return y, (image, kernel, bias, y if relu else None)
+
+
+def _conv2d_bwd(padding, relu, residuals, g):
+    image, kernel, bias, y = residuals
+    if relu:
+        g = jnp.where(y > 0, g, 0)
+    # The image's gradient is a convolution again: of `g`, with the kernel turned by half and its channels exchanged.
+    (i, j), ((top, bottom), (left, right)) = kernel.shape[:2], padding
+    back = ((i - 1 - top, i - 1 - bottom), (j - 1 - left, j - 1 - right))
+    image_grad = _forward(g, kernel[::-1, ::-1].swapaxes(2, 3), None, back, False)
+    bias_grad = None if bias is None else jnp.sum(g, axis=(0, 1, 2), dtype=jnp.float32)
+    return image_grad, kernel_grad(image, g, padding), bias_grad
+
+
+conv2d.defvjp(_conv2d_fwd, _conv2d_bwd)
+
+
+def kernel_grad(
+    image: Float[Array, "B H W C"], g: Float[Array, "B H2 W2 K"], padding: Padding
+) -> Float[Array, "I J C K"]:
+    """Returns the gradient of a convolution's kernel, float32: over all positions, image values times those of `g`."""
+
+    def by_xla(image: Array, g: Array) -> Array:
+        image, g = image.astype(jnp.float32), g.astype(jnp.float32)
+        # The batch is summed over, as channels are in a convolution, and `g` moves over the image.
+        numbers = ("CHWN", "IHWO", "HWNC")
+        return lax.conv_general_dilated(image, g, (1, 1), padding, dimension_numbers=numbers)
+
+    size = image.shape[1] * image.shape[2]
+    narrow = image.dtype == jnp.bfloat16 and onednn.HAS_BFLOAT16
+    if image.shape[3] < 16 or (not narrow and size < 600):  # XLA's is faster there.
+        return by_xla(image, g)
+    fast = _kernel_grad_by_convolution if narrow else _kernel_grad_by_matmul
+    return _on_cpu(partial(fast, padding=padding), by_xla, image, g)
+
+
+def _kernel_grad_by_matmul(
+    image: Float[Array, "B H W C"], g: Float[Array, "B H2 W2 K"], *, padding: Padding
+) -> Float[Array, "I J C K"]:
+    """One matrix product: of J copies of the image, each moved in width, and I of `g`, each moved in height."""
+    (_, h, w, c), (_, h2, w2, k) = image.shape, g.shape
+    (top, bottom), (left, right) = padding
+    rows, columns = h + top + bottom - h2 + 1, w + left + right - w2 + 1  # The kernel's.
+    zero = jnp.zeros((), image.dtype)
+    images = sum(
+        lax.pad(
+            image,
+            zero,
+            ((0, 0, 0), (top, bottom, 0), (left - j, w2 + j - left - w, 0), (j * c, (columns - 1 - j) * c, 0)),
+        )
+        for j in range(columns)
+    )  # [B H+pads W2 J*C]
+    gs = sum(
+        lax.pad(g, zero, ((0, 0, 0), (i, rows - 1 - i, 0), (0, 0, 0), (i * k, (rows - 1 - i) * k, 0)))
+        for i in range(rows)
+    )  # [B H+pads W2 I*K]
+    images, gs = lax.optimization_barrier((images, gs))
+    product = onednn.matmul(
+        images.reshape(-1, columns * c), gs.reshape(-1, rows * k), transpose_a=True, dtype=jnp.float32
+    )
+    return product.reshape(columns, c, rows, k).transpose(2, 0, 1, 3)  # [J*C I*K] -> [I J C K]
+
+
+def _kernel_grad_by_convolution(
+    image: Float[Array, "B H W C"], g: Float[Array, "B H2 W2 K"], *, padding: Padding
+) -> Float[Array, "I J C K"]:
+    """J convolutions in which channels are the image's width, and width and batch, which are summed over, are channels.
+
+    `g` is the kernel: it moves over the height alone, and so gives the I rows at once.
+    """
+    (b, h, w, c), (_, h2, w2, k) = image.shape, g.shape
+    (top, bottom), (left, right) = padding
+    columns = w + left + right - w2 + 1
+    image = lax.optimization_barrier(image.transpose(1, 3, 2, 0))  # [B H W C] -> [H C W B]
+    image = jnp.pad(image, ((0, 0), (0, 0), (left, right), (0, 0)))
+    kernel = g.transpose(1, 2, 0, 3).reshape(h2, 1, w2 * b, k)  # [B H2 W2 K] -> [H2 1 W2*B K]
+    grads = [
+        onednn.convolution(
+            lax.optimization_barrier(image[:, :, j : j + w2].reshape(1, h, c, w2 * b)),
+            kernel,
+            padding=((top, bottom), (0, 0)),
+            dtype=jnp.float32,
+        )
+        for j in range(columns)
+    ]  # J times [1 I C K]
+    return jnp.concatenate(grads).swapaxes(0, 1)  # [J I C K] -> [I J C K]
+
+
+def _on_cpu(fast, plain, *operands):
+    """Computes by `fast` where the program is lowered for a CPU that has it, by `plain` elsewhere."""
+    if not onednn.in_use(operands[0].dtype):
+        return plain(*operands)
+    return lax.platform_dependent(*operands, cpu=fast, default=plain)
+
+
+# --- Dense, pooling, dropout ----------------------------------------------------------------------------------------
+
+
+@jax.custom_vjp
+def dense(x: Float[Array, "B N"], kernel: Float[Array, "N P"]) -> Float[Array, "B P"]:
+    """Returns x · kernel, in the dtype of `x`; the kernel is float32."""
+    return _matmul(x, kernel.astype(x.dtype))
+
+
+def _dense_bwd(residuals, g):
+    x, kernel = residuals
+    kernel = kernel.astype(x.dtype)
+    return _matmul(g, kernel, transpose_b=True), _matmul(x, g, transpose_a=True, dtype=jnp.float32)
+
+
+def _matmul(
+    a: Float[Array, "_ _"],
+    b: Float[Array, "_ _"],
+    transpose_a: bool = False,
+    transpose_b: bool = False,
+    dtype: DTypeLike | None = None,
+) -> Float[Array, "_ _"]:
+    def by_xla(a: Array, b: Array) -> Array:
+        axes = ((0 if transpose_a else 1,), (1 if transpose_b else 0,))
+        return lax.dot_general(a, b, (axes, ((), ())), preferred_element_type=dtype or a.dtype)
+
+    fast = partial(onednn.matmul, transpose_a=transpose_a, transpose_b=transpose_b, dtype=dtype)
+    return _on_cpu(fast, by_xla, a, b)
+
+
+dense.defvjp(lambda x, kernel: (dense(x, kernel), (x, kernel)), _dense_bwd)
+
+
+@jax.custom_vjp
+def max_pool_2x2(x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:
+    """Returns the maximum of each 2×2 window; a last odd row or column is left out.
+
+    Equals `nn.max_pool(x, window_shape=(2, 2), strides=(2, 2))`. Its gradient is a comparison instead of a scatter;
+    where values tie, they share it.
+    """
+    b, h, w, c = x.shape
+    x = x[:, : h // 2 * 2, : w // 2 * 2].reshape(b, h // 2, 2, w // 2, 2 * c)  # [B H W C] -> [B H/2 2 W/2 2C]
+    rows = jnp.maximum(x[:, :, 0], x[:, :, 1])  # [B H/2 W/2 2C]
+    return jnp.maximum(rows[..., :c], rows[..., c:])
+
+
+def _max_pool_bwd(residuals, g):
+    x, y = residuals
+    b, h, w, c = x.shape
+    odd = ((0, 0), (0, h % 2), (0, w % 2), (0, 0))
+
+    def spread(y: Array) -> Array:  # [B H/2 W/2 C] -> [B H W C]
+        y = jnp.broadcast_to(y[:, :, None, :, None], (b, h // 2, 2, w // 2, 2, c))
+        return jnp.pad(y.reshape(b, h // 2 * 2, w // 2 * 2, c), odd)
+
+    windows = x[:, : h // 2 * 2, : w // 2 * 2].reshape(b, h // 2, 2, w // 2, 2, c)
+    corners = [windows[:, :, i, :, j] for i in range(2) for j in range(2)]  # 4 times [B H/2 W/2 C]
+    ties = sum((corner == y).astype(g.dtype) for corner in corners)
+    share = lax.optimization_barrier(g / ties)  # Once a window, not once a pixel.
+    return (jnp.where(x == spread(y), spread(share), 0),)
+
+
+def _max_pool_fwd(x):
+    y = max_pool_2x2(x)
+    return y, (x, y)
+
+
+max_pool_2x2.defvjp(_max_pool_fwd, _max_pool_bwd)
+
+
+def dropout(key: Key[Array, ""], x: Float[Array, "..."], rate: float) -> Float[Array, "..."]:
+    """Sets units to 0 with probability `rate`, rounded to a 256th, and scales the others to keep the mean.
+
+    A random byte a unit decides instead of a random float: a quarter of the bits to draw.
+
+    Args:
+      key: consumed.
+    """
+    dropped = round(rate * 256)
+    if dropped == 0:
+        return x
+    words = jax.random.bits(key, (math.ceil(x.size / 4),), jnp.uint32)
+    byte = lax.bitcast_convert_type(words, jnp.uint8).reshape(-1)[: x.size].reshape(x.shape)
+    return jnp.where(byte >= dropped, x * (256 / (256 - dropped)), 0).astype(x.dtype)
+
+
+# --- Modules --------------------------------------------------------------------------------------------------------
+
+
+class Conv(nn.Module):
+    """A convolution of stride 1 that keeps the size, and a ReLU where asked for; computes in the image's dtype."""
+
+    features: int
+    taps: int = 3
+    use_bias: bool = True
+    relu: bool = False
+    kernel_init: Initializer = GLOROT_UNIFORM
+
+    @nn.compact
+    def __call__(self, image: Float[AnyArray, "B H W C"]) -> Float[Array, "B H W K"]:
+        """Returns the features."""
+        kernel = self.param("kernel", self.kernel_init, (self.taps, self.taps, image.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,)) if self.use_bias else None
+        low, high = (self.taps - 1) // 2, self.taps // 2
+        return conv2d(image, kernel, bias, ((low, high), (low, high)), self.relu)
+
+
+class Dense(nn.Module):
+    """A dense layer; computes in the dtype of its input."""
+
+    features: int
+    kernel_init: Initializer = GLOROT_UNIFORM
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B N"]) -> Float[Array, "B P"]:
+        """Returns the features."""
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+        return dense(x, kernel) + bias.astype(x.dtype)[None]  # [P] -> [1 P]
+
+
+class Dropout(nn.Module):
+    """`dropout` in training."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "..."], *, train: bool) -> Float[Array, "..."]:
+        """Returns `x` with units dropped; consumes the "dropout" key where `train` is true."""
+        return dropout(self.make_rng("dropout"), x, self.rate) if train and self.rate else x

@@ -1,0 +1,44 @@
+"""Test-time augmentation: an image is scored by several views of it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from cnnjax.config import VIEWS
+from cnnjax.errors import unknown_name
+
+AnyArray = Array | np.ndarray
+
+
+def mean_logits(
+    logits_fn: Callable[[Any], Float[Array, "B K"]], image: Float[AnyArray, "B H W C"], views: str
+) -> Float[Array, "B K"]:
+    """Returns the mean of the logits over views of each image.
+
+    Args:
+      logits_fn: of a batch of images.
+      image: standardized.
+      views: "plain", the image alone; "mirrored", it and its mirror image; "shifted", those two (a half of the mean),
+        and those two moved by a pixel to the bottom right (a quarter) and to the top left (a quarter).
+
+    Raises:
+      UserError: there are no such views.
+
+    Source: Keller Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU" (2024), section 3.5.
+    """
+    if views not in VIEWS:
+        raise unknown_name("views", views, VIEWS)
+    if views == "plain":
+        return logits_fn(image)
+
+    def mirrored(image: Float[AnyArray, "B H W C"]) -> Float[Array, "B K"]:
+        return (logits_fn(image) + logits_fn(image[:, :, ::-1])) / 2
+
+    if views == "mirrored":
+        return mirrored(image)
+    _, h, w, _ = image.shape
+    padded = jnp.pad(image, ((0, 0), (1, 1), (1, 1), (0, 0)), "reflect")
+    return mirrored(image) / 2 + mirrored(padded[:, :h, :w]) / 4 + mirrored(padded[:, 2:, 2:]) / 4
