@@ -76,11 +76,20 @@ def _conv2d_bwd(padding, relu, residuals, g):
     (i, j), ((top, bottom), (left, right)) = kernel.shape[:2], padding
     back = ((i - 1 - top, i - 1 - bottom), (j - 1 - left, j - 1 - right))
     image_grad = _forward(g, kernel[::-1, ::-1].swapaxes(2, 3), None, back, False)
-    bias_grad = None if bias is None else jnp.sum(g, axis=(0, 1, 2), dtype=jnp.float32)
-    return image_grad, kernel_grad(image, g, padding), bias_grad
+    return image_grad, kernel_grad(image, g, padding), None if bias is None else _bias_grad(g, relu)
 
 
 conv2d.defvjp(_conv2d_fwd, _conv2d_bwd)
+
+
+def _bias_grad(g: Float[Array, "B H W K"], relu: bool) -> Float[Array, " K"]:
+    def by_matmul(g: Array) -> Array:
+        g = g.reshape(-1, g.shape[-1])  # [B H W K] -> [B*H*W K]
+        return onednn.matmul(jnp.ones((1, g.shape[0]), g.dtype), g, dtype=jnp.float32)[0]
+
+    by_sum = partial(jnp.sum, axis=(0, 1, 2), dtype=jnp.float32)
+    # XLA computes what makes `g` within the sum: fast for a ReLU, slow for the activation of a layer above.
+    return by_sum(g) if relu else _on_cpu(by_matmul, by_sum, g)
 
 
 def kernel_grad(
@@ -161,7 +170,7 @@ def _on_cpu(fast, plain, *operands):
     return lax.platform_dependent(*operands, cpu=fast, default=plain)
 
 
-# --- Dense, pooling, dropout ----------------------------------------------------------------------------------------
+# --- Dense, activation, pooling, dropout ----------------------------------------------------------------------------
 
 
 @jax.custom_vjp
@@ -192,6 +201,11 @@ def _matmul(
 
 
 dense.defvjp(lambda x, kernel: (dense(x, kernel), (x, kernel)), _dense_bwd)
+
+
+def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns GELU by its tanh formula, in float32 within: a CPU is slow at rounding each term to bfloat16."""
+    return nn.gelu(x.astype(jnp.float32)).astype(x.dtype)
 
 
 @jax.custom_vjp

@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from cnnjax.config import ModelConfig
-from cnnjax.layers import GLOROT_UNIFORM, Conv, Dense, Dropout, conv2d, max_pool_2x2
+from cnnjax.layers import GLOROT_UNIFORM, Conv, Dense, Dropout, conv2d, gelu, max_pool_2x2
 from cnnjax.step import AnyArray
 
 # Built once: a module is a static argument of the step, and two equal initializers built twice are not equal.
@@ -82,15 +82,15 @@ class SpeedNet(nn.Module):
     def __call__(self, image: Float[AnyArray, "B H W C"], *, train: bool) -> Float[Array, "B K"]:
         """Returns logits; needs no key."""
         x = Whiten(name="whiten")(jnp.asarray(image, self.dtype))  # [B H W C] -> [B H-1 W-1 8C]
-        x = nn.gelu(x)
+        x = gelu(x)
         for width in self.widths:
             x = max_pool_2x2(SpeedConv(width)(x))
-            x = residual = nn.gelu(SpeedNorm()(x, train=train))
+            x = residual = gelu(SpeedNorm()(x, train=train))
             for i in range(1, self.depth):
                 x = SpeedNorm()(SpeedConv(width)(x), train=train)
                 if i == 2:
                     x += residual
-                x = nn.gelu(x)
+                x = gelu(x)
         x = x.max(axis=(1, 2))  # [B 3 3 K] -> [B K], at CIFAR's size
         kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # As PyTorch's linear layers.
         head = self.param("head", kernel_init, (x.shape[-1], self.num_classes))

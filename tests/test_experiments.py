@@ -10,6 +10,7 @@ import pytest
 from cnnjax import Batch, init_state, train_step
 from cnnjax.models import make_model
 from cnnjax.optim import make_loss, make_tx
+from cnnjax.whitening import whiten
 
 FILES = sorted((Path(__file__).parent.parent / "experiments").glob("*.py"))
 EXPERIMENTS = [path for path in FILES if not path.stem.startswith("benchmark")]
@@ -21,11 +22,13 @@ def test_every_experiment_runs_two_steps(path):
     module = runpy.run_path(str(path))
     config = module["CONFIG"]
     assert config.experiment == path.stem
-    model, tx, loss_fn = make_model(config.model, 10), make_tx(config.optim, 100), make_loss(config.label_smoothing)
-    shape, key = SHAPES[config.dataset], jax.random.key(0)
-    image = np.random.default_rng(0).normal(size=(config.batch_size, *shape)).astype(np.float32)
-    batch = Batch(image, np.arange(config.batch_size, dtype=np.int32) % 10, np.ones(config.batch_size, bool))
+    model, tx, loss_fn = make_model(config.model, 10), make_tx(config.optim, 100, 10), make_loss(config.label_smoothing)
+    shape, key, batch_size = SHAPES[config.dataset], jax.random.key(0), min(config.batch_size, 128)
+    image = np.random.default_rng(0).normal(size=(batch_size, *shape)).astype(np.float32)
+    batch = Batch(image, np.arange(batch_size, dtype=np.int32) % 10, np.ones(batch_size, bool))
     state = init_state(key, jnp.zeros((1, *shape)), model=model, tx=tx)
+    if config.model.name == "speednet":
+        state = whiten(state, image)
     before = jax.tree.map(np.array, state.params)
     for _ in range(2):
         state, metrics = train_step(state, batch, key, model=model, tx=tx, loss_fn=loss_fn)

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cnnjax import CNN, MLP, ModelConfig
+from cnnjax import CNN, MLP, ModelConfig, SpeedNet
 from cnnjax.models import make_model
 
 
@@ -25,6 +25,17 @@ def test_parameter_counts_by_formula(shape, num_classes):
 
 def test_the_cifar10_network_has_the_parameters_of_the_tutorial():
     assert count(CNN(10), (32, 32, 3)) == 2_168_362  # As Keras prints for the same layers.
+
+
+@pytest.mark.parametrize("depth", [2, 3])
+def test_the_parameter_count_of_the_records_network_by_formula(depth):
+    widths, c = (64, 256, 128), 24  # Channels after whitening: 8 of each color.
+    filters = 0
+    for width in widths:
+        filters += 9 * c * width + (depth - 1) * 9 * width * width
+        c = width
+    whitening, biases, head = 2 * 2 * 3 * 24 + 24, depth * sum(widths), 128 * 10
+    assert count(SpeedNet(10, widths, depth), (32, 32, 3)) == whitening + filters + biases + head
 
 
 def test_make_model_takes_the_names_and_rates_of_the_configuration():
