@@ -1,6 +1,8 @@
 # The commands that a person types. `make` alone lists them.
 DATASET ?= cifar10
-MODEL ?= cnn
+# For cifar10 on a machine without an accelerator: the recipe that is made for CPU cores, experiments/cifar10_fast.py.
+ACCELERATOR := $(wildcard /dev/nvidia0 /dev/accel0 /dev/vfio/0)
+MODEL ?= $(if $(ACCELERATOR),cnn,$(if $(filter cifar10,$(DATASET)),fast,cnn))
 SEED ?= 0
 # A named experiment, where its name is not DATASET_MODEL: make train EXPERIMENT=cifar10_tutorial
 EXPERIMENT ?= $(DATASET)_$(MODEL)
@@ -9,16 +11,17 @@ ARGS ?=
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup train eval predict data test test-slow stress lint lock clean
+.PHONY: help setup train eval predict data test test-slow stress bench bench-gpu lint lock clean
 
 help:
-	@echo 'make train DATASET=cifar10 [MODEL=cnn] [SEED=0] [ARGS="--optim.learning-rate 3e-4"]   train and score a network'
+	@echo 'make train DATASET=mnist [MODEL=cnn] [SEED=0] [ARGS="--optim.learning-rate 3e-4"]   train and score a network'
 	@echo 'make train EXPERIMENT=cifar10_tutorial                          run experiments/cifar10_tutorial.py'
 	@echo 'make eval RUN=runs/cifar10_cnn-seed0                            score a run again'
 	@echo 'make predict RUN=runs/cifar10_cnn-seed0 IMAGES="cat.jpg ..."    classify image files'
 	@echo 'make data DATASET=cifar10                                       fetch and check a data set'
 	@echo 'make test | test-slow | lint                                    the tests, those on real data, the checks'
 	@echo 'make stress                                                     100 kills of training: about 10 minutes'
+	@echo 'make bench | bench-gpu                                          speed beside PyTorch, Keras and airbench'
 
 setup: .venv/installed
 
@@ -60,6 +63,25 @@ test-slow: setup
 stress: setup
 	@$(BIN)/python tests/stress.py $(ARGS)
 
+# Peers get an environment of their own, .venv-peers.
+bench: setup .venv-peers/installed
+	@$(BIN)/python experiments/benchmark.py $(ARGS)
+
+bench-gpu: setup .venv-peers/installed-gpu
+	@$(BIN)/python experiments/benchmark_gpu.py $(ARGS)
+
+.venv-peers/installed:
+	@echo 'Setting up .venv-peers, once: PyTorch and TensorFlow, some minutes.'
+	@$(PYTHON) -m venv .venv-peers
+	@.venv-peers/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 tensorflow-cpu==2.21.0 keras==3.15.1
+	@touch $@
+
+.venv-peers/installed-gpu:
+	@echo 'Setting up .venv-peers, once: PyTorch, some minutes.'
+	@$(PYTHON) -m venv .venv-peers
+	@.venv-peers/bin/pip install --quiet --disable-pip-version-check torch==2.14.1 torchvision==0.29.1
+	@touch $@
+
 lint: setup
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format . && $(BIN)/pyright --pythonpath $(BIN)/python
 
@@ -68,4 +90,4 @@ lock:
 	uv pip compile pyproject.toml --extra dev --universal --generate-hashes --python-version 3.11 --no-header -o requirements.lock --upgrade
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-peers

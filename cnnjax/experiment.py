@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from cnnjax import manifest, rundir
@@ -112,7 +111,7 @@ def set_up(
     rundir.check_data(run_dir, facts)
     state = init_state(init_key, jnp.zeros((1, *image_shape)), model=run.model, tx=run.tx)
     if config.model.name == "speednet":
-        state = whiten(state, np.asarray(standardize(train.image[:NUM_IMAGES], standardization)))
+        state = whiten(state, standardize(run.train.image[:NUM_IMAGES], standardization))
     shared = f" ({placement.num_devices} share a batch)" if placement.num_devices > 1 else ""
     report.say(
         f"{run_dir}: {config.model.name} ({count_params(state):,} parameters) on {config.dataset} ({dataset.source}), "

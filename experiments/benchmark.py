@@ -1,39 +1,63 @@
-"""How fast a training step of the tutorial's network is, beside plain Flax and PyTorch.
+"""How fast this package trains on this machine's CPU, beside its peers. `make bench` runs it: about 25 minutes.
 
-Each contender trains on the same 2,048 random images of CIFAR-10's shape in a process of its own. They take turns, so
-that a change of the machine's speed meets all of them; a turn is one warm pass over the images, synchronised at both
-ends. Printed is the median of the turns, with the smallest and largest, and the ratio to cnnjax in the same turn.
+    .venv/bin/python experiments/benchmark.py                # all parts but the last, one after another
+    .venv/bin/python experiments/benchmark.py step sizes     # these parts
+
+step       a training step of the tutorial's network at batch 128: cnnjax, plain Flax, PyTorch and Keras 3, alternating
+sizes      the same of cnnjax at batch sizes from 32 to 512
+layers     each convolution of the tutorial's network, forward and backward, beside the machine's own matrix product
+accuracy   `cifar10_fast` from its first step to 78.5% and to 90% of CIFAR-10's test images, by 3 seeds
+tutorial   the tutorial's Keras code from `fit` to 78.5%, by 3 seeds: about an hour more
+
+A contender is a process of its own. Contenders take turns on the same images, so that a change of the machine's speed
+meets all of them; a turn is one warm pass, synchronised at both ends. Peers live in an environment of their own,
+.venv-peers, which `make bench` makes. Each part writes its table into experiments/BENCHMARKS.md.
 """
 
 import argparse
+import contextlib
+import json
 import os
+import platform
+import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 
+HERE = Path(__file__).parent
+PEERS = HERE.parent / ".venv-peers" / "bin" / "python"
+NUM_IMAGES = 4096  # Of a pass.
+SIZES = (32, 64, 128, 256, 512)
+LAYERS = ((3, 32, 32), (32, 32, 32), (32, 64, 16), (64, 64, 16))  # Channels in and out, height and width.
 
-def cnnjax_pass(image, label, batch_size):
+# --- Contenders: each yields after a pass over the images, and waits for its device before --------------------------
+
+
+def cnnjax_pass(image: np.ndarray, label: np.ndarray, batch_size: int, dtype: str) -> Iterator[None]:
     import jax
     import jax.numpy as jnp
     import optax
 
     from cnnjax import CNN, Batch, init_state, train_step
 
-    model, tx, key = CNN(10), optax.adam(1e-3), jax.random.key(0)
+    model, tx, key = CNN(10, dtype=dtype), optax.adam(1e-3), jax.random.key(0)
     state = init_state(key, jnp.zeros((1, 32, 32, 3)), model=model, tx=tx)
-    mask = np.ones(batch_size, bool)
+    parts = [slice(i, i + batch_size) for i in range(0, len(label), batch_size)]
+    batches = jax.device_put([Batch(image[i], label[i], np.ones(batch_size, bool)) for i in parts])
     while True:
-        for i in range(0, len(label), batch_size):
-            part = slice(i, i + batch_size)
-            state, _ = train_step(state, Batch(image[part], label[part], mask), key, model=model, tx=tx)
+        for batch in batches:
+            state, _ = train_step(state, batch, key, model=model, tx=tx)
         jax.block_until_ready(state)
         yield
 
 
-def flax_pass(image, label, batch_size):
+def flax_pass(image: np.ndarray, label: np.ndarray, batch_size: int) -> Iterator[None]:
     from functools import partial
 
     import flax.linen as nn
@@ -65,15 +89,18 @@ def flax_pass(image, label, batch_size):
         return optax.apply_updates(params, updates), opt_state
 
     opt_state = tx.init(params)
+    parts = [slice(i, i + batch_size) for i in range(0, len(label), batch_size)]
+    batches = jax.device_put([(image[i], label[i]) for i in parts])
     while True:
-        for i in range(0, len(label), batch_size):
-            part = slice(i, i + batch_size)
-            params, opt_state = step(params, opt_state, image[part], label[part], jax.random.fold_in(key, i))
+        for i, batch in enumerate(batches):
+            params, opt_state = step(params, opt_state, *batch, jax.random.fold_in(key, i))
         jax.block_until_ready(params)
         yield
 
 
-def torch_pass(image, label, batch_size):
+def torch_pass(
+    image: np.ndarray, label: np.ndarray, batch_size: int, channels_last: bool, dtype: str
+) -> Iterator[None]:
     import torch
     from torch import nn
 
@@ -81,76 +108,340 @@ def torch_pass(image, label, batch_size):
         conv = (nn.Conv2d(c, features, 3, padding=1), nn.ReLU(), nn.Conv2d(features, features, 3, padding=1), nn.ReLU())
         return (*conv, nn.MaxPool2d(2), nn.Dropout(0.25))
 
-    model = nn.Sequential(
-        *group(3, 32),
-        *group(32, 64),
-        nn.Flatten(),
-        nn.Linear(4096, 512),
-        nn.ReLU(),
-        nn.Dropout(0.5),
-        nn.Linear(512, 10),
-    )
+    head = (nn.Flatten(), nn.Linear(4096, 512), nn.ReLU(), nn.Dropout(0.5), nn.Linear(512, 10))
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    model = nn.Sequential(*group(3, 32), *group(32, 64), *head).to(memory_format=layout)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
-    x, y = torch.tensor(image).permute(0, 3, 1, 2).contiguous(), torch.tensor(label, dtype=torch.long)
+    x = torch.tensor(image).permute(0, 3, 1, 2).contiguous(memory_format=layout)
+    y = torch.tensor(label, dtype=torch.long)
     while True:
         for i in range(0, len(label), batch_size):
             optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x[i : i + batch_size]), y[i : i + batch_size]).backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+                logits = model(x[i : i + batch_size])
+            nn.functional.cross_entropy(logits.float(), y[i : i + batch_size]).backward()
             optimizer.step()
         yield
 
 
-CONTENDERS = {
-    "cnnjax": (cnnjax_pass, "the step of this package"),
-    "flax": (flax_pass, "the same step, nn.max_pool and nn.Dropout, jax's default flags"),
-    "torch": (torch_pass, "PyTorch, eager, channels first (where it is installed)"),
+def keras_model():
+    import keras
+    from keras import layers
+
+    def group(features):
+        conv = (layers.Conv2D(features, 3, padding="same", activation="relu") for _ in range(2))
+        return (*conv, layers.MaxPooling2D(), layers.Dropout(0.25))
+
+    head = (layers.Flatten(), layers.Dense(512, activation="relu"), layers.Dropout(0.5))
+    model = keras.Sequential(
+        [keras.Input((32, 32, 3)), *group(32), *group(64), *head, layers.Dense(10, activation="softmax")]
+    )
+    model.compile(loss="sparse_categorical_crossentropy", optimizer="adam", metrics=["accuracy"])
+    return model
+
+
+def keras_pass(image: np.ndarray, label: np.ndarray, batch_size: int) -> Iterator[None]:
+    model = keras_model()
+    while True:
+        model.fit(image, label, batch_size=batch_size, verbose=0)
+        yield
+
+
+CONTENDERS: dict[str, tuple[str, bool, Callable[..., Iterator[None]]]] = {
+    "cnnjax float32": ("", False, lambda *a: cnnjax_pass(*a, "float32")),
+    "cnnjax bfloat16": ("`--model.dtype bfloat16`", False, lambda *a: cnnjax_pass(*a, "bfloat16")),
+    "Flax float32": ("`nn.Conv`, `nn.max_pool`, `nn.Dropout`, jax's default flags", False, flax_pass),
+    "Keras 3 float32": ("on TensorFlow, `fit`", True, keras_pass),
+    "PyTorch float32": ("eager, channels first", True, lambda *a: torch_pass(*a, False, "float32")),
+    "PyTorch float32, channels last": ("eager", True, lambda *a: torch_pass(*a, True, "float32")),
+    "PyTorch bfloat16, channels last": ("eager, autocast", True, lambda *a: torch_pass(*a, True, "bfloat16")),
 }
 
 
-def contend(name, batch_size):
-    """Makes a pass for each line on standard input, and prints its seconds."""
+def contend(name: str) -> None:
+    """Prints the seconds of a warm pass, of the batch size that each line on standard input gives."""
     rng = np.random.default_rng(0)
-    image = rng.normal(size=(2048, 32, 32, 3)).astype(np.float32)
-    label = rng.integers(0, 10, 2048).astype(np.int32)
-    passes = CONTENDERS[name][0](image, label, batch_size)
-    for _ in range(2):
-        next(passes)  # Compiles and warms up.
-    print("ready", flush=True)
-    for _ in sys.stdin:
+    image = rng.normal(size=(NUM_IMAGES, 32, 32, 3)).astype(np.float32)
+    label = rng.integers(0, 10, NUM_IMAGES).astype(np.int32)
+    passes = {}
+    for line in sys.stdin:
+        if line not in passes:
+            passes[line] = CONTENDERS[name][2](image, label, int(line))
+            next(passes[line])
         start = time.perf_counter()
-        next(passes)
-        print(time.perf_counter() - start, flush=True)
+        next(passes[line])
+        print("seconds", time.perf_counter() - start, flush=True)
 
 
-def main():
+def keras_to_accuracy(seed: int, data: str) -> None:
+    """Trains the tutorial's code until it scores 78.5%; prints the seconds of training, without those of scoring."""
+    import keras
+
+    keras.utils.set_random_seed(seed)
+    arrays = np.load(data)
+    x, x_test = (arrays[name].astype("float32") / 255 for name in ("train_image", "test_image"))
+    model, seconds, accuracies = keras_model(), [], []
+    while not accuracies or accuracies[-1] < 0.785:
+        start = time.perf_counter()
+        model.fit(x, arrays["train_label"], batch_size=32, validation_split=0.1, verbose=0)
+        seconds.append(time.perf_counter() - start)
+        accuracies.append(float(model.evaluate(x_test, arrays["test_label"], batch_size=500, verbose=0)[1]))
+        print(f"epoch {len(seconds)}: {accuracies[-1]:.2%} after {sum(seconds):.0f} s", file=sys.stderr, flush=True)
+    print("result", json.dumps({"seconds": seconds, "accuracies": accuracies}), flush=True)
+
+
+# --- Parts: each returns a table --------------------------------------------------------------------------------------
+
+
+def take_turns(names: list[str], sizes: tuple[int, ...], turns: int) -> dict[tuple[str, int], list[float]]:
+    """Returns the images a second of each contender and batch size, turn by turn."""
+    speed = {(name, size): [] for name in names for size in sizes}
+    with contextlib.ExitStack() as stack:
+        processes = {}
+        for name in names:
+            command = [python(name), __file__, "--contend", name]
+            pipe = subprocess.PIPE
+            process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+            processes[name] = stack.enter_context(process)
+        for turn in range(-1, turns):  # One more to warm up: it compiles.
+            for (name, size), values in speed.items():
+                print(f"\rturn {max(turn, 0)} of {turns}: {name}, batch {size}" + 20 * " ", end="", file=sys.stderr)
+                process = processes[name]
+                process.stdin.write(f"{size}\n")
+                process.stdin.flush()
+                line = next((line for line in process.stdout if line.startswith("seconds ")), None)
+                if line is None:
+                    sys.exit(f"\n`{name}` ended without a result. See: {python(name)} {__file__} --contend '{name}'")
+                if turn >= 0:
+                    values.append(NUM_IMAGES / float(line.split()[1]))
+        print(file=sys.stderr)
+        for process in processes.values():
+            process.stdin.close()
+    return speed
+
+
+def python(name: str) -> str:
+    return str(PEERS) if CONTENDERS[name][1] else sys.executable
+
+
+def spread(values: list[float], form: str = ",.0f") -> str:
+    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def step(turns: int) -> str:
+    speed = take_turns(list(CONTENDERS), (128,), turns)
+    ours = [speed[name, 128] for name in ("cnnjax float32", "cnnjax bfloat16")]
+    lines = [
+        "| batch 128 | images/s | cnnjax float32 is | cnnjax bfloat16 is |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, (how, _, _) in CONTENDERS.items():
+        values = speed[name, 128]
+        ratios = [statistics.median(a / b for a, b in zip(our, values, strict=True)) for our in ours]
+        label = f"{name}: {how}" if how else name
+        lines.append(f"| {label} | {spread(values)} | {ratios[0]:.2f} × | {ratios[1]:.2f} × |")
+    return "\n".join(lines)
+
+
+def sizes(turns: int) -> str:
+    names = ["cnnjax float32", "cnnjax bfloat16"]
+    speed = take_turns(names, SIZES, turns)
+    lines = [
+        f"| images/s at batch | {' | '.join(map(str, SIZES))} | the slowest, of the fastest |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name in names:
+        medians = [statistics.median(speed[name, size]) for size in SIZES]
+        cells = " | ".join(spread(speed[name, size]) for size in SIZES)
+        lines.append(f"| {name} | {cells} | {min(medians) / max(medians):.0%} |")
+    return "\n".join(lines)
+
+
+def layers(turns: int) -> str:
+    import jax
+    import jax.numpy as jnp
+
+    from cnnjax.layers import conv2d
+
+    rng, batch, same, n = np.random.default_rng(0), 128, ((1, 1), (1, 1)), 2048
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    @jax.jit
+    def both_ways(image, kernel, bias, g):
+        y, vjp = jax.vjp(lambda *a: conv2d(*a, same, True), image, kernel, bias)
+        grads = vjp(g)
+        return y, grads if image.shape[3] > 3 else grads[1:]  # Nothing needs the gradient of the images themselves.
+
+    work = {("matrix product", "float32"): (jax.jit(jnp.dot), (normal(n, n), normal(n, n)), 2 * n**3)}
+    for dtype in ("float32", "bfloat16"):
+        for c, k, h in LAYERS:
+            image, g = normal(batch, h, h, c).astype(dtype), normal(batch, h, h, k).astype(dtype)
+            arguments = (image, normal(3, 3, c, k), normal(k), g)
+            flops = (3 if c > 3 else 2) * 2 * batch * h * h * 9 * c * k
+            work[f"{c} → {k} at {h}×{h}", dtype] = (both_ways, arguments, flops)
+    seconds = {name: [] for name in work}
+    for turn in range(-1, turns):
+        for name, (function, arguments, flops) in work.items():
+            repeats = max(2, int(2e10 / flops))
+            start = time.perf_counter()
+            for _ in range(repeats):
+                result = function(*arguments)
+            jax.block_until_ready(result)
+            if turn >= 0:
+                seconds[name].append((time.perf_counter() - start) / repeats)
+
+    def rate(names: list[tuple[str, str]]) -> list[float]:
+        flops = sum(work[name][2] for name in names)
+        return [flops / sum(turn) / 1e9 for turn in zip(*(seconds[name] for name in names), strict=True)]
+
+    product = rate([("matrix product", "float32")])
+    lines = [
+        "| forward and backward, batch 128 | float32, GFLOP/s | of the matrix product | bfloat16, GFLOP/s |",
+        "| --- | --- | --- | --- |",
+    ]
+    rows = [[f"{c} → {k} at {h}×{h}"] for c, k, h in LAYERS]
+    for row in [*rows, [row[0] for row in rows]]:
+        single, half = (rate([(name, dtype) for name in row]) for dtype in ("float32", "bfloat16"))
+        share = statistics.median(a / b for a, b in zip(single, product, strict=True))
+        label = row[0] if len(row) == 1 else "all four together"
+        lines.append(f"| {label} | {spread(single)} | {share:.0%} | {spread(half)} |")
+    return "\n".join([*lines, f"| float32 matrix product, {n}×{n}×{n} | {spread(product)} | 100% | |"])
+
+
+def accuracy(seeds: int) -> str:
+    lines = [
+        "| `cifar10_fast` | test accuracy | training, s | process start to result, s | peak memory |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for options in (["--num-epochs", "2"], []):
+        results = []
+        for seed in range(seeds):
+            with tempfile.TemporaryDirectory() as folder:
+                run = f"{folder}/run"
+                command = [
+                    sys.executable,
+                    str(HERE / "cifar10_fast.py"),
+                    "--seed",
+                    str(seed),
+                    "--run-dir",
+                    run,
+                    *options,
+                ]
+                start = time.perf_counter()
+                process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+                _, status, usage = os.wait4(process.pid, 0)
+                process.returncode = os.waitstatus_to_exitcode(status)
+                if process.returncode:
+                    sys.exit(f"`{' '.join(command)}` ended with {process.returncode}.")
+                result = json.loads(Path(run, "result.json").read_text())
+                wall, memory = time.perf_counter() - start, usage.ru_maxrss / 2**20  # ru_maxrss is in KiB.
+                results.append((100 * result["test_accuracy"], result["training_seconds"], wall, memory))
+                print(f"seed {seed}: {result['test_accuracy']:.2%}, {wall:.0f} s", file=sys.stderr)
+        accuracies, training, walls, memories = zip(*results, strict=True)
+        deviation = f" ± {statistics.stdev(accuracies):.2f}" if seeds > 1 else ""
+        scores = f"{statistics.mean(accuracies):.2f}%{deviation} ({', '.join(f'{a:.2f}' for a in accuracies)})"
+        times = (
+            f"{statistics.mean(values):.0f} ({min(values):.0f} to {max(values):.0f})" for values in (training, walls)
+        )
+        label = " ".join(options) or "as it is"
+        lines.append(f"| {label} | {scores} | {' | '.join(times)} | {max(memories):.2f} GiB |")
+    return "\n".join(lines)
+
+
+def tutorial(seeds: int) -> str:
+    from cnnjax import load_dataset
+
+    splits = {split: load_dataset("cifar10").load(split) for split in ("train", "test")}
+    arrays = {f"{split}_{name}": getattr(splits[split], name) for split in splits for name in ("image", "label")}
+    lines = [
+        "| the tutorial's Keras code, seed | epochs to 78.5% | test accuracy then | training, s | s an epoch |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    totals = []
+    with tempfile.TemporaryDirectory() as folder:
+        np.savez(f"{folder}/cifar10.npz", **arrays)
+        for seed in range(seeds):
+            command = [PEERS, __file__, "--keras", str(seed), f"{folder}/cifar10.npz"]
+            text = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+            result = json.loads(next(line[7:] for line in text.splitlines() if line.startswith("result ")))
+            totals.append(sum(result["seconds"]))
+            cells = f"{len(result['seconds'])} | {result['accuracies'][-1]:.2%} | {totals[-1]:.0f}"
+            lines.append(f"| {seed} | {cells} | {spread(result['seconds'], '.1f')} |")
+    return "\n".join([*lines, f"| mean | | | {statistics.mean(totals):.0f} | |"])
+
+
+PARTS = {"step": step, "sizes": sizes, "layers": layers, "accuracy": accuracy, "tutorial": tutorial}
+
+# --- The report -------------------------------------------------------------------------------------------------------
+
+
+def write_section(name: str, table: str) -> None:
+    """Replaces the table of a part in BENCHMARKS.md, and says when, where and of what it was measured."""
+    path = HERE / "BENCHMARKS.md"
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+    text, count = pattern.subn(lambda _: f"{begin}\n{table}\n\n{about()}\n{end}", path.read_text())
+    if count != 1:
+        sys.exit(f"{path} must have the lines {begin} and {end} once, got {count} of them.")
+    path.write_text(text)
+
+
+def about() -> str:
+    """Returns hardware, versions and commit, as a sentence."""
+    from importlib.metadata import version
+
+    import jax
+
+    from cnnjax.experiment import device
+    from cnnjax.manifest import source_code
+
+    cpuinfo = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    units = [
+        name for name in ("avx512f", "avx512_bf16", "amx_bf16") if cpuinfo.exists() and name in cpuinfo.read_text()
+    ]
+    names = ("jax", "jaxlib", "flax", "optax", "numpy")
+    versions = [f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in names)]
+    if PEERS.exists():
+        text = subprocess.check_output([PEERS, "-m", "pip", "list", "--format", "freeze"], text=True)
+        versions += [
+            line.replace("==", " ") for line in text.split() if re.match(r"(torch|keras|tensorflow[_a-z-]*)==", line)
+        ]
+    code, _ = source_code()
+    commit = (code["commit"] or "unknown")[:7] + (" with changes" if code["dirty"] else "")
+    date = time.strftime("%Y-%m-%d")
+    return (
+        f"{date}, {device()}: {models[0] if models else platform.processor()} ({', '.join(units)}); "
+        f"{', '.join(versions)}; jax on {jax.default_backend()}; commit {commit}."
+    )
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; all but the last when none is named"
+    )
+    parser.add_argument("--turns", type=int, default=7, help="of step, sizes and layers")
+    parser.add_argument("--num-seeds", type=int, default=3, help="of accuracy and tutorial")
     parser.add_argument("--contend", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--keras", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.contend:
-        return contend(args.contend, args.batch_size)
-    processes = {}
-    for name in CONTENDERS:
-        command = [sys.executable, __file__, "--contend", name, "--batch-size", str(args.batch_size)]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ)
-        if process.stdout.readline() == "ready\n":  # Its warm-up is over before the next one starts.
-            processes[name] = process
-    speed = {name: [] for name in processes}
-    for _ in range(args.turns):
-        for name, process in processes.items():
-            process.stdin.write("\n")
-            process.stdin.flush()
-            speed[name].append(2048 / float(process.stdout.readline()))
-    for name, process in processes.items():
-        process.stdin.close()
-        process.wait()
-        ratio = statistics.median(a / b for a, b in zip(speed[name], speed["cnnjax"], strict=True))
-        print(
-            f"{name:7} {statistics.median(speed[name]):6.0f} images/s ({min(speed[name]):.0f} to "
-            f"{max(speed[name]):.0f}), {ratio:.2f} × cnnjax   {CONTENDERS[name][1]}"
-        )
-    return None
+        return contend(args.contend)
+    if args.keras:
+        return keras_to_accuracy(int(args.keras[0]), args.keras[1])
+    parts = args.parts or list(PARTS)[:-1]
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"`PART` must be of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}.")
+    if not PEERS.exists() and {"step", "tutorial"} & set(parts):
+        parser.error(f"The peers must be installed in {PEERS.parent.parent}. Use: make bench ARGS='{' '.join(parts)}'")
+    for part in parts:
+        table = PARTS[part](args.num_seeds if part in ("accuracy", "tutorial") else args.turns)
+        print(f"\n{table}\n", flush=True)
+        write_section(part, table)
+    return print(about())
 
 
 if __name__ == "__main__":

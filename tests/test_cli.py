@@ -184,17 +184,6 @@ def test_the_configuration_is_checked_where_it_is_made():
         ModelConfig(kernel_init="he_norm")
 
 
-def test_the_flag_that_xla_needs_is_set_once():
-    code = "import os; import cnnjax; print(os.environ.get('XLA_FLAGS', ''))"
-    environment = {**os.environ, "XLA_FLAGS": "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"}
-    for env in ({k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}, environment):
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
-        import jaxlib
-
-        expected = jaxlib.__version__.startswith("0.10.") or env is environment
-        assert done.stdout.count("ynn_fusion_type") == int(expected)
-
-
 def test_a_second_start_takes_the_compiled_step_from_the_cache(prepared_dir, tmp_path):
     command = [sys.executable, "-m", "cnnjax.cli", "train", "--dataset", "generated", *COMMON]
     for run in ("first", "second"):

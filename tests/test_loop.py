@@ -352,6 +352,39 @@ def test_evaluation_of_a_size_that_the_batch_does_not_divide_equals_numpy():
     assert scores.loss == pytest.approx(-log_probability[np.arange(703), examples.label].mean(), rel=1e-5)
 
 
+def test_a_speed_recipe_without_validation_is_resumed_to_the_bit_and_tests_its_last_epoch(
+    prepared_dir, tmp_path, monkeypatch
+):
+    config = Config(
+        dataset="generated",
+        num_epochs=3,
+        batch_size=16,
+        validation_fraction=0.0,
+        label_smoothing=0.2,
+        views="shifted",
+        model=ModelConfig(name="speednet", widths=(8, 8, 8), depth=3, dtype="bfloat16"),
+        optim=OptimConfig("muon", 0.1, "one_cycle", bias_scale=64.0, whiten_epochs=2, lookahead=5, accumulate=2),
+        augment=AugmentConfig(flip="alternating", translate=2, cutout=3),
+    )
+    whole = train_and_evaluate(config, run_dir=tmp_path / "whole", data_dir=prepared_dir)
+    assert whole["best_epoch"] == 3 and whole["best_validation_accuracy"] is None
+    assert whole["test_accuracy"] > 0.15  # Of 10 classes of noise that no mirror image resembles.
+    step = experiment.train_steps
+
+    def train_step_and_stop(state, *args, **kwargs):
+        if state.step == 40:  # Within the second epoch, between two accumulated batches' update and lookahead.
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(state, *args, **kwargs)
+
+    monkeypatch.setattr(experiment, "train_steps", train_step_and_stop)
+    with pytest.raises(Interrupted, match="the checkpoint of step 41 is saved"):
+        train_and_evaluate(config, run_dir=tmp_path / "run", data_dir=prepared_dir)
+    monkeypatch.undo()
+    resumed = train_and_evaluate(config, run_dir=tmp_path / "run", data_dir=prepared_dir, resume=True)
+    assert resumed["sha256"] == whole["sha256"]
+    assert resumed["test_loss"] == whole["test_loss"]
+
+
 def test_training_never_sees_the_held_out_examples(prepared_dir, tmp_path, monkeypatch):
     seen = []
     step = experiment.train_steps

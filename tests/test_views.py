@@ -33,5 +33,5 @@ def test_views_equal_numpy():
 
 
 def test_views_that_are_not_there():
-    with pytest.raises(UserError, match="`views` must be a known name, got 'miror'. Did you mean mirrored"):
+    with pytest.raises(UserError, match=r"`views` must be a known name, got 'miror'\. Did you mean mirrored"):
         mean_logits(logits_fn, IMAGE, "miror")

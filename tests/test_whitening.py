@@ -4,7 +4,7 @@ import numpy as np
 import optax
 
 from cnnjax import SpeedNet, init_state
-from cnnjax.whitening import whiten, whitening_kernel
+from cnnjax.whitening import patch_covariance, whiten, whitening_kernel
 
 RNG = np.random.default_rng(0)
 # Neighbours are alike, as in photographs.
@@ -21,6 +21,12 @@ def test_features_of_the_whitening_kernel_are_uncorrelated_with_deviation_1():
     )
     features = np.asarray(features).reshape(-1, 12)
     np.testing.assert_allclose(features.T @ features / len(features), np.eye(12), atol=0.05)  # 0.0005 is added.
+
+
+def test_the_covariance_equals_numpys_in_float64():
+    windows = np.lib.stride_tricks.sliding_window_view(IMAGE, (2, 2), axis=(1, 2))  # [N H-1 W-1 C 2 2]
+    patches = windows.transpose(0, 1, 2, 4, 5, 3).reshape(-1, 12).astype(np.float64)
+    np.testing.assert_allclose(patch_covariance(IMAGE), patches.T @ patches / len(patches), atol=1e-5)
 
 
 def test_whiten_sets_the_kernel_and_nothing_else():

@@ -1,0 +1,33 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from cnnjax import AugmentConfig, ModelConfig, init_state
+from cnnjax.batches import Pixels, epoch_plan, pixel_statistics, row
+from cnnjax.epoch import train_steps
+from cnnjax.models import make_model
+
+AUGMENT = AugmentConfig(flip="random", translate=1, cutout=2)
+
+
+def test_many_steps_in_one_program_equal_one_after_another():
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (90, 12, 12, 3), np.uint8)
+    pixels = Pixels(image, rng.integers(0, 10, 90).astype(np.int32), pixel_statistics(image))
+    plan = epoch_plan(0, 0, 90, batch_size=16, augment=AUGMENT, image_size=(12, 12))
+    model, tx, key = make_model(ModelConfig(name="cnn"), 10), optax.sgd(0.1, momentum=0.9), jax.random.key(0)
+
+    def train(plans):
+        state, found = init_state(key, jnp.zeros((1, 12, 12, 3)), model=model, tx=tx), []
+        for plan in plans:
+            state, metrics = train_steps(state, pixels, plan, key, augment=AUGMENT, model=model, tx=tx)
+            found.append(metrics)
+        return state, jax.tree.map(lambda *values: np.concatenate(values), *found)
+
+    together, metrics = train([plan])
+    single, single_metrics = train([row(plan, slice(i, i + 1)) for i in range(6)])
+    assert together.step == single.step == 6
+    np.testing.assert_array_equal(metrics.num_examples, [16, 16, 16, 16, 16, 10])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), metrics, single_metrics)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), together.params, single.params)

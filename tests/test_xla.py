@@ -1,0 +1,38 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+# A block of the size of a step's scratch memory, written and given back 20 times; prints the pages that were mapped.
+SCRIPT = """
+import resource
+import cnnjax
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+before = faults()
+for _ in range(20):
+    b"x" * 2**26
+print(faults() - before)
+"""
+
+
+def page_faults(**environment):
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    return int(subprocess.check_output([sys.executable, "-c", SCRIPT], env=clean | environment))
+
+
+def test_flags_are_set_once_and_none_that_the_user_set():
+    code = "import os; import cnnjax; print(os.environ['XLA_FLAGS'])"
+    own = "--xla_cpu_experimental_ynn_fusion_type=-reduce --xla_gpu_deterministic_ops=false"
+    clean = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    for env in (clean, clean | {"XLA_FLAGS": own}):
+        flags = subprocess.check_output([sys.executable, "-c", code], env=env, text=True).split()
+        names = [flag.split("=")[0] for flag in flags]
+        assert len(set(names)) == len(names)
+        assert {"--xla_cpu_experimental_ynn_fusion_type", "--xla_gpu_deterministic_ops"} <= set(names)
+    assert set(own.split()) <= set(flags)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc")
+def test_freed_memory_is_kept_for_the_next_step_unless_the_user_tunes_it():
+    assert page_faults() < page_faults(MALLOC_TRIM_THRESHOLD_="131072") / 5
