@@ -72,20 +72,20 @@ def convolution(
 
 
 def matmul(
-    a: Float[Array, "_ _"],
-    b: Float[Array, "_ _"],
+    a: Float[Array, "*S _ _"],
+    b: Float[Array, "*S _ _"],
     *,
     transpose_a: bool = False,
     transpose_b: bool = False,
     dtype: DTypeLike | None = None,
-) -> Float[Array, "_ _"]:
+) -> Float[Array, "*S _ _"]:
     """Returns a · b, each transposed first where asked for.
 
     Args:
-      a, b: of one dtype, float32 or bfloat16; sums are in float32.
+      a, b: matrices, or as many of them each; of one dtype, float32 or bfloat16; sums are in float32.
       dtype: of the result; that of `a` when None.
     """
-    shape = (a.shape[1 if transpose_a else 0], b.shape[0 if transpose_b else 1])
+    shape = (*a.shape[:-2], a.shape[-1 if transpose_a else -2], b.shape[-2 if transpose_b else -1])
     config = {"transpose_a": transpose_a, "transpose_b": transpose_b}
     return _call("matmul", {"onednn_matmul_config": config}, jax.ShapeDtypeStruct(shape, dtype or a.dtype), a, b)
 
