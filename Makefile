@@ -63,11 +63,11 @@ test-slow: setup
 stress: setup
 	@$(BIN)/python tests/stress.py $(ARGS)
 
-# Peers get an environment of their own, .venv-peers.
+# Peers get environments of their own.
 bench: setup .venv-peers/installed
 	@$(BIN)/python experiments/benchmark.py $(ARGS)
 
-bench-gpu: setup .venv-peers/installed-gpu
+bench-gpu: setup .venv-peers-gpu/installed
 	@$(BIN)/python experiments/benchmark_gpu.py $(ARGS)
 
 .venv-peers/installed:
@@ -76,10 +76,10 @@ bench-gpu: setup .venv-peers/installed-gpu
 	@.venv-peers/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 tensorflow-cpu==2.21.0 keras==3.15.1
 	@touch $@
 
-.venv-peers/installed-gpu:
-	@echo 'Setting up .venv-peers, once: PyTorch, some minutes.'
-	@$(PYTHON) -m venv .venv-peers
-	@.venv-peers/bin/pip install --quiet --disable-pip-version-check torch==2.14.1 torchvision==0.29.1
+.venv-peers-gpu/installed:
+	@echo 'Setting up .venv-peers-gpu, once: PyTorch, some minutes.'
+	@$(PYTHON) -m venv .venv-peers-gpu
+	@.venv-peers-gpu/bin/pip install --quiet --disable-pip-version-check torch==2.14.1 torchvision==0.29.1
 	@touch $@
 
 lint: setup
@@ -90,4 +90,4 @@ lock:
 	uv pip compile pyproject.toml --extra dev --universal --generate-hashes --python-version 3.11 --no-header -o requirements.lock --upgrade
 
 clean:
-	rm -rf .venv .venv-peers
+	rm -rf .venv .venv-peers .venv-peers-gpu

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from cnnjax.models import CNN, MLP, SpeedNet
     from cnnjax.signals import Interrupted
     from cnnjax.step import Batch, Metrics, TrainState, eval_step, init_state, softmax_cross_entropy, train_step
+    from cnnjax.whitening import whiten
 
 # Where each public name lives. They are imported when first used, so that `cnnjax --help` does not wait for jax.
 _HOME = {
@@ -26,6 +27,7 @@ _HOME = {
     **dict.fromkeys(
         ("Batch", "Metrics", "TrainState", "eval_step", "init_state", "softmax_cross_entropy", "train_step"), "step"
     ),
+    "whiten": "whitening",
 }
 __all__ = [
     "CNN",
@@ -48,6 +50,7 @@ __all__ = [
     "softmax_cross_entropy",
     "train_and_evaluate",
     "train_step",
+    "whiten",
 ]
 
 set_flags()

@@ -106,7 +106,10 @@ def epoch_plan(
     which = position % num_examples
     rows = (order.astype(np.int32), mirrored, shift, cutout)
     example, mirrored, shift, cutout = (a[which].reshape(steps, batch_size, *a.shape[1:]) for a in rows)
-    return Plan(example, (position < num_examples).reshape(steps, batch_size), mirrored, shift, cutout)
+    mask = (position < num_examples).reshape(steps, batch_size)
+    for values in (example, mask, mirrored, shift, cutout):
+        values.setflags(write=False)  # The next caller gets the same arrays.
+    return Plan(example, mask, mirrored, shift, cutout)
 
 
 def _pairs(seed: int, purpose: int, epoch: int, size: int, below: tuple[int, int]) -> np.ndarray:
@@ -169,11 +172,13 @@ def standardize(image: AnyArray, standardization: Standardization) -> Float[AnyA
 
 def pixel_statistics(image: np.ndarray) -> Standardization:
     """Returns the mean and deviation of each channel of uint8 [N H W C] (a deviation of 0 becomes 1)."""
-    pixels = image.reshape(-1, image.shape[-1])
-    counts = np.stack([np.bincount(channel, minlength=256) for channel in pixels.T])  # [C 256], exact and small
-    value = np.arange(256.0)
-    mean = counts @ value / len(pixels)
-    std = np.sqrt(counts @ value**2 / len(pixels) - mean**2)
+    counts, value = np.zeros((image.shape[-1], 256), np.int64), np.arange(256.0)
+    for i in range(0, len(image), 1000):  # NumPy widens what it counts eightfold.
+        pixels = image[i : i + 1000].reshape(-1, image.shape[-1])
+        counts += [np.bincount(channel, minlength=256) for channel in pixels.T]
+    num_pixels = counts[0].sum()
+    mean = counts @ value / num_pixels
+    std = np.sqrt(counts @ value**2 / num_pixels - mean**2)
     return Standardization(mean.astype(np.float32), np.where(std > 0, std, 1.0).astype(np.float32))
 
 

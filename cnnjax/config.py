@@ -66,25 +66,26 @@ class OptimConfig:
     end: float = 0.0
     """Where one_cycle ends, as a share of the peak."""
     weight_decay: float = 0.0
-    """Decoupled weight decay, times the learning rate, per step: of the kernels (adam), of all parameters (else)."""
+    """Decay, times the learning rate, per step: of the kernels, decoupled (adam); within the momentum, of all that is
+    not whitening and, under muon, no filter of a convolution (sgd and muon)."""
     momentum: float = 0.85
     """Of sgd (and the sgd within muon)."""
     muon_momentum: float = 0.6
     """Of muon."""
     bias_scale: float = 1.0
-    """What the learning rate of the biases of normalisation is multiplied by (sgd and muon)."""
+    """What the learning rate of the norms' biases is multiplied by (speednet by sgd or muon)."""
     whiten_scale: float = 1.0
-    """What the learning rate of the whitening convolution's bias is multiplied by (sgd and muon)."""
+    """What the learning rate of the whitening convolution's bias is multiplied by (speednet by sgd or muon)."""
     head_scale: float = 1.0
-    """What the learning rate of the last layer is multiplied by (sgd and muon)."""
+    """What the learning rate of the last layer is multiplied by (speednet by sgd or muon)."""
     whiten_epochs: int = 0
-    """For how many epochs the whitening convolution's bias is trained; 0: all."""
+    """For how many epochs the whitening convolution's bias is trained (speednet by sgd or muon); 0: all."""
     lookahead: int = 0
     """Every so many steps parameters and their slow average meet (Zhang et al. 2019); 0: never."""
     clip_norm: float = 0.0
     """The norm of all gradients together is at most this; 0: any."""
     accumulate: int = 1
-    """Batches whose gradients make one update together."""
+    """Batches whose gradients make one update together; the last of a run that are too few for one make none."""
 
     def __post_init__(self) -> None:
         _check_name("optim.name", self.name, ("adam", "sgd", "muon"))

@@ -19,6 +19,11 @@ class Placement(NamedTuple):
         """The number of devices that share a batch."""
         return self.batch.mesh.size
 
+    @property
+    def platform(self) -> str:
+        """What the devices are: "cpu", "gpu" or "tpu"."""
+        return next(iter(self.batch.device_set)).platform
+
 
 def place(batch_size: int, devices: Sequence[Any] | None = None) -> Placement:
     """Shares a batch among as many devices as divide it evenly.

@@ -104,8 +104,9 @@ def evaluate(
     rows = [row(plan, i) for i in range(len(plan.example))]
     if placement is not None:
         rows = jax.device_put(rows, placement.batch)
-    metrics = [_score(state, pixels, plan, model=model, views=views) for plan in rows]
-    totals = Totals()
-    for m in metrics:
-        totals = totals.add(m)
-    return totals.means()
+    pixels = jax.device_put(pixels, None if placement is None else placement.state)
+    totals, metrics = Totals(), _score(state, pixels, rows[0], model=model, views=views)
+    for plan in rows[1:]:  # Two at a time: each that runs has its own scratch memory.
+        following = _score(state, pixels, plan, model=model, views=views)
+        totals, metrics = totals.add(metrics), following
+    return totals.add(metrics).means()

@@ -24,7 +24,7 @@ from cnnjax.config import Config
 from cnnjax.data import Examples, ImageDataset, load_dataset
 from cnnjax.devices import Placement, place
 from cnnjax.epoch import Scores, evaluate, train_steps
-from cnnjax.models import make_model
+from cnnjax.models import check_size, make_model
 from cnnjax.optim import make_loss, make_tx
 from cnnjax.report import Report
 from cnnjax.step import LossFn, Metrics, TrainState, init_state
@@ -84,10 +84,10 @@ def set_up(
     """Loads the training split, builds what `config` names and makes the first state."""
     dataset = load_dataset(config.dataset, data_dir, report.say)
     examples = dataset.load("train")
-    train, validation = (
-        Examples(examples.image[part], examples.label[part])
-        for part in split_validation(config.seed, examples.label, config.validation_fraction)
-    )
+    kept, held_out = split_validation(config.seed, examples.label, config.validation_fraction)
+    validation = Examples(examples.image[held_out], examples.label[held_out])
+    train = Examples(examples.image[kept], examples.label[kept]) if len(held_out) else examples  # A copy, or none.
+    del examples
     standardization = pixel_statistics(train.image)
     steps = steps_per_epoch(len(train.label), config.batch_size)
     init_key, train_key = jax.random.split(jax.random.key(config.seed))
@@ -99,7 +99,7 @@ def set_up(
         train=jax.device_put(Pixels(*train, standardization), placement.state),
         validation=jax.device_put(Pixels(*validation, standardization), placement.state),
         steps_per_epoch=steps,
-        steps_per_dispatch=1 if jax.default_backend() == "cpu" else steps,
+        steps_per_dispatch=1 if placement.platform == "cpu" else steps,
         model=make_model(config.model, dataset.num_classes),
         tx=make_tx(config.optim, num_steps=steps * config.num_epochs, num_epochs=config.num_epochs),
         loss_fn=make_loss(config.label_smoothing),
@@ -107,6 +107,8 @@ def set_up(
         placement=placement,
     )
     image_shape = train.image.shape[1:]
+    check_size(config.model, image_shape)
+    run.plan(0)  # Refuses an augmentation that is too large for the images.
     facts = rundir.make_facts(dataset, image_shape, standardization)
     rundir.check_data(run_dir, facts)
     state = init_state(init_key, jnp.zeros((1, *image_shape)), model=run.model, tx=run.tx)

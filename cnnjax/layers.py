@@ -98,16 +98,20 @@ def kernel_grad(
     """Returns the gradient of a convolution's kernel, float32: over all positions, image values times those of `g`."""
 
     def by_xla(image: Array, g: Array) -> Array:
-        image, g = image.astype(jnp.float32), g.astype(jnp.float32)
         # The batch is summed over, as channels are in a convolution, and `g` moves over the image.
         numbers = ("CHWN", "IHWO", "HWNC")
-        return lax.conv_general_dilated(image, g, (1, 1), padding, dimension_numbers=numbers)
+        return lax.conv_general_dilated(image, g, (1, 1), padding, dimension_numbers=numbers).astype(jnp.float32)
 
-    if image.shape[3] < 16:  # XLA's is faster there.
-        return by_xla(image, g)
-    narrow = image.dtype == jnp.bfloat16 and onednn.HAS_BFLOAT16
-    fast = _kernel_grad_by_convolution if narrow else _kernel_grad_by_matmul
-    return _on_cpu(partial(fast, padding=padding), by_xla, image, g)
+    def by_xla_on_cpu(image: Array, g: Array) -> Array:
+        return by_xla(image.astype(jnp.float32), g.astype(jnp.float32))
+
+    if not onednn.in_use(image.dtype) or image.shape[3] < 16:  # XLA's is faster there.
+        on_cpu = by_xla_on_cpu
+    elif image.dtype == jnp.bfloat16 and onednn.HAS_BFLOAT16:
+        on_cpu = partial(_kernel_grad_by_convolution, padding=padding)
+    else:
+        on_cpu = partial(_kernel_grad_by_matmul, padding=padding)
+    return lax.platform_dependent(image, g, cpu=on_cpu, default=by_xla)
 
 
 def _kernel_grad_by_matmul(

@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from cnnjax.config import ModelConfig
+from cnnjax.errors import UserError
 from cnnjax.layers import GLOROT_UNIFORM, Conv, Dense, Dropout, conv2d, gelu, max_pool_2x2
 from cnnjax.step import AnyArray
 
@@ -135,8 +136,20 @@ class SpeedNorm(nn.Module):
         return norm(x)
 
 
+def check_size(config: ModelConfig, image_shape: tuple[int, ...]) -> None:
+    """Checks that images [H W C] are large enough for what the network that `config` names pools.
+
+    Raises:
+      UserError: they are not.
+    """
+    least = {"cnn": 4, "speednet": 9}.get(config.name, 1)
+    if min(image_shape[:2]) < least:
+        size = "×".join(map(str, image_shape[:2]))
+        raise UserError(f"Images must have {least}×{least} pixels at least for `model.name` {config.name}, got {size}.")
+
+
 def make_model(config: ModelConfig, num_classes: int) -> nn.Module:
-    """Returns the network that `config` names, for `num_classes` classes and images of any size."""
+    """Returns the network that `config` names, for `num_classes` classes (see `check_size` for its images)."""
     if config.name == "speednet":
         return SpeedNet(num_classes, config.widths, config.depth, config.dtype)
     kernel_init = INITIALIZERS[config.kernel_init]

@@ -7,12 +7,14 @@ the versions of jaxlib alone in which the tests have compared it with XLA's own 
 
 XLA cannot write such a program to a file: where jax keeps compiled programs (`jax_compilation_cache_dir`), the layers
 use XLA's own kernels, as they do on other processors, in float16, and where $CNNJAX_ONEDNN is 0. On a processor that
-knows no bfloat16 its operands are widened to float32.
+knows no bfloat16 its operands are widened to float32. XLA cannot divide such a call among devices: those of one CPU
+that share a batch each compute all of it.
 """
 
 import json
 import os
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-AVAILABLE = platform.machine() in ("x86_64", "AMD64") and os.environ.get("CNNJAX_ONEDNN", "1") != "0"
+AVAILABLE = sys.platform == "linux" and platform.machine() == "x86_64" and os.environ.get("CNNJAX_ONEDNN", "1") != "0"
 _CPUINFO = Path("/proc/cpuinfo")
 HAS_BFLOAT16 = _CPUINFO.exists() and "_bf16" in _CPUINFO.read_text()  # avx512_bf16 or amx_bf16
 

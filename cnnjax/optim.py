@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from optax import contrib
 
 from cnnjax.config import OptimConfig
+from cnnjax.errors import UserError
 from cnnjax.step import AnyArray, LossFn, softmax_cross_entropy
 
 
@@ -26,8 +27,18 @@ def make_schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
 
 @cache  # Of several seeds: a rebuilt optimizer or loss is compiled again.
 def make_tx(config: OptimConfig, num_steps: int, num_epochs: int = 1) -> optax.GradientTransformation:
-    """Returns the optimizer of a run of `num_steps` in `num_epochs`."""
+    """Returns the optimizer of a run of `num_steps` in `num_epochs`.
+
+    Raises:
+      UserError: the run has too few steps for `accumulate` or `lookahead` to act.
+    """
     updates = num_steps // config.accumulate
+    if updates == 0:
+        raise UserError(
+            f"`optim.accumulate` must be at most the {num_steps} steps of the run, got {config.accumulate}."
+        )
+    if config.lookahead > updates:
+        raise UserError(f"`optim.lookahead` must be at most the {updates} updates of the run, got {config.lookahead}.")
     schedule = make_schedule(config, updates)
     if config.name == "adam":
         decay = config.weight_decay
@@ -35,32 +46,43 @@ def make_tx(config: OptimConfig, num_steps: int, num_epochs: int = 1) -> optax.G
     else:
         filters = _muon(config, schedule) if config.name == "muon" else _sgd(config, schedule)
         groups: Any = {
-            "frozen": optax.set_to_zero(),
             "filter": filters,
             "head": _sgd(config, schedule, config.head_scale),
             "bias": _sgd(config, schedule, config.bias_scale),
             "whiten": _sgd(config, _until(schedule, config, updates, num_epochs), config.whiten_scale),
+            "other": _sgd(config, schedule),
         }
         tx = optax.partition(groups, group_of)
     if config.clip_norm:
         tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), tx)
     if config.lookahead:
         tx = lookahead(tx, config.lookahead, updates)
+    tx = optax.partition({True: optax.set_to_zero(), False: tx}, is_frozen)
     if config.accumulate > 1:
         tx = optax.MultiSteps(tx, config.accumulate).gradient_transformation()
     return tx
 
 
+def is_frozen(params: PyTree) -> PyTree:
+    """Returns of each parameter whether it is not trained: True of a `SpeedNet`'s whitening kernel alone."""
+    return jax.tree.map_with_path(lambda path, leaf: path[0].key == "whiten" and leaf.ndim == 4, params)
+
+
 def group_of(params: PyTree) -> PyTree:
-    """Returns of each parameter of a `SpeedNet` what learns alike: "frozen", "whiten", "filter", "head" or "bias"."""
+    """Returns of each parameter what learns alike: "filter", or one of "whiten", "bias" and "head" of a `SpeedNet`.
+
+    Whatever else a network has is "other".
+    """
 
     def name(path: Any, leaf: Array) -> str:
         module = path[0].key
-        if module == "whiten":
-            return "frozen" if leaf.ndim > 1 else "whiten"
-        return {4: "filter", 2: "head"}.get(leaf.ndim, "bias")
+        if module in ("whiten", "head"):
+            return module
+        if module.startswith("SpeedNorm"):
+            return "bias"
+        return "filter" if leaf.ndim == 4 else "other"
 
-    return jax.tree_util.tree_map_with_path(name, params)
+    return jax.tree.map_with_path(name, params)
 
 
 def _is_kernel(params: PyTree) -> PyTree:

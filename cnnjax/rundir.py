@@ -172,10 +172,11 @@ def _try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
 def _is_longer(config: Config, saved: Config) -> bool:
     """Returns whether `config` is `saved` with more epochs, which changes nothing of the steps that were made.
 
-    With a schedule it would: the learning rate of each step depends on the number of all.
+    With a schedule it would, and with lookahead: what a step does depends on the number of all.
     """
-    more = config.num_epochs > saved.num_epochs and config.optim.schedule == "constant"
-    return more and config == replace(saved, num_epochs=config.num_epochs)
+    optim = saved.optim
+    fixed = optim.schedule == "constant" and optim.lookahead == 0 and (optim.accumulate == 1 or not optim.whiten_epochs)
+    return fixed and config.num_epochs > saved.num_epochs and config == replace(saved, num_epochs=config.num_epochs)
 
 
 def check_data(run_dir: Path, facts: DataFacts) -> None:

@@ -39,7 +39,7 @@ def load_trained(run_dir: Path) -> Trained:
     """
     config, facts = read_run(run_dir)
     model = make_model(config.model, len(facts.class_names))
-    tx = make_tx(config.optim, num_steps=1)  # Only the structure of its state matters here.
+    tx = make_tx(config.optim, num_steps=2**30)  # Only the structure of its state matters here.
     image = jax.ShapeDtypeStruct((1, *facts.image_shape), np.float32)
     like = jax.eval_shape(partial(init_state, model=model, tx=tx), jax.random.key(0), image)
     with closing(Checkpoints(run_dir / "checkpoints", read_only=True)) as checkpoints:
@@ -71,7 +71,8 @@ def score(trained: Trained, split: str, data_dir: Path | None = None) -> Scores:
         _, part = split_validation(trained.config.seed, whole.label, fraction)
         examples = Examples(whole.image[part], whole.label[part])
     pixels = Pixels(*examples, trained.facts.standardization)
-    return evaluate(trained.state, pixels, model=trained.model, views=trained.config.views)
+    views = trained.config.views if split == "test" else "plain"  # As in training.
+    return evaluate(trained.state, pixels, model=trained.model, views=views)
 
 
 def classify(trained: Trained, image: np.ndarray) -> np.ndarray:

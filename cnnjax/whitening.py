@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float
 
 from cnnjax.step import AnyArray, TrainState
@@ -14,9 +15,13 @@ NUM_IMAGES, EPSILON = 5000, 5e-4  # Keller Jordan (2024), "94% on CIFAR-10 in 3.
 def patch_covariance(image: Float[AnyArray, "N H W C"]) -> Float[Array, "P P"]:
     """Returns the mean product of any two of the P = 4C values of a 2×2 patch, flattened as a kernel [2 2 C] is."""
     h, w = image.shape[1] - 1, image.shape[2] - 1
-    patches = jnp.concatenate([image[:, i : i + h, j : j + w] for i in range(2) for j in range(2)], axis=-1)
-    patches = patches.reshape(-1, patches.shape[-1])  # [N H-1 W-1 4C] -> [N*(H-1)*(W-1) 4C]
-    return jnp.matmul(patches.T, patches, precision="highest") / len(patches)
+
+    def of_one(image: Float[Array, "H W C"]) -> Float[Array, "P P"]:
+        patches = jnp.concatenate([image[i : i + h, j : j + w] for i in range(2) for j in range(2)], axis=-1)
+        patches = patches.reshape(h * w, -1)  # [H-1 W-1 4C] -> [(H-1)*(W-1) 4C]
+        return jnp.matmul(patches.T, patches, precision="highest") / len(patches)
+
+    return lax.map(of_one, jnp.asarray(image), batch_size=500).mean(0)  # Few at a time: patches are large.
 
 
 def whitening_kernel(image: Float[AnyArray, "N H W C"]) -> Float[np.ndarray, "2 2 C K"]:

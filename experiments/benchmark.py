@@ -287,8 +287,7 @@ def layers(turns: int) -> str:
             repeats = max(2, int(2e10 / flops))
             start = time.perf_counter()
             for _ in range(repeats):
-                result = function(*arguments)
-            jax.block_until_ready(result)
+                jax.block_until_ready(function(*arguments))
             if turn >= 0:
                 seconds[name].append((time.perf_counter() - start) / repeats)
 
@@ -315,7 +314,7 @@ def accuracy(seeds: int) -> str:
         "| `cifar10_fast` | test accuracy | training, s | process start to result, s | peak memory |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for options in (["--num-epochs", "2"], []):
+    for options in (["--num-epochs", "1"], ["--num-epochs", "2"], []):
         results = []
         for seed in range(seeds):
             with tempfile.TemporaryDirectory() as folder:
@@ -377,19 +376,28 @@ PARTS = {"step": step, "sizes": sizes, "layers": layers, "accuracy": accuracy, "
 # --- The report -------------------------------------------------------------------------------------------------------
 
 
-def write_section(name: str, table: str) -> None:
+REPORT = HERE / "BENCHMARKS.md"
+
+
+def section(name: str) -> re.Pattern[str]:
+    """Returns what finds a part in BENCHMARKS.md: (the line that begins it)(its table)(the line that ends it)."""
+    return re.compile(f"(<!-- {name} -->\n)(.*?)(<!-- end of {name} -->\n)", re.DOTALL)
+
+
+def check_sections(names: list[str]) -> None:
+    """Ends the process where BENCHMARKS.md has no place for a part: before hours of measuring."""
+    for name in names:
+        if (count := len(section(name).findall(REPORT.read_text()))) != 1:
+            sys.exit(f"{REPORT} must have a line <!-- {name} --> and a line <!-- end of {name} --> once, got {count}.")
+
+
+def write_section(name: str, table: str, peers: Path) -> None:
     """Replaces the table of a part in BENCHMARKS.md, and says when, where and of what it was measured."""
-    path = HERE / "BENCHMARKS.md"
-    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-    text, count = pattern.subn(lambda _: f"{begin}\n{table}\n\n{about()}\n{end}", path.read_text())
-    if count != 1:
-        sys.exit(f"{path} must have the lines {begin} and {end} once, got {count} of them.")
-    path.write_text(text)
+    REPORT.write_text(section(name).sub(rf"\g<1>{table}\n\n{about(peers)}\n\g<3>", REPORT.read_text()))
 
 
-def about() -> str:
-    """Returns hardware, versions and commit, as a sentence."""
+def about(peers: Path) -> str:
+    """Returns hardware, versions (those of the peers' environment, too) and commit, as a sentence."""
     from importlib.metadata import version
 
     import jax
@@ -404,8 +412,8 @@ def about() -> str:
     ]
     names = ("jax", "jaxlib", "flax", "optax", "numpy")
     versions = [f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in names)]
-    if PEERS.exists():
-        text = subprocess.check_output([PEERS, "-m", "pip", "list", "--format", "freeze"], text=True)
+    if peers.exists():
+        text = subprocess.check_output([peers, "-m", "pip", "list", "--format", "freeze"], text=True)
         versions += [
             line.replace("==", " ") for line in text.split() if re.match(r"(torch|keras|tensorflow[_a-z-]*)==", line)
         ]
@@ -437,11 +445,12 @@ def main() -> None:
         parser.error(f"`PART` must be of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}.")
     if not PEERS.exists() and {"step", "tutorial"} & set(parts):
         parser.error(f"The peers must be installed in {PEERS.parent.parent}. Use: make bench ARGS='{' '.join(parts)}'")
+    check_sections(parts)
     for part in parts:
         table = PARTS[part](args.num_seeds if part in ("accuracy", "tutorial") else args.turns)
         print(f"\n{table}\n", flush=True)
-        write_section(part, table)
-    return print(about())
+        write_section(part, table, PEERS)
+    return print(about(PEERS))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cnnjax import AugmentConfig, ModelConfig, init_state
+from cnnjax import MLP, AugmentConfig, ModelConfig, init_state
 from cnnjax.batches import Pixels, epoch_plan, pixel_statistics, row
 from cnnjax.epoch import train_steps
 from cnnjax.models import make_model
@@ -11,10 +11,24 @@ from cnnjax.models import make_model
 AUGMENT = AugmentConfig(flip="random", translate=1, cutout=2)
 
 
-def test_many_steps_in_one_program_equal_one_after_another():
+def make_pixels(count, size):
     rng = np.random.default_rng(0)
-    image = rng.integers(0, 256, (90, 12, 12, 3), np.uint8)
-    pixels = Pixels(image, rng.integers(0, 10, 90).astype(np.int32), pixel_statistics(image))
+    image = rng.integers(0, 256, (count, size, size, 3), np.uint8)
+    return Pixels(image, rng.integers(0, 10, count).astype(np.int32), pixel_statistics(image))
+
+
+def test_no_key_is_used_twice_in_an_epoch():
+    pixels, model, tx, key = make_pixels(20, 4), MLP(10), optax.sgd(0.1), jax.random.key(0)
+    plan = epoch_plan(0, 0, 20, batch_size=10, augment=AUGMENT, image_size=(4, 4))
+    with jax.debug_key_reuse(True):
+        state = init_state(jax.random.key(1), jnp.zeros((1, 4, 4, 3)), model=model, tx=tx)
+        for _ in range(2):
+            state, _ = train_steps(state, pixels, plan, key, augment=AUGMENT, model=model, tx=tx)
+    assert state.step == 4
+
+
+def test_many_steps_in_one_program_equal_one_after_another():
+    pixels = make_pixels(90, 12)
     plan = epoch_plan(0, 0, 90, batch_size=16, augment=AUGMENT, image_size=(12, 12))
     model, tx, key = make_model(ModelConfig(name="cnn"), 10), optax.sgd(0.1, momentum=0.9), jax.random.key(0)
 

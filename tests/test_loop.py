@@ -35,6 +35,7 @@ from cnnjax.named_sets import NAMED_SETS
 from cnnjax.prepare import write_tfds
 from cnnjax.runs import verify
 from cnnjax.signals import Interrupted, stop_signals
+from cnnjax.trained import load_trained, score
 
 # Dropout, augmentation and a partial last batch on: 390 training examples make 25 steps an epoch, the last of 6.
 CONFIG = Config(
@@ -226,6 +227,9 @@ def test_a_run_at_a_constant_rate_can_be_trained_longer(whole, prepared_dir, tmp
     assert read_metrics(tmp_path / "longer") == read_metrics(tmp_path / "at once")
     with pytest.raises(UserError, match="`num_epochs` is 2 there and 1 here"):
         train_and_evaluate(one, run_dir=tmp_path / "longer", data_dir=prepared_dir, resume=True)
+    averaged = Config(**{**vars(two), "optim": OptimConfig(lookahead=5)})
+    longer = Config(**{**vars(averaged), "num_epochs": 3})
+    assert not loop.rundir._is_longer(longer, averaged)  # How much of the average remains depends on the last step.
     more = Config(**{**vars(CONFIG), "num_epochs": 3})
     with pytest.raises(UserError, match="`num_epochs` is 2 there and 3 here"):  # Its learning rate is on a schedule.
         train_and_evaluate(more, run_dir=whole[0], data_dir=prepared_dir, resume=True)
@@ -311,6 +315,13 @@ def test_a_batch_larger_than_the_set_leaves_no_directory(prepared_dir, tmp_path)
     assert not (tmp_path / "run").exists()
 
 
+def test_an_augmentation_larger_than_the_images_leaves_no_directory(prepared_dir, tmp_path):
+    config = Config(**{**vars(CONFIG), "augment": AugmentConfig(cutout=29)})
+    with pytest.raises(UserError, match=r"`augment.cutout` must be at most 28 for images of 28×28 pixels, got 29"):
+        train_and_evaluate(config, run_dir=tmp_path / "run", data_dir=prepared_dir)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_directory_that_cannot_be_written(prepared_dir, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"`run_dir` must be a directory that can be written, got .*file/run"):
@@ -383,6 +394,8 @@ def test_a_speed_recipe_without_validation_is_resumed_to_the_bit_and_tests_its_l
     resumed = train_and_evaluate(config, run_dir=tmp_path / "run", data_dir=prepared_dir, resume=True)
     assert resumed["sha256"] == whole["sha256"]
     assert resumed["test_loss"] == whole["test_loss"]
+    again = score(load_trained(tmp_path / "run"), "test", prepared_dir)
+    assert (again.accuracy, again.loss) == (whole["test_accuracy"], whole["test_loss"])
 
 
 def test_training_never_sees_the_held_out_examples(prepared_dir, tmp_path, monkeypatch):

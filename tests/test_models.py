@@ -2,9 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
-from cnnjax import CNN, MLP, ModelConfig, SpeedNet
-from cnnjax.models import make_model
+from cnnjax import CNN, MLP, ModelConfig, SpeedNet, UserError
+from cnnjax.models import check_size, identity_init, make_model
 
 
 def count(model, shape):
@@ -45,3 +46,59 @@ def test_make_model_takes_the_names_and_rates_of_the_configuration():
     assert (model.num_classes, model.conv_dropout, model.dense_dropout) == (7, 0.2, 0.3)
     kernel = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False)["params"]["Dense_0"]["kernel"]
     assert kernel.std() == pytest.approx(np.sqrt(2 / 4096), rel=0.02)  # He et al. 2015, equation 10.
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_the_records_network_equals_one_of_plain_operations(train):
+    model, rng = SpeedNet(10, (8, 16, 12), depth=3), np.random.default_rng(0)
+    image = rng.normal(size=(4, 17, 20, 3)).astype(np.float32)
+    drawn = jax.tree.map(
+        lambda leaf: jnp.asarray(np.abs(rng.normal(size=leaf.shape)) + 0.1, jnp.float32),  # A variance is positive.
+        model.init(jax.random.key(0), image, train=False),
+    )
+    params, running = drawn["params"], iter(range(9))
+
+    def conv(x, kernel, padding):
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    def norm(x):
+        i = next(running)
+        bias, stats = (drawn[kind][f"SpeedNorm_{i}"]["BatchNorm_0"] for kind in ("params", "batch_stats"))
+        mean, var = (x.mean((0, 1, 2)), x.var((0, 1, 2))) if train else (stats["mean"], stats["var"])
+        return (x - mean[None, None, None]) / jnp.sqrt(var[None, None, None] + 1e-12) + bias["bias"][None, None, None]
+
+    def group(x, i):
+        x = nn.max_pool(conv(x, params[f"Conv_{3 * i}"]["kernel"], "SAME"), (2, 2), (2, 2))
+        x = first = nn.gelu(norm(x))
+        x = nn.gelu(norm(conv(x, params[f"Conv_{3 * i + 1}"]["kernel"], "SAME")))
+        return nn.gelu(norm(conv(x, params[f"Conv_{3 * i + 2}"]["kernel"], "SAME")) + first)
+
+    x = conv(image, params["whiten"]["kernel"], "VALID") + params["whiten"]["bias"][None, None, None]
+    x = nn.gelu(x)
+    for i in range(3):
+        x = group(x, i)
+    expected = x.max((1, 2)) @ params["head"] / 9
+    got = model.apply(drawn, image, train=train, mutable=["batch_stats"])[0]
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4 * float(jnp.abs(expected).max()))
+
+
+@pytest.mark.parametrize(("c", "k"), [(3, 8), (8, 3)])
+def test_a_convolution_begins_as_the_identity_of_its_first_channels(c, k):
+    kernel = identity_init(jax.random.key(0), (3, 3, c, k))
+    image = np.random.default_rng(0).normal(size=(2, 6, 6, c)).astype(np.float32)
+    y = jax.lax.conv_general_dilated(image, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    np.testing.assert_array_equal(y[..., : min(c, k)], image[..., : min(c, k)])
+    assert np.abs(kernel).max(where=np.arange(k) >= c, initial=0) <= 1 / np.sqrt(9 * c)  # As PyTorch's: 1/sqrt(fan in).
+
+
+@pytest.mark.parametrize(("name", "least"), [("cnn", 4), ("speednet", 9), ("mlp", 1)])
+def test_the_smallest_images_of_each_network(name, least):
+    config = ModelConfig(name=name, widths=(4, 4, 4))
+    check_size(config, (least, least, 3))
+    image = jnp.ones((2, least, least, 3))
+    logits, _ = make_model(config, 5).init_with_output(jax.random.key(0), image, train=False)
+    assert logits.shape == (2, 5) and np.isfinite(logits).all()
+    if least > 1:
+        rule = rf"Images must have {least}×{least} pixels at least for `model.name` {name}, got {least - 1}×30\."
+        with pytest.raises(UserError, match=rule):
+            check_size(config, (least - 1, 30, 3))

@@ -4,8 +4,8 @@ import numpy as np
 import optax
 import pytest
 
-from cnnjax import OptimConfig
-from cnnjax.optim import group_of, keep_norm, lookahead, make_loss, make_schedule, make_tx
+from cnnjax import CNN, OptimConfig, UserError
+from cnnjax.optim import group_of, is_frozen, keep_norm, lookahead, make_loss, make_schedule, make_tx
 
 
 def test_schedules_by_hand():
@@ -64,11 +64,52 @@ SPEEDNET = {
 
 def test_the_groups_of_a_speednet():
     assert group_of(SPEEDNET) == {
-        "whiten": {"kernel": "frozen", "bias": "whiten"},
+        "whiten": {"kernel": "whiten", "bias": "whiten"},
         "Conv_0": {"kernel": "filter"},
         "SpeedNorm_0": {"BatchNorm_0": {"bias": "bias"}},
         "head": "head",
     }
+    assert is_frozen(SPEEDNET) == {
+        "whiten": {"kernel": True, "bias": False},
+        "Conv_0": {"kernel": False},
+        "SpeedNorm_0": {"BatchNorm_0": {"bias": False}},
+        "head": False,
+    }
+
+
+def test_another_network_has_filters_and_others():
+    params = CNN(10).init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), train=False)["params"]
+    groups = group_of(params)
+    assert groups["Conv_0"] == {"kernel": "filter", "bias": "other"}
+    assert groups["Dense_1"] == {"kernel": "other", "bias": "other"}
+    assert not any(jax.tree.leaves(is_frozen(params)))
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd", "muon"])
+def test_the_whitening_kernel_is_not_trained_and_is_no_part_of_the_gradients_norm(name):
+    config = OptimConfig(name=name, weight_decay=0.1, lookahead=2, clip_norm=1e-3)
+    tx = make_tx(config, num_steps=4)
+    large = {**SPEEDNET, "whiten": {**SPEEDNET["whiten"], "kernel": jnp.full((2, 2, 3, 24), 1e6)}}
+
+    def train(grads):
+        params, state = jax.tree.map(jnp.zeros_like, SPEEDNET), tx.init(SPEEDNET)
+        params = {**params, "Conv_0": SPEEDNET["Conv_0"]}
+        for _ in range(4):
+            # What `whiten` sets after the state was made must stand, too: the average knows nothing of it.
+            params = {**params, "whiten": {**params["whiten"], "kernel": SPEEDNET["whiten"]["kernel"] * 7}}
+            updates, state = tx.update(grads, state, params)
+            assert not updates["whiten"]["kernel"].any()
+            params = optax.apply_updates(params, updates)
+        return params
+
+    jax.tree.map(np.testing.assert_array_equal, train(SPEEDNET), train(large))
+
+
+def test_a_run_too_short_for_its_optimizer():
+    with pytest.raises(UserError, match=r"`optim.accumulate` must be at most the 3 steps of the run, got 4\."):
+        make_tx(OptimConfig(accumulate=4), num_steps=3)
+    with pytest.raises(UserError, match=r"`optim.lookahead` must be at most the 4 updates of the run, got 5\."):
+        make_tx(OptimConfig(accumulate=2, lookahead=5), num_steps=9)
 
 
 def test_sgd_by_hand_in_each_group():

@@ -214,10 +214,11 @@ def test_reproduce_says_what_differs_and_how_far_the_numbers_moved(
     """The code of the step changes in between: another learning rate from the second epoch on."""
     import optax
 
-    from cnnjax import experiment
+    from cnnjax import experiment, optim
 
     schedule = optax.piecewise_constant_schedule(1e-3, {13: 1.5})
-    monkeypatch.setattr(experiment, "make_tx", lambda config, num_steps, num_epochs: optax.adam(schedule))
+    monkeypatch.setattr(optim, "make_schedule", lambda config, num_steps: schedule)
+    monkeypatch.setattr(experiment, "make_tx", optim.make_tx.__wrapped__)  # Not the one that is cached.
     sessions = json.loads((run_dir / "manifest.json").read_text())["sessions"]
     sessions[0]["versions"]["optax"] = "0.2.7"
     change(run_dir / "manifest.json", sessions=sessions)
