@@ -391,13 +391,13 @@ def check_sections(names: list[str]) -> None:
             sys.exit(f"{REPORT} must have a line <!-- {name} --> and a line <!-- end of {name} --> once, got {count}.")
 
 
-def write_section(name: str, table: str, peers: Path) -> None:
-    """Replaces the table of a part in BENCHMARKS.md, and says when, where and of what it was measured."""
-    REPORT.write_text(section(name).sub(rf"\g<1>{table}\n\n{about(peers)}\n\g<3>", REPORT.read_text()))
+def write_section(name: str, table: str, about: str) -> None:
+    """Replaces the table of a part in BENCHMARKS.md, and says of what it was measured."""
+    REPORT.write_text(section(name).sub(rf"\g<1>{table}\n\n{about}\n\g<3>", REPORT.read_text()))
 
 
-def about(peers: Path) -> str:
-    """Returns hardware, versions (those of the peers' environment, too) and commit, as a sentence."""
+def describe(peers: Path) -> str:
+    """Returns date, hardware, versions (those of the peers' environment, too) and commit, as a sentence."""
     from importlib.metadata import version
 
     import jax
@@ -446,11 +446,12 @@ def main() -> None:
     if not PEERS.exists() and {"step", "tutorial"} & set(parts):
         parser.error(f"The peers must be installed in {PEERS.parent.parent}. Use: make bench ARGS='{' '.join(parts)}'")
     check_sections(parts)
+    about = describe(PEERS)  # Before the first table changes a file of the commit.
     for part in parts:
         table = PARTS[part](args.num_seeds if part in ("accuracy", "tutorial") else args.turns)
         print(f"\n{table}\n", flush=True)
-        write_section(part, table, PEERS)
-    return print(about(PEERS))
+        write_section(part, table, about)
+    return print(about)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from benchmark import HERE, check_sections, write_section
+from benchmark import HERE, check_sections, describe, write_section
 
 from cnnjax import Config, load_dataset
 
@@ -211,11 +211,12 @@ def main() -> None:
         parser.error(f"jax must see a GPU, got {jax.default_backend()}. Install cnnjax[cuda], or try --small.")
     if not args.small:
         check_sections([f"gpu {part}" for part in args.parts or PARTS])
+        about = describe(PEERS)
     for part in args.parts or PARTS:
         table = PARTS[part](args.small, args.airbench)
         print(f"\n{table}\n", flush=True)
         if not args.small:
-            write_section(f"gpu {part}", table, PEERS)
+            write_section(f"gpu {part}", table, about)
     return None
 
 
