@@ -66,6 +66,21 @@ def steps_per_epoch(num_examples: int, batch_size: int) -> int:
     return -(-num_examples // batch_size)
 
 
+def check_augment(augment: AugmentConfig, image_size: tuple[int, int]) -> None:
+    """Checks that images are large enough for what is done to them.
+
+    Raises:
+      UserError: `augment` moves images by their size or more, or cuts out more than the image.
+    """
+    for name, value, most in (
+        ("translate", augment.translate, min(image_size) - 1),
+        ("cutout", augment.cutout, min(image_size)),
+    ):
+        if value > most:
+            size = "×".join(map(str, image_size))
+            raise UserError(f"`augment.{name}` must be at most {most} for images of {size} pixels, got {value}.")
+
+
 @lru_cache(maxsize=64)  # A step asks for the plan of its whole epoch; many seeds may train at a time.
 def epoch_plan(
     seed: int, epoch: int, num_examples: int, *, batch_size: int, augment: AugmentConfig, image_size: tuple[int, int]
@@ -81,15 +96,9 @@ def epoch_plan(
       image_size: height and width.
 
     Raises:
-      UserError: `augment` moves images by their size or more, or cuts out more than the image.
+      UserError: as `check_augment`.
     """
-    for name, value, most in (
-        ("translate", augment.translate, min(image_size) - 1),
-        ("cutout", augment.cutout, min(image_size)),
-    ):
-        if value > most:
-            size = "×".join(map(str, image_size))
-            raise UserError(f"`augment.{name}` must be at most {most} for images of {size} pixels, got {value}.")
+    check_augment(augment, image_size)
     steps = steps_per_epoch(num_examples, batch_size)
     position = np.arange(steps * batch_size)
     order = epoch_order(seed, epoch, num_examples)

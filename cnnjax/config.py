@@ -66,8 +66,8 @@ class OptimConfig:
     end: float = 0.0
     """Where one_cycle ends, as a share of the peak."""
     weight_decay: float = 0.0
-    """Decay, times the learning rate, per step: of the kernels, decoupled (adam); within the momentum, of all that is
-    not whitening and, under muon, no filter of a convolution (sgd and muon)."""
+    """Decay, times the learning rate, per step: of the kernels, decoupled (adam); of all, within the momentum (sgd); of
+    all but the filters of convolutions, within the momentum (muon)."""
     momentum: float = 0.85
     """Of sgd (and the sgd within muon)."""
     muon_momentum: float = 0.6
@@ -81,7 +81,7 @@ class OptimConfig:
     whiten_epochs: int = 0
     """For how many epochs the whitening convolution's bias is trained (speednet by sgd or muon); 0: all."""
     lookahead: int = 0
-    """Every so many steps parameters and their slow average meet (Zhang et al. 2019); 0: never."""
+    """Every so many updates parameters and their slow average meet (Zhang et al. 2019); 0: never."""
     clip_norm: float = 0.0
     """The norm of all gradients together is at most this; 0: any."""
     accumulate: int = 1

@@ -13,6 +13,7 @@ from cnnjax import manifest, rundir
 from cnnjax.batches import (
     Pixels,
     Plan,
+    check_augment,
     epoch_plan,
     pixel_statistics,
     row,
@@ -88,8 +89,14 @@ def set_up(
     validation = Examples(examples.image[held_out], examples.label[held_out])
     train = Examples(examples.image[kept], examples.label[kept]) if len(held_out) else examples  # A copy, or none.
     del examples
-    standardization = pixel_statistics(train.image)
+    image_shape = train.image.shape[1:]
+    check_size(config.model, image_shape)
+    check_augment(config.augment, image_shape[:2])
     steps = steps_per_epoch(len(train.label), config.batch_size)
+    tx = make_tx(config.optim, num_steps=steps * config.num_epochs, num_epochs=config.num_epochs)
+    standardization = pixel_statistics(train.image)
+    facts = rundir.make_facts(dataset, image_shape, standardization)
+    rundir.check_data(run_dir, facts)
     init_key, train_key = jax.random.split(jax.random.key(config.seed))
     placement = place(config.batch_size, devices)
     run = Run(
@@ -101,16 +108,11 @@ def set_up(
         steps_per_epoch=steps,
         steps_per_dispatch=1 if placement.platform == "cpu" else steps,
         model=make_model(config.model, dataset.num_classes),
-        tx=make_tx(config.optim, num_steps=steps * config.num_epochs, num_epochs=config.num_epochs),
+        tx=tx,
         loss_fn=make_loss(config.label_smoothing),
         train_key=jax.device_put(train_key, placement.state),
         placement=placement,
     )
-    image_shape = train.image.shape[1:]
-    check_size(config.model, image_shape)
-    run.plan(0)  # Refuses an augmentation that is too large for the images.
-    facts = rundir.make_facts(dataset, image_shape, standardization)
-    rundir.check_data(run_dir, facts)
     state = init_state(init_key, jnp.zeros((1, *image_shape)), model=run.model, tx=run.tx)
     if config.model.name == "speednet":
         state = whiten(state, standardize(run.train.image[:NUM_IMAGES], standardization))

@@ -95,23 +95,32 @@ def _bias_grad(g: Float[Array, "B H W K"], relu: bool) -> Float[Array, " K"]:
 def kernel_grad(
     image: Float[Array, "B H W C"], g: Float[Array, "B H2 W2 K"], padding: Padding
 ) -> Float[Array, "I J C K"]:
-    """Returns the gradient of a convolution's kernel, float32: over all positions, image values times those of `g`."""
+    """Returns the gradient of a convolution's kernel: over all positions, image values times those of `g`.
 
-    def by_xla(image: Array, g: Array) -> Array:
-        # The batch is summed over, as channels are in a convolution, and `g` moves over the image.
-        numbers = ("CHWN", "IHWO", "HWNC")
-        return lax.conv_general_dilated(image, g, (1, 1), padding, dimension_numbers=numbers).astype(jnp.float32)
-
-    def by_xla_on_cpu(image: Array, g: Array) -> Array:
-        return by_xla(image.astype(jnp.float32), g.astype(jnp.float32))
-
+    It is float32; on an accelerator a float32 sum that was rounded to the image's dtype, as in JAX's own gradient.
+    """
     if not onednn.in_use(image.dtype) or image.shape[3] < 16:  # XLA's is faster there.
-        on_cpu = by_xla_on_cpu
+        on_cpu = _kernel_grad_by_xla_in_float32
     elif image.dtype == jnp.bfloat16 and onednn.HAS_BFLOAT16:
-        on_cpu = partial(_kernel_grad_by_convolution, padding=padding)
+        on_cpu = _kernel_grad_by_convolution
     else:
-        on_cpu = partial(_kernel_grad_by_matmul, padding=padding)
-    return lax.platform_dependent(image, g, cpu=on_cpu, default=by_xla)
+        on_cpu = _kernel_grad_by_matmul
+    on_cpu, elsewhere = (partial(f, padding=padding) for f in (on_cpu, kernel_grad_by_xla))
+    return lax.platform_dependent(image, g, cpu=on_cpu, default=elsewhere)
+
+
+def kernel_grad_by_xla(
+    image: Float[Array, "B H W C"], g: Float[Array, "B H2 W2 K"], *, padding: Padding
+) -> Float[Array, "I J C K"]:
+    """The batch is summed over, as channels are in a convolution, and `g` moves over the image."""
+    numbers = ("CHWN", "IHWO", "HWNC")
+    return lax.conv_general_dilated(image, g, (1, 1), padding, dimension_numbers=numbers).astype(jnp.float32)
+
+
+def _kernel_grad_by_xla_in_float32(
+    image: Float[Array, "B H W C"], g: Float[Array, "B H2 W2 K"], *, padding: Padding
+) -> Float[Array, "I J C K"]:
+    return kernel_grad_by_xla(image.astype(jnp.float32), g.astype(jnp.float32), padding=padding)
 
 
 def _kernel_grad_by_matmul(

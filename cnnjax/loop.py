@@ -53,7 +53,7 @@ def train_and_evaluate(
       run_dir: runs/<experiment>-seed<k> when None.
       data_dir: the tfds directory; tfds's own default when None.
       resume: go on with the run in `run_dir`, exactly where it stopped. A run that ended is not run again, but for more
-        epochs at a constant learning rate.
+        epochs where no step depends on their number (a constant learning rate, no lookahead).
       checkpoint_seconds: save within an epoch, too, this long after the last save; no bit depends on it.
       devices: that share each batch; all when None.
       report: told what happens; a quiet one when None.

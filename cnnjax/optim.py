@@ -57,15 +57,9 @@ def make_tx(config: OptimConfig, num_steps: int, num_epochs: int = 1) -> optax.G
         tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), tx)
     if config.lookahead:
         tx = lookahead(tx, config.lookahead, updates)
-    tx = optax.partition({True: optax.set_to_zero(), False: tx}, is_frozen)
     if config.accumulate > 1:
         tx = optax.MultiSteps(tx, config.accumulate).gradient_transformation()
     return tx
-
-
-def is_frozen(params: PyTree) -> PyTree:
-    """Returns of each parameter whether it is not trained: True of a `SpeedNet`'s whitening kernel alone."""
-    return jax.tree.map_with_path(lambda path, leaf: path[0].key == "whiten" and leaf.ndim == 4, params)
 
 
 def group_of(params: PyTree) -> PyTree:

@@ -41,7 +41,7 @@ class TrainState(NamedTuple):
     Attributes:
       step: the number of updates made, int32.
       params: the trainable parameters.
-      batch_stats: running statistics of normalisation layers; empty for a model without any.
+      batch_stats: running statistics of normalisation layers, the whitening kernel; empty for a model without any.
       opt_state: the state of the optimizer.
     """
 

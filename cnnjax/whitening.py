@@ -6,9 +6,11 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from cnnjax.errors import UserError
 from cnnjax.step import AnyArray, TrainState
 
 NUM_IMAGES, EPSILON = 5000, 5e-4  # Keller Jordan (2024), "94% on CIFAR-10 in 3.29 seconds", section 3.1.
+BLOCK = 500  # Images whose patches, which are large, are in memory at a time.
 
 
 @jax.jit
@@ -21,7 +23,7 @@ def patch_covariance(image: Float[AnyArray, "N H W C"]) -> Float[Array, "P P"]:
         patches = patches.reshape(h * w, -1)  # [H-1 W-1 4C] -> [(H-1)*(W-1) 4C]
         return jnp.matmul(patches.T, patches, precision="highest") / len(patches)
 
-    return lax.map(of_one, jnp.asarray(image), batch_size=500).mean(0)  # Few at a time: patches are large.
+    return lax.map(of_one, jnp.asarray(image), batch_size=BLOCK).mean(0)
 
 
 def whitening_kernel(image: Float[AnyArray, "N H W C"]) -> Float[np.ndarray, "2 2 C K"]:
@@ -39,7 +41,15 @@ def whiten(state: TrainState, image: Float[AnyArray, "N H W C"]) -> TrainState:
     """Returns the first state of a `SpeedNet` with its whitening kernel set.
 
     Args:
-      image: standardized training images; the first 5,000 count.
+      image: standardized training images, of the channels that the network was made for; the first 5,000 count.
+
+    Raises:
+      UserError: the state is of another network, or of images with other channels.
     """
+    if "whiten" not in state.batch_stats:
+        raise UserError(f"`state` must be of a SpeedNet, got one with batch_stats of {sorted(state.batch_stats)}.")
     kernel: Array = jnp.asarray(whitening_kernel(image[:NUM_IMAGES]))
-    return state._replace(params={**state.params, "whiten": {**state.params["whiten"], "kernel": kernel}})
+    if kernel.shape != (wanted := state.batch_stats["whiten"]["kernel"]).shape:
+        channels = wanted.shape[2]
+        raise UserError(f"`image` must have the {channels} channels of the network, got shape {image.shape}.")
+    return state._replace(batch_stats={**state.batch_stats, "whiten": {"kernel": kernel}})

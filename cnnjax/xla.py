@@ -51,9 +51,9 @@ def keep_memory() -> None:
 def use_compilation_cache(say: Callable[[str], None]) -> None:
     """Keeps compiled programs in ~/.cache/cnnjax (or $XDG_CACHE_HOME), unless $JAX_COMPILATION_CACHE_DIR names another.
 
-    A second start then saves most of the seconds before its first step, and ends in the same bits. On a CPU nothing is
-    kept: programs with the kernels of `onednn` cannot be, and are compiled in two seconds. Who names a directory there
-    gets XLA's kernels, and their bits.
+    A second start then saves most of the seconds before its first step, and ends in the same bits. Where a CPU has the
+    kernels of `onednn` nothing is kept: programs with them cannot be, and are compiled in two seconds. Who names a
+    directory there gets XLA's kernels, and their bits.
     """
     import jax
 

@@ -30,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 
+ENVIRONMENT = dict(os.environ)  # Of the contenders: importing cnnjax adds flags for XLA to that of this process.
 HERE = Path(__file__).parent
 PEERS = HERE.parent / ".venv-peers" / "bin" / "python"
 NUM_IMAGES = 4096  # Of a pass.
@@ -201,7 +202,9 @@ def take_turns(names: list[str], sizes: tuple[int, ...], turns: int) -> dict[tup
         for name in names:
             command = [python(name), __file__, "--contend", name]
             pipe = subprocess.PIPE
-            process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+            process = subprocess.Popen(
+                command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, env=ENVIRONMENT
+            )
             processes[name] = stack.enter_context(process)
         for turn in range(-1, turns):  # One more to warm up: it compiles.
             for (name, size), values in speed.items():
@@ -329,7 +332,7 @@ def accuracy(seeds: int) -> str:
                     *options,
                 ]
                 start = time.perf_counter()
-                process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+                process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=ENVIRONMENT)
                 _, status, usage = os.wait4(process.pid, 0)
                 process.returncode = os.waitstatus_to_exitcode(status)
                 if process.returncode:
@@ -363,7 +366,7 @@ def tutorial(seeds: int) -> str:
         np.savez(f"{folder}/cifar10.npz", **arrays)
         for seed in range(seeds):
             command = [PEERS, __file__, "--keras", str(seed), f"{folder}/cifar10.npz"]
-            text = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+            text = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=ENVIRONMENT).stdout
             result = json.loads(next(line[7:] for line in text.splitlines() if line.startswith("result ")))
             totals.append(sum(result["seconds"]))
             cells = f"{len(result['seconds'])} | {result['accuracies'][-1]:.2%} | {totals[-1]:.0f}"
@@ -393,7 +396,8 @@ def check_sections(names: list[str]) -> None:
 
 def write_section(name: str, table: str, about: str) -> None:
     """Replaces the table of a part in BENCHMARKS.md, and says of what it was measured."""
-    REPORT.write_text(section(name).sub(rf"\g<1>{table}\n\n{about}\n\g<3>", REPORT.read_text()))
+    text = section(name).sub(lambda found: f"{found[1]}{table}\n\n{about}\n{found[3]}", REPORT.read_text())
+    REPORT.write_text(text)
 
 
 def describe(peers: Path) -> str:

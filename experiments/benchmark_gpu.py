@@ -17,7 +17,6 @@ writes its table into experiments/BENCHMARKS.md.
 
 import argparse
 import json
-import os
 import re
 import statistics
 import subprocess
@@ -28,7 +27,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from benchmark import HERE, check_sections, describe, write_section
+from benchmark import ENVIRONMENT, HERE, check_sections, describe, write_section
 
 from cnnjax import Config, load_dataset
 
@@ -109,7 +108,7 @@ def line_of(label: str, accuracies: list[float], seconds: list[float]) -> str:
 
 def ours(name: str, seeds: int, small: bool, flags: str = "") -> list[list[float]]:
     command = [sys.executable, __file__, "--contend", name, str(seeds), *(["--small"] if small else [])]
-    environment = os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()}
+    environment = ENVIRONMENT | {"XLA_FLAGS": f"{ENVIRONMENT.get('XLA_FLAGS', '')} {flags}".strip()}
     return results(command, seeds, environment, r"result (\S+) (\S+)", HERE)
 
 
@@ -143,7 +142,7 @@ def airbench(small: bool, airbench: str | None) -> str:
         # Of its table: run, epoch, and at last the accuracy by six views and the seconds of the whole run.
         pattern = r"\|.*\|\s+(0\.\d+)\s+\|\s+(\d+\.\d+)\s+\|\s*$"
         for script, runs in SCRIPTS.items():
-            found = results([str(PEERS), str(folder / script)], runs + 1, dict(os.environ), pattern, data.parent)
+            found = results([str(PEERS), str(folder / script)], runs + 1, ENVIRONMENT, pattern, data.parent)
             lines.append(line_of(script, *(column[1:] for column in found)))  # The first warms up.
     return "\n".join([HEAD.format(f"airbench, commit {commit}"), *lines])
 
@@ -157,7 +156,7 @@ def flags(small: bool, airbench: str | None) -> str:
 def start(small: bool, airbench: str | None) -> str:
     options = ["--num-epochs", "1", "--model.widths", "8", "16", "16"] if small else []
     with tempfile.TemporaryDirectory() as cache:  # Empty, so that the first start compiles.
-        environment = os.environ | {"XDG_CACHE_HOME": cache}
+        environment = ENVIRONMENT | {"XDG_CACHE_HOME": cache}
         runs = [train("cifar10_airbench94_muon", options, environment) for _ in range(2 if small else 4)]
     later = [wall for wall, _ in runs[1:]]
     times = f"{statistics.median(later):.1f} ({min(later):.1f} to {max(later):.1f})"
@@ -168,7 +167,7 @@ def start(small: bool, airbench: str | None) -> str:
 
 def tutorial(small: bool, airbench: str | None) -> str:
     options = ["--num-epochs", "1", "--batch-size", "512"] if small else []
-    wall, result = train("cifar10_tutorial", options, dict(os.environ))
+    wall, result = train("cifar10_tutorial", options, ENVIRONMENT)
     return (
         f"`cifar10_tutorial`, {result['num_epochs']} epochs: {result['training_seconds']:.0f} s of training, "
         f"{wall:.0f} s from process start to result, {result['test_accuracy']:.2%} on the test set."

@@ -71,14 +71,16 @@ def cost(turns):
             pass
         session = time.perf_counter() - start
     epoch = statistics.median(seconds["without"]) / len(batches) * steps_per_epoch
-    save = statistics.median(b - a for a, b in zip(seconds["without"], seconds["with"], strict=True))
+    differences = [b - a for a, b in zip(seconds["without"], seconds["with"], strict=True)]
+    save = statistics.median(differences)
     run = epoch * CONFIG.num_epochs
     saves = CONFIG.num_epochs + run / 60
     total = saves * save + CONFIG.num_epochs * digest + session
     for kind, values in seconds.items():
         spread = f"{min(values):.2f} to {max(values):.2f}"
         print(f"{len(batches)} steps {kind} a save: {statistics.median(values):.2f} s ({spread})")
-    print(f"a save costs {save:.3f} s, the digest of an epoch {digest:.3f} s, the manifest of a run {session:.3f} s")
+    print(f"a save costs {save:.3f} s ({min(differences):.3f} to {max(differences):.3f} in a turn)")
+    print(f"the digest of an epoch takes {digest:.3f} s, the manifest of a run {session:.3f} s")
     print(f"cifar10_cnn: {saves:.0f} saves in {run:.0f} s of training, {total:.1f} s in all: {total / run:.2%}")
 
 
@@ -175,7 +177,7 @@ def seeds(turns, num_seeds):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("cost", "seeds"))
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("--num-seeds", type=int, default=4)
     parser.add_argument("--contend", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -2,7 +2,8 @@
 
     make train DATASET=cifar10 SEED=0
 
-Not measured yet.
+Test accuracy 90.35% ± 0.10 (sample deviation, 3 seeds),
+in 134 seconds (4 epochs) on 2 cores of an Intel Xeon with AMX. See BENCHMARKS.md.
 """
 
 from cnnjax import AugmentConfig, Config, ModelConfig, OptimConfig, run_experiment

@@ -185,3 +185,15 @@ def test_standardization_equals_numpy():
 def test_standardization_of_a_constant_channel():
     image = np.full((2, 2, 2, 1), 7, np.uint8)
     np.testing.assert_array_equal(standardize(image, pixel_statistics(image)), np.zeros_like(image))
+
+
+def test_statistics_of_many_images_equal_numpy_s():
+    image = np.random.default_rng(0).integers(0, 256, (2100, 3, 2, 3), np.uint8)
+    mean, std = pixel_statistics(image)
+    np.testing.assert_allclose(mean, image.mean((0, 1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(std, image.std((0, 1, 2)), rtol=1e-6)
+
+
+def test_a_plan_cannot_be_written_to():
+    with pytest.raises(ValueError, match="read-only"):
+        plan_of().example[0] = 1

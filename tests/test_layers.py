@@ -7,9 +7,9 @@ import pytest
 from flax import linen as nn
 
 from cnnjax import onednn
-from cnnjax.layers import Conv, Dense, Dropout, conv2d, dense, max_pool_2x2
+from cnnjax.layers import Conv, Dense, Dropout, conv2d, dense, kernel_grad_by_xla, max_pool_2x2
 
-needs_onednn = pytest.mark.skipif(not onednn.AVAILABLE, reason="oneDNN is of x86-64")
+needs_onednn = pytest.mark.skipif(not onednn.AVAILABLE, reason="oneDNN is of Linux on x86-64")
 KERNELS = [*(pytest.param(name, marks=needs_onednn) for name in ("onednn", "onednn without bfloat16")), "xla"]
 SAME = ((1, 1), (1, 1))
 # Height, width, channels, features, taps, padding: every shape of the networks, and odd ones.
@@ -75,7 +75,8 @@ def assert_near(got, wanted, tolerance):
 @pytest.mark.parametrize(("h", "w", "c", "k", "taps", "padding"), CONVOLUTIONS)
 def test_convolution_equals_numpy_with_its_gradients(h, w, c, k, taps, padding, relu, dtype, kernels):
     size = [n + sum(pads) - taps + 1 for n, pads in zip((h, w), padding, strict=True)]
-    image, g = draw((4, h, w, c), (4, *size, k), dtype=dtype)
+    batch_size = 3 if h % 2 else 4
+    image, g = draw((batch_size, h, w, c), (batch_size, *size, k), dtype=dtype)
     kernel, bias = (a.astype(dtype).astype(jnp.float32) for a in draw((taps, taps, c, k), (k,)))
 
     @jax.jit
@@ -90,6 +91,16 @@ def test_convolution_equals_numpy_with_its_gradients(h, w, c, k, taps, padding, 
     expected = convolution_by_numpy(image, kernel, bias, g, padding, relu, positive=got[0] > 0)
     for a, wanted in zip(got, expected, strict=True):
         assert_near(a, wanted, TOLERANCE[dtype] if a.dtype == dtype else 1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_kernel_gradient_of_accelerators_equals_numpy(dtype):
+    padding = ((2, 0), (0, 1))
+    image, kernel, bias, g = draw((4, 9, 8, 5), (3, 3, 5, 6), (6,), (4, 9, 7, 6), dtype=dtype)
+    got = kernel_grad_by_xla(image, g, padding=padding)
+    assert got.dtype == jnp.float32
+    *_, wanted, _ = convolution_by_numpy(image, kernel, bias, g, padding, False)
+    assert_near(got, wanted, TOLERANCE[dtype])
 
 
 def test_a_convolution_in_float16_is_xla_s(kernels):

@@ -230,6 +230,8 @@ def test_a_run_at_a_constant_rate_can_be_trained_longer(whole, prepared_dir, tmp
     averaged = Config(**{**vars(two), "optim": OptimConfig(lookahead=5)})
     longer = Config(**{**vars(averaged), "num_epochs": 3})
     assert not loop.rundir._is_longer(longer, averaged)  # How much of the average remains depends on the last step.
+    frozen = Config(**{**vars(two), "optim": OptimConfig(accumulate=2, whiten_epochs=1)})
+    assert not loop.rundir._is_longer(Config(**{**vars(frozen), "num_epochs": 3}), frozen)  # Its end is rounded.
     more = Config(**{**vars(CONFIG), "num_epochs": 3})
     with pytest.raises(UserError, match="`num_epochs` is 2 there and 3 here"):  # Its learning rate is on a schedule.
         train_and_evaluate(more, run_dir=whole[0], data_dir=prepared_dir, resume=True)
@@ -319,6 +321,15 @@ def test_an_augmentation_larger_than_the_images_leaves_no_directory(prepared_dir
     config = Config(**{**vars(CONFIG), "augment": AugmentConfig(cutout=29)})
     with pytest.raises(UserError, match=r"`augment.cutout` must be at most 28 for images of 28×28 pixels, got 29"):
         train_and_evaluate(config, run_dir=tmp_path / "run", data_dir=prepared_dir)
+    assert not (tmp_path / "run").exists()
+
+
+def test_images_too_small_for_the_network_leave_no_directory(tmp_path):
+    write_tfds(NAMED_SETS["fashion_mnist"], make_raw((8, 28, 1), 100, 50), tmp_path / "data", say=lambda line: None)
+    (tmp_path / "data" / "fashion_mnist").rename(tmp_path / "data" / "generated")
+    config = Config(**{**vars(CONFIG), "model": ModelConfig("speednet", widths=(4, 4, 4))})
+    with pytest.raises(UserError, match=r"9×9 pixels at least for `model.name` speednet, got 8×28"):
+        train_and_evaluate(config, run_dir=tmp_path / "run", data_dir=tmp_path / "data")
     assert not (tmp_path / "run").exists()
 
 

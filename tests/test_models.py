@@ -35,7 +35,7 @@ def test_the_parameter_count_of_the_records_network_by_formula(depth):
     for width in widths:
         filters += 9 * c * width + (depth - 1) * 9 * width * width
         c = width
-    whitening, biases, head = 2 * 2 * 3 * 24 + 24, depth * sum(widths), 128 * 10
+    whitening, biases, head = 24, depth * sum(widths), 128 * 10  # Of the whitening the bias alone is trained.
     assert count(SpeedNet(10, widths, depth), (32, 32, 3)) == whitening + filters + biases + head
 
 
@@ -56,7 +56,7 @@ def test_the_records_network_equals_one_of_plain_operations(train):
         lambda leaf: jnp.asarray(np.abs(rng.normal(size=leaf.shape)) + 0.1, jnp.float32),  # A variance is positive.
         model.init(jax.random.key(0), image, train=False),
     )
-    params, running = drawn["params"], iter(range(9))
+    params, running, means = drawn["params"], iter(range(9)), []
 
     def conv(x, kernel, padding):
         return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
@@ -65,6 +65,7 @@ def test_the_records_network_equals_one_of_plain_operations(train):
         i = next(running)
         bias, stats = (drawn[kind][f"SpeedNorm_{i}"]["BatchNorm_0"] for kind in ("params", "batch_stats"))
         mean, var = (x.mean((0, 1, 2)), x.var((0, 1, 2))) if train else (stats["mean"], stats["var"])
+        means.append(mean)
         return (x - mean[None, None, None]) / jnp.sqrt(var[None, None, None] + 1e-12) + bias["bias"][None, None, None]
 
     def group(x, i):
@@ -73,13 +74,17 @@ def test_the_records_network_equals_one_of_plain_operations(train):
         x = nn.gelu(norm(conv(x, params[f"Conv_{3 * i + 1}"]["kernel"], "SAME")))
         return nn.gelu(norm(conv(x, params[f"Conv_{3 * i + 2}"]["kernel"], "SAME")) + first)
 
-    x = conv(image, params["whiten"]["kernel"], "VALID") + params["whiten"]["bias"][None, None, None]
+    x = conv(image, drawn["batch_stats"]["whiten"]["kernel"], "VALID") + params["whiten"]["bias"][None, None, None]
     x = nn.gelu(x)
     for i in range(3):
         x = group(x, i)
     expected = x.max((1, 2)) @ params["head"] / 9
-    got = model.apply(drawn, image, train=train, mutable=["batch_stats"])[0]
+    got, after = model.apply(drawn, image, train=train, mutable=["batch_stats"])
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4 * float(jnp.abs(expected).max()))
+    before, after = drawn["batch_stats"], after["batch_stats"]
+    np.testing.assert_array_equal(after["whiten"]["kernel"], before["whiten"]["kernel"])
+    old, new = (stats["SpeedNorm_0"]["BatchNorm_0"]["mean"] for stats in (before, after))
+    np.testing.assert_allclose(new, 0.6 * old + 0.4 * means[0] if train else old, rtol=1e-3)
 
 
 @pytest.mark.parametrize(("c", "k"), [(3, 8), (8, 3)])

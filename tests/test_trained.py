@@ -9,7 +9,10 @@ from cnnjax import Config, ModelConfig, UserError, train_and_evaluate
 from cnnjax.data import load_dataset
 from cnnjax.trained import classify, load_trained, read_image, score
 
-CONFIG = Config(dataset="generated", num_epochs=2, batch_size=16, model=ModelConfig(name="mlp", dense_dropout=0.1))
+# Views are of the test split alone.
+CONFIG = Config(
+    dataset="generated", num_epochs=2, batch_size=16, views="mirrored", model=ModelConfig("mlp", dense_dropout=0.1)
+)
 
 
 @pytest.fixture(scope="module")
