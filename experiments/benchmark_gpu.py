@@ -2,7 +2,7 @@
 
     .venv/bin/python experiments/benchmark_gpu.py            # all parts: about an hour, most of it airbench's
     .venv/bin/python experiments/benchmark_gpu.py clock      # these parts
-    .venv/bin/python experiments/benchmark_gpu.py --small    # tries every part of cnnjax in a minute, on a CPU, too
+    .venv/bin/python experiments/benchmark_gpu.py --small    # tries every part of cnnjax in some minutes, on a CPU
 
 clock      94% and 96%: each recipe by many seeds, on the records' own clock; a seed before them warms up
 airbench   airbench94_muon.py and airbench96 by their author's scripts, from his repository, on the same clock

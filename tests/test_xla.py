@@ -1,6 +1,8 @@
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -36,3 +38,21 @@ def test_flags_are_set_once_and_none_that_the_user_set():
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc")
 def test_freed_memory_is_kept_for_the_next_step_unless_the_user_tunes_it():
     assert page_faults() < page_faults(MALLOC_TRIM_THRESHOLD_="131072") / 5
+
+
+def test_operations_equal_their_references_under_xla_s_own_flags_too():
+    """The tests of this process run under ours; XLA's kernels, pooling, augmentation and optimizers must not care."""
+    flags = os.environ["XLA_FLAGS"]
+    for ours, default in (
+        ("-individual_convolution", "+individual_convolution"),
+        ("CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED", "CPU_SCHEDULER_TYPE_DEFAULT"),
+    ):
+        flags = flags.replace(ours, default)
+    assert flags != os.environ["XLA_FLAGS"]
+    files = [str(Path(__file__).with_name(f"test_{module}.py")) for module in ("layers", "batches", "optim")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "-k", "not onednn"]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment = clean | {"XLA_FLAGS": flags}
+    result = subprocess.run([*command, *files], env=environment, text=True, capture_output=True, check=False)
+    assert result.returncode == 0, result.stdout
+    assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 100
