@@ -16,8 +16,8 @@ BIN := .venv/bin
 help:
 	@echo 'make train DATASET=mnist [MODEL=cnn] [SEED=0] [ARGS="--optim.learning-rate 3e-4"]   train and score a network'
 	@echo 'make train EXPERIMENT=cifar10_tutorial                          run experiments/cifar10_tutorial.py'
-	@echo 'make eval RUN=runs/cifar10_cnn-seed0                            score a run again'
-	@echo 'make predict RUN=runs/cifar10_cnn-seed0 IMAGES="cat.jpg ..."    classify image files'
+	@echo 'make eval RUN=runs/cifar10_fast-seed0                           score a run again'
+	@echo 'make predict RUN=runs/cifar10_fast-seed0 IMAGES="cat.jpg ..."   classify image files'
 	@echo 'make data DATASET=cifar10                                       fetch and check a data set'
 	@echo 'make test | test-slow | lint                                    the tests, those on real data, the checks'
 	@echo 'make stress                                                     100 kills of training: about 10 minutes'

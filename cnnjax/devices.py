@@ -20,9 +20,9 @@ class Placement(NamedTuple):
         return self.batch.mesh.size
 
     @property
-    def platform(self) -> str:
-        """What the devices are: "cpu", "gpu" or "tpu"."""
-        return next(iter(self.batch.device_set)).platform
+    def devices(self) -> list[Any]:
+        """The devices that share a batch."""
+        return sorted(self.batch.device_set, key=lambda device: device.id)
 
 
 def place(batch_size: int, devices: Sequence[Any] | None = None) -> Placement:

@@ -106,7 +106,7 @@ def set_up(
         train=jax.device_put(Pixels(*train, standardization), placement.state),
         validation=jax.device_put(Pixels(*validation, standardization), placement.state),
         steps_per_epoch=steps,
-        steps_per_dispatch=1 if placement.platform == "cpu" else steps,
+        steps_per_dispatch=1 if placement.devices[0].platform == "cpu" else steps,
         model=make_model(config.model, dataset.num_classes),
         tx=tx,
         loss_fn=make_loss(config.label_smoothing),
@@ -116,10 +116,11 @@ def set_up(
     state = init_state(init_key, jnp.zeros((1, *image_shape)), model=run.model, tx=run.tx)
     if config.model.name == "speednet":
         state = whiten(state, standardize(run.train.image[:NUM_IMAGES], standardization))
+    where = device(placement.devices[0])
     shared = f" ({placement.num_devices} share a batch)" if placement.num_devices > 1 else ""
     report.say(
         f"{run_dir}: {config.model.name} ({count_params(state):,} parameters) on {config.dataset} ({dataset.source}), "
-        f"{len(train.label):,} training and {len(validation.label):,} validation images, on {device()}{shared}"
+        f"{len(train.label):,} training and {len(validation.label):,} validation images, on {where}{shared}"
     )
     return run, jax.device_put(state, placement.state), facts
 
@@ -129,9 +130,8 @@ def count_params(state: TrainState) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(state.params))
 
 
-def device() -> str:
-    """Returns what jax computes on, in words."""
-    first = jax.devices()[0]
+def device(first: Any) -> str:
+    """Returns in words what a device of jax is."""
     if first.platform == "cpu":
         count = manifest.num_cores()
         return f"cpu, {count} core{'s' if count != 1 else ''}"

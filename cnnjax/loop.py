@@ -74,7 +74,7 @@ def train_and_evaluate(
         result = rundir.read_result(run_dir)
         if result is None or result["num_epochs"] < config.num_epochs or not manifest.is_closed(run_dir):
             run, state, facts = set_up(config, run_dir, data_dir, devices, report)
-            environment = manifest.environment(run.placement.num_devices)
+            environment = manifest.environment(run.placement.devices)
             for line in manifest.changes_since_last_session(run_dir, environment):
                 report.say(line)
             about = environment | {"seed": config.seed, "resumed_from": None}
@@ -212,7 +212,7 @@ def _test(run: Run, last: TrainState, progress: Progress, checkpoints: Checkpoin
         "training_seconds": progress.timing[-1]["seconds"],
         "num_params": count_params(state),
         "seed": run.config.seed,
-        "device": device(),
+        "device": device(run.placement.devices[0]),
         "sha256": {
             "params": tree_sha256(last.params),
             "batch_stats": tree_sha256(last.batch_stats),

@@ -6,14 +6,12 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-import jax
 
 from cnnjax import onednn
 from cnnjax.errors import UserError
@@ -42,13 +40,13 @@ SOURCE = (".py", ".toml")  # The untracked files that the diff takes along.
 DIFF_LIMIT = 1 << 20  # Bytes of such a file; a larger one is data.
 
 
-def environment(num_devices: int) -> dict[str, Any]:
+def environment(devices: Sequence[Any]) -> dict[str, Any]:
     """Returns what the bits of a run depend on besides its configuration and data, as JSON.
 
     Args:
-      num_devices: how many share a batch.
+      devices: those that share a batch.
     """
-    first = jax.local_devices()[0]
+    first = devices[0]
     nvidia = Path("/proc/driver/nvidia/version")
     flags = {
         name: value for name, value in sorted(os.environ.items()) if name == "XLA_FLAGS" or name.startswith("JAX_")
@@ -58,7 +56,7 @@ def environment(num_devices: int) -> dict[str, Any]:
     return {
         "versions": {"python": platform.python_version(), **_versions()},
         "device": first.device_kind if first.platform == "cpu" else f"{first.platform}, {first.device_kind}",
-        "num_devices": num_devices,
+        "num_devices": len(devices),
         "processor": processor(),
         "cores": num_cores(),
         "driver": " ".join(

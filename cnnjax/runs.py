@@ -158,7 +158,7 @@ def reproduce(
     sessions = manifest.read_manifest(run_dir)["sessions"]
     _take_cores(sessions[-1]["cores"])
     devices = jax.local_devices()[: sessions[-1]["num_devices"]]
-    environment = manifest.changes(sessions, manifest.environment(len(devices)))
+    environment = manifest.changes(sessions, manifest.environment(devices))
     for name, (there, here) in environment.items():
         report.say(f"{name} is {there} there and {here} here: the bits may differ")
     new = train_and_evaluate(config, run_dir=into, data_dir=data_dir, resume=resume, devices=devices, report=report)

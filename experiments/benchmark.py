@@ -7,7 +7,7 @@ step       a training step of the tutorial's network at batch 128: cnnjax, plain
 sizes      the same of cnnjax at batch sizes from 32 to 512
 layers     each convolution of the tutorial's network, forward and backward, beside the machine's own matrix product
 accuracy   `cifar10_fast` from its first step to 78.5% and to 90% of CIFAR-10's test images, by 3 seeds
-tutorial   the tutorial's Keras code from `fit` to 78.5%, by 3 seeds: about an hour more
+tutorial   the tutorial's Keras code from `fit` to 78.5%, by 3 seeds: hours more
 
 A contender is a process of its own. Contenders take turns on the same images, so that a change of the machine's speed
 meets all of them; a turn is one warm pass, synchronised at both ends. Peers live in an environment of their own,
@@ -425,7 +425,7 @@ def describe(peers: Path) -> str:
     commit = (code["commit"] or "unknown")[:7] + (" with changes" if code["dirty"] else "")
     date = time.strftime("%Y-%m-%d")
     return (
-        f"{date}, {device()}: {models[0] if models else platform.processor()} ({', '.join(units)}); "
+        f"{date}, {device(jax.devices()[0])}: {models[0] if models else platform.processor()} ({', '.join(units)}); "
         f"{', '.join(versions)}; jax on {jax.default_backend()}; commit {commit}."
     )
 

@@ -67,7 +67,7 @@ def cost(turns):
         tree_sha256(state.params)
         digest = time.perf_counter() - start
         start = time.perf_counter()
-        with manifest.session(Path(folder), manifest.environment(1), ()):
+        with manifest.session(Path(folder), manifest.environment(jax.devices()[:1]), ()):
             pass
         session = time.perf_counter() - start
     epoch = statistics.median(seconds["without"]) / len(batches) * steps_per_epoch
