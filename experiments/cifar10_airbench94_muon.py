@@ -2,6 +2,7 @@
 
     make train EXPERIMENT=cifar10_airbench94_muon SEED=0
 
+Test accuracy 94.10% (1 seed) in 914 seconds (8 epochs) on 2 cores of an Intel Xeon with AMX. See RESULTS.md.
 Not measured on a GPU yet; `make bench-gpu` does it, beside airbench itself. What differs there: the learning rate of
 the whitening bias falls to 0 within its 3 epochs.
 """
