@@ -25,171 +25,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+from benchmark_contenders import CONTENDERS, NUM_IMAGES
 
 ENVIRONMENT = dict(os.environ)  # Of the contenders: importing cnnjax adds flags for XLA to that of this process.
 HERE = Path(__file__).parent
 PEERS = HERE.parent / ".venv-peers" / "bin" / "python"
-NUM_IMAGES = 4096  # Of a pass.
+RUNNER = str(HERE / "benchmark_contenders.py")
 SIZES = (32, 64, 128, 256, 512)
 LAYERS = ((3, 32, 32), (32, 32, 32), (32, 64, 16), (64, 64, 16))  # Channels in and out, height and width.
-
-# --- Contenders: each yields after a pass over the images, and waits for its device before --------------------------
-
-
-def cnnjax_pass(image: np.ndarray, label: np.ndarray, batch_size: int, dtype: str) -> Iterator[None]:
-    import jax
-    import jax.numpy as jnp
-    import optax
-
-    from cnnjax import CNN, Batch, init_state, train_step
-
-    model, tx, key = CNN(10, dtype=dtype), optax.adam(1e-3), jax.random.key(0)
-    state = init_state(key, jnp.zeros((1, 32, 32, 3)), model=model, tx=tx)
-    parts = [slice(i, i + batch_size) for i in range(0, len(label), batch_size)]
-    batches = jax.device_put([Batch(image[i], label[i], np.ones(batch_size, bool)) for i in parts])
-    while True:
-        for batch in batches:
-            state, _ = train_step(state, batch, key, model=model, tx=tx)
-        jax.block_until_ready(state)
-        yield
-
-
-def flax_pass(image: np.ndarray, label: np.ndarray, batch_size: int) -> Iterator[None]:
-    from functools import partial
-
-    import flax.linen as nn
-    import jax
-    import jax.numpy as jnp
-    import optax
-
-    class Plain(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            for features in (32, 64):
-                x = nn.relu(nn.Conv(features, (3, 3))(x))
-                x = nn.relu(nn.Conv(features, (3, 3))(x))
-                x = nn.max_pool(x, window_shape=(2, 2), strides=(2, 2))
-                x = nn.Dropout(0.25, deterministic=False)(x)
-            x = nn.relu(nn.Dense(512)(x.reshape(x.shape[0], -1)))
-            return nn.Dense(10)(nn.Dropout(0.5, deterministic=False)(x))
-
-    model, tx, key = Plain(), optax.adam(1e-3), jax.random.key(0)
-    params = model.init({"params": key, "dropout": key}, jnp.zeros((1, 32, 32, 3)))["params"]
-
-    @partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, opt_state, image, label, key):
-        def loss(params):
-            logits = model.apply({"params": params}, image, rngs={"dropout": key})
-            return optax.softmax_cross_entropy_with_integer_labels(logits, label).mean()
-
-        updates, opt_state = tx.update(jax.grad(loss)(params), opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
-
-    opt_state = tx.init(params)
-    parts = [slice(i, i + batch_size) for i in range(0, len(label), batch_size)]
-    batches = jax.device_put([(image[i], label[i]) for i in parts])
-    while True:
-        for i, batch in enumerate(batches):
-            params, opt_state = step(params, opt_state, *batch, jax.random.fold_in(key, i))
-        jax.block_until_ready(params)
-        yield
-
-
-def torch_pass(
-    image: np.ndarray, label: np.ndarray, batch_size: int, channels_last: bool, dtype: str
-) -> Iterator[None]:
-    import torch
-    from torch import nn
-
-    def group(c, features):
-        conv = (nn.Conv2d(c, features, 3, padding=1), nn.ReLU(), nn.Conv2d(features, features, 3, padding=1), nn.ReLU())
-        return (*conv, nn.MaxPool2d(2), nn.Dropout(0.25))
-
-    head = (nn.Flatten(), nn.Linear(4096, 512), nn.ReLU(), nn.Dropout(0.5), nn.Linear(512, 10))
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    model = nn.Sequential(*group(3, 32), *group(32, 64), *head).to(memory_format=layout)
-    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
-    x = torch.tensor(image).permute(0, 3, 1, 2).contiguous(memory_format=layout)
-    y = torch.tensor(label, dtype=torch.long)
-    while True:
-        for i in range(0, len(label), batch_size):
-            optimizer.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-                logits = model(x[i : i + batch_size])
-            nn.functional.cross_entropy(logits.float(), y[i : i + batch_size]).backward()
-            optimizer.step()
-        yield
-
-
-def keras_model():
-    import keras
-    from keras import layers
-
-    def group(features):
-        conv = (layers.Conv2D(features, 3, padding="same", activation="relu") for _ in range(2))
-        return (*conv, layers.MaxPooling2D(), layers.Dropout(0.25))
-
-    head = (layers.Flatten(), layers.Dense(512, activation="relu"), layers.Dropout(0.5))
-    model = keras.Sequential(
-        [keras.Input((32, 32, 3)), *group(32), *group(64), *head, layers.Dense(10, activation="softmax")]
-    )
-    model.compile(loss="sparse_categorical_crossentropy", optimizer="adam", metrics=["accuracy"])
-    return model
-
-
-def keras_pass(image: np.ndarray, label: np.ndarray, batch_size: int) -> Iterator[None]:
-    model = keras_model()
-    while True:
-        model.fit(image, label, batch_size=batch_size, verbose=0)
-        yield
-
-
-CONTENDERS: dict[str, tuple[str, bool, Callable[..., Iterator[None]]]] = {
-    "cnnjax float32": ("", False, lambda *a: cnnjax_pass(*a, "float32")),
-    "cnnjax bfloat16": ("`--model.dtype bfloat16`", False, lambda *a: cnnjax_pass(*a, "bfloat16")),
-    "Flax float32": ("`nn.Conv`, `nn.max_pool`, `nn.Dropout`, jax's default flags", False, flax_pass),
-    "Keras 3 float32": ("on TensorFlow, `fit`", True, keras_pass),
-    "PyTorch float32": ("eager, channels first", True, lambda *a: torch_pass(*a, False, "float32")),
-    "PyTorch float32, channels last": ("eager", True, lambda *a: torch_pass(*a, True, "float32")),
-    "PyTorch bfloat16, channels last": ("eager, autocast", True, lambda *a: torch_pass(*a, True, "bfloat16")),
-}
-
-
-def contend(name: str) -> None:
-    """Prints the seconds of a warm pass, of the batch size that each line on standard input gives."""
-    rng = np.random.default_rng(0)
-    image = rng.normal(size=(NUM_IMAGES, 32, 32, 3)).astype(np.float32)
-    label = rng.integers(0, 10, NUM_IMAGES).astype(np.int32)
-    passes = {}
-    for line in sys.stdin:
-        if line not in passes:
-            passes[line] = CONTENDERS[name][2](image, label, int(line))
-            next(passes[line])
-        start = time.perf_counter()
-        next(passes[line])
-        print("seconds", time.perf_counter() - start, flush=True)
-
-
-def keras_to_accuracy(seed: int, data: str) -> None:
-    """Trains the tutorial's code until it scores 78.5%; prints the seconds of training, without those of scoring."""
-    import keras
-
-    keras.utils.set_random_seed(seed)
-    arrays = np.load(data)
-    x, x_test = (arrays[name].astype("float32") / 255 for name in ("train_image", "test_image"))
-    model, seconds, accuracies = keras_model(), [], []
-    while not accuracies or accuracies[-1] < 0.785:
-        start = time.perf_counter()
-        model.fit(x, arrays["train_label"], batch_size=32, validation_split=0.1, verbose=0)
-        seconds.append(time.perf_counter() - start)
-        accuracies.append(float(model.evaluate(x_test, arrays["test_label"], batch_size=500, verbose=0)[1]))
-        print(f"epoch {len(seconds)}: {accuracies[-1]:.2%} after {sum(seconds):.0f} s", file=sys.stderr, flush=True)
-    print("result", json.dumps({"seconds": seconds, "accuracies": accuracies}), flush=True)
-
 
 # --- Parts: each returns a table --------------------------------------------------------------------------------------
 
@@ -200,7 +46,7 @@ def take_turns(names: list[str], sizes: tuple[int, ...], turns: int) -> dict[tup
     with contextlib.ExitStack() as stack:
         processes = {}
         for name in names:
-            command = [python(name), __file__, "--contend", name]
+            command = [python(name), RUNNER, "pass", name]
             pipe = subprocess.PIPE
             process = subprocess.Popen(
                 command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, env=ENVIRONMENT
@@ -214,7 +60,7 @@ def take_turns(names: list[str], sizes: tuple[int, ...], turns: int) -> dict[tup
                 process.stdin.flush()
                 line = next((line for line in process.stdout if line.startswith("seconds ")), None)
                 if line is None:
-                    sys.exit(f"\n`{name}` ended without a result. See: {python(name)} {__file__} --contend '{name}'")
+                    sys.exit(f"\n`{name}` ended without a result. See: {python(name)} {RUNNER} pass '{name}'")
                 if turn >= 0:
                     values.append(NUM_IMAGES / float(line.split()[1]))
         print(file=sys.stderr)
@@ -277,13 +123,29 @@ def layers(turns: int) -> str:
         grads = vjp(g)
         return y, grads if image.shape[3] > 3 else grads[1:]  # Nothing needs the gradient of the images themselves.
 
+    @jax.jit
+    def forward(image, kernel, bias, g):
+        return conv2d(image, kernel, bias, same, True)
+
+    @jax.jit
+    def image_gradient(image, kernel, bias, g):
+        return jax.vjp(lambda image: conv2d(image, kernel, bias, same, False), image)[1](g)
+
+    @jax.jit
+    def kernel_gradient(image, kernel, bias, g):
+        return jax.vjp(lambda kernel: conv2d(image, kernel, bias, same, False), kernel)[1](g)
+
+    alone = {"forward": forward, "the image's gradient": image_gradient, "the kernel's gradient": kernel_gradient}
     work = {("matrix product", "float32"): (jax.jit(jnp.dot), (normal(n, n), normal(n, n)), 2 * n**3)}
     for dtype in ("float32", "bfloat16"):
         for c, k, h in LAYERS:
             image, g = normal(batch, h, h, c).astype(dtype), normal(batch, h, h, k).astype(dtype)
             arguments = (image, normal(3, 3, c, k), normal(k), g)
-            flops = (3 if c > 3 else 2) * 2 * batch * h * h * 9 * c * k
-            work[f"{c} → {k} at {h}×{h}", dtype] = (both_ways, arguments, flops)
+            flops = 2 * batch * h * h * 9 * c * k
+            work[f"{c} → {k} at {h}×{h}", dtype] = (both_ways, arguments, flops * (3 if c > 3 else 2))
+            for name, function in alone.items():
+                if c > 3:
+                    work[f"{name} at {h}×{h} of {c} → {k}", dtype] = (function, arguments, flops)
     seconds = {name: [] for name in work}
     for turn in range(-1, turns):
         for name, (function, arguments, flops) in work.items():
@@ -303,11 +165,13 @@ def layers(turns: int) -> str:
         "| forward and backward, batch 128 | float32, GFLOP/s | of the matrix product | bfloat16, GFLOP/s |",
         "| --- | --- | --- | --- |",
     ]
-    rows = [[f"{c} → {k} at {h}×{h}"] for c, k, h in LAYERS]
-    for row in [*rows, [row[0] for row in rows]]:
+    rows = {f"{c} → {k} at {h}×{h}": [f"{c} → {k} at {h}×{h}"] for c, k, h in LAYERS}
+    rows["all four together"] = list(rows)
+    for name in alone:
+        rows[f"of the last three, {name} alone"] = [f"{name} at {h}×{h} of {c} → {k}" for c, k, h in LAYERS[1:]]
+    for label, row in rows.items():
         single, half = (rate([(name, dtype) for name in row]) for dtype in ("float32", "bfloat16"))
         share = statistics.median(a / b for a, b in zip(single, product, strict=True))
-        label = row[0] if len(row) == 1 else "all four together"
         lines.append(f"| {label} | {spread(single)} | {share:.0%} | {spread(half)} |")
     return "\n".join([*lines, f"| float32 matrix product, {n}×{n}×{n} | {spread(product)} | 100% | |"])
 
@@ -358,14 +222,14 @@ def tutorial(seeds: int) -> str:
     splits = {split: load_dataset("cifar10").load(split) for split in ("train", "test")}
     arrays = {f"{split}_{name}": getattr(splits[split], name) for split in splits for name in ("image", "label")}
     lines = [
-        "| the tutorial's Keras code, seed | epochs to 78.5% | test accuracy then | training, s | s an epoch |",
+        "| the tutorial's Keras code to 78.5%, or 200 epochs: seed | epochs | test accuracy | training, s | s an epoch |",
         "| --- | --- | --- | --- | --- |",
     ]
     totals = []
     with tempfile.TemporaryDirectory() as folder:
         np.savez(f"{folder}/cifar10.npz", **arrays)
         for seed in range(seeds):
-            command = [PEERS, __file__, "--keras", str(seed), f"{folder}/cifar10.npz"]
+            command = [PEERS, RUNNER, "keras", str(seed), f"{folder}/cifar10.npz"]
             text = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=ENVIRONMENT).stdout
             result = json.loads(next(line[7:] for line in text.splitlines() if line.startswith("result ")))
             totals.append(sum(result["seconds"]))
@@ -437,13 +301,7 @@ def main() -> None:
     )
     parser.add_argument("--turns", type=int, default=7, help="of step, sizes and layers")
     parser.add_argument("--num-seeds", type=int, default=3, help="of accuracy and tutorial")
-    parser.add_argument("--contend", choices=CONTENDERS, help=argparse.SUPPRESS)
-    parser.add_argument("--keras", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.contend:
-        return contend(args.contend)
-    if args.keras:
-        return keras_to_accuracy(int(args.keras[0]), args.keras[1])
     parts = args.parts or list(PARTS)[:-1]
     if unknown := set(parts) - set(PARTS):
         parser.error(f"`PART` must be of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}.")
