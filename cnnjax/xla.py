@@ -35,7 +35,7 @@ def keep_memory() -> None:
     """Lets glibc keep freed memory for the next step, unless the user has told it otherwise. Must run before threads.
 
     XLA frees a step's scratch memory after it, and glibc returns a block of that size to the system: each step would
-    map it again, a page at a time, a seventh of the step's time (see experiments/BENCHMARKS.md). With one arena, and no
+    map it again, a page at a time, a quarter of the step's time (see experiments/BENCHMARKS.md). With one arena, and no
     maps of their own for large blocks, freed memory stays. Source: mallopt(3).
     """
     if platform.libc_ver()[0] != "glibc" or any(name.startswith("MALLOC_") for name in os.environ):
