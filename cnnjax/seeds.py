@@ -2,7 +2,7 @@
 
 import os
 import re
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -114,4 +114,7 @@ def train_seeds(
         reports = [report.of(f"seed {seed}: ") for seed in seeds]  # Several bars would overwrite each other.
         with stop.held(), ThreadPoolExecutor(len(devices)) as threads:
             futures = [threads.submit(train, *job) for job in zip(folders, configs, reports, strict=True)]
+            # Python handles signals in this thread alone, and one that another thread got does not wake it.
+            while wait(futures, timeout=0.1).not_done:
+                pass
         return [future.result() for future in futures]
