@@ -99,7 +99,7 @@ def kernel_grad(
 
     It is float32; on an accelerator a float32 sum that was rounded to the image's dtype, as in JAX's own gradient.
     """
-    if not onednn.in_use(image.dtype) or image.shape[3] < 16:  # XLA's is faster there.
+    if not onednn.in_use(image.dtype) or not onednn.HAS_AVX512 or image.shape[3] < 16:  # XLA's is faster there.
         on_cpu = _kernel_grad_by_xla_in_float32
     elif image.dtype == jnp.bfloat16 and onednn.HAS_BFLOAT16:
         on_cpu = _kernel_grad_by_convolution

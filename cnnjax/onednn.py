@@ -25,6 +25,7 @@ from jaxtyping import Array, Float
 
 AVAILABLE = sys.platform == "linux" and platform.machine() == "x86_64" and os.environ.get("CNNJAX_ONEDNN", "1") != "0"
 _CPUINFO = Path("/proc/cpuinfo")
+HAS_AVX512 = _CPUINFO.exists() and "avx512f" in _CPUINFO.read_text()
 HAS_BFLOAT16 = _CPUINFO.exists() and "_bf16" in _CPUINFO.read_text()  # avx512_bf16 or amx_bf16
 
 Padding = tuple[tuple[int, int], tuple[int, int]]  # (low, high) of the height and of the width.
@@ -84,9 +85,14 @@ def matmul(
     """Returns a · b, each transposed first where asked for.
 
     Args:
-      a, b: matrices, or as many of them each; of one dtype, float32 or bfloat16; sums are in float32.
+      a, b: matrices or, with AVX-512, as many of them each; of one dtype, float32 or bfloat16; sums are in float32.
       dtype: of the result; that of `a` when None.
+
+    Raises:
+      ValueError: several matrices, without AVX-512: oneDNN's routine for them would wait for itself without end.
     """
+    if a.ndim > 2 and not HAS_AVX512:
+        raise ValueError(f"`a` must be one matrix on a processor without AVX-512, got the shape {a.shape}.")
     shape = (*a.shape[:-2], a.shape[-1 if transpose_a else -2], b.shape[-2 if transpose_b else -1])
     config = {"transpose_a": transpose_a, "transpose_b": transpose_b}
     return _call("matmul", {"onednn_matmul_config": config}, jax.ShapeDtypeStruct(shape, dtype or a.dtype), a, b)

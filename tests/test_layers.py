@@ -9,8 +9,16 @@ from flax import linen as nn
 from cnnjax import onednn
 from cnnjax.layers import Conv, Dense, Dropout, conv2d, dense, kernel_grad_by_xla, max_pool_2x2
 
-needs_onednn = pytest.mark.skipif(not onednn.AVAILABLE, reason="oneDNN is of Linux on x86-64")
-KERNELS = [*(pytest.param(name, marks=needs_onednn) for name in ("onednn", "onednn without bfloat16")), "xla"]
+# The kernels of this processor, those of processors that have less, and XLA's own.
+NEEDS = {
+    "onednn": onednn.AVAILABLE,
+    "without bfloat16": onednn.AVAILABLE and onednn.HAS_BFLOAT16,
+    "without AVX-512": onednn.AVAILABLE and onednn.HAS_AVX512,
+    "xla": True,
+}
+KERNELS = [
+    pytest.param(name, marks=pytest.mark.skipif(not has, reason="not of this processor")) for name, has in NEEDS.items()
+]
 SAME = ((1, 1), (1, 1))
 # Height, width, channels, features, taps, padding: every shape of the networks, and odd ones.
 CONVOLUTIONS = [
@@ -34,6 +42,7 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 2**-7, "float16": 2**-10}
 @pytest.fixture(params=KERNELS)
 def kernels(request, monkeypatch):
     monkeypatch.setattr(onednn, "AVAILABLE", request.param != "xla")
+    monkeypatch.setattr(onednn, "HAS_AVX512", request.param != "without AVX-512" and onednn.HAS_AVX512)
     monkeypatch.setattr(onednn, "HAS_BFLOAT16", request.param == "onednn" and onednn.HAS_BFLOAT16)
     return request.param
 
