@@ -19,13 +19,20 @@ EXPERIMENTS = [path for path in FILES if not path.stem.startswith("benchmark")]
 SHAPES = {"mnist": (28, 28, 1), "fashion_mnist": (28, 28, 1), "cifar10": (32, 32, 3)}
 
 
+@pytest.fixture
+def quick_compilation():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
-def test_every_experiment_runs_two_steps(path):
+def test_every_experiment_runs_two_steps(path, quick_compilation):
     module = runpy.run_path(str(path))
     config = module["CONFIG"]
     assert config.experiment == path.stem
     model, tx, loss_fn = make_model(config.model, 10), make_tx(config.optim, 100, 10), make_loss(config.label_smoothing)
-    shape, key, batch_size = SHAPES[config.dataset], jax.random.key(0), min(config.batch_size, 128)
+    shape, key, batch_size = SHAPES[config.dataset], jax.random.key(0), min(config.batch_size, 16)
     image = np.random.default_rng(0).normal(size=(batch_size, *shape)).astype(np.float32)
     batch = Batch(image, np.arange(batch_size, dtype=np.int32) % 10, np.ones(batch_size, bool))
     state = init_state(key, jnp.zeros((1, *shape)), model=model, tx=tx)

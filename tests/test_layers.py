@@ -12,8 +12,8 @@ from cnnjax.layers import Conv, Dense, Dropout, conv2d, dense, kernel_grad_by_xl
 # The kernels of this processor, those of processors that have less, and XLA's own.
 NEEDS = {
     "onednn": onednn.AVAILABLE,
-    "without bfloat16": onednn.AVAILABLE and onednn.HAS_BFLOAT16,
-    "without AVX-512": onednn.AVAILABLE and onednn.HAS_AVX512,
+    "onednn without bfloat16": onednn.AVAILABLE and onednn.HAS_BFLOAT16,
+    "onednn without AVX-512": onednn.AVAILABLE and onednn.HAS_AVX512,
     "xla": True,
 }
 KERNELS = [
@@ -42,7 +42,7 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 2**-7, "float16": 2**-10}
 @pytest.fixture(params=KERNELS)
 def kernels(request, monkeypatch):
     monkeypatch.setattr(onednn, "AVAILABLE", request.param != "xla")
-    monkeypatch.setattr(onednn, "HAS_AVX512", request.param != "without AVX-512" and onednn.HAS_AVX512)
+    monkeypatch.setattr(onednn, "HAS_AVX512", request.param != "onednn without AVX-512" and onednn.HAS_AVX512)
     monkeypatch.setattr(onednn, "HAS_BFLOAT16", request.param == "onednn" and onednn.HAS_BFLOAT16)
     return request.param
 
@@ -79,8 +79,7 @@ def assert_near(got, wanted, tolerance):
     np.testing.assert_allclose(np.asarray(got, np.float64), wanted, rtol=0, atol=tolerance * np.abs(wanted).max())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("relu", [False, True], ids=["linear", "relu"])
+@pytest.mark.parametrize(("dtype", "relu"), [("float32", False), ("float32", True), ("bfloat16", False)])
 @pytest.mark.parametrize(("h", "w", "c", "k", "taps", "padding"), CONVOLUTIONS)
 def test_convolution_equals_numpy_with_its_gradients(h, w, c, k, taps, padding, relu, dtype, kernels):
     size = [n + sum(pads) - taps + 1 for n, pads in zip((h, w), padding, strict=True)]

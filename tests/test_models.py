@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,39 +54,42 @@ def test_make_model_takes_the_names_and_rates_of_the_configuration():
 def test_the_records_network_equals_one_of_plain_operations(train):
     model, rng = SpeedNet(10, (8, 16, 12), depth=3), np.random.default_rng(0)
     image = rng.normal(size=(4, 17, 20, 3)).astype(np.float32)
+    apply = jax.jit(partial(model.apply, train=train, mutable=["batch_stats"]))
     drawn = jax.tree.map(
         lambda leaf: jnp.asarray(np.abs(rng.normal(size=leaf.shape)) + 0.1, jnp.float32),  # A variance is positive.
-        model.init(jax.random.key(0), image, train=False),
+        jax.eval_shape(partial(model.init, train=False), jax.random.key(0), image),
     )
-    params, running, means = drawn["params"], iter(range(9)), []
+    params = drawn["params"]
 
     def conv(x, kernel, padding):
         return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
-    def norm(x):
-        i = next(running)
+    def norm(x, i):
         bias, stats = (drawn[kind][f"SpeedNorm_{i}"]["BatchNorm_0"] for kind in ("params", "batch_stats"))
         mean, var = (x.mean((0, 1, 2)), x.var((0, 1, 2))) if train else (stats["mean"], stats["var"])
-        means.append(mean)
         return (x - mean[None, None, None]) / jnp.sqrt(var[None, None, None] + 1e-12) + bias["bias"][None, None, None]
 
     def group(x, i):
-        x = nn.max_pool(conv(x, params[f"Conv_{3 * i}"]["kernel"], "SAME"), (2, 2), (2, 2))
-        x = first = nn.gelu(norm(x))
-        x = nn.gelu(norm(conv(x, params[f"Conv_{3 * i + 1}"]["kernel"], "SAME")))
-        return nn.gelu(norm(conv(x, params[f"Conv_{3 * i + 2}"]["kernel"], "SAME")) + first)
+        x = pooled = nn.max_pool(conv(x, params[f"Conv_{3 * i}"]["kernel"], "SAME"), (2, 2), (2, 2))
+        x = first = nn.gelu(norm(x, 3 * i))
+        x = nn.gelu(norm(conv(x, params[f"Conv_{3 * i + 1}"]["kernel"], "SAME"), 3 * i + 1))
+        return nn.gelu(norm(conv(x, params[f"Conv_{3 * i + 2}"]["kernel"], "SAME"), 3 * i + 2) + first), pooled
 
-    x = conv(image, drawn["batch_stats"]["whiten"]["kernel"], "VALID") + params["whiten"]["bias"][None, None, None]
-    x = nn.gelu(x)
-    for i in range(3):
-        x = group(x, i)
-    expected = x.max((1, 2)) @ params["head"] / 9
-    got, after = model.apply(drawn, image, train=train, mutable=["batch_stats"])
+    @jax.jit
+    def plain(image):
+        x = conv(image, drawn["batch_stats"]["whiten"]["kernel"], "VALID") + params["whiten"]["bias"][None, None, None]
+        x, pooled = group(nn.gelu(x), 0)
+        for i in (1, 2):
+            x, _ = group(x, i)
+        return x.max((1, 2)) @ params["head"] / 9, pooled.mean((0, 1, 2))
+
+    expected, mean = plain(image)
+    got, after = apply(drawn, image)
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4 * float(jnp.abs(expected).max()))
     before, after = drawn["batch_stats"], after["batch_stats"]
     np.testing.assert_array_equal(after["whiten"]["kernel"], before["whiten"]["kernel"])
     old, new = (stats["SpeedNorm_0"]["BatchNorm_0"]["mean"] for stats in (before, after))
-    np.testing.assert_allclose(new, 0.6 * old + 0.4 * means[0] if train else old, rtol=1e-3)
+    np.testing.assert_allclose(new, 0.6 * old + 0.4 * mean if train else old, rtol=1e-3)
 
 
 @pytest.mark.parametrize(("c", "k"), [(3, 8), (8, 3)])
@@ -101,7 +106,8 @@ def test_the_smallest_images_of_each_network(name, least):
     config = ModelConfig(name=name, widths=(4, 4, 4))
     check_size(config, (least, least, 3))
     image = jnp.ones((2, least, least, 3))
-    logits, _ = make_model(config, 5).init_with_output(jax.random.key(0), image, train=False)
+    init_with_output = jax.jit(partial(make_model(config, 5).init_with_output, train=False))
+    logits, _ = init_with_output(jax.random.key(0), image)
     assert logits.shape == (2, 5) and np.isfinite(logits).all()
     if least > 1:
         rule = rf"Images must have {least}×{least} pixels at least for `model.name` {name}, got {least - 1}×30\."
