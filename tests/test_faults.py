@@ -76,15 +76,16 @@ def test_a_cache_that_cannot_be_written_is_told_and_does_not_matter(whole_by_xla
     assert result_of(tmp_path / "run") == result_of(whole_by_xla)
 
 
-def test_a_damaged_compilation_cache_changes_no_bit(whole_by_xla, prepared_dir, tmp_path):
+@pytest.mark.parametrize("damage", ["truncated", "a bit flipped"])
+def test_a_damaged_compilation_cache_changes_no_bit(damage, whole_by_xla, prepared_dir, tmp_path):
     """A kill within the first compilation can leave half an entry; a disk can flip a bit."""
     cache = shutil.copytree(whole_by_xla.with_name("cache"), tmp_path / "cache")
     entries = list(cache.rglob("*-cache"))
-    assert len(entries) > 1
-    for i, path in enumerate(entries):
+    assert entries
+    for path in entries:
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
-        path.write_bytes(content[: len(content) // 2] if i % 2 else content)
+        path.write_bytes(content[: len(content) // 2] if damage == "truncated" else content)
     train = [*TRAIN, "--data-dir", str(prepared_dir), "--run-dir", str(tmp_path / "run")]
     run(train, XDG_CACHE_HOME=str(cache), CNNJAX_ONEDNN="0")
     assert result_of(tmp_path / "run") == result_of(whole_by_xla)

@@ -79,7 +79,8 @@ def assert_near(got, wanted, tolerance):
     np.testing.assert_allclose(np.asarray(got, np.float64), wanted, rtol=0, atol=tolerance * np.abs(wanted).max())
 
 
-@pytest.mark.parametrize(("dtype", "relu"), [("float32", False), ("float32", True), ("bfloat16", False)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("relu", [False, True], ids=["linear", "relu"])
 @pytest.mark.parametrize(("h", "w", "c", "k", "taps", "padding"), CONVOLUTIONS)
 def test_convolution_equals_numpy_with_its_gradients(h, w, c, k, taps, padding, relu, dtype, kernels):
     size = [n + sum(pads) - taps + 1 for n, pads in zip((h, w), padding, strict=True)]
@@ -99,6 +100,13 @@ def test_convolution_equals_numpy_with_its_gradients(h, w, c, k, taps, padding, 
     expected = convolution_by_numpy(image, kernel, bias, g, padding, relu, positive=got[0] > 0)
     for a, wanted in zip(got, expected, strict=True):
         assert_near(a, wanted, TOLERANCE[dtype] if a.dtype == dtype else 1e-4)
+
+
+def test_without_avx512_several_products_in_one_call_are_refused(monkeypatch):
+    """oneDNN's routine for them would wait for itself."""
+    monkeypatch.setattr(onednn, "HAS_AVX512", False)
+    with pytest.raises(ValueError, match=r"`a` must be one matrix .* without AVX-512, got the shape \(2, 3, 4\)"):
+        onednn.matmul(*draw((2, 3, 4), (2, 4, 5)))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -90,9 +90,9 @@ def test_several_devices_train_a_seed_each(seeds, prepared_dir, tmp_path):
 
 def test_a_signal_stops_every_seed_that_trains_and_none_begins_after_it(prepared_dir, tmp_path):
     """Two at a time, the signal when the first has ended; a system may give it to any thread: here not the main one."""
-    options = ["--dataset", "generated", "--model.name", "mlp", "--num-epochs", "6", "--batch-size", "16"]
+    options = ["--dataset", "generated", "--model.name", "mlp", "--num-epochs", "20", "--batch-size", "16"]
     command = [sys.executable, "-u", "-m", "cnnjax.cli", "train", *options, "--data-dir", str(prepared_dir)]
-    command += ["--seeds", "0:20", "--run-dir", str(tmp_path / "runs")]
+    command += ["--seeds", "0:8", "--run-dir", str(tmp_path / "runs")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for line in process.stdout:
@@ -102,13 +102,13 @@ def test_a_signal_stops_every_seed_that_trains_and_none_begins_after_it(prepared
     tgkill = ctypes.CDLL(None).tgkill
     assert any(tgkill(process.pid, thread, signal.SIGTERM) == 0 for thread in threads)  # To the first alive.
     try:
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == REQUEUE, errors
     states = [read_info(run_dir).state for run_dir in find_runs(tmp_path / "runs")]
     assert "finished" in states and "running" not in states and "killed" not in states
-    assert len(states) < 20 and states.count("interrupted") <= 2
+    assert len(states) <= 4
 
 
 def test_the_list_shows_state_seed_epochs_and_accuracy(seeds, tmp_path, capsys):
