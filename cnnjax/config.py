@@ -6,7 +6,7 @@ from math import inf
 
 from cnnjax.errors import UserError, unknown_name
 
-VIEWS = ("plain", "mirrored", "shifted")
+VIEWS = ("plain", "mirrored", "shifted", "uncertain")
 
 
 def _check_name(parameter: str, value: str, valid: tuple[str, ...]) -> None:
@@ -142,7 +142,8 @@ class Config:
     label_smoothing: float = 0.0
     """The share of the target probability that is spread over all classes, in training."""
     views: str = "plain"
-    """What a test image is scored by: plain, mirrored (it and its mirror image), or shifted (those, moved, too)."""
+    """What a test image is scored by: plain, mirrored (it and its mirror image), shifted (those, moved, too), or uncertain
+    (shifted for the quarter of each batch that the network is least sure of, plain for the others)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)

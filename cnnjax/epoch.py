@@ -15,10 +15,11 @@ from cnnjax.config import AugmentConfig
 from cnnjax.devices import Placement
 from cnnjax.step import LossFn, Metrics, TrainState, eval_step, softmax_cross_entropy, train_step
 
-EVAL_BATCH_SIZE = 500  # Examples; a divisor of the usual test sets, large enough for any device's full speed.
+# Examples; divisors of the usual test sets, large enough for the full speed of a CPU, and of an accelerator.
+EVAL_BATCH_SIZE, ACCELERATOR_EVAL_BATCH_SIZE = 500, 2000
 
 
-@partial(jax.jit, static_argnames=("augment", "model", "tx", "loss_fn"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("augment", "model", "tx", "loss_fn", "frozen"), donate_argnames="state")
 def train_steps(
     state: TrainState,
     pixels: Pixels,
@@ -29,6 +30,7 @@ def train_steps(
     model: nn.Module,
     tx: optax.GradientTransformation,
     loss_fn: LossFn = softmax_cross_entropy,
+    frozen: tuple[str, ...] = (),
 ) -> tuple[TrainState, Metrics]:
     """Makes a `train_step` of each row of a plan: on an accelerator, as one program that never waits for the host.
 
@@ -37,7 +39,7 @@ def train_steps(
       pixels: the training set.
       plan: S rows.
       key: the same for every step, as of `train_step`.
-      augment, model, tx, loss_fn: as of `make_batch` and `train_step`.
+      augment, model, tx, loss_fn, frozen: as of `make_batch` and `train_step`.
 
     Returns:
       The next state, and the metrics of each step [S].
@@ -45,7 +47,7 @@ def train_steps(
 
     def step(state: TrainState, plan: Plan) -> tuple[TrainState, Metrics]:
         batch = make_batch(pixels, plan, augment)
-        return train_step(state, batch, key, model=model, tx=tx, loss_fn=loss_fn)
+        return train_step(state, batch, key, model=model, tx=tx, loss_fn=loss_fn, frozen=frozen)
 
     if len(plan.example) > 1:
         return lax.scan(step, state, plan)
@@ -97,7 +99,8 @@ def evaluate(
       placement: how devices share a batch; the first device works alone when None.
     """
     num_examples = len(pixels.label)
-    batch_size = min(EVAL_BATCH_SIZE, num_examples)
+    platform = jax.default_backend() if placement is None else placement.devices[0].platform
+    batch_size = min(EVAL_BATCH_SIZE if platform == "cpu" else ACCELERATOR_EVAL_BATCH_SIZE, num_examples)
     if placement is not None:
         batch_size = -(-batch_size // placement.num_devices) * placement.num_devices
     plan = plain_plan(num_examples, batch_size)

@@ -26,7 +26,7 @@ from cnnjax.data import Examples, ImageDataset, load_dataset
 from cnnjax.devices import Placement, place
 from cnnjax.epoch import Scores, evaluate, train_steps
 from cnnjax.models import check_size, make_model
-from cnnjax.optim import make_loss, make_tx
+from cnnjax.optim import frozen_parts, make_loss, make_tx
 from cnnjax.report import Report
 from cnnjax.step import LossFn, Metrics, TrainState, init_state
 from cnnjax.whitening import NUM_IMAGES, whiten
@@ -61,8 +61,11 @@ class Run(NamedTuple):
         )
         return jax.device_put(row(plan, slice(index, index + self.steps_per_dispatch)), self.placement.plan)
 
-    def train_steps(self, state: TrainState, plan: Plan) -> tuple[TrainState, Metrics]:
-        """Makes the steps of a plan; the state is donated. Returns before the device is done."""
+    def train_steps(self, state: TrainState, plan: Plan, step: int) -> tuple[TrainState, Metrics]:
+        """Makes the steps of the plan of `step`; the state is donated. Returns before the device is done."""
+        config, num_steps = self.config, self.steps_per_epoch * self.config.num_epochs
+        # Another program saves the time of a gradient; on a CPU, compiling it takes longer than that.
+        on_cpu = self.placement.devices[0].platform == "cpu"
         return train_steps(
             state,
             self.train,
@@ -72,6 +75,7 @@ class Run(NamedTuple):
             model=self.model,
             tx=self.tx,
             loss_fn=self.loss_fn,
+            frozen=() if on_cpu else frozen_parts(config.optim, step, num_steps, config.num_epochs),
         )
 
     def evaluate(self, state: TrainState, pixels: Pixels, views: str = "plain") -> Scores:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax.linen.initializers import Initializer
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Key, UInt8
 
 from cnnjax import onednn
 from cnnjax.onednn import Padding
@@ -54,13 +54,44 @@ def _forward(
     dtype = image.dtype
     operands = tuple(jnp.asarray(x, dtype) for x in (image, kernel, bias) if x is not None)
 
-    def by_xla(image: Array, kernel: Array, *bias: Array) -> Array:
-        y = lax.conv_general_dilated(image, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    def by_xla(image: Array, kernel: Array, *bias: Array, convolve=convolution_by_xla) -> Array:
+        y = convolve(image, kernel, padding=padding)
         for b in bias:
             y = y + b[None, None, None]  # [K] -> [1 1 1 K]
         return jnp.maximum(y, 0) if relu else y
 
-    return _on_cpu(partial(onednn.convolution, padding=padding, relu=relu), by_xla, *operands)
+    on_cpu = partial(onednn.convolution, padding=padding, relu=relu) if onednn.in_use(dtype) else by_xla
+    elsewhere = partial(by_xla, convolve=convolution_on_accelerators)
+    return lax.platform_dependent(*operands, cpu=on_cpu, default=elsewhere)
+
+
+def convolution_by_xla(
+    image: Float[Array, "B H W C"], kernel: Float[Array, "I J C K"], *, padding: Padding
+) -> Float[Array, "B H2 W2 K"]:
+    """As XLA chooses."""
+    return lax.conv_general_dilated(image, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def convolution_on_accelerators(
+    image: Float[Array, "B H W C"], kernel: Float[Array, "I J C K"], *, padding: Padding
+) -> Float[Array, "B H2 W2 K"]:
+    """In 16 bits, the shapes that cuDNN is fast at: 16 values of a patch as a matrix product, else channels by 32."""
+    (i, j, c, k), bits = kernel.shape, 8 * image.dtype.itemsize
+    if bits != 16 or i * j * c > 16:
+        return convolution_by_xla(_fill(image, 3), _fill(kernel, 2), padding=padding)
+    image = jnp.pad(image, ((0, 0), *padding, (0, 0)))
+    h, w = image.shape[1] - i + 1, image.shape[2] - j + 1
+    patches = [image[:, y : y + h, x : x + w] for y in range(i) for x in range(j)]
+    patches.append(jnp.zeros((*patches[0].shape[:3], 16 - i * j * c), image.dtype))
+    kernel = jnp.pad(kernel.reshape(-1, k), ((0, 16 - i * j * c), (0, 0)))  # [I J C K] -> [16 K]
+    return jnp.concatenate(patches, axis=-1) @ kernel  # [B H2 W2 16] · [16 K]
+
+
+def _fill(x: Array, axis: int) -> Array:
+    """Fills 16 or more channels in 16 bits with zeros, up to a multiple of 32."""
+    channels = x.shape[axis]
+    more = -channels % 32 if x.dtype.itemsize == 2 and channels >= 16 else 0
+    return jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)])
 
 
 def _conv2d_fwd(image, kernel, bias, padding, relu):
@@ -75,8 +106,23 @@ def _conv2d_bwd(padding, relu, residuals, g):
     # The image's gradient is a convolution again: of `g`, with the kernel turned by half and its channels exchanged.
     (i, j), ((top, bottom), (left, right)) = kernel.shape[:2], padding
     back = ((i - 1 - top, i - 1 - bottom), (j - 1 - left, j - 1 - right))
-    image_grad = _forward(g, kernel[::-1, ::-1].swapaxes(2, 3), None, back, False)
+
+    def on_cpu(g: Array, kernel: Array) -> Array:
+        return _forward(g, kernel[::-1, ::-1].swapaxes(2, 3), None, back, False)
+
+    elsewhere = partial(image_grad_by_xla, size=image.shape[1:3], padding=padding)
+    image_grad = lax.platform_dependent(g, kernel.astype(g.dtype), cpu=on_cpu, default=elsewhere)
     return image_grad, kernel_grad(image, g, padding), None if bias is None else _bias_grad(g, relu)
+
+
+def image_grad_by_xla(
+    g: Float[Array, "B H2 W2 K"], kernel: Float[Array, "I J C K"], *, size: tuple[int, ...], padding: Padding
+) -> Float[Array, "B H W C"]:
+    """The transpose of the convolution, as XLA knows it; for accelerators."""
+    filled = _fill(kernel, 2)
+    image = jax.ShapeDtypeStruct((g.shape[0], *size, filled.shape[2]), g.dtype)
+    (grad,) = jax.linear_transpose(partial(convolution_by_xla, kernel=filled, padding=padding), image)(g)
+    return grad[..., : kernel.shape[2]]
 
 
 conv2d.defvjp(_conv2d_fwd, _conv2d_bwd)
@@ -113,8 +159,9 @@ def kernel_grad_by_xla(
     image: Float[Array, "B H W C"], g: Float[Array, "B H2 W2 K"], *, padding: Padding
 ) -> Float[Array, "I J C K"]:
     """The batch is summed over, as channels are in a convolution, and `g` moves over the image."""
-    numbers = ("CHWN", "IHWO", "HWNC")
-    return lax.conv_general_dilated(image, g, (1, 1), padding, dimension_numbers=numbers).astype(jnp.float32)
+    numbers, channels = ("CHWN", "IHWO", "HWNC"), image.shape[3]
+    grad = lax.conv_general_dilated(_fill(image, 3), g, (1, 1), padding, dimension_numbers=numbers)
+    return grad[:, :, :channels].astype(jnp.float32)
 
 
 def _kernel_grad_by_xla_in_float32(
@@ -215,17 +262,28 @@ def _matmul(
 dense.defvjp(lambda x, kernel: (dense(x, kernel), (x, kernel)), _dense_bwd)
 
 
+@jax.custom_vjp
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Returns GELU by its tanh formula, in float32 within: a CPU is slow at rounding each term to bfloat16."""
+    """Returns GELU by its tanh formula, in float32 within: a CPU is slow at rounding each term to bfloat16.
+
+    Its gradient keeps `x` alone: to compute the rest again is faster than to write it to memory and read it.
+    """
+    return _gelu(x)
+
+
+def _gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return nn.gelu(x.astype(jnp.float32)).astype(x.dtype)
+
+
+gelu.defvjp(lambda x: (_gelu(x), x), lambda x, g: jax.vjp(_gelu, lax.optimization_barrier(x))[1](g))
 
 
 @jax.custom_vjp
 def max_pool_2x2(x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:
     """Returns the maximum of each 2×2 window; a last odd row or column is left out.
 
-    Equals `nn.max_pool(x, window_shape=(2, 2), strides=(2, 2))`. Its gradient is a comparison instead of a scatter;
-    where values tie, they share it.
+    Equals `nn.max_pool(x, window_shape=(2, 2), strides=(2, 2))`. Its gradient is no scatter: on a CPU a comparison, and
+    values that tie share it; else a byte a window says where it goes, to the first of equal values.
     """
     b, h, w, c = x.shape
     x = x[:, : h // 2 * 2, : w // 2 * 2].reshape(b, h // 2, 2, w // 2, 2 * c)  # [B H W C] -> [B H/2 2 W/2 2C]
@@ -233,25 +291,62 @@ def max_pool_2x2(x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:
     return jnp.maximum(rows[..., :c], rows[..., c:])
 
 
-def _max_pool_bwd(residuals, g):
-    x, y = residuals
+def _corners(x: Float[Array, "B H W C"]) -> list[Float[Array, "B H2 W2 C"]]:
     b, h, w, c = x.shape
-    odd = ((0, 0), (0, h % 2), (0, w % 2), (0, 0))
-
-    def spread(y: Array) -> Array:  # [B H/2 W/2 C] -> [B H W C]
-        y = jnp.broadcast_to(y[:, :, None, :, None], (b, h // 2, 2, w // 2, 2, c))
-        return jnp.pad(y.reshape(b, h // 2 * 2, w // 2 * 2, c), odd)
-
     windows = x[:, : h // 2 * 2, : w // 2 * 2].reshape(b, h // 2, 2, w // 2, 2, c)
-    corners = [windows[:, :, i, :, j] for i in range(2) for j in range(2)]  # 4 times [B H/2 W/2 C]
-    ties = sum((corner == y).astype(g.dtype) for corner in corners)
+    return [windows[:, :, i, :, j] for i in range(2) for j in range(2)]
+
+
+def _spread(windows: Float[Array, "B H2 2 W2 2 C"], h: int, w: int) -> Float[Array, "B H W C"]:
+    b, c = windows.shape[0], windows.shape[-1]
+    x = windows.reshape(b, h // 2 * 2, w // 2 * 2, c)
+    return jnp.pad(x, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)))
+
+
+def max_pool_grad_by_comparison(
+    x: Float[Array, "B H W C"], y: Float[Array, "B H2 W2 C"], g: Float[Array, "B H2 W2 C"]
+) -> Float[Array, "B H W C"]:
+    """Returns the gradient of `max_pool_2x2` of `x`, whose result was `y`."""
+    b, h, w, c = x.shape
+
+    def spread(y: Array) -> Array:
+        return _spread(jnp.broadcast_to(y[:, :, None, :, None], (b, h // 2, 2, w // 2, 2, c)), h, w)
+
+    ties = sum((corner == y).astype(g.dtype) for corner in _corners(x))
     share = lax.optimization_barrier(g / ties)  # Once a window, not once a pixel.
-    return (jnp.where(x == spread(y), spread(share), 0),)
+    return jnp.where(x == spread(y), spread(share), 0)
+
+
+def max_pool_with_index(x: Float[Array, "B H W C"]) -> tuple[Float[Array, "B H2 W2 C"], UInt8[Array, "B H2 W2 C"]]:
+    """Returns `max_pool_2x2`, and which of the four values of each window it is: the first of equal ones."""
+    y = max_pool_2x2(x)
+    index = jnp.full(y.shape, 3, jnp.uint8)
+    for i, corner in list(enumerate(_corners(x)))[2::-1]:
+        index = jnp.where(corner == y, jnp.uint8(i), index)
+    return lax.optimization_barrier((y, index))  # Else XLA reads `x` again for the second.
+
+
+def max_pool_grad_by_index(
+    index: UInt8[Array, "B H2 W2 C"], g: Float[Array, "B H2 W2 C"], h: int, w: int
+) -> Float[Array, "B H W C"]:
+    """Returns the gradient of `max_pool_2x2` of images of h × w."""
+    corner = jnp.arange(4, dtype=jnp.uint8).reshape(1, 1, 2, 1, 2, 1)
+    return _spread(jnp.where(index[:, :, None, :, None] == corner, g[:, :, None, :, None], 0), h, w)
 
 
 def _max_pool_fwd(x):
-    y = max_pool_2x2(x)
-    return y, (x, y)
+    if jax.default_backend() == "cpu":
+        y = max_pool_2x2(x)
+        return y, (x, y)
+    y, index = max_pool_with_index(x)
+    return y, (index, jnp.zeros((x.shape[1] % 2, x.shape[2] % 2, 0)))
+
+
+def _max_pool_bwd(residuals, g):
+    if residuals[0].dtype != jnp.uint8:
+        return (max_pool_grad_by_comparison(*residuals, g),)
+    index, odd = residuals
+    return (max_pool_grad_by_index(index, g, *(2 * n + one for n, one in zip(g.shape[1:3], odd.shape, strict=False))),)
 
 
 max_pool_2x2.defvjp(_max_pool_fwd, _max_pool_bwd)
@@ -277,21 +372,26 @@ def dropout(key: Key[Array, ""], x: Float[Array, "..."], rate: float) -> Float[A
 
 
 class Conv(nn.Module):
-    """A convolution of stride 1 that keeps the size, and a ReLU where asked for; computes in the image's dtype."""
+    """A convolution of stride 1 that keeps the size, and a ReLU where asked for; computes in the image's dtype.
+
+    With `even`, a last odd row or column of features is left out: a 2×2 pool after it would not read them.
+    """
 
     features: int
     taps: int = 3
     use_bias: bool = True
     relu: bool = False
+    even: bool = False
     kernel_init: Initializer = GLOROT_UNIFORM
 
     @nn.compact
-    def __call__(self, image: Float[AnyArray, "B H W C"]) -> Float[Array, "B H W K"]:
+    def __call__(self, image: Float[AnyArray, "B H W C"]) -> Float[Array, "B H2 W2 K"]:
         """Returns the features."""
         kernel = self.param("kernel", self.kernel_init, (self.taps, self.taps, image.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,)) if self.use_bias else None
         low, high = (self.taps - 1) // 2, self.taps // 2
-        return conv2d(image, kernel, bias, ((low, high), (low, high)), self.relu)
+        top_bottom, left_right = ((low, high - (size % 2 if self.even else 0)) for size in image.shape[1:3])
+        return conv2d(image, kernel, bias, (top_bottom, left_right), self.relu)
 
 
 class Dense(nn.Module):

@@ -144,7 +144,7 @@ def fit(
             lap, already = time.perf_counter(), totals.num_examples
             while step < (epoch + 1) * steps:
                 made = len(plan.example)
-                state, metrics = run.train_steps(state, plan)
+                state, metrics = run.train_steps(state, plan, step)
                 step += made
                 plan = run.plan(step)  # The host draws the next plan while the device works on this one.
                 totals = totals.add(metrics)  # Waits for the device.

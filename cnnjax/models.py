@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Key
 from cnnjax.config import ModelConfig
 from cnnjax.errors import UserError
 from cnnjax.layers import GLOROT_UNIFORM, Conv, Dense, Dropout, conv2d, gelu, max_pool_2x2
+from cnnjax.norm import NormGelu
 from cnnjax.step import AnyArray
 
 # Built once: a module is a static argument of the step, and two equal initializers built twice are not equal.
@@ -85,13 +86,10 @@ class SpeedNet(nn.Module):
         x = Whiten(name="whiten")(jnp.asarray(image, self.dtype))  # [B H W C] -> [B H-1 W-1 8C]
         x = gelu(x)
         for width in self.widths:
-            x = max_pool_2x2(SpeedConv(width)(x))
-            x = residual = gelu(SpeedNorm()(x, train=train))
+            x = max_pool_2x2(SpeedConv(width, even=True)(x))
+            x = residual = NormGelu()(x, train=train)
             for i in range(1, self.depth):
-                x = SpeedNorm()(SpeedConv(width)(x), train=train)
-                if i == 2:
-                    x += residual
-                x = gelu(x)
+                x = NormGelu()(SpeedConv(width)(x), residual if i == 2 else None, train=train)
         x = x.max(axis=(1, 2))  # [B 3 3 K] -> [B K], at CIFAR's size
         kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # As PyTorch's linear layers.
         head = self.param("head", kernel_init, (x.shape[-1], self.num_classes))
@@ -122,18 +120,7 @@ def identity_init(key: Key[Array, ""], shape: tuple[int, ...], dtype: DTypeLike 
     return kernel.at[..., :n].set(identity)
 
 
-# The two parts of a group: a convolution without bias, and a norm without a learned scale.
 SpeedConv = partial(Conv, use_bias=False, kernel_init=identity_init)
-
-
-class SpeedNorm(nn.Module):
-    """Batch normalisation without a learned scale, in float32."""
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"], *, train: bool) -> Float[Array, "B H W C"]:
-        """Returns `x` with mean 0 and deviation 1 of each channel, plus a bias."""
-        norm = nn.BatchNorm(use_running_average=not train, momentum=0.6, epsilon=1e-12, use_scale=False, dtype=x.dtype)
-        return norm(x)
 
 
 def check_size(config: ModelConfig, image_shape: tuple[int, ...]) -> None:

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
-from optax import contrib
 
 from cnnjax.config import OptimConfig
 from cnnjax.errors import UserError
@@ -72,7 +73,7 @@ def group_of(params: PyTree) -> PyTree:
         module = path[0].key
         if module in ("whiten", "head"):
             return module
-        if module.startswith("SpeedNorm"):
+        if module.startswith("NormGelu"):
             return "bias"
         return "filter" if leaf.ndim == 4 else "other"
 
@@ -88,8 +89,20 @@ def _until(schedule: optax.Schedule, config: OptimConfig, updates: int, num_epoc
     """Returns the schedule, 0 after `whiten_epochs`."""
     if config.whiten_epochs == 0:
         return schedule
-    end = round(updates * config.whiten_epochs / num_epochs)
+    end = _whiten_end(config, updates, num_epochs)
     return lambda step: jnp.where(jnp.asarray(step) < end, schedule(step), 0.0)
+
+
+def _whiten_end(config: OptimConfig, updates: int, num_epochs: int) -> int:
+    return round(updates * config.whiten_epochs / num_epochs)
+
+
+def frozen_parts(config: OptimConfig, step: int, num_steps: int, num_epochs: int) -> tuple[str, ...]:
+    """Returns the names at the top of the parameters whose gradient has no part in any update from `step` on."""
+    if config.name == "adam" or config.whiten_epochs == 0 or config.clip_norm:
+        return ()
+    end = _whiten_end(config, num_steps // config.accumulate, num_epochs)
+    return ("whiten",) if step // config.accumulate >= end else ()
 
 
 def _sgd(config: OptimConfig, schedule: optax.Schedule, scale: float = 1.0) -> optax.GradientTransformation:
@@ -106,16 +119,48 @@ def _muon(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransf
 
     Source: Keller Jordan, "Muon: An optimizer for hidden layers in neural networks" (2024), and airbench94_muon.
     """
-    filters = contrib.MuonDimensionNumbers(reduction_axis=(0, 1, 2), output_axis=3)
-
-    def matrices(params: PyTree) -> PyTree:
-        return jax.tree.map(lambda leaf: filters, params)
-
     return optax.chain(
-        contrib.scale_by_muon(ns_steps=3, beta=config.muon_momentum, nesterov=True, weight_dimension_numbers=matrices),
+        optax.trace(config.muon_momentum, nesterov=True),
+        orthogonalize(),
         optax.scale_by_learning_rate(schedule),
         keep_norm(),
     )
+
+
+def orthogonalize() -> optax.GradientTransformation:
+    """Brings the singular values of each kernel [I J C K], as a matrix [I*J*C K], near 1: 3 steps of Newton and Schulz.
+
+    On an accelerator all of them are one batch of matrices in bfloat16, filled up with zeros, which change nothing: a
+    few large products instead of many small ones.
+    """
+
+    def each(*matrices: Array) -> tuple[Array, ...]:
+        return tuple(_newton_schulz(matrix) for matrix in matrices)
+
+    def together(*matrices: Array) -> tuple[Array, ...]:
+        rows, columns = (max(matrix.shape[i] for matrix in matrices) for i in range(2))
+        filled = [jnp.pad(m, ((0, rows - m.shape[0]), (0, columns - m.shape[1]))) for m in matrices]
+        x = _newton_schulz(jnp.stack(filled), jnp.bfloat16)  # [N rows columns]
+        return tuple(x[i, : m.shape[0], : m.shape[1]] for i, m in enumerate(matrices))
+
+    def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, Any]:
+        leaves, tree = jax.tree.flatten(updates)
+        matrices = [leaf.reshape(-1, leaf.shape[-1]) for leaf in leaves]
+        matrices = lax.platform_dependent(*matrices, cpu=each, default=together) if leaves else ()
+        return tree.unflatten([m.reshape(leaf.shape) for m, leaf in zip(matrices, leaves, strict=True)]), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def _newton_schulz(x: Float[Array, "*N R C"], dtype: DTypeLike = jnp.float32) -> Float[Array, "*N R C"]:
+    """Source: Keller Jordan, "Muon" (2024): a quintic that makes small singular values grow fast."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    norm = jnp.sqrt(jnp.sum(x * x, axis=(-2, -1), keepdims=True))
+    x = (x / (norm + 1e-8)).astype(dtype)
+    for _ in range(3):
+        gram = x.mT @ x
+        x = a * x + x @ (b * gram + c * (gram @ gram))
+    return x.astype(jnp.float32)
 
 
 def keep_norm() -> optax.GradientTransformation:

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from cnnjax.views import AnyArray, mean_logits
@@ -73,7 +74,7 @@ def init_state(
     return TrainState(jnp.zeros((), jnp.int32), params, variables.get("batch_stats", {}), tx.init(params))
 
 
-@partial(jax.jit, static_argnames=("model", "tx", "loss_fn"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("model", "tx", "loss_fn", "frozen"), donate_argnames="state")
 def train_step(
     state: TrainState,
     batch: Batch,
@@ -82,6 +83,7 @@ def train_step(
     model: nn.Module,
     tx: optax.GradientTransformation,
     loss_fn: LossFn = softmax_cross_entropy,
+    frozen: tuple[str, ...] = (),
 ) -> tuple[TrainState, Metrics]:
     """Updates the parameters once, by the gradient of the mean loss over the examples that count.
 
@@ -92,13 +94,21 @@ def train_step(
       model: a Flax module, called as `model(image, train=True)` with a "dropout" key and mutable "batch_stats".
       tx: an optax optimizer that needs the gradient alone. Build it once: another one traces again.
       loss_fn: `(logits [B K], label [B]) -> loss [B]`. Build it once, too.
+      frozen: the names at the top of `state.params` whose gradient is 0, and takes no time.
 
     Returns:
       The next state, and the metrics of this batch before the update.
+
+    Raises:
+      ValueError: `frozen` has a name that `state.params` has not.
     """
+    if unknown := set(frozen).difference(state.params if frozen else ()):
+        raise ValueError(f"`frozen` must be of {sorted(state.params)}, got {sorted(unknown)}.")
     dropout_key = jax.random.fold_in(key, state.step)
 
     def mean_loss(params: PyTree) -> tuple[Float[Array, ""], tuple[Metrics, PyTree]]:
+        if frozen:
+            params = {name: lax.stop_gradient(part) if name in frozen else part for name, part in params.items()}
         variables = {"params": params, "batch_stats": state.batch_stats}
         logits, mutated = model.apply(
             variables, batch.image, train=True, rngs={"dropout": dropout_key}, mutable=["batch_stats"]

@@ -53,7 +53,8 @@ def use_compilation_cache(say: Callable[[str], None]) -> None:
 
     A second start then saves most of the seconds before its first step, and ends in the same bits. Where a CPU has the
     kernels of `onednn` nothing is kept: programs with them cannot be, and are compiled in two seconds. Who names a
-    directory there gets XLA's kernels, and their bits.
+    directory there gets XLA's kernels, and their bits. Nor is anything kept where XLA_FLAGS asks for CUDA graphs of
+    convolutions: cuDNN failed in such a program that came from the cache (jaxlib 0.11.2, H100).
     """
     import jax
 
@@ -66,7 +67,7 @@ def use_compilation_cache(say: Callable[[str], None]) -> None:
                 "JAX_COMPILATION_CACHE_DIR is set: XLA's own kernels are used, which are slower. Unset it for oneDNN's."
             )
         return
-    if with_onednn:
+    if with_onednn or ("command_buffer" in (flags := os.environ.get("XLA_FLAGS", "")) and "CONVOLUTION" in flags):
         return
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     cache = home / "cnnjax" / f"xla-{processor()}"

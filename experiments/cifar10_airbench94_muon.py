@@ -16,7 +16,7 @@ CONFIG = Config(
     batch_size=2000,
     validation_fraction=0.0,
     label_smoothing=0.2,
-    views="shifted",
+    views="uncertain",
     model=ModelConfig(name="speednet", widths=(64, 256, 256), dtype="bfloat16"),
     # airbench's rates beside Muon's are of a summed loss: biases 0.053 * 2000; the last layer, whose scale differs
     # there, 0.67 * 2000 * (9 / 256)²; and the decay of a step 2e-6 * 2000.

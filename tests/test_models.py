@@ -65,7 +65,7 @@ def test_the_records_network_equals_one_of_plain_operations(train):
         return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
     def norm(x, i):
-        bias, stats = (drawn[kind][f"SpeedNorm_{i}"]["BatchNorm_0"] for kind in ("params", "batch_stats"))
+        bias, stats = (drawn[kind][f"NormGelu_{i}"] for kind in ("params", "batch_stats"))
         mean, var = (x.mean((0, 1, 2)), x.var((0, 1, 2))) if train else (stats["mean"], stats["var"])
         return (x - mean[None, None, None]) / jnp.sqrt(var[None, None, None] + 1e-12) + bias["bias"][None, None, None]
 
@@ -88,7 +88,7 @@ def test_the_records_network_equals_one_of_plain_operations(train):
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4 * float(jnp.abs(expected).max()))
     before, after = drawn["batch_stats"], after["batch_stats"]
     np.testing.assert_array_equal(after["whiten"]["kernel"], before["whiten"]["kernel"])
-    old, new = (stats["SpeedNorm_0"]["BatchNorm_0"]["mean"] for stats in (before, after))
+    old, new = (stats["NormGelu_0"]["mean"] for stats in (before, after))
     np.testing.assert_allclose(new, 0.6 * old + 0.4 * mean if train else old, rtol=1e-3)
 
 

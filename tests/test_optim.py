@@ -57,7 +57,7 @@ def test_one_cycle_begins_and_ends_at_its_shares_of_the_peak():
 SPEEDNET = {
     "whiten": {"bias": jnp.ones(24)},
     "Conv_0": {"kernel": jnp.ones((3, 3, 2, 4))},
-    "SpeedNorm_0": {"BatchNorm_0": {"bias": jnp.ones(4)}},
+    "NormGelu_0": {"bias": jnp.ones(4)},
     "head": jnp.ones((4, 10)),
 }
 
@@ -66,7 +66,7 @@ def test_the_groups_of_a_speednet():
     assert group_of(SPEEDNET) == {
         "whiten": {"bias": "whiten"},
         "Conv_0": {"kernel": "filter"},
-        "SpeedNorm_0": {"BatchNorm_0": {"bias": "bias"}},
+        "NormGelu_0": {"bias": "bias"},
         "head": "head",
     }
 
@@ -110,7 +110,7 @@ def test_sgd_by_hand_in_each_group():
     moved = jax.tree.map(lambda leaf: leaf.ravel()[0], params)
     for leaf, scale in (
         (moved["Conv_0"]["kernel"], 1.0),
-        (moved["SpeedNorm_0"]["BatchNorm_0"]["bias"], 4.0),
+        (moved["NormGelu_0"]["bias"], 4.0),
         (moved["head"], 2.0),
         (moved["whiten"]["bias"], 0.5),
     ):
