@@ -66,6 +66,7 @@ class Run(NamedTuple):
         config, num_steps = self.config, self.steps_per_epoch * self.config.num_epochs
         # Another program saves the time of a gradient; on a CPU, compiling it takes longer than that.
         on_cpu = self.placement.devices[0].platform == "cpu"
+        frozen = () if on_cpu else frozen_parts(config.optim, state.params, step, num_steps, config.num_epochs)
         return train_steps(
             state,
             self.train,
@@ -75,7 +76,7 @@ class Run(NamedTuple):
             model=self.model,
             tx=self.tx,
             loss_fn=self.loss_fn,
-            frozen=() if on_cpu else frozen_parts(config.optim, step, num_steps, config.num_epochs),
+            frozen=frozen,
         )
 
     def evaluate(self, state: TrainState, pixels: Pixels, views: str = "plain") -> Scores:

@@ -282,8 +282,9 @@ gelu.defvjp(lambda x: (_gelu(x), x), lambda x, g: jax.vjp(_gelu, lax.optimizatio
 def max_pool_2x2(x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:
     """Returns the maximum of each 2×2 window; a last odd row or column is left out.
 
-    Equals `nn.max_pool(x, window_shape=(2, 2), strides=(2, 2))`. Its gradient is no scatter: on a CPU a comparison, and
-    values that tie share it; else a byte a window says where it goes, to the first of equal values.
+    Equals `nn.max_pool(x, window_shape=(2, 2), strides=(2, 2))`. Its gradient is no scatter. In a process
+    without an accelerator it is a comparison, and values that tie share it; else a byte a window says where it goes, to
+    the first of equal values.
     """
     b, h, w, c = x.shape
     x = x[:, : h // 2 * 2, : w // 2 * 2].reshape(b, h // 2, 2, w // 2, 2 * c)  # [B H W C] -> [B H/2 2 W/2 2C]
@@ -346,7 +347,7 @@ def _max_pool_bwd(residuals, g):
     if residuals[0].dtype != jnp.uint8:
         return (max_pool_grad_by_comparison(*residuals, g),)
     index, odd = residuals
-    return (max_pool_grad_by_index(index, g, *(2 * n + one for n, one in zip(g.shape[1:3], odd.shape, strict=False))),)
+    return (max_pool_grad_by_index(index, g, 2 * g.shape[1] + odd.shape[0], 2 * g.shape[2] + odd.shape[1]),)
 
 
 max_pool_2x2.defvjp(_max_pool_fwd, _max_pool_bwd)
@@ -390,7 +391,10 @@ class Conv(nn.Module):
         kernel = self.param("kernel", self.kernel_init, (self.taps, self.taps, image.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,)) if self.use_bias else None
         low, high = (self.taps - 1) // 2, self.taps // 2
-        top_bottom, left_right = ((low, high - (size % 2 if self.even else 0)) for size in image.shape[1:3])
+        odd = [size % 2 if self.even else 0 for size in image.shape[1:3]]
+        if self.taps == 1:  # Without padding that could be left out.
+            image, odd = image[:, : image.shape[1] - odd[0], : image.shape[2] - odd[1]], [0, 0]
+        top_bottom, left_right = ((low, high - n) for n in odd)
         return conv2d(image, kernel, bias, (top_bottom, left_right), self.relu)
 
 

@@ -97,12 +97,12 @@ def _whiten_end(config: OptimConfig, updates: int, num_epochs: int) -> int:
     return round(updates * config.whiten_epochs / num_epochs)
 
 
-def frozen_parts(config: OptimConfig, step: int, num_steps: int, num_epochs: int) -> tuple[str, ...]:
-    """Returns the names at the top of the parameters whose gradient has no part in any update from `step` on."""
+def frozen_parts(config: OptimConfig, params: PyTree, step: int, num_steps: int, num_epochs: int) -> tuple[str, ...]:
+    """Returns the names at the top of `params` whose gradient has no part in any update from `step` on."""
     if config.name == "adam" or config.whiten_epochs == 0 or config.clip_norm:
         return ()
     end = _whiten_end(config, num_steps // config.accumulate, num_epochs)
-    return ("whiten",) if step // config.accumulate >= end else ()
+    return ("whiten",) if "whiten" in params and step // config.accumulate >= end else ()
 
 
 def _sgd(config: OptimConfig, schedule: optax.Schedule, scale: float = 1.0) -> optax.GradientTransformation:

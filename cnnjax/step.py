@@ -140,7 +140,7 @@ def eval_step(
     def logits_fn(image: Float[AnyArray, "B H W C"]) -> Any:
         return model.apply({"params": state.params, "batch_stats": state.batch_stats}, image, train=False)
 
-    return _sum_metrics(mean_logits(logits_fn, batch.image, views), batch, loss_fn)
+    return _sum_metrics(mean_logits(logits_fn, batch.image, views, batch.mask), batch, loss_fn)
 
 
 def _sum_metrics(logits: Float[Array, "B K"], batch: Batch, loss_fn: LossFn) -> Metrics:

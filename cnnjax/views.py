@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from cnnjax.config import VIEWS
 from cnnjax.errors import unknown_name
@@ -16,7 +16,10 @@ AnyArray = Array | np.ndarray
 
 
 def mean_logits(
-    logits_fn: Callable[[Any], Float[Array, "B K"]], image: Float[AnyArray, "B H W C"], views: str
+    logits_fn: Callable[[Any], Float[Array, "B K"]],
+    image: Float[AnyArray, "B H W C"],
+    views: str,
+    mask: Bool[AnyArray, " B"] | None = None,
 ) -> Float[Array, "B K"]:
     """Returns the mean of the logits over views of each image.
 
@@ -26,6 +29,7 @@ def mean_logits(
       views: "plain", the image alone; "mirrored", it and its mirror image; "shifted", those two (a half of the mean),
         and those two moved by a pixel to the bottom right (a quarter) and to the top left (a quarter); "uncertain",
         these for the quarter of the batch (rounded up) whose most probable class is least probable, else "plain".
+      mask: the images that count; the others are not in that quarter before these are. All when None.
 
     Raises:
       UserError: there are no such views.
@@ -39,7 +43,9 @@ def mean_logits(
         return logits_fn(image)
     if views == "uncertain":
         logits = logits_fn(image)
-        _, least = lax.top_k(-jnp.max(jax.nn.log_softmax(logits), axis=-1), -(-len(image) // 4))
+        doubt = -jnp.max(jax.nn.log_softmax(logits), axis=-1)
+        doubt = doubt if mask is None else jnp.where(mask, doubt, -1.0)
+        _, least = lax.top_k(doubt, -(-len(image) // 4))
         return logits.at[least].set(mean_logits(logits_fn, jnp.asarray(image)[least], "shifted"), unique_indices=True)
 
     def mirrored(image: Float[AnyArray, "B H W C"]) -> Float[Array, "B K"]:

@@ -4,6 +4,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import version
@@ -67,7 +68,7 @@ def use_compilation_cache(say: Callable[[str], None]) -> None:
                 "JAX_COMPILATION_CACHE_DIR is set: XLA's own kernels are used, which are slower. Unset it for oneDNN's."
             )
         return
-    if with_onednn or ("command_buffer" in (flags := os.environ.get("XLA_FLAGS", "")) and "CONVOLUTION" in flags):
+    if with_onednn or re.search(r"command_buffer=\S*(?<![-\w])CONVOLUTION", os.environ.get("XLA_FLAGS", "")):
         return
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     cache = home / "cnnjax" / f"xla-{processor()}"

@@ -1,132 +1,126 @@
 """How fast the records' accuracies are reached on one GPU, beside airbench itself. `make bench-gpu` runs it.
 
-    .venv/bin/python experiments/benchmark_gpu.py            # all parts: about an hour, most of it airbench's
-    .venv/bin/python experiments/benchmark_gpu.py clock      # these parts
-    .venv/bin/python experiments/benchmark_gpu.py --small    # tries every part of cnnjax in some minutes, on a CPU
+    make bench-gpu                         # all parts: about an hour, most of it airbench's
+    make bench-gpu ARGS="ladder clock"     # these parts
+    make bench-gpu ARGS=--small            # tries every part of cnnjax in minutes, on a CPU
+    make bench-gpu ARGS="--python python3 --peers python3 --airbench airbench --into out"    # without a registry
 
-clock      94% and 96%: each recipe by many seeds, on the records' own clock; a seed before them warms up
-airbench   airbench94_muon.py and airbench96 by their author's scripts, from his repository, on the same clock
-flags      the recipe for 94% under XLA's flags for CUDA graphs, and without the deterministic kernels
-start      process start to result of the recipe for 94%, with what XLA compiled before
+ladder     the recipe for 94% with one thing done differently at a time: flags of XLA, network, optimizer, program
+clock      94% and 96%: each recipe by many seeds, on the records' own clock, with deterministic kernels and with any
+profile    what the device does in one warm run of the recipe for 94%: kernels by their share, and idle time
+airbench   airbench94_muon and airbench96 by their author's scripts, on the same clock
+bits       the recipe for 94% in two processes, and killed and resumed: the same digests? And process start to result
+agree      the first 25 steps of cifar10_cnn on the CPU and on the GPU
 tutorial   the tutorial's network, 200 epochs at batch 32
 
-The records' clock runs from the whitening of the first layer, through all epochs, to the score of the test set by six
-views; loading, the copy to the device, compilation and warm-up come before. It is synchronised at both ends. Each part
-writes its table into experiments/BENCHMARKS.md.
+The records' clock runs from the whitening of the first layer, through all epochs, to the score of the test set by its
+views; loading, the copy to the device, compilation and warm-up come before. It is synchronised at both ends. Results
+are printed as they come; each part writes its table into experiments/BENCHMARKS.md, or into the folder of --into.
 """
 
 import argparse
 import json
+import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from benchmark import ENVIRONMENT, HERE, check_sections, describe, write_section
+from benchmark import ENVIRONMENT, HERE, check_sections, write_section
+from benchmark_gpu_process import Contender, command_line, line_of, spread
+from benchmark_gpu_variants import ANY_KERNELS, MUON, VARIANTS
 
-from cnnjax import Config, load_dataset
+from cnnjax import load_dataset
 
 PEERS = HERE.parent / ".venv-peers-gpu" / "bin" / "python"
 REPOSITORY = "https://github.com/KellerJordan/cifar10-airbench"
-RECIPES = {"cifar10_airbench94_muon": 50, "cifar10_airbench94": 50, "cifar10_airbench96": 10}  # Seeds.
+RECIPES = {MUON: 50, "cifar10_airbench94": 50, "cifar10_airbench96": 10}  # Seeds.
 SCRIPTS = {"airbench94_muon.py": 50, "legacy/airbench96.py": 10, "airbench96_faster.py": 10}  # Runs.
-FLAGS = (
-    "",
-    "--xla_gpu_deterministic_ops=false",
-    "--xla_gpu_enable_command_buffer=+CONVOLUTION",
-    "--xla_gpu_enable_command_buffer=+CONVOLUTION,+WHILE",
-)
 HEAD = "| {} | test accuracy | 95% interval | s, records' clock | runs |\n| --- | --- | --- | --- | --- |"
+TOGETHER = 10  # Contenders that compile, and lie on the GPU, at a time: each needs 4 GB.
 
 
-def contend(config: Config, seeds: int) -> None:
-    """Prints the accuracy and the seconds of each seed, in one process."""
-    import jax
-    import jax.numpy as jnp
-
-    from cnnjax.batches import Pixels, standardize
-    from cnnjax.epoch import evaluate
-    from cnnjax.experiment import set_up
-    from cnnjax.report import Report
-    from cnnjax.step import init_state
-    from cnnjax.whitening import NUM_IMAGES, whiten
-    from cnnjax.xla import use_compilation_cache
-
-    use_compilation_cache(print)
-    run, _, _ = set_up(config, Path("unused"), None, None, Report(quiet=True))
-    pixels = run.train.standardization
-    test = jax.device_put(Pixels(*run.dataset.load("test"), pixels), run.placement.state)
-    for seed in range(-1, seeds):  # The first warms up.
-        init_key, train_key = jax.random.split(jax.random.key(seed % 2**32))
-        run = run._replace(config=replace(config, seed=seed % 2**32), train_key=train_key)
-        state = init_state(init_key, jnp.zeros((1, *run.train.image.shape[1:])), model=run.model, tx=run.tx)
-        jax.block_until_ready(state)
-        start = time.perf_counter()
-        state = whiten(state, standardize(run.train.image[:NUM_IMAGES], pixels))
-        step, steps = 0, run.steps_per_epoch * config.num_epochs
-        plan = run.plan(step)
-        while step < steps:
-            state, _ = run.train_steps(state, plan)
-            step += run.steps_per_dispatch
-            if step < steps:
-                plan = run.plan(step)  # While the device works.
-        scores = evaluate(state, test, model=run.model, views=config.views)  # Waits for the device.
-        if seed >= 0:
-            print("result", scores.accuracy, time.perf_counter() - start, flush=True)
+# --- Parts: each returns a table --------------------------------------------------------------------------------------
 
 
-def results(
-    command: list[str], count: int, environment: dict[str, str], pattern: str, folder: Path
-) -> list[list[float]]:
-    """Runs a process until it has printed `count` lines of the pattern; returns accuracies and seconds."""
-    found = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=folder) as process:
-        for line in process.stdout:
-            if match := re.match(pattern, line):
-                found.append((100 * float(match[1]), float(match[2])))
-                print(f"\r{' '.join(command[1:3])}: run {len(found)} of {count}", end="", file=sys.stderr)
-            if len(found) == count:
-                break
-        process.kill()
-    print(file=sys.stderr)
-    if len(found) < count:
-        sys.exit(f"`{' '.join(command)}` ended after {len(found)} of {count} runs.")
-    return [list(column) for column in zip(*found, strict=True)]
+def ladder(args: argparse.Namespace) -> str:
+    """Scores held-out images: choices are not made on the test set."""
+    until, done = time.monotonic() + args.seconds, []
+    names = args.variants or list(VARIANTS)
+    with tempfile.TemporaryDirectory() as cache:
+        for i in range(0, len(names), TOGETHER):
+            wave = []
+            for name in names[i : i + TOGETHER]:
+                # Autotuning beside others is noisy; variants share what was picked, but for flags that change it.
+                folder = Path(cache, re.sub(r"\W+", "", VARIANTS[name].flags) or "default")
+                folder.mkdir(exist_ok=True)
+                flag = f"--xla_gpu_per_fusion_autotune_cache_dir={folder}"
+                log = Path(cache, f"{len(done) + len(wave)}.log")
+                wave.append(Contender(args, name, "--config", '{"validation_fraction": 0.1}', flags=flag, log=log))
+            share = (until - time.monotonic()) * min(1.0, TOGETHER / (len(names) - i))
+            last = time.monotonic() + 0.8 * share  # Who has not compiled by then is left out.
+            ready = [contender for contender in wave if contender.wait(last)]
+            for seed in range(1 if args.small else 3):
+                for contender in ready:
+                    contender.train(seed, until)
+            for contender in wave:
+                contender.close()
+            done += wave
+        if args.into:
+            for i, contender in enumerate(done):
+                shutil.copy(Path(cache, f"{i}.log"), args.into / f"{re.sub(r'[^a-z0-9]+', '_', contender.name)}.log")
+    lines = ["| variant | s, records' clock | of `as it is` | validation accuracy | s to compile |", "|" + " --- |" * 5]
+    base = next((statistics.median(c.seconds()) for c in done if c.results), None)
+    for contender in done:
+        if not (times := contender.seconds()):
+            lines.append(f"| {contender.name} | failed, or out of time | | | |")
+            continue
+        accuracy = statistics.mean(result[0] for result in contender.results)
+        lines.append(
+            f"| {contender.name} | {spread(times)} | {statistics.median(times) / base:.2f} × | {accuracy:.2%} | "
+            f"{contender.ready:.0f} |"
+        )
+    return "\n".join(lines)
 
 
-def line_of(label: str, accuracies: list[float], seconds: list[float]) -> str:
-    n = len(accuracies)
-    half = 1.96 * statistics.stdev(accuracies) / n**0.5 if n > 1 else float("nan")
-    times = f"{statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})"
-    return f"| {label} | {statistics.mean(accuracies):.2f}% | ± {half:.2f} | {times} | {n} |"
+def clock(args: argparse.Namespace) -> str:
+    lines, until = [HEAD.format("cnnjax")], time.monotonic() + args.seconds
+    for recipe, seeds in RECIPES.items():
+        contenders = [Contender(args, variant, "--recipe", recipe) for variant in ("as it is", "any kernels")]
+        for contender in [c for c in contenders if c.wait(until)]:
+            for seed in range(2 if args.small else args.seeds or seeds):
+                contender.train(seed, until)
+        for contender, kernels in zip(contenders, ("deterministic kernels", "any kernels"), strict=True):
+            contender.close()
+            done = contender.results
+            lines.append(
+                contender.line(f"`{recipe}`, {kernels}") if done else f"| `{recipe}`, {kernels} | failed | | | |"
+            )
+    return "\n".join(lines)
 
 
-def ours(name: str, seeds: int, small: bool, flags: str = "") -> list[list[float]]:
-    command = [sys.executable, __file__, "--contend", name, str(seeds), *(["--small"] if small else [])]
-    environment = ENVIRONMENT | {"XLA_FLAGS": f"{ENVIRONMENT.get('XLA_FLAGS', '')} {flags}".strip()}
-    return results(command, seeds, environment, r"result (\S+) (\S+)", HERE)
+def profile(args: argparse.Namespace) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        until = time.monotonic() + args.seconds
+        contender = Contender(args, "any kernels")
+        lines = contender.profile(Path(folder), until) if contender.wait(until) else ["It did not compile in time."]
+        contender.close()
+    return "\n".join(["```", *lines[:30], "```"])
 
 
-def clock(small: bool, airbench: str | None) -> str:
-    lines = [line_of(name, *ours(name, 2 if small else seeds, small)) for name, seeds in RECIPES.items()]
-    return "\n".join([HEAD.format("cnnjax"), *lines])
-
-
-def airbench(small: bool, airbench: str | None) -> str:
-    if small:
+def airbench(args: argparse.Namespace) -> str:
+    if args.small:
         return "Left out: it needs a GPU."
-    if not PEERS.exists():
-        sys.exit(f"PyTorch must be installed in {PEERS.parent.parent}. Use: make bench-gpu")
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(airbench or f"{temporary}/airbench")
-        if airbench is None:
+        folder = Path(args.airbench or f"{temporary}/airbench").resolve()
+        if args.airbench is None:
             subprocess.run(["git", "clone", "--quiet", "--depth", "1", REPOSITORY, folder], check=True)
-        commit = subprocess.check_output(["git", "-C", folder, "rev-parse", "--short", "HEAD"], text=True).strip()
         data = Path(temporary, "work", "cifar10")
         data.mkdir(parents=True)
         for split in ("train", "test"):  # As its loader writes them, which would download the set.
@@ -137,53 +131,107 @@ def airbench(small: bool, airbench: str | None) -> str:
                 "b = {name: torch.tensor(a[name]) for name in ('images', 'labels')} | {'classes': list('0123456789')}; "
                 "torch.save(b, sys.argv[1] + '.pt')"
             )
-            subprocess.run([PEERS, "-c", code, data / split], check=True)
-        lines = []
-        # Of its table: run, epoch, and at last the accuracy by six views and the seconds of the whole run.
-        pattern = r"\|.*\|\s+(0\.\d+)\s+\|\s+(\d+\.\d+)\s+\|\s*$"
+            subprocess.run([args.peers, "-c", code, data / split], check=True)
+        lines, until = [HEAD.format("airbench")], time.monotonic() + args.seconds
         for script, runs in SCRIPTS.items():
-            found = results([str(PEERS), str(folder / script)], runs + 1, ENVIRONMENT, pattern, data.parent)
-            lines.append(line_of(script, *(column[1:] for column in found)))  # The first warms up.
-    return "\n".join([HEAD.format(f"airbench, commit {commit}"), *lines])
+            found = airbench_runs([args.peers, str(folder / script)], (args.seeds or runs) + 1, data.parent, until)
+            # The first warms up.
+            lines.append(
+                line_of(script, *(c[1:] for c in found))
+                if found and len(found[0]) > 1
+                else f"| {script} | failed, or out of time | | | |"
+            )
+    return "\n".join(lines)
 
 
-def flags(small: bool, airbench: str | None) -> str:
-    seeds = 1 if small else 10
-    lines = [line_of(f"`{set_ or 'as it is'}`", *ours("cifar10_airbench94_muon", seeds, small, set_)) for set_ in FLAGS]
-    return "\n".join([HEAD.format("cifar10_airbench94_muon under flags"), *lines])
+def airbench_runs(command: list[str], count: int, folder: Path, until: float) -> list[list[float]]:
+    """Runs one of its scripts until it has printed `count` results, or for the instant; returns accuracies, seconds."""
+    found = []
+    # Of its table: run, epoch, and at last the accuracy by six views and the seconds of the whole run.
+    pattern = r"\|.*\|\s+(0\.\d+)\s+\|\s+(\d+\.\d+)\s+\|\s*$"
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT, cwd=folder) as process:
+        timer = threading.Timer(max(0.0, until - time.monotonic()), process.kill)
+        timer.start()
+        for line in process.stdout:
+            if match := re.match(pattern, line):
+                found.append((100 * float(match[1]), float(match[2])))
+                print(f"{Path(command[1]).name}: {found[-1][0]:.2f}%, {found[-1][1]} s", flush=True)
+            if len(found) == count:
+                break
+        timer.cancel()
+        process.kill()
+    return [list(column) for column in zip(*found, strict=True)]
 
 
-def start(small: bool, airbench: str | None) -> str:
-    options = ["--num-epochs", "1", "--model.widths", "8", "16", "16"] if small else []
-    with tempfile.TemporaryDirectory() as cache:  # Empty, so that the first start compiles.
-        environment = ENVIRONMENT | {"XDG_CACHE_HOME": cache}
-        runs = [train("cifar10_airbench94_muon", options, environment) for _ in range(2 if small else 4)]
-    later = [wall for wall, _ in runs[1:]]
-    times = f"{statistics.median(later):.1f} ({min(later):.1f} to {max(later):.1f})"
-    return (
-        f"Process start to result of `cifar10_airbench94_muon`: {runs[0][0]:.1f} s, then, compiled before, {times} s."
-    )
+def bits(args: argparse.Namespace) -> str:
+    options = ["--num-epochs", "3", "--model.widths", "8", "16", "16"] if args.small else []
+    lines = ["| `cifar10_airbench94_muon` | two processes | killed and resumed | s, first start | s, second start |"]
+    lines.append("|" + " --- |" * 5)
+    for label, flags in (("deterministic kernels", ""), ("any kernels", ANY_KERNELS)):
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            environment = ENVIRONMENT | {
+                "XDG_CACHE_HOME": str(folder),  # Empty, so that the first start compiles.
+                "XLA_FLAGS": f"{ENVIRONMENT.get('XLA_FLAGS', '')} {flags}".strip(),
+            }
+            walls = [command_line(MUON, folder / run, options, environment) for run in ("first", "second")]
+            command_line(MUON, folder / "killed", options, environment, kill="epoch 2/")
+            command_line(MUON, folder / "killed", [*options, "--resume"], environment)
+            digests = [
+                json.loads((folder / run / "result.json").read_text())["sha256"]
+                if (folder / run / "result.json").exists()
+                else run
+                for run in ("first", "second", "killed")
+            ]
+        same = ["the same bits" if digest == digests[0] else "**other bits**" for digest in digests[1:]]
+        lines.append(f"| {label} | {' | '.join(same)} | {walls[0]:.1f} | {walls[1]:.1f} |")
+        print(lines[-1], flush=True)
+    return "\n".join(lines)
 
 
-def tutorial(small: bool, airbench: str | None) -> str:
-    options = ["--num-epochs", "1", "--batch-size", "512"] if small else []
-    wall, result = train("cifar10_tutorial", options, ENVIRONMENT)
-    return (
-        f"`cifar10_tutorial`, {result['num_epochs']} epochs: {result['training_seconds']:.0f} s of training, "
-        f"{wall:.0f} s from process start to result, {result['test_accuracy']:.2%} on the test set."
-    )
-
-
-def train(experiment: str, options: list[str], environment: dict[str, str]) -> tuple[float, dict]:
-    """Returns the seconds of a whole process, and its result."""
+def agree(args: argparse.Namespace) -> str:
+    lines = [
+        "| `cifar10_cnn`, parameters after 25 steps: GPU against CPU | difference, of their norm |",
+        "| --- | --- |",
+    ]
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(HERE / f"{experiment}.py"), "--run-dir", f"{folder}/run", *options]
-        begin = time.perf_counter()
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
-        return time.perf_counter() - begin, json.loads(Path(folder, "run", "result.json").read_text())
+
+        def run(name: str, **environment: str) -> np.ndarray:
+            file = f"{folder}/{name}.npy"
+            command = [sys.executable, str(HERE / "benchmark_gpu_contender.py"), "--recipe", "cifar10_cnn"]
+            subprocess.run([*command, "--first-steps", "25", file], check=True, env=ENVIRONMENT | environment)
+            return np.load(file)
+
+        wanted = run("cpu", JAX_PLATFORMS="cpu")
+        for label, precision in (("float32 with TF32 products, JAX's default", "default"), ("float32", "highest")):
+            got = run(precision, JAX_DEFAULT_MATMUL_PRECISION=precision)
+            lines.append(f"| {label} | {np.linalg.norm(got - wanted) / np.linalg.norm(wanted):.1e} |")
+    return "\n".join(lines)
 
 
-PARTS = {"clock": clock, "airbench": airbench, "flags": flags, "start": start, "tutorial": tutorial}
+def tutorial(args: argparse.Namespace) -> str:
+    options = ["--num-epochs", "1", "--batch-size", "512"] if args.small else []
+    lines = ["| `cifar10_tutorial`, seed | epochs | test accuracy | training, s | process start to result, s |"]
+    lines.append("|" + " --- |" * 5)
+    for seed in range(1 if args.small else 3):
+        with tempfile.TemporaryDirectory() as folder:
+            wall = command_line("cifar10_tutorial", Path(folder, "run"), ["--seed", str(seed), *options], ENVIRONMENT)
+            result = json.loads(Path(folder, "run", "result.json").read_text())
+        accuracy, training = f"{result['test_accuracy']:.2%}", f"{result['training_seconds']:.0f}"
+        lines.append(f"| {seed} | {result['num_epochs']} | {accuracy} | {training} | {wall:.0f} |")
+        print(lines[-1], flush=True)
+    return "\n".join(lines)
+
+
+PARTS = {
+    "ladder": ladder,
+    "clock": clock,
+    "profile": profile,
+    "airbench": airbench,
+    "bits": bits,
+    "agree": agree,
+    "tutorial": tutorial,
+}
 
 
 def main() -> None:
@@ -191,32 +239,53 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; all when none is named")
     parser.add_argument("--small", action="store_true", help="try the parts at small size; writes nothing")
     parser.add_argument(
-        "--airbench", metavar="DIR", help="a checkout of airbench's repository, where it is out of reach"
+        "--python", metavar="PYTHON", help="runs cnnjax instead of this Python: one that has jax for the GPU"
     )
-    parser.add_argument("--contend", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--peers", metavar="PYTHON", default=str(PEERS), help="runs airbench: one that has PyTorch")
+    parser.add_argument("--airbench", metavar="DIR", help="airbench's sources, where its repository is out of reach")
+    parser.add_argument("--into", metavar="DIR", type=Path, help="write the tables there, not into BENCHMARKS.md")
+    parser.add_argument(
+        "--seconds", type=float, default=3600.0, help="of a part, at most: ladder, clock, profile, airbench"
+    )
+    parser.add_argument(
+        "--seeds", type=int, help="of the clock and of airbench, instead of 50 for 94%% and 10 for 96%%"
+    )
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, metavar="NAME", help="of the ladder, instead of all")
     args = parser.parse_args()
-    if args.contend:
-        import importlib
-
-        config = importlib.import_module(args.contend[0]).CONFIG
-        if args.small:
-            config = replace(config, num_epochs=1, model=replace(config.model, widths=(8, 16, 16)))
-        return contend(config, int(args.contend[1]))
-    if unknown := set(args.parts) - set(PARTS):
+    if args.python and os.path.abspath(shutil.which(args.python) or args.python) != sys.executable:
+        python = shutil.which(args.python) or args.python
+        path = os.pathsep.join(filter(None, [str(HERE.parent.resolve()), os.environ.get("PYTHONPATH")]))
+        os.execve(python, [python, *sys.argv], ENVIRONMENT | {"PYTHONPATH": path})
+    parts = args.parts or list(PARTS)
+    if unknown := set(parts) - set(PARTS):
         parser.error(f"`PART` must be of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}.")
-    import jax
-
-    if not args.small and jax.default_backend() != "gpu":
-        parser.error(f"jax must see a GPU, got {jax.default_backend()}. Install cnnjax[cuda], or try --small.")
+    if "airbench" in parts and not args.small and shutil.which(args.peers) is None:
+        parser.error(f"PyTorch must be installed for {args.peers}. Use: make bench-gpu")
     if not args.small:
-        check_sections([f"gpu {part}" for part in args.parts or PARTS])
-        about = describe(PEERS)
-    for part in args.parts or PARTS:
-        table = PARTS[part](args.small, args.airbench)
+        query = "import jax; print(jax.default_backend())"  # In a process of its own: jax would take the GPU's memory.
+        backend = subprocess.check_output([sys.executable, "-c", query], text=True, env=ENVIRONMENT).strip()
+        if backend != "gpu":
+            parser.error(f"jax must see a GPU, got {backend}. Install cnnjax[cuda], or try --small.")
+    if args.into:
+        args.into.mkdir(parents=True, exist_ok=True)
+    elif not args.small:
+        check_sections([f"gpu {part}" for part in parts])
+    about = "" if args.small else describe_gpu(args.peers)
+    for part in parts:
+        table = PARTS[part](args)
         print(f"\n{table}\n", flush=True)
-        if not args.small:
+        if args.into:
+            (args.into / f"{part}.md").write_text(f"{table}\n\n{about}\n")
+        elif not args.small:
             write_section(f"gpu {part}", table, about)
-    return None
+
+
+def describe_gpu(peers: str) -> str:
+    """Returns what `describe` does, of a process that ends: this one must leave the GPU's memory alone."""
+    path = shutil.which(peers) or "-"
+    code = f"from pathlib import Path; from benchmark import describe; print(describe(Path({path!r})))"
+    environment = ENVIRONMENT | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    return subprocess.check_output([sys.executable, "-c", code], text=True, env=environment, cwd=HERE).strip()
 
 
 if __name__ == "__main__":

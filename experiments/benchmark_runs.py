@@ -1,11 +1,12 @@
 """What trust costs, and which way of training many seeds in one process is the fastest.
 
     .venv/bin/python experiments/benchmark_runs.py cost     # a checkpoint with its checksums, of cifar10_cnn
-    .venv/bin/python experiments/benchmark_runs.py seeds    # one after another, batched by vmap, one a device
+    .venv/bin/python experiments/benchmark_runs.py seeds    # one after another, by vmap, one a device, one a process
 
 `cost`: turns of training with and without a save in it, alternating, each until all is on disk; then the manifest. The
-share of a run counts a save an epoch and one a minute. `seeds`: each way is a process of its own; they take turns, a
-turn is a warm pass over the same images for every seed, synchronised at both ends. Printed are medians and the spread.
+share of a run counts a save an epoch and one a minute. `seeds`: each way is a process of its own, or one a seed; they
+take turns, a turn is a warm pass over the same images for every seed, synchronised at both ends. On a GPU all of them
+share its memory. Printed are medians and the spread.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 SHAPES = {"cnn": ((32, 32, 3), 512), "mlp": ((28, 28, 1), 8192)}  # Images, and how many a turn and seed.
-WAYS = ("sequential", "vmap", "devices")
+WAYS = ("sequential", "vmap", "devices", "processes")
 
 
 def make_batches(shape, count, batch_size=128):
@@ -133,18 +134,18 @@ def make_pass(way, model_name, num_seeds):
 
 
 def contend(way, model_name, num_seeds):
-    """Makes a pass for each line on standard input, and prints its seconds."""
+    """Makes a pass for each line on standard input, and prints a line when it is done."""
     one_pass = make_pass(way, model_name, num_seeds)
     for _ in range(2):
         one_pass()  # Compiles and warms up.
     print("ready", flush=True)
     for _ in sys.stdin:
-        start = time.perf_counter()
         one_pass()
-        print(time.perf_counter() - start, flush=True)
+        print("done", flush=True)
 
 
 def seeds(turns, num_seeds):
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # Of this process and the contenders: they share a GPU.
     import jax
 
     on_cpu = jax.default_backend() == "cpu"
@@ -153,20 +154,27 @@ def seeds(turns, num_seeds):
         for way in WAYS:
             # On a CPU, where there is one device, two share its cores.
             flags = "--xla_force_host_platform_device_count=2" if way == "devices" and on_cpu else ""
-            command = [sys.executable, __file__, "seeds", "--contend", way, model_name, "--num-seeds", str(num_seeds)]
+            apart = num_seeds if way == "processes" else 1
+            command = [sys.executable, __file__, "seeds", "--contend", way, model_name]
+            command += ["--num-seeds", str(num_seeds // apart)]
             environment = {**os.environ, "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()}
-            processes[way] = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-            )
-            assert processes[way].stdout.readline() == "ready\n"
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            processes[way] = [subprocess.Popen(command, env=environment, **pipes) for _ in range(apart)]
+            for process in processes[way]:
+                assert process.stdout.readline() == "ready\n"
         for _ in range(turns):
-            for way, process in processes.items():
-                process.stdin.write("\n")
-                process.stdin.flush()
-                speed[way].append(num_seeds * count / float(process.stdout.readline()))
-        for way, process in processes.items():
-            process.stdin.close()
-            process.wait()
+            for way, group in processes.items():
+                start = time.perf_counter()
+                for process in group:
+                    process.stdin.write("\n")
+                    process.stdin.flush()
+                for process in group:
+                    process.stdout.readline()
+                speed[way].append(num_seeds * count / (time.perf_counter() - start))
+        for way, group in processes.items():
+            for process in group:
+                process.stdin.close()
+                process.wait()
             ratio = statistics.median(a / b for a, b in zip(speed[way], speed["sequential"], strict=True))
             print(
                 f"{model_name} {way:10} {statistics.median(speed[way]):7.0f} images/s over {num_seeds} seeds "

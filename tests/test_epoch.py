@@ -2,10 +2,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
+from flax import linen as nn
 
-from cnnjax import MLP, AugmentConfig, ModelConfig, init_state
+from cnnjax import MLP, AugmentConfig, ModelConfig, TrainState, init_state
 from cnnjax.batches import Pixels, epoch_plan, pixel_statistics, row
-from cnnjax.epoch import train_steps
+from cnnjax.epoch import evaluate, train_steps
 from cnnjax.models import make_model
 
 AUGMENT = AugmentConfig(flip="random", translate=1, cutout=2)
@@ -45,3 +47,26 @@ def test_many_steps_in_one_program_equal_one_after_another():
     np.testing.assert_array_equal(metrics.num_examples, [16, 16, 16, 16, 16, 10])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), metrics, single_metrics)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), together.params, single.params)
+
+
+@pytest.mark.parametrize(("backend", "batch_size"), [("cpu", 500), ("gpu", 2000)])
+def test_a_set_is_scored_in_batches_that_its_device_is_fast_at(backend, batch_size, monkeypatch):
+    seen = []
+
+    class Red(nn.Module):
+        """Finds class 1 where an image is redder than the mean image, else class 0."""
+
+        @nn.compact
+        def __call__(self, image, *, train):
+            seen.append(image.shape)
+            red = image.mean((1, 2))[:, :1]
+            return jnp.concatenate([-red, red], axis=1)
+
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    pixels = make_pixels(2100, 4)
+    scores = evaluate(TrainState(jnp.zeros((), jnp.int32), {}, {}, ()), pixels, model=Red())
+    assert seen == [(batch_size, 4, 4, 3)]
+    red = pixels.image[..., 0].mean((1, 2), dtype=np.float64) / 255
+    mean = pixels.image[..., 0].mean(dtype=np.float64) / 255
+    assert scores.num_examples == 2100
+    assert scores.accuracy == np.mean((red > mean) == pixels.label)

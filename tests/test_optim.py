@@ -4,8 +4,18 @@ import numpy as np
 import optax
 import pytest
 
-from cnnjax import CNN, OptimConfig, UserError
-from cnnjax.optim import group_of, keep_norm, lookahead, make_loss, make_schedule, make_tx
+from cnnjax import CNN, Batch, ModelConfig, OptimConfig, UserError, init_state, train_step
+from cnnjax.models import make_model
+from cnnjax.optim import (
+    frozen_parts,
+    group_of,
+    keep_norm,
+    lookahead,
+    make_loss,
+    make_schedule,
+    make_tx,
+    orthogonalize,
+)
 
 
 def test_schedules_by_hand():
@@ -127,6 +137,65 @@ def test_the_whitening_bias_stands_still_after_its_epochs():
     assert still == [False, False, True, True, True, True]
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        OptimConfig(name="adam", whiten_epochs=1),
+        OptimConfig(name="sgd", whiten_epochs=0),
+        OptimConfig(name="sgd", whiten_epochs=1, clip_norm=1.0),  # The norm of all gradients counts in each update.
+    ],
+    ids=["adam", "no whiten_epochs", "clip_norm"],
+)
+def test_nothing_is_frozen_whose_gradient_counts(config):
+    assert {frozen_parts(config, SPEEDNET, step, num_steps=6, num_epochs=3) for step in range(6)} == {()}
+
+
+@pytest.mark.parametrize("name", ["sgd", "muon"])
+@pytest.mark.parametrize(("accumulate", "num_steps", "end"), [(1, 6, 2), (2, 12, 4), (2, 13, 4), (1, 7, 2), (1, 8, 3)])
+def test_the_whitening_bias_is_frozen_from_the_step_on_that_moves_it_no_more(name, accumulate, num_steps, end):
+    """After a third of the updates: round(8 / 3) = 3."""
+    config = OptimConfig(name=name, whiten_epochs=1, accumulate=accumulate)
+    tx = make_tx(config, num_steps, 3)
+    params, state, moves = SPEEDNET, tx.init(SPEEDNET), []
+    update = jax.jit(tx.update)
+    for step in range(num_steps):
+        updates, state = update(jax.tree.map(jnp.ones_like, params), state, params)
+        if updates["whiten"]["bias"].any():
+            moves.append(step)
+    assert max(moves) == end - 1
+    frozen = [frozen_parts(config, SPEEDNET, step, num_steps, 3) for step in range(num_steps)]
+    assert frozen == [()] * end + [("whiten",)] * (num_steps - end)
+    assert frozen_parts(config, {"Conv_0": {}}, num_steps - 1, num_steps, 3) == ()
+
+
+def test_a_run_with_a_frozen_whitening_bias_ends_in_the_same_parameters():
+    config = OptimConfig(
+        name="muon", learning_rate=0.1, weight_decay=0.01, whiten_epochs=1, whiten_scale=4.0, accumulate=2
+    )
+    num_steps, half = 8, 4
+    model, tx = make_model(ModelConfig(name="speednet", widths=(4, 8, 8)), 10), make_tx(config, num_steps, 2)
+    rng = np.random.default_rng(0)
+    image, kernel = rng.normal(size=(16, 9, 9, 3)).astype(np.float32), rng.normal(size=(2, 2, 3, 24))
+    batch = Batch(image, np.arange(16, dtype=np.int32) % 10, np.ones(16, bool))
+
+    def train(parts):
+        state = init_state(jax.random.key(0), image[:1], model=model, tx=tx)
+        stats = {**state.batch_stats, "whiten": {"kernel": jnp.asarray(kernel, jnp.float32) / 4}}
+        state, biases = state._replace(batch_stats=stats), []
+        for step in range(num_steps):
+            frozen = parts(config, state.params, step, num_steps, 2)
+            state, _ = train_step(state, batch, jax.random.key(1), model=model, tx=tx, frozen=frozen)
+            biases.append(np.asarray(state.params["whiten"]["bias"]))
+        return jax.device_get(state.params), biases
+
+    with_frozen, biases = train(frozen_parts)
+    without, _ = train(lambda *args: ())
+    assert np.abs(biases[half - 1]).min() > 0
+    for bias in biases[half:]:
+        np.testing.assert_array_equal(bias, biases[half - 1])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8), with_frozen, without)
+
+
 def test_muon_by_numpy():
     """The momentum's matrix, orthogonalised by three steps of Newton and Schulz, on a kernel brought to its norm."""
     rng = np.random.default_rng(0)
@@ -134,21 +203,39 @@ def test_muon_by_numpy():
     params = {**SPEEDNET, "Conv_0": {"kernel": jnp.asarray(kernel)}}
     tx = make_tx(OptimConfig(name="muon", learning_rate=0.24, muon_momentum=0.6), num_steps=2)
     state, m, wanted = tx.init(params), np.zeros((18, 4)), kernel.astype(np.float64).reshape(18, 4)
-    for step, grad in enumerate(grads):
+    for grad in grads:
         given = {**jax.tree.map(jnp.zeros_like, params), "Conv_0": {"kernel": jnp.asarray(grad)}}
         updates, state = tx.update(given, state, params)
         params = optax.apply_updates(params, updates)
         g = grad.astype(np.float64).reshape(18, 4)
-        m = 0.6 * m + 0.4 * g
-        # Nesterov's look ahead, without its bias: of no matter, for only the direction of the matrix counts.
-        ahead = 0.6 * m / (1 - 0.6 ** (step + 2)) + 0.4 * g / (1 - 0.6 ** (step + 1))
+        m = 0.6 * m + g
+        ahead = g + 0.6 * m  # Nesterov's look ahead, as of airbench94_muon.
         x = ahead / np.linalg.norm(ahead)
         for _ in range(3):  # Keller Jordan (2024): the quintic with these coefficients.
             gram = x.T @ x
             x = 3.4445 * x + x @ (-4.7750 * gram + 2.0315 * gram @ gram)
         wanted = wanted * 2 / np.linalg.norm(wanted) - 0.24 * x
     got = np.asarray(params["Conv_0"]["kernel"], np.float64).reshape(18, 4)
-    np.testing.assert_allclose(got, wanted, atol=2e-3)
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-6)
+
+
+def test_kernels_are_orthogonalised_together_as_each_alone(monkeypatch):
+    """On an accelerator, in bfloat16 and filled up with zeros to the largest; one has more columns than rows."""
+    rng = np.random.default_rng(0)
+    shapes = {"wide": (1, 1, 3, 8), "small": (3, 3, 2, 4), "large": (3, 3, 4, 6)}
+    kernels = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    update = orthogonalize().update
+    exact = {name: update({name: kernel}, optax.EmptyState())[0][name] for name, kernel in kernels.items()}
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *operands, cpu, default: default(*operands))
+    together, _ = update(kernels, optax.EmptyState())
+    for name, shape in shapes.items():
+        alone = update({name: kernels[name]}, optax.EmptyState())[0][name]
+        assert together[name].shape == shape
+        assert together[name].dtype == jnp.float32
+        assert jnp.any(together[name] != exact[name])  # It is in bfloat16.
+        np.testing.assert_allclose(together[name], alone, rtol=0, atol=2**-7)
+        # The first rounding, 2**-9, is multiplied in each of the three steps, as small values are.
+        np.testing.assert_allclose(together[name], exact[name], rtol=0, atol=3.4445**3 * 2**-9)
 
 
 def test_keep_norm_by_hand():

@@ -157,3 +157,25 @@ def test_donated_state_is_deleted():
     train_step(state, make_batch(), KEY, model=MODEL, tx=TX)
     with pytest.raises(RuntimeError, match="deleted"):
         np.asarray(state.params["Dense_1"]["kernel"])
+
+
+def test_frozen_parameters_stand_still_and_the_others_move_as_without():
+    model, tx, batch = Normalized(), optax.sgd(0.1), make_batch()
+    before = jax.device_get(make_state(model, tx).params)
+    whole, metrics = train_step(make_state(model, tx), batch, KEY, model=model, tx=tx)
+    part, part_metrics = train_step(make_state(model, tx), batch, KEY, model=model, tx=tx, frozen=("Conv_0", "Dense_0"))
+    for name in ("Conv_0", "Dense_0"):
+        assert_equal(part.params[name], before[name])
+        assert not np.array_equal(whole.params[name]["kernel"], before[name]["kernel"])
+    for leaf in ("scale", "bias"):
+        assert not np.array_equal(part.params["BatchNorm_0"][leaf], before["BatchNorm_0"][leaf])
+    same = (part.params["BatchNorm_0"], part.batch_stats, part_metrics)
+    wanted = (whole.params["BatchNorm_0"], whole.batch_stats, metrics)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), same, wanted)
+
+
+def test_parameters_to_freeze_that_are_not_there():
+    model, tx = Normalized(), optax.sgd(0.1)
+    message = r"`frozen` must be of \['BatchNorm_0', 'Conv_0', 'Dense_0'\], got \['Conv_1', 'whiten'\]\."
+    with pytest.raises(ValueError, match=message):
+        train_step(make_state(model, tx), make_batch(), KEY, model=model, tx=tx, frozen=("whiten", "Conv_0", "Conv_1"))

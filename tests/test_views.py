@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -30,6 +31,31 @@ def test_views_equal_numpy():
     np.testing.assert_allclose(mean_logits(logits_fn, IMAGE, "mirrored"), mirrored(IMAGE), rtol=1e-5, atol=1e-5)
     expected = mirrored(IMAGE) / 2 + (mirrored(moved(IMAGE, 1)) + mirrored(moved(IMAGE, -1))) / 4
     np.testing.assert_allclose(mean_logits(logits_fn, IMAGE, "shifted"), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("batch_size", "quarter"), [(1, 1), (3, 1), (4, 1), (5, 2), (20, 5)])
+def test_the_quarter_that_is_least_sure_is_scored_by_all_views(batch_size, quarter):
+    image = np.random.default_rng(1).normal(size=(batch_size, 4, 5, 2)).astype(np.float32)
+    plain, shifted = (np.asarray(mean_logits(logits_fn, image, views)) for views in ("plain", "shifted"))
+    exp = np.exp(plain.astype(np.float64))
+    confidence = (exp / exp.sum(1, keepdims=True)).max(1)
+    unsure = np.argsort(confidence)[:quarter]
+    expected = plain.copy()
+    expected[unsure] = shifted[unsure]
+    np.testing.assert_allclose(mean_logits(logits_fn, image, "uncertain"), expected, rtol=1e-5, atol=1e-5)
+    assert np.abs(shifted - plain).max(1).min() > 0.1  # Which it is shows.
+
+
+def test_padding_takes_no_place_among_the_least_sure():
+    image = np.random.default_rng(1).normal(size=(8, 4, 5, 2)).astype(np.float32)
+    plain, shifted = (np.asarray(mean_logits(logits_fn, image, views)) for views in ("plain", "shifted"))
+    least = np.argsort(np.asarray(jax.nn.softmax(plain)).max(1))
+    mask = np.ones(8, bool)
+    mask[least[:3]] = False
+    expected = plain.copy()
+    expected[least[3:5]] = shifted[least[3:5]]
+    got = mean_logits(logits_fn, image, "uncertain", mask)
+    np.testing.assert_allclose(got[mask], expected[mask], rtol=1e-5, atol=1e-5)
 
 
 def test_views_that_are_not_there():

@@ -4,7 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
+
+from cnnjax.xla import use_compilation_cache
 
 # A block of the size of a step's scratch memory, written and given back 20 times; prints the pages that were mapped.
 SCRIPT = """
@@ -38,6 +41,30 @@ def test_flags_are_set_once_and_none_that_the_user_set():
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc")
 def test_freed_memory_is_kept_for_the_next_step_unless_the_user_tunes_it():
     assert page_faults() < page_faults(MALLOC_TRIM_THRESHOLD_="131072") / 5
+
+
+@pytest.mark.parametrize(
+    ("flags", "kept"),
+    [
+        ("", True),
+        ("--xla_gpu_enable_command_buffer=+CUBLAS", True),
+        ("--xla_gpu_enable_command_buffer=+CONVOLUTION", False),
+        ("--xla_gpu_deterministic_ops=true --xla_gpu_enable_command_buffer=FUSION,CONVOLUTION", False),
+    ],
+)
+def test_a_gpu_s_programs_are_kept_unless_cuda_graphs_hold_convolutions(flags, kept, monkeypatch, tmp_path):
+    """Such programs failed when they came from the cache."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    options, said = {}, []
+    monkeypatch.setattr(jax.config, "update", options.__setitem__)
+    use_compilation_cache(said.append)
+    folders = [str(folder) for folder in tmp_path.glob("cnnjax/xla-*")]
+    assert len(folders) == kept
+    assert [options[name] for name in options if name == "jax_compilation_cache_dir"] == folders
+    assert said == []
 
 
 def test_operations_equal_their_references_under_xla_s_own_flags_too():
