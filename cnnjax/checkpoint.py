@@ -241,7 +241,8 @@ def _check_same(path: Any, wanted: dict[str, Any], saved: dict[str, Any]) -> Non
         if wanted.get(name) != saved.get(name):
             raise UserError(
                 f"The checkpoint {path} must be of the same model and optimizer; `{name}` has "
-                f"{_describe(saved.get(name))} there and {_describe(wanted.get(name))} here."
+                f"{_describe(saved.get(name))} there and {_describe(wanted.get(name))} here. If they are the same, "
+                "another version of cnnjax wrote it: manifest.json names its commit."
             )
 
 

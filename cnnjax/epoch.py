@@ -15,7 +15,7 @@ from cnnjax.config import AugmentConfig
 from cnnjax.devices import Placement
 from cnnjax.step import LossFn, Metrics, TrainState, eval_step, softmax_cross_entropy, train_step
 
-# Examples; divisors of the usual test sets, large enough for the full speed of a CPU, and of an accelerator.
+# Examples; divisors of the usual test sets. The larger is for images of up to 32 by 32 on an accelerator.
 EVAL_BATCH_SIZE, ACCELERATOR_EVAL_BATCH_SIZE = 500, 2000
 
 
@@ -39,7 +39,7 @@ def train_steps(
       pixels: the training set.
       plan: S rows.
       key: the same for every step, as of `train_step`.
-      augment, model, tx, loss_fn, frozen: as of `make_batch` and `train_step`.
+      augment, model, tx, loss_fn, frozen: see `make_batch` and `train_step`.
 
     Returns:
       The next state, and the metrics of each step [S].
@@ -100,7 +100,9 @@ def evaluate(
     """
     num_examples = len(pixels.label)
     platform = jax.default_backend() if placement is None else placement.devices[0].platform
-    batch_size = min(EVAL_BATCH_SIZE if platform == "cpu" else ACCELERATOR_EVAL_BATCH_SIZE, num_examples)
+    small = pixels.image.shape[1] * pixels.image.shape[2] <= 32 * 32
+    batch_size = ACCELERATOR_EVAL_BATCH_SIZE if platform != "cpu" and small else EVAL_BATCH_SIZE
+    batch_size = min(batch_size, num_examples)
     if placement is not None:
         batch_size = -(-batch_size // placement.num_devices) * placement.num_devices
     plan = plain_plan(num_examples, batch_size)

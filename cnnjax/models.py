@@ -9,8 +9,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from cnnjax.config import ModelConfig
+from cnnjax.conv import conv2d
 from cnnjax.errors import UserError
-from cnnjax.layers import GLOROT_UNIFORM, Conv, Dense, Dropout, conv2d, gelu, max_pool_2x2
+from cnnjax.layers import GLOROT_UNIFORM, Conv, Dense, Dropout, gelu, max_pool_2x2
 from cnnjax.norm import NormGelu
 from cnnjax.step import AnyArray
 

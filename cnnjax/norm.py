@@ -1,4 +1,4 @@
-"""Batch normalisation and GELU as one operation, whose gradient keeps one array: an accelerator waits for memory."""
+"""Batch normalisation and GELU as one operation, which keeps a single activation for its backward pass."""
 
 import flax.linen as nn
 import jax
@@ -13,9 +13,10 @@ EPSILON, MOMENTUM = 1e-12, 0.6  # Keller Jordan (2024), airbench94: quick runnin
 def batch_norm_gelu(
     x: Float[Array, "B H W C"], bias: Float[Array, " C"], residual: Float[Array, "B H W C"] | None = None
 ) -> tuple[Float[Array, "B H W C"], Float[Array, " C"], Float[Array, " C"]]:
-    """Returns GELU of `x` with mean 0 and deviation 1 of each channel, plus `bias` and `residual`.
+    """Normalises each channel of `x`, adds `bias` and `residual`, and applies GELU.
 
-    Computes in float32 and rounds to the dtype of `x`; so is the gradient before the norm.
+    Computes in float32; the result, and the gradient before the norm, are rounded to the dtype of `x`. On an
+    accelerator memory is the limit here, so that computing again is cheaper than keeping.
 
     Returns:
       The features, and the mean and the variance of each channel, float32, through which no gradient goes.
@@ -61,7 +62,7 @@ def _row(x: Float[Array, " C"]) -> Float[Array, "1 1 1 C"]:
 
 
 class NormGelu(nn.Module):
-    """Batch normalisation without a learned scale, then GELU; with a `residual`, that is added between the two."""
+    """Batch normalisation without a learned scale, then GELU. A `residual` is added before GELU."""
 
     @nn.compact
     def __call__(

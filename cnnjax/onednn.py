@@ -15,11 +15,13 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -35,6 +37,13 @@ def in_use(dtype: DTypeLike = jnp.float32) -> bool:
     """Returns whether the layers use these kernels on a CPU, for operands of `dtype`."""
     cached = jax.config.values["jax_compilation_cache_dir"] is not None
     return AVAILABLE and not cached and dtype in (jnp.float32, jnp.bfloat16)
+
+
+def on_cpu(fast: Callable[..., Array], plain: Callable[..., Array], *operands: Array) -> Array:
+    """Computes by `fast` where the program is lowered for a CPU that has it, by `plain` elsewhere."""
+    if not in_use(operands[0].dtype):
+        return plain(*operands)
+    return lax.platform_dependent(*operands, cpu=fast, default=plain)
 
 
 def convolution(

@@ -98,7 +98,7 @@ def _whiten_end(config: OptimConfig, updates: int, num_epochs: int) -> int:
 
 
 def frozen_parts(config: OptimConfig, params: PyTree, step: int, num_steps: int, num_epochs: int) -> tuple[str, ...]:
-    """Returns the names at the top of `params` whose gradient has no part in any update from `step` on."""
+    """Returns the top-level names in `params` whose gradients affect no update from `step` on."""
     if config.name == "adam" or config.whiten_epochs == 0 or config.clip_norm:
         return ()
     end = _whiten_end(config, num_steps // config.accumulate, num_epochs)
@@ -128,10 +128,10 @@ def _muon(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransf
 
 
 def orthogonalize() -> optax.GradientTransformation:
-    """Brings the singular values of each kernel [I J C K], as a matrix [I*J*C K], near 1: 3 steps of Newton and Schulz.
+    """Orthogonalizes each kernel [I J C K], as a matrix [I*J*C K], by three Newton-Schulz steps.
 
-    On an accelerator all of them are one batch of matrices in bfloat16, filled up with zeros, which change nothing: a
-    few large products instead of many small ones.
+    On an accelerator all kernels are one batch of matrices in bfloat16, padded with zeros, which change nothing: a few
+    large products instead of many small ones.
     """
 
     def each(*matrices: Array) -> tuple[Array, ...]:

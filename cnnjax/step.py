@@ -94,16 +94,18 @@ def train_step(
       model: a Flax module, called as `model(image, train=True)` with a "dropout" key and mutable "batch_stats".
       tx: an optax optimizer that needs the gradient alone. Build it once: another one traces again.
       loss_fn: `(logits [B K], label [B]) -> loss [B]`. Build it once, too.
-      frozen: the names at the top of `state.params` whose gradient is 0, and takes no time.
+      frozen: top-level names in `state.params` whose gradients are zero, and are not computed.
 
     Returns:
       The next state, and the metrics of this batch before the update.
 
     Raises:
-      ValueError: `frozen` has a name that `state.params` has not.
+      ValueError: `frozen` has a name that is not at the top of `state.params`.
     """
     if unknown := set(frozen).difference(state.params if frozen else ()):
-        raise ValueError(f"`frozen` must be of {sorted(state.params)}, got {sorted(unknown)}.")
+        raise ValueError(
+            f"`frozen` must name top-level entries of `state.params` ({sorted(state.params)}), got {sorted(unknown)}."
+        )
     dropout_key = jax.random.fold_in(key, state.step)
 
     def mean_loss(params: PyTree) -> tuple[Float[Array, ""], tuple[Metrics, PyTree]]:

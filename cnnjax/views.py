@@ -29,7 +29,7 @@ def mean_logits(
       views: "plain", the image alone; "mirrored", it and its mirror image; "shifted", those two (a half of the mean),
         and those two moved by a pixel to the bottom right (a quarter) and to the top left (a quarter); "uncertain",
         these for the quarter of the batch (rounded up) whose most probable class is least probable, else "plain".
-      mask: the images that count; the others are not in that quarter before these are. All when None.
+      mask: images that count; padding gets extra views only after all of them. All count when None.
 
     Raises:
       UserError: there are no such views.

@@ -118,7 +118,7 @@ def layers(turns: int) -> str:
     import jax
     import jax.numpy as jnp
 
-    from cnnjax.layers import conv2d
+    from cnnjax.conv import conv2d
 
     rng, batch, same, n = np.random.default_rng(0), 128, ((1, 1), (1, 1)), 2048
 

@@ -32,8 +32,8 @@ import time
 from pathlib import Path
 
 import numpy as np
-from benchmark import ENVIRONMENT, HERE, check_sections, write_section
-from benchmark_gpu_process import Contender, command_line, line_of, spread
+from benchmark import ENVIRONMENT, HERE, check_sections, spread, write_section
+from benchmark_gpu_process import Contender, command_line, line_of
 from benchmark_gpu_variants import ANY_KERNELS, MUON, VARIANTS
 
 from cnnjax import load_dataset
@@ -57,14 +57,14 @@ def ladder(args: argparse.Namespace) -> str:
         for i in range(0, len(names), TOGETHER):
             wave = []
             for name in names[i : i + TOGETHER]:
-                # Autotuning beside others is noisy; variants share what was picked, but for flags that change it.
+                # Autotuning beside others is noisy; variants with the same flags share what it picked.
                 folder = Path(cache, re.sub(r"\W+", "", VARIANTS[name].flags) or "default")
                 folder.mkdir(exist_ok=True)
                 flag = f"--xla_gpu_per_fusion_autotune_cache_dir={folder}"
                 log = Path(cache, f"{len(done) + len(wave)}.log")
                 wave.append(Contender(args, name, "--config", '{"validation_fraction": 0.1}', flags=flag, log=log))
             share = (until - time.monotonic()) * min(1.0, TOGETHER / (len(names) - i))
-            last = time.monotonic() + 0.8 * share  # Who has not compiled by then is left out.
+            last = time.monotonic() + 0.8 * share  # Contenders that have not compiled by then are skipped.
             ready = [contender for contender in wave if contender.wait(last)]
             for seed in range(1 if args.small else 3):
                 for contender in ready:
@@ -75,17 +75,18 @@ def ladder(args: argparse.Namespace) -> str:
         if args.into:
             for i, contender in enumerate(done):
                 shutil.copy(Path(cache, f"{i}.log"), args.into / f"{re.sub(r'[^a-z0-9]+', '_', contender.name)}.log")
-    lines = ["| variant | s, records' clock | of `as it is` | validation accuracy | s to compile |", "|" + " --- |" * 5]
-    base = next((statistics.median(c.seconds()) for c in done if c.results), None)
+    lines = ["| variant | s, records' clock | of `as it is` | validation accuracy | seeds | s to compile |"]
+    lines.append("|" + " --- |" * 6)
+    base = next((statistics.median(c.seconds()) for c in done if c.results and c.name == "as it is"), None)
     for contender in done:
         if not (times := contender.seconds()):
-            lines.append(f"| {contender.name} | failed, or out of time | | | |")
+            lines.append(f"| {contender.name} | failed, or out of time | | | | |")
             continue
         accuracy = statistics.mean(result[0] for result in contender.results)
-        lines.append(
-            f"| {contender.name} | {spread(times)} | {statistics.median(times) / base:.2f} × | {accuracy:.2%} | "
-            f"{contender.ready:.0f} |"
-        )
+        comparable = base is not None and VARIANTS[contender.name].recipe == MUON
+        ratio = f"{statistics.median(times) / base:.2f} ×" if comparable else "–"
+        cells = f"{spread(times, '.3f')} | {ratio} | {accuracy:.2%} | {len(times)} | {contender.ready:.0f}"
+        lines.append(f"| {contender.name} | {cells} |")
     return "\n".join(lines)
 
 
@@ -111,7 +112,7 @@ def profile(args: argparse.Namespace) -> str:
         contender = Contender(args, "any kernels")
         lines = contender.profile(Path(folder), until) if contender.wait(until) else ["It did not compile in time."]
         contender.close()
-    return "\n".join(["```", *lines[:30], "```"])
+    return "\n".join(["```", *lines, "```"])
 
 
 def airbench(args: argparse.Namespace) -> str:
@@ -176,6 +177,8 @@ def bits(args: argparse.Namespace) -> str:
             }
             walls = [command_line(MUON, folder / run, options, environment) for run in ("first", "second")]
             command_line(MUON, folder / "killed", options, environment, kill="epoch 2/")
+            if (folder / "killed" / "result.json").exists():
+                sys.exit("The run that was to be killed ended before. Try again.")
             command_line(MUON, folder / "killed", [*options, "--resume"], environment)
             digests = [
                 json.loads((folder / run / "result.json").read_text())["sha256"]
@@ -252,10 +255,12 @@ def main() -> None:
     )
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, metavar="NAME", help="of the ladder, instead of all")
     args = parser.parse_args()
-    if args.python and os.path.abspath(shutil.which(args.python) or args.python) != sys.executable:
-        python = shutil.which(args.python) or args.python
+    if args.python and "CNNJAX_BENCH_PYTHON" not in os.environ:
+        if (python := shutil.which(args.python)) is None:
+            parser.error(f"`--python` must be an interpreter, got {args.python}.")
         path = os.pathsep.join(filter(None, [str(HERE.parent.resolve()), os.environ.get("PYTHONPATH")]))
-        os.execve(python, [python, *sys.argv], ENVIRONMENT | {"PYTHONPATH": path})
+        environment = ENVIRONMENT | {"PYTHONPATH": path, "CNNJAX_BENCH_PYTHON": python}
+        os.execve(python, [python, *sys.argv], environment)
     parts = args.parts or list(PARTS)
     if unknown := set(parts) - set(PARTS):
         parser.error(f"`PART` must be of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}.")

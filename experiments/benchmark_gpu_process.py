@@ -2,15 +2,16 @@
 
 import argparse
 import queue
-import statistics
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
-from benchmark import ENVIRONMENT, HERE
+from benchmark import ENVIRONMENT, HERE, spread
 from benchmark_gpu_variants import VARIANTS
+
+from cnnjax.stats import summarize
 
 
 class Contender:
@@ -95,14 +96,11 @@ class Contender:
         return line_of(label, [100 * result[0] for result in self.results], self.seconds())
 
 
-def spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
-
-
 def line_of(label: str, accuracies: list[float], seconds: list[float]) -> str:
-    n = len(accuracies)
-    half = 1.96 * statistics.stdev(accuracies) / n**0.5 if n > 1 else float("nan")
-    return f"| {label} | {statistics.mean(accuracies):.2f}% | ± {half:.2f} | {spread(seconds)} | {n} |"
+    """Returns a line of the tables on the records' clock."""
+    scores = summarize(accuracies)
+    half = "" if scores.n == 1 else f"± {scores.high - scores.mean:.2f}"
+    return f"| {label} | {scores.mean:.2f}% | {half} | {spread(seconds, '.3f')} | {len(accuracies)} |"
 
 
 def command_line(

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cnnjax import Batch, Config, batches, epoch, layers, models, norm, optim
+from cnnjax import Batch, Config, batches, conv, epoch, layers, models, norm, optim
 
 MUON, TUTORIAL = "cifar10_airbench94_muon", "cifar10_tutorial"
 ANY_KERNELS = "--xla_gpu_deterministic_ops=false"
@@ -42,6 +42,7 @@ def fields(**values: Any) -> Callable[[Config], Config]:
 
 def instead(module: Any, name: str, function: Any) -> Callable[[Config], Config]:
     """Puts a function in the place of another."""
+    assert hasattr(module, name), name
 
     def change(config: Config) -> Config:
         setattr(module, name, function)
@@ -100,7 +101,7 @@ def pool_fwd_by_comparison(x):
 
 def convolutions_as_they_are(image, kernel, *, padding):
     """Leaves the whitening's patches and the number of channels to cuDNN."""
-    return layers.convolution_by_xla(image, kernel, padding=padding)
+    return conv.convolution_by_xla(image, kernel, padding=padding)
 
 
 def each_kernel_alone(*operands, cpu, default):
@@ -143,15 +144,15 @@ VARIANTS = {
     "any kernels, channels as they are": Variant(
         ANY_KERNELS,
         all_of(
-            instead(layers, "_fill", lambda x, axis: x),
-            instead(layers, "convolution_on_accelerators", convolutions_as_they_are),
+            instead(conv, "_fill", lambda x, axis: x),
+            instead(conv, "convolution_on_accelerators", convolutions_as_they_are),
         ),
     ),
     "autotuned, deterministic kernels": Variant(f"{ANY_KERNELS} --xla_gpu_exclude_nondeterministic_ops=true"),
     "no autotuning, any kernels": Variant(f"{ANY_KERNELS} --xla_gpu_autotune_level=0"),
     "graphs with convolutions": Variant(GRAPHS),
     "graphs with convolutions and loops": Variant(f"{GRAPHS},+WHILE"),
-    "whole run as one program": Variant(one_program=True),
+    "whole run as one program, with every gradient": Variant(one_program=True),
     "unroll 5": Variant(change=instead(epoch, "lax", Unrolled)),
     "channels first": Variant("--xla_gpu_force_conv_nchw=true"),
     "float16": Variant(change=fields(model={"dtype": "float16"})),

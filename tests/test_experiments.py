@@ -1,5 +1,7 @@
+import importlib
 import re
 import runpy
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -7,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cnnjax import Batch, init_state, train_step
+from cnnjax import Batch, conv, epoch, init_state, layers, models, norm, optim, train_step
+from cnnjax.batches import Pixels, epoch_plan, pixel_statistics
 from cnnjax.models import make_model
 from cnnjax.optim import make_loss, make_tx
 from cnnjax.whitening import whiten
@@ -65,3 +68,47 @@ def test_every_part_of_a_benchmark_has_its_place_in_the_report(script, prefix):
     for name in names:
         place = f"<!-- {prefix}{name} -->\n.*?<!-- end of {prefix}{name} -->\n"
         assert len(re.findall(place, BENCHMARKS, re.DOTALL)) == 1
+
+
+@contextmanager
+def restored():
+    """Leaves the package as it was, whatever a variant puts into it."""
+    modules = [conv, epoch, layers, models, norm, optim]
+    before = [dict(vars(module)) for module in modules]
+    try:
+        yield
+    finally:
+        for module, names in zip(modules, before, strict=True):
+            for name, value in names.items():
+                setattr(module, name, value)
+        layers.max_pool_2x2.defvjp(layers._max_pool_fwd, layers._max_pool_bwd)
+
+
+def program_for_a_gpu(variant):
+    """Returns the configuration, and a program of two steps."""
+    config = variant.change(runpy.run_path(str(HERE / f"{variant.recipe}.py"))["CONFIG"])
+    model = models.make_model(config.model, 10)
+    tx = optim.make_tx.__wrapped__(config.optim, 16 * config.num_epochs, config.num_epochs)
+    image = np.zeros((8, 32, 32, 3), np.uint8)
+    pixels = jax.device_put(Pixels(image, np.zeros(8, np.int32), pixel_statistics(image)))
+    plan = epoch_plan(0, 0, 8, batch_size=4, augment=config.augment, image_size=(32, 32))
+
+    def steps(key):
+        state = init_state.__wrapped__(key, jnp.zeros((1, 32, 32, 3)), model=model, tx=tx)
+        return epoch.train_steps.__wrapped__(state, pixels, plan, key, augment=config.augment, model=model, tx=tx)
+
+    return config, jax.jit(steps).trace(jax.random.key(0)).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_every_variant_of_the_ladder_is_another_program_or_configuration(monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    ladder = importlib.import_module("benchmark_gpu_variants")
+    base = program_for_a_gpu(ladder.Variant())
+    assert program_for_a_gpu(ladder.Variant()) == base
+    for name, variant in ladder.VARIANTS.items():
+        if variant.flags or variant.one_program or variant.recipe != ladder.MUON:
+            continue
+        with restored():
+            assert (program_for_a_gpu(variant) == base) == (name == "as it is"), name
+    assert program_for_a_gpu(ladder.Variant()) == base

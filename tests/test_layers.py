@@ -9,16 +9,13 @@ import pytest
 from flax import linen as nn
 
 from cnnjax import onednn
+from cnnjax.conv import conv2d, convolution_on_accelerators, image_grad_by_xla, kernel_grad_by_xla
 from cnnjax.layers import (
     Conv,
     Dense,
     Dropout,
-    conv2d,
-    convolution_on_accelerators,
     dense,
     gelu,
-    image_grad_by_xla,
-    kernel_grad_by_xla,
     max_pool_2x2,
     max_pool_grad_by_comparison,
     max_pool_grad_by_index,
