@@ -40,7 +40,7 @@ endif
 # An experiment file where there is one, the defaults of the command line otherwise.
 train: setup
 ifneq ($(origin EXPERIMENT),file)
-	@test -f experiments/$(EXPERIMENT).py || { echo '`EXPERIMENT` must be one of $(patsubst experiments/%.py,%,$(wildcard experiments/*_*.py)), got $(EXPERIMENT).' >&2; exit 2; }
+	@test -f experiments/$(EXPERIMENT).py || { echo '`EXPERIMENT` must be one of $(filter-out benchmark%,$(patsubst experiments/%.py,%,$(wildcard experiments/*_*.py))), got $(EXPERIMENT).' >&2; exit 2; }
 endif
 ifneq ($(wildcard experiments/$(EXPERIMENT).py),)
 	@$(BIN)/python experiments/$(EXPERIMENT).py --seed $(SEED) $(ARGS)
@@ -72,7 +72,7 @@ bench: setup .venv-peers/installed
 	@$(BIN)/python experiments/benchmark.py $(ARGS)
 
 # An interpreter that ARGS names by --python or --peers is used as it is, and nothing is set up for it.
-GPU_PYTHON = $(shell printf '%s' '$(ARGS)' | sed -n 's/.*--python[= ]\([^ ]*\).*/\1/p')
+GPU_PYTHON = $(shell printf '%s' '$(ARGS)' | sed -n 's/.*--python[= ]*\([^ ]*\).*/\1/p')
 GPU_PARTS = $(filter ladder clock profile airbench bits agree tutorial,$(ARGS))
 GPU_PEERS = $(if $(findstring --peers,$(ARGS))$(findstring --small,$(ARGS)),,$(if $(GPU_PARTS),$(filter airbench,$(GPU_PARTS)),all))
 bench-gpu: $(if $(GPU_PYTHON),,setup) $(if $(GPU_PEERS),.venv-peers-gpu/installed)

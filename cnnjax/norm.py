@@ -41,7 +41,7 @@ def _batch_norm_gelu_bwd(residuals, cotangents):
     wide, normal, count = g.astype(jnp.float32), _norm(x, mean, scale), x.size // x.shape[-1]
     bias_grad, along = wide.sum((0, 1, 2)), (wide * normal).sum((0, 1, 2))
     x_grad = _row(scale) * (wide - _row(bias_grad) / count - normal * (_row(along) / count))
-    return x_grad.astype(x.dtype), bias_grad, None if residual is None else g
+    return x_grad.astype(x.dtype), bias_grad.astype(bias.dtype), None if residual is None else g.astype(residual.dtype)
 
 
 batch_norm_gelu.defvjp(_batch_norm_gelu_fwd, _batch_norm_gelu_bwd)
@@ -49,7 +49,7 @@ batch_norm_gelu.defvjp(_batch_norm_gelu_fwd, _batch_norm_gelu_bwd)
 
 def _norm(x, mean, scale, bias=None, residual=None):
     y = (x.astype(jnp.float32) - _row(mean)) * _row(scale)
-    y = y if bias is None else y + _row(bias)
+    y = y if bias is None else y + _row(bias.astype(jnp.float32))
     return y if residual is None else y + residual.astype(jnp.float32)
 
 
@@ -70,8 +70,8 @@ class NormGelu(nn.Module):
     ) -> Float[Array, "B H W C"]:
         """Returns the features; in training by the batch's statistics, of which running means are kept."""
         shape = x.shape[-1:]
-        mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
-        var = self.variable("batch_stats", "var", jnp.ones, shape)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
+        var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros_init(), shape)
         if not train:
             return _norm_gelu(x, mean.value, lax.rsqrt(var.value + EPSILON), bias, residual)

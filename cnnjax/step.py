@@ -100,12 +100,11 @@ def train_step(
       The next state, and the metrics of this batch before the update.
 
     Raises:
-      ValueError: `frozen` has a name that is not at the top of `state.params`.
+      ValueError: `frozen` is no tuple of top-level names in `state.params`.
     """
-    if unknown := set(frozen).difference(state.params if frozen else ()):
-        raise ValueError(
-            f"`frozen` must name top-level entries of `state.params` ({sorted(state.params)}), got {sorted(unknown)}."
-        )
+    if unknown := {frozen} if isinstance(frozen, str) else {name for name in frozen if name not in state.params}:
+        names, got = sorted(state.params), sorted(map(str, unknown))
+        raise ValueError(f"`frozen` must be a tuple of top-level names in `state.params` ({names}), got {got}.")
     dropout_key = jax.random.fold_in(key, state.step)
 
     def mean_loss(params: PyTree) -> tuple[Float[Array, ""], tuple[Metrics, PyTree]]:

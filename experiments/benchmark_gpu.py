@@ -240,7 +240,9 @@ PARTS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; all when none is named")
-    parser.add_argument("--small", action="store_true", help="try the parts at small size; writes nothing")
+    parser.add_argument(
+        "--small", action="store_true", help="try the parts at small size; BENCHMARKS.md stays"
+    )
     parser.add_argument(
         "--python", metavar="PYTHON", help="runs cnnjax instead of this Python: one that has jax for the GPU"
     )
@@ -272,7 +274,10 @@ def main() -> None:
         if backend != "gpu":
             parser.error(f"jax must see a GPU, got {backend}. Install cnnjax[cuda], or try --small.")
     if args.into:
-        args.into.mkdir(parents=True, exist_ok=True)
+        try:
+            args.into.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"`--into` must be a folder that can be made, got {args.into} ({error.strerror}).")
     elif not args.small:
         check_sections([f"gpu {part}" for part in parts])
     about = "" if args.small else describe_gpu(args.peers)

@@ -1,5 +1,7 @@
 """The norm and its activation in one operation, against plain operations and Flax."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -106,3 +108,13 @@ def test_the_module_begins_with_flax_s_variables(train):
     x, key = draw()[0], jax.random.key(0)
     got, wanted = NormGelu().init(key, x, train=train), flax_norm(train).init(key, x)
     jax.tree.map(np.testing.assert_array_equal, got, wanted)
+
+
+def test_parameters_in_float64_train_too():
+    """JAX_ENABLE_X64 makes the parameters float64; the features stay as they are."""
+    with jax.enable_x64(True):
+        x, bias = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 3, 4)), jnp.float32), jnp.ones(4)
+        grads = jax.grad(lambda x, bias: batch_norm_gelu(x, bias)[0].sum(), (0, 1))(x, bias)
+        assert [grad.dtype for grad in grads] == [jnp.float32, jnp.float64]
+        state = jax.eval_shape(partial(NormGelu().init, train=True), jax.random.key(0), x)
+        assert state["batch_stats"]["mean"].dtype == jnp.float32

@@ -177,7 +177,8 @@ def test_frozen_parameters_stand_still_and_the_others_move_as_without():
 def test_parameters_to_freeze_that_are_not_there():
     model, tx = Normalized(), optax.sgd(0.1)
     message = (
-        r"top-level entries of `state.params` \(\['BatchNorm_0', 'Conv_0', 'Dense_0'\]\), got \['Conv_1', 'whiten'\]\."
+        "`frozen` must be a tuple of top-level names in `state.params` "
+        r"\(\['BatchNorm_0', 'Conv_0', 'Dense_0'\]\), got \['Conv_1', 'whiten'\]\."
     )
     with pytest.raises(ValueError, match=message):
         train_step(make_state(model, tx), make_batch(), KEY, model=model, tx=tx, frozen=("whiten", "Conv_0", "Conv_1"))
