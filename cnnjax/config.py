@@ -143,8 +143,8 @@ class Config:
     """The share of the target probability that is spread over all classes, in training."""
     views: str = "plain"
     """What a test image is scored by: plain, mirrored (it and its mirror image), shifted (those, moved, too), or
-    uncertain: shifted for the quarter of each batch that the network is least sure of, plain for the others. A batch is
-    500 images on a CPU, 2,000 on an accelerator."""
+    uncertain: shifted for the quarter of each batch that the network is least sure of, plain for the others. So a score
+    depends on the batch: 500 images on a CPU, 2,000 on an accelerator."""
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)

@@ -94,7 +94,8 @@ def train_step(
       model: a Flax module, called as `model(image, train=True)` with a "dropout" key and mutable "batch_stats".
       tx: an optax optimizer that needs the gradient alone. Build it once: another one traces again.
       loss_fn: `(logits [B K], label [B]) -> loss [B]`. Build it once, too.
-      frozen: top-level names in `state.params` whose gradients are zero, and are not computed.
+      frozen: a tuple of top-level names in `state.params` whose gradients are zero, and are not computed. Weight decay
+        and momentum may still move these parameters: mask them in `tx` to keep them as they are.
 
     Returns:
       The next state, and the metrics of this batch before the update.

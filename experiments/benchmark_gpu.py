@@ -1,8 +1,8 @@
 """How fast the records' accuracies are reached on one GPU, beside airbench itself. `make bench-gpu` runs it.
 
-    make bench-gpu                         # all parts: about an hour, most of it airbench's
+    make bench-gpu                         # all parts: up to an hour each for four of them
     make bench-gpu ARGS="ladder clock"     # these parts
-    make bench-gpu ARGS=--small            # tries every part of cnnjax in minutes, on a CPU
+    make bench-gpu ARGS=--small            # tries every part of cnnjax, on a CPU
     make bench-gpu ARGS="--python python3 --peers python3 --airbench airbench --into out"    # without a registry
 
 ladder     the recipe for 94% with one thing done differently at a time: flags of XLA, network, optimizer, program
@@ -240,9 +240,7 @@ PARTS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; all when none is named")
-    parser.add_argument(
-        "--small", action="store_true", help="try the parts at small size; BENCHMARKS.md stays"
-    )
+    parser.add_argument("--small", action="store_true", help="try the parts at small size; BENCHMARKS.md stays")
     parser.add_argument(
         "--python", metavar="PYTHON", help="runs cnnjax instead of this Python: one that has jax for the GPU"
     )
@@ -250,12 +248,14 @@ def main() -> None:
     parser.add_argument("--airbench", metavar="DIR", help="airbench's sources, where its repository is out of reach")
     parser.add_argument("--into", metavar="DIR", type=Path, help="write the tables there, not into BENCHMARKS.md")
     parser.add_argument(
-        "--seconds", type=float, default=3600.0, help="of a part, at most: ladder, clock, profile, airbench"
+        "--seconds", type=float, default=3600.0, help="limit of each of ladder, clock, profile, airbench"
     )
     parser.add_argument(
         "--seeds", type=int, help="of the clock and of airbench, instead of 50 for 94%% and 10 for 96%%"
     )
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, metavar="NAME", help="of the ladder, instead of all")
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, metavar="NAME", help="of the ladder, instead of all; after the parts"
+    )
     args = parser.parse_args()
     if args.python and "CNNJAX_BENCH_PYTHON" not in os.environ:
         if (python := shutil.which(args.python)) is None:

@@ -148,7 +148,7 @@ VARIANTS = {
             instead(conv, "convolution_on_accelerators", convolutions_as_they_are),
         ),
     ),
-    "autotuned, deterministic kernels": Variant(f"{ANY_KERNELS} --xla_gpu_exclude_nondeterministic_ops=true"),
+    "the other flag for determinism": Variant(f"{ANY_KERNELS} --xla_gpu_exclude_nondeterministic_ops=true"),
     "no autotuning, any kernels": Variant(f"{ANY_KERNELS} --xla_gpu_autotune_level=0"),
     "graphs with convolutions": Variant(GRAPHS),
     "graphs with convolutions and loops": Variant(f"{GRAPHS},+WHILE"),

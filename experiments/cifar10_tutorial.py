@@ -5,7 +5,7 @@
 Test accuracy 78.59% (1 seed),
 in 66 minutes on one of 2 cores of an AMD EPYC. See RESULTS.md.
 
-After 26 of the 200 epochs; all 200 wait for an accelerator.
+After 26 of the 200 epochs. An H100 takes 0.52 s an epoch; all 200 have not been run there.
 """
 
 from cnnjax import Config, ModelConfig, OptimConfig, run_experiment
