@@ -1,6 +1,6 @@
 # The commands that a person types. `make` alone lists them.
 DATASET ?= cifar10
-# For cifar10 the quickest recipe: 94% on a GPU, 90% on CPU cores. See experiments/.
+# For cifar10 the quickest recipe: about 94% on a GPU, 90% on CPU cores. See experiments/.
 NVIDIA := $(wildcard /dev/nvidia0)
 MODEL ?= $(if $(filter cifar10,$(DATASET)),$(if $(NVIDIA),airbench94_muon,fast),cnn)
 SEED ?= 0
@@ -23,9 +23,11 @@ help:
 	@echo 'make stress                                                     100 kills of training: about 10 minutes'
 	@echo 'make bench | bench-gpu                                          speed beside PyTorch, Keras and airbench'
 
-setup: .venv/installed
+# A .venv that was set up without CUDA is set up again where there is a GPU.
+INSTALLED := .venv/installed$(if $(NVIDIA),-cuda)
+setup: $(INSTALLED)
 
-.venv/installed: requirements.lock pyproject.toml
+$(INSTALLED): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "cnnjax needs Python 3.11 or newer, got " + sys.version.split()[0] + ". Name one: make PYTHON=python3.12 ...")'
 	@echo 'Setting up .venv, once: about a minute.'
 	@$(PYTHON) -m venv .venv

@@ -86,7 +86,7 @@ class Data:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line; exits with 0, or with 2 and a message where the user has to mend something."""
+    """Runs the command line; exits with 0, or with 2 and a message if the user has to fix something."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     commands = {"train": Train, "eval": Eval, "predict": Predict, "data": Data}
     commands |= {"runs": Runs, "verify": Verify, "reproduce": Reproduce, "diff": Diff, "compare": Compare}
@@ -106,7 +106,7 @@ def run_experiment(config: Config) -> None:
     """Runs an experiment file: trains `config`, of which the command line may change any value.
 
     Raises:
-      SystemExit: 0 at the end; 2 with a message where the user has to mend something.
+      SystemExit: 0 at the end; 2 with a message if the user has to fix something.
     """
     _run(lambda: tyro.cli(Train, default=Train(config)))
 

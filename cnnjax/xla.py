@@ -62,13 +62,16 @@ def use_compilation_cache(say: Callable[[str], None]) -> None:
     from cnnjax import onednn
 
     with_onednn = jax.default_backend() == "cpu" and onednn.AVAILABLE
+    graphs = re.search(r"command_buffer=\S*(?<![-\w])CONVOLUTION", os.environ.get("XLA_FLAGS", "")) is not None
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         if with_onednn:
             say(
                 "JAX_COMPILATION_CACHE_DIR is set: XLA's own kernels are used, which are slower. Unset it for oneDNN's."
             )
+        elif graphs:
+            say("JAX_COMPILATION_CACHE_DIR is set: programs with CUDA graphs of convolutions may fail when reused.")
         return
-    if with_onednn or re.search(r"command_buffer=\S*(?<![-\w])CONVOLUTION", os.environ.get("XLA_FLAGS", "")):
+    if with_onednn or graphs:
         return
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     cache = home / "cnnjax" / f"xla-{processor()}"

@@ -21,12 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from benchmark_gpu_variants import VARIANTS
 
-from cnnjax.batches import Pixels, epoch_plan, row, standardize
+from cnnjax.batches import Pixels, row, standardize
 from cnnjax.epoch import evaluate
 from cnnjax.experiment import Run, set_up
 from cnnjax.files import tree_sha256
 from cnnjax.report import Report
-from cnnjax.step import init_state
+from cnnjax.step import TrainState, init_state
 from cnnjax.whitening import NUM_IMAGES, whiten
 
 
@@ -87,25 +87,10 @@ def kernels(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def first_steps(run: Run, count: int) -> np.ndarray:
-    """Returns all parameters after `count` steps of seed 0, float32 [P]."""
-    config = run.config
-    image = run.train.image
-    init_key, _ = jax.random.split(jax.random.key(config.seed))
-    state = init_state(init_key, jnp.zeros((1, *image.shape[1:])), model=run.model, tx=run.tx)
-    if config.model.name == "speednet":
-        state = whiten(state, standardize(image[:NUM_IMAGES], run.train.standardization))
-    plan = epoch_plan(
-        config.seed,
-        0,
-        len(image),
-        batch_size=config.batch_size,
-        augment=config.augment,
-        image_size=image.shape[1:3],
-    )
-    for step in range(0, count, together := 1 if jax.default_backend() == "cpu" else count):
-        rows = jax.device_put(row(plan, slice(step, step + together)), run.placement.plan)
-        state, _ = run.train_steps(state, rows, step)
+def first_steps(run: Run, state: TrainState, count: int) -> np.ndarray:
+    """Returns all parameters after `count` steps, float32 [P]."""
+    for step in range(0, count, min(count, run.steps_per_dispatch)):
+        state, _ = run.train_steps(state, row(run.plan(step), slice(0, count)), step)
     return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(state.params)])
 
 
@@ -123,9 +108,9 @@ def main() -> None:
     config = variant.change(replace(config, **json.loads(args.config)))
     if args.small:
         config = replace(config, num_epochs=1, model=replace(config.model, widths=(8, 16, 16)))
-    run, _, _ = set_up(config, Path("unused"), None, None, Report(quiet=True))
+    run, state, _ = set_up(config, Path("unused"), None, None, Report(quiet=True))
     if args.first_steps:
-        np.save(args.first_steps[1], first_steps(run, int(args.first_steps[0])))
+        np.save(args.first_steps[1], first_steps(run, state, int(args.first_steps[0])))
         return
     test = run.validation
     if not config.validation_fraction:

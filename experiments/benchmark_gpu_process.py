@@ -1,6 +1,7 @@
 """What benchmark_gpu.py shares among its parts: contenders, which are processes, and how their results are told."""
 
 import argparse
+import json
 import queue
 import subprocess
 import sys
@@ -78,7 +79,10 @@ class Contender:
             self._process.stdin.flush()
         except OSError:  # It has ended; the table says so.
             return None, []
-        return self._until(word, instant)
+        words, before = self._until(word, instant)
+        if words is None:  # What it answers later would be taken for the answer to another question.
+            self.close()
+        return words, before
 
     def close(self) -> None:
         """Ends the process."""
@@ -105,12 +109,17 @@ def line_of(label: str, accuracies: list[float], seconds: list[float]) -> str:
 
 def command_line(
     experiment: str, run_dir: Path, options: list[str], environment: dict[str, str], kill: str | None = None
-) -> float:
-    """Runs an experiment; returns the seconds of the whole process. Kills it at a line that begins with `kill`."""
+) -> tuple[float, dict | None]:
+    """Runs an experiment, or kills it at a line that begins with `kill`.
+
+    Returns:
+      The seconds of the whole process, and the content of its result.json, None if there is none.
+    """
     command = [sys.executable, str(HERE / f"{experiment}.py"), "--run-dir", str(run_dir), *options]
     begin = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=HERE.parent) as process:
         for line in process.stdout:
             if kill and line.startswith(kill):
                 process.kill()
-    return time.perf_counter() - begin
+    wall, path = time.perf_counter() - begin, run_dir / "result.json"
+    return wall, json.loads(path.read_text()) if path.exists() else None

@@ -65,6 +65,10 @@ def test_a_gpu_s_programs_are_kept_unless_cuda_graphs_hold_convolutions(flags, k
     assert len(folders) == kept
     assert [options[name] for name in options if name == "jax_compilation_cache_dir"] == folders
     assert said == []
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    use_compilation_cache(said.append)
+    assert len(said) == (not kept)
+    assert all("CUDA graphs of convolutions may fail when reused" in line for line in said)
 
 
 def test_operations_equal_their_references_under_xla_s_own_flags_too():
