@@ -2,32 +2,32 @@
 
 from typing import TYPE_CHECKING, Any
 
-from cnnjax.xla import keep_memory, set_flags
+from cnnjax.cli.process import keep_memory, set_flags
 
 if TYPE_CHECKING:
-    from cnnjax.cli import run_experiment
+    from cnnjax.cli.main import run_experiment
+    from cnnjax.cli.signals import Interrupted
     from cnnjax.config import AugmentConfig, Config, ModelConfig, OptimConfig
-    from cnnjax.data import load_dataset
+    from cnnjax.data.datasets import load_dataset
     from cnnjax.errors import NonFiniteLossError, UserError
-    from cnnjax.loop import train_and_evaluate
-    from cnnjax.models import CNN, MLP, SpeedNet
-    from cnnjax.signals import Interrupted
+    from cnnjax.models.models import CNN, MLP, SpeedNet
+    from cnnjax.models.whitening import whiten
     from cnnjax.step import Batch, Metrics, TrainState, eval_step, init_state, softmax_cross_entropy, train_step
-    from cnnjax.whitening import whiten
+    from cnnjax.train import train_and_evaluate
 
 # Where each public name lives. They are imported when first used, so that `cnnjax --help` does not wait for jax.
 _HOME = {
-    "run_experiment": "cli",
+    "run_experiment": "cli.main",
     **dict.fromkeys(("AugmentConfig", "Config", "ModelConfig", "OptimConfig"), "config"),
-    "load_dataset": "data",
+    "load_dataset": "data.datasets",
     **dict.fromkeys(("NonFiniteLossError", "UserError"), "errors"),
-    "train_and_evaluate": "loop",
-    **dict.fromkeys(("CNN", "MLP", "SpeedNet"), "models"),
-    "Interrupted": "signals",
+    "train_and_evaluate": "train",
+    **dict.fromkeys(("CNN", "MLP", "SpeedNet"), "models.models"),
+    "Interrupted": "cli.signals",
     **dict.fromkeys(
         ("Batch", "Metrics", "TrainState", "eval_step", "init_state", "softmax_cross_entropy", "train_step"), "step"
     ),
-    "whiten": "whitening",
+    "whiten": "models.whitening",
 }
 __all__ = [
     "CNN",

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cnnjax import manifest, rundir
-from cnnjax.batches import (
+from cnnjax.cli.console import Report
+from cnnjax.config import Config
+from cnnjax.data.batches import (
     Pixels,
     Plan,
     check_augment,
@@ -21,15 +22,15 @@ from cnnjax.batches import (
     standardize,
     steps_per_epoch,
 )
-from cnnjax.config import Config
-from cnnjax.data import Examples, ImageDataset, load_dataset
-from cnnjax.devices import Placement, place
-from cnnjax.epoch import Scores, evaluate, train_steps
-from cnnjax.models import check_size, make_model
-from cnnjax.optim import frozen_parts, make_loss, make_tx
-from cnnjax.report import Report
+from cnnjax.data.datasets import Examples, ImageDataset, load_dataset
+from cnnjax.evaluate import Scores, evaluate, train_steps
+from cnnjax.models.models import check_size, make_model
+from cnnjax.models.whitening import NUM_IMAGES, whiten
+from cnnjax.optim.optimizer import frozen_parts, make_loss, make_tx
+from cnnjax.runs import directory as rundir
+from cnnjax.runs import manifest
+from cnnjax.sharding import Placement, place
 from cnnjax.step import LossFn, Metrics, TrainState, init_state
-from cnnjax.whitening import NUM_IMAGES, whiten
 
 
 class Run(NamedTuple):

@@ -11,7 +11,8 @@ import optax
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from cnnjax.views import AnyArray, mean_logits
+from cnnjax.data.tta import mean_logits
+from cnnjax.typing import AnyArray
 
 LossFn = Callable[[Float[Array, "B K"], Int[AnyArray, " B"]], Float[Array, " B"]]
 

@@ -79,7 +79,7 @@ def spread(values: list[float], form: str = ",.0f") -> str:
 
 def contenders() -> list[str]:
     """Returns all, but for those in bfloat16 where the processor emulates it: a pass would take minutes."""
-    from cnnjax.onednn import HAS_BFLOAT16
+    from cnnjax.layers.onednn import HAS_BFLOAT16
 
     return [name for name in CONTENDERS if HAS_BFLOAT16 or "bfloat16" not in name]
 
@@ -118,7 +118,7 @@ def layers(turns: int) -> str:
     import jax
     import jax.numpy as jnp
 
-    from cnnjax.conv import conv2d
+    from cnnjax.layers.conv import conv2d
 
     rng, batch, same, n = np.random.default_rng(0), 128, ((1, 1), (1, 1)), 2048
 
@@ -279,7 +279,7 @@ def describe(peers: Path) -> str:
     import jax
 
     from cnnjax.experiment import device
-    from cnnjax.manifest import source_code
+    from cnnjax.runs.manifest import source_code
 
     cpuinfo = Path("/proc/cpuinfo")
     models = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []

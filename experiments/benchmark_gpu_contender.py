@@ -21,13 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 from benchmark_gpu_variants import VARIANTS
 
-from cnnjax.batches import Pixels, row, standardize
-from cnnjax.epoch import evaluate
+from cnnjax.cli.console import Report
+from cnnjax.data.batches import Pixels, row, standardize
+from cnnjax.evaluate import evaluate
 from cnnjax.experiment import Run, set_up
-from cnnjax.files import tree_sha256
-from cnnjax.report import Report
+from cnnjax.models.whitening import NUM_IMAGES, whiten
+from cnnjax.runs.files import tree_sha256
 from cnnjax.step import TrainState, init_state
-from cnnjax.whitening import NUM_IMAGES, whiten
 
 
 def plans_of(run: Run, one_program: bool):

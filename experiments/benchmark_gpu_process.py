@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmark import ENVIRONMENT, HERE, spread
 from benchmark_gpu_variants import VARIANTS
 
-from cnnjax.stats import summarize
+from cnnjax.runs.statistics import summarize
 
 
 class Contender:

@@ -14,7 +14,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cnnjax import Batch, Config, batches, conv, epoch, layers, models, norm, optim
+from cnnjax import Batch, Config
+from cnnjax import evaluate as epoch
+from cnnjax.data import batches
+from cnnjax.layers import conv, norm
+from cnnjax.layers import modules as layers
+from cnnjax.models import models
+from cnnjax.optim import optimizer as optim
 
 MUON, TUTORIAL = "cifar10_airbench94_muon", "cifar10_tutorial"
 ANY_KERNELS = "--xla_gpu_deterministic_ops=false"

@@ -40,11 +40,12 @@ def cost(turns):
     import jax.numpy as jnp
     from cifar10_cnn import CONFIG
 
-    from cnnjax import init_state, manifest, train_step
-    from cnnjax.checkpoint import Checkpoints
-    from cnnjax.files import tree_sha256
-    from cnnjax.models import make_model
-    from cnnjax.optim import make_loss, make_tx
+    from cnnjax import init_state, train_step
+    from cnnjax.models.models import make_model
+    from cnnjax.optim.optimizer import make_loss, make_tx
+    from cnnjax.runs import manifest
+    from cnnjax.runs.checkpoints import Checkpoints
+    from cnnjax.runs.files import tree_sha256
 
     steps_per_epoch = -(-45_000 // CONFIG.batch_size)
     model, loss_fn, key = make_model(CONFIG.model, 10), make_loss(CONFIG.label_smoothing), jax.random.key(0)

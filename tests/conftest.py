@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from cnnjax.named_sets import NAMED_SETS
-from cnnjax.prepare import write_tfds
-from cnnjax.sources import RawSet, RawSplit
+from cnnjax.data.named import NAMED_SETS
+from cnnjax.data.sources import RawSet, RawSplit
+from cnnjax.data.tfds_writer import write_tfds
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -43,7 +43,7 @@ class Start:
         self.run_dir = run_dir
         self.log = run_dir.with_suffix(".log")
         self.begin = self.log.stat().st_size if self.log.exists() else 0
-        command = [sys.executable, "-u", "-m", "cnnjax.cli", "train", *arguments, "--run-dir", str(run_dir), "--resume"]
+        command = [sys.executable, "-u", "-m", "cnnjax", "train", *arguments, "--run-dir", str(run_dir), "--resume"]
         environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(

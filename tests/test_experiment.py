@@ -6,7 +6,7 @@ import optax
 import pytest
 
 from cnnjax import CNN, Config, ModelConfig, OptimConfig, TrainState, experiment
-from cnnjax.batches import epoch_plan
+from cnnjax.data.batches import epoch_plan
 from cnnjax.experiment import Run
 from cnnjax.step import Metrics
 

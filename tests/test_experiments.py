@@ -9,11 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cnnjax import Batch, conv, epoch, init_state, layers, models, norm, optim, train_step
-from cnnjax.batches import Pixels, epoch_plan, pixel_statistics
-from cnnjax.models import make_model
-from cnnjax.optim import make_loss, make_tx
-from cnnjax.whitening import whiten
+from cnnjax import Batch, init_state, train_step
+from cnnjax import evaluate as epoch
+from cnnjax.data.batches import Pixels, epoch_plan, pixel_statistics
+from cnnjax.layers import conv, norm
+from cnnjax.layers import modules as layers
+from cnnjax.models import models
+from cnnjax.models.models import make_model
+from cnnjax.models.whitening import whiten
+from cnnjax.optim import optimizer as optim
+from cnnjax.optim.optimizer import make_loss, make_tx
 
 HERE = Path(__file__).parent.parent / "experiments"
 FILES = sorted(HERE.glob("*.py"))

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-TRAIN = [sys.executable, "-m", "cnnjax.cli", "train", "--dataset", "generated", "--model.name", "mlp"]
+TRAIN = [sys.executable, "-m", "cnnjax", "train", "--dataset", "generated", "--model.name", "mlp"]
 TRAIN += ["--num-epochs", "3", "--batch-size", "32"]
 # Linux lets a process see a file system of its own.
 MOUNTS = subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "/mnt"], check=False, capture_output=True)
@@ -53,7 +53,7 @@ def test_a_full_disk_stops_the_run_and_it_goes_on_once_there_is_room(whole, prep
         mount -t tmpfs -o size=16M tmpfs {disk}
         {train}; echo "status $?"
         ls {disk}/run/checkpoints
-        {sys.executable} -m cnnjax.cli eval {disk}/run --data-dir {prepared_dir}; echo "eval $?"
+        {sys.executable} -m cnnjax eval {disk}/run --data-dir {prepared_dir}; echo "eval $?"
         mount -o remount,size=200M {disk}
         {train} --resume; echo "status $?"
         cp -r {disk}/run {tmp_path}/run

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from cnnjax.named_sets import NAMED_SETS
+from cnnjax.data.named import NAMED_SETS
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 

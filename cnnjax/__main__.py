@@ -1,0 +1,5 @@
+"""Runs the command line: python -m cnnjax."""
+
+from cnnjax.cli.main import main
+
+main()

@@ -1,0 +1,205 @@
+"""The commands over runs: cnnjax runs | verify | reproduce | diff | compare. Imports jax only when a command runs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+from tyro.conf import Positional
+
+from cnnjax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Runs:
+    """List the runs of a folder: state, seed, epochs, accuracy, time."""
+
+    folder: Positional[Path] = Path("runs")
+    """The folder of the run directories."""
+
+    def __call__(self) -> int:
+        """Prints the table."""
+        from cnnjax.runs.inspection import find_runs, read_info
+
+        table = Table("run", "state", "seed", "epoch", "validation", "test", "time", box=None)
+        found, others = find_runs(self.folder), []
+        for run_dir in found:
+            try:
+                info = read_info(run_dir)
+            except UserError as error:
+                others.append(str(error))
+                continue
+            validation = max(
+                (row["validation_accuracy"] for row in info.rows if "validation_accuracy" in row), default=None
+            )
+            test = info.result["test_accuracy"] if info.result else None
+            table.add_row(
+                str(run_dir.relative_to(self.folder)),
+                info.state,
+                str(info.config.seed),
+                f"{len(info.rows)}/{info.config.num_epochs}",
+                *("" if value is None else f"{value:.2%}" for value in (validation, test)),
+                f"{info.seconds:.0f} s",
+            )
+        if found:
+            _console().print(table)
+        else:
+            print(f"There are no runs in {self.folder}.")
+        for line in others:
+            print(line)
+        return 0
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Check every file of a run against its checksum. Exits with 1 where one is missing or damaged."""
+
+    run: Positional[Path]
+    """The run directory."""
+
+    def __call__(self) -> int:
+        """Prints what is wrong, and a count."""
+        from cnnjax.runs.inspection import verify
+
+        found = verify(self.run)
+        wrong = {name: what for name, what in found.items() if what not in ("ok", "no checksum")}
+        for name, what in found.items():
+            if what != "ok":
+                print(f"{self.run / name}: {what}")
+        print(f"{sum(what == 'ok' for what in found.values())} of {len(found)} files agree with their checksums.")
+        if wrong:
+            print(
+                "A run with a damaged checkpoint goes on from an earlier one: --resume. An ended one: cnnjax reproduce."
+            )
+        return int(bool(wrong))
+
+
+@dataclass(frozen=True)
+class Reproduce:
+    """Train a run again from its configuration, and compare the two bit for bit. Exits with 1 where they differ."""
+
+    run: Positional[Path]
+    """The run directory."""
+    run_dir: Path | None = None
+    """Where the new run goes; RUN-reproduced by default."""
+    data_dir: Path | None = None
+    """The tfds directory; $TFDS_DATA_DIR or ~/tensorflow_datasets by default."""
+    resume: bool = False
+    """Go on with a reproduction that was stopped."""
+
+    def __call__(self) -> int:
+        """Trains, and prints the verdict."""
+        from cnnjax.cli.console import Report
+        from cnnjax.cli.process import use_compilation_cache
+        from cnnjax.runs.inspection import reproduce
+
+        use_compilation_cache(print)
+        into = self.run_dir or self.run.with_name(self.run.name + "-reproduced")
+        found = reproduce(self.run, into=into, data_dir=self.data_dir, resume=self.resume, report=Report())
+        verdict = "the same, bit for bit" if found.same else "not the same"
+        print(f"{self.run} and {into} are {verdict}: parameters, optimizer state, batch statistics and metrics.")
+        if found.first_epoch is not None:
+            print(f"The parameters differ from epoch {found.first_epoch} on.")
+        for name, moved in found.moved.items():
+            print(f"  {name}: {moved}")
+        differences = {**found.data, **found.environment}
+        if differences:
+            print("What differs between the two:")
+            _print_changes(differences)
+        elif not found.same:
+            print(
+                "Neither data, source code, versions nor device differ: the device does not give the same bits twice."
+            )
+        return int(not found.same)
+
+
+@dataclass(frozen=True)
+class Diff:
+    """Show what two runs' configurations, data, environments and outcomes differ in."""
+
+    a: Positional[Path]
+    """A run directory."""
+    b: Positional[Path]
+    """Another."""
+
+    def __call__(self) -> int:
+        """Prints the differences."""
+        from cnnjax.runs.inspection import diff
+
+        for part, changes in diff(self.a, self.b).items():
+            print(f"{part}:" if changes else f"{part}: the same")
+            _print_changes(changes)
+        return 0
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Compare two experiments over their seeds: is the difference resolved, or how many more seeds does that take.
+
+    By Student's paired t test where their seeds are the same, by Welch's otherwise.
+    """
+
+    a: Positional[str]
+    """An experiment: the name before -seed<k> in runs/, or a folder of runs."""
+    b: Positional[str]
+    """Another."""
+    metric: Literal["test_accuracy", "test_loss", "best_validation_accuracy"] = "test_accuracy"
+    """What to compare; make choices by best_validation_accuracy."""
+
+    def __call__(self) -> int:
+        """Prints the two means, their difference and the verdict."""
+        from cnnjax.runs.inspection import scores
+        from cnnjax.runs.statistics import compare
+
+        found = [scores(target, self.metric) for target in (self.a, self.b)]
+        for name, score in found:
+            print(f"{name}: {describe(list(score.values()), self.metric)}")
+        c = compare(found[0][1], found[1][1])
+        test = "paired t test, the same seeds" if c.paired else "Welch's t test"
+        low, high = (_show(value, self.metric, sign=True) for value in (c.low, c.high))
+        print(
+            f"difference: {_show(c.difference, self.metric, sign=True)} (95% interval {low} to {high}), "
+            f"p = {c.p_value:.2g} ({test})"
+        )
+        if c.resolved:
+            better = (c.difference > 0) == (self.metric != "test_loss")
+            print(f"The difference is resolved: {self.b if better else self.a} is better.")
+        elif c.more_seeds is None:
+            print(
+                "The difference is not resolved, and more than 10,000 seeds of each would not resolve one of its size."
+            )
+        else:
+            print(
+                f"The difference is not resolved. One of this size would take about {c.more_seeds} more seeds of each "
+                "(for a chance of 80% to find it)."
+            )
+        return 0
+
+
+def describe(values: list[float], metric: str = "test_accuracy") -> str:
+    """Returns mean, deviation, 95% interval and n, in words."""
+    from cnnjax.runs.statistics import summarize
+
+    s = summarize(values)
+    if s.n == 1:
+        return f"{metric} {_show(s.mean, metric)} (one seed)"
+    return (
+        f"{metric} {_show(s.mean, metric)} ± {_show(s.deviation, metric)} (sample deviation), 95% interval of the mean "
+        f"{_show(s.low, metric)} to {_show(s.high, metric)}, n = {s.n}"
+    )
+
+
+def _show(value: float, metric: str, *, sign: bool = False) -> str:
+    plus = "+" if sign else ""
+    return f"{value:{plus}.4f}" if metric == "test_loss" else f"{value:{plus}.2%}"
+
+
+def _print_changes(changes: Mapping[str, tuple[Any, Any]]) -> None:
+    for name, (old, new) in changes.items():
+        print(f"  {name}: {old} | {new}")
+
+
+def _console() -> Console:
+    return Console(highlight=False, soft_wrap=True)

@@ -1,0 +1,1 @@
+"""The operations of the networks, as pure functions and as Flax modules."""

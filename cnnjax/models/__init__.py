@@ -1,0 +1,1 @@
+"""The networks: Flax modules used as pure `init` and `apply` functions."""

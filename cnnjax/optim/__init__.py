@@ -1,0 +1,1 @@
+"""Optimizers: recipes that a `Config` holds, and transformations of gradients."""

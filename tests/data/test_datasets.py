@@ -1,0 +1,455 @@
+import dataclasses
+import functools
+import hashlib
+import importlib.util
+import io
+import json
+import shutil
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from PIL import Image
+
+from cnnjax import UserError
+from cnnjax.data import datasets as data
+from cnnjax.data import tfds_reader as shards
+from cnnjax.data.datasets import CACHE, Examples, default_data_dir, digest, load_dataset, prepared_folder
+from cnnjax.data.named import NAMED_SETS
+from cnnjax.data.tfds_writer import write_tfds
+
+FASHION_MNIST_NAMES = (
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+)
+
+
+def silent(line):
+    pass
+
+
+load_dataset = functools.partial(load_dataset, say=silent)
+
+
+def independent_digest(image, label):
+    header = f"uint8[{', '.join(map(str, image.shape))}]".encode()
+    return hashlib.sha256(header + image.tobytes() + b"".join(struct.pack("<i", value) for value in label)).hexdigest()
+
+
+def in_record_order(split_name, split):
+    """The examples of a raw split in the order of tfds: by the MD5 of the split's name and the key."""
+    order = sorted(range(len(split.image)), key=lambda key: hashlib.md5(f"{split_name}{key}".encode()).digest())
+    return Examples(split.image[order], split.labels["label"][order].astype(np.int32))
+
+
+def assert_equal(got, expected):
+    assert (got.image.dtype, got.label.dtype) == (np.uint8, np.int32)
+    np.testing.assert_array_equal(got.image, expected.image)
+    np.testing.assert_array_equal(got.label, expected.label)
+
+
+def forbid(monkeypatch, *names):
+    for name in names:
+        monkeypatch.setattr(data, name, lambda *args, name=name: pytest.fail(f"{name} was called"))
+
+
+@pytest.fixture
+def data_dir(prepared_dir, tmp_path):
+    """A copy of the generated set, not loaded yet, that a test may damage."""
+    shutil.copytree(prepared_dir, tmp_path / "tfds", ignore=shutil.ignore_patterns(CACHE))
+    return tmp_path / "tfds"
+
+
+def test_a_prepared_directory_loads_by_its_folder_name(data_dir, raw_fashion_mnist):
+    dataset = load_dataset("generated", data_dir)
+    assert (dataset.name, dataset.folder) == ("generated", data_dir / "generated" / "3.0.1")
+    assert dataset.source == f"the prepared tfds directory {dataset.folder}"
+    assert (dataset.class_names, dataset.num_classes) == (FASHION_MNIST_NAMES, 10)
+    for split, raw in raw_fashion_mnist.splits.items():
+        expected = in_record_order(split, raw)
+        assert_equal(dataset.load(split), expected)
+        assert dataset.sha256[split] == independent_digest(*expected)
+
+
+def test_digest_of_literals():
+    examples = Examples(np.arange(4, dtype=np.uint8).reshape(1, 2, 2, 1), np.array([7], np.int32))
+    expected = hashlib.sha256(b"uint8[1, 2, 2, 1]" + b"\0\1\2\3" + b"\7\0\0\0").hexdigest()
+    assert digest(examples) == expected
+    # Memory layout and label type do not count; the shape does.
+    assert digest(Examples(np.asfortranarray(examples.image), examples.label.astype(np.int64))) == expected
+    assert digest(Examples(examples.image.reshape(1, 4, 1, 1), examples.label)) != expected
+
+
+def test_the_second_load_reads_the_arrays(data_dir, monkeypatch):
+    first = load_dataset("generated", data_dir)
+    train = first.load("train")
+    forbid(monkeypatch, "decode", "fetch")
+    second = load_dataset("generated", data_dir)
+    assert second == first
+    assert_equal(second.load("train"), train)
+
+
+def test_the_arrays_may_move(data_dir, tmp_path, monkeypatch):
+    first = load_dataset("generated", data_dir)
+    data_dir.rename(tmp_path / "moved")
+    forbid(monkeypatch, "decode")
+    moved = load_dataset("generated", tmp_path / "moved")
+    assert moved.folder == tmp_path / "moved" / "generated" / "3.0.1"
+    assert digest(moved.load("test")) == first.sha256["test"]
+    (tmp_path / "moved" / "generated").rename(tmp_path / "moved" / "mine")
+    assert load_dataset("mine", tmp_path / "moved").name == "mine"
+
+
+@pytest.mark.parametrize("name", ["image", "label"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[:-1] + bytes([content[-1] ^ 1]),
+        lambda content: content[: len(content) // 2],
+        lambda content: content[:9],
+        lambda content: b"",
+        lambda content: b"x" * len(content),
+        lambda content: content.replace(b")", b"(", 1),
+    ],
+    ids=["flipped", "half", "no header", "empty", "garbage", "header"],
+)
+def test_damaged_arrays_are_repaired_from_the_shards(damage, name, data_dir):
+    dataset = load_dataset("generated", data_dir)
+    path = dataset.folder / CACHE / f"train_{name}.npy"
+    whole, train = path.read_bytes(), dataset.load("train")
+    path.write_bytes(damage(whole))
+    assert_equal(load_dataset("generated", data_dir).load("train"), train)
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"name": "generated"}'])
+def test_damaged_facts_are_written_again(content, data_dir):
+    dataset = load_dataset("generated", data_dir)
+    (dataset.folder / CACHE / "facts.json").write_text(content)
+    assert load_dataset("generated", data_dir) == dataset
+    assert json.loads((dataset.folder / CACHE / "facts.json").read_text())["sha256"] == dataset.sha256
+
+
+def test_other_shards_than_before_are_an_error(data_dir, raw_fashion_mnist, tmp_path):
+    dataset = load_dataset("generated", data_dir)
+    train, test = raw_fashion_mnist.splits.values()
+    other = raw_fashion_mnist._replace(splits={"train": train._replace(image=255 - train.image), "test": test})
+    folder = write_tfds(NAMED_SETS["fashion_mnist"], other, tmp_path / "other", silent)
+    shutil.rmtree(dataset.folder / CACHE)
+    shutil.copytree(folder, dataset.folder, dirs_exist_ok=True)
+    got = independent_digest(*in_record_order("train", other.splits["train"]))
+    with pytest.raises(UserError, match=f"must be {dataset.sha256['train']}, got {got}"):
+        dataset.load("train")
+
+
+def test_a_folder_that_cannot_be_written_loads_all_the_same(data_dir, raw_fashion_mnist):
+    folder = data_dir / "generated" / "3.0.1"
+    (folder / CACHE).write_text("a file where the arrays' folder should be")
+    lines = []
+    dataset = load_dataset("generated", data_dir, say=lines.append)
+    assert lines[-1].startswith(f"{folder} cannot be written, so the decoded arrays are not kept")
+    assert_equal(dataset.load("test"), in_record_order("test", raw_fashion_mnist.splits["test"]))
+
+
+# --- Named sets -----------------------------------------------------------------------------------------------------
+
+
+def test_a_prepared_named_set_of_other_pixels_is_an_error(data_dir, raw_fashion_mnist):
+    folder = (data_dir / "generated").rename(data_dir / "fashion_mnist") / "3.0.1"
+    pinned = NAMED_SETS["fashion_mnist"].sha256["train"]
+    got = independent_digest(*in_record_order("train", raw_fashion_mnist.splits["train"]))
+    for _ in range(2):
+        with pytest.raises(
+            UserError, match=r"The train split of 'fashion_mnist' from .* is not the known one"
+        ) as error:
+            load_dataset("fashion_mnist", data_dir)
+        assert str(folder) in str(error.value)
+        assert f"must be {pinned}, got {got}" in str(error.value)
+    assert (folder / "dataset_info.json").exists()  # It is the user's: only the user deletes it.
+
+
+@pytest.fixture
+def mirror(monkeypatch, raw_fashion_mnist):
+    """Serves the generated set as fashion_mnist, from "a mirror"."""
+    monkeypatch.setattr(data, "fetch", lambda named, downloads, say: (raw_fashion_mnist, "a mirror"))
+
+
+def test_a_fetched_set_of_other_pixels_leaves_nothing_behind(mirror, tmp_path):
+    with pytest.raises(UserError, match="The train split of 'fashion_mnist' from a mirror is not the known one"):
+        load_dataset("fashion_mnist", tmp_path)
+    assert prepared_folder("fashion_mnist", tmp_path) is None
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_fetched_set_is_prepared_once(mirror, tmp_path, monkeypatch, raw_fashion_mnist):
+    expected = {split: in_record_order(split, raw) for split, raw in raw_fashion_mnist.splits.items()}
+    pins = {split: independent_digest(*examples) for split, examples in expected.items()}
+    named = dataclasses.replace(NAMED_SETS["fashion_mnist"], sha256=pins)
+    monkeypatch.setitem(NAMED_SETS, "fashion_mnist", named)
+    lines = []
+    dataset = load_dataset("fashion_mnist", tmp_path, say=lines.append)
+    assert "fashion_mnist was served by a mirror" in lines
+    assert (dataset.source, dataset.sha256) == ("a mirror", pins)
+    forbid(monkeypatch, "fetch", "decode")
+    again = load_dataset("fashion_mnist", tmp_path)
+    assert again == dataset
+    assert_equal(again.load("test"), expected["test"])
+
+
+# --- Names and folders ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, near",
+    [("cifr10", "cifar10"), ("fashion-mnist", "fashion_mnist"), ("CIFAR10", "cifar10"), ("generatd", "generated")],
+)
+def test_an_unknown_name_lists_near_ones(name, near, data_dir):
+    with pytest.raises(UserError, match=f"`dataset` must be a known name, got '{name}'. Did you mean .*{near}"):
+        load_dataset(name, data_dir)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorflow") is not None, reason="TensorFlow would prepare the set")
+@pytest.mark.parametrize("name", ["svhn_cropped", "imagenet_resized/8x8"])
+def test_a_set_that_is_not_prepared_needs_tensorflow(name, tmp_path):
+    with pytest.raises(UserError, match=f"`dataset` '{name}' is not prepared in {tmp_path}, and only TensorFlow"):
+        load_dataset(name, tmp_path)
+
+
+def test_what_tensorflow_prepared_is_never_deleted(data_dir, monkeypatch):
+    folder = data_dir / "generated" / "3.0.1"
+    monkeypatch.setattr(data, "_prepare_with_tensorflow", lambda name, data_dir, say: folder)
+    monkeypatch.setattr(shards, "_image_and_label", lambda builder: ("absent", "label"))
+    with pytest.raises(UserError, match="must hold images with one class label each"):
+        load_dataset("imagenet_resized", data_dir)
+    assert (folder / "dataset_info.json").exists()
+
+
+@pytest.mark.parametrize("name", ["data", "data/below"])
+def test_a_data_dir_that_is_a_file_is_an_error(name, tmp_path):
+    (tmp_path / "data").write_text("")
+    with pytest.raises(UserError, match=f"`data_dir` must be a directory that can be written, got {tmp_path / name}"):
+        load_dataset("mnist", tmp_path / name)
+
+
+def test_the_newest_version_is_chosen(data_dir):
+    assert prepared_folder("absent", data_dir) is None
+    for version in ("3.0.9", "3.0.10", "incomplete.ABC_3.0.11"):
+        shutil.copytree(data_dir / "generated" / "3.0.1", data_dir / "generated" / version)
+    (data_dir / "generated" / "3.1.0").mkdir()  # Empty: not prepared.
+    assert prepared_folder("generated", data_dir) == data_dir / "generated" / "3.0.10"
+
+
+def test_the_default_data_dir_is_that_of_tfds(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+    assert default_data_dir() == tmp_path / "tensorflow_datasets"
+    monkeypatch.setenv("TFDS_DATA_DIR", "~/sets")
+    assert default_data_dir() == tmp_path / "sets"
+
+
+def test_load_dataset_looks_into_the_default_data_dir(data_dir, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(data_dir))
+    assert load_dataset("generated").folder == data_dir / "generated" / "3.0.1"
+
+
+# --- Other prepared directories -------------------------------------------------------------------------------------
+
+
+def prepare_odd(data_dir, features, splits, supervised_keys=None):
+    """Writes a tfds set "odd" with the given features and examples."""
+
+    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        name = "odd"
+        VERSION = tfds.core.Version("1.0.0")
+        pkg_dir_path = Path(__file__).parent
+
+        def _info(self):
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features), supervised_keys=supervised_keys
+            )
+
+        def _split_generators(self, dl_manager):
+            return {split: iter(enumerate(examples)) for split, examples in splits.items()}
+
+        def _generate_examples(self):
+            """Not called: the splits hold their examples."""
+
+    Builder(data_dir=data_dir).download_and_prepare(
+        file_format="array_record", download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+    )
+
+
+def test_labels_out_of_range(tmp_path):
+    """-1 is how tfds marks the test images of sets whose labels are secret."""
+    features = {"image": IMAGE, "label": LABEL}
+    examples = {split: [{"image": png(2, 2, 3), "label": label}] for split, label in (("train", 0), ("test", -1))}
+    prepare_odd(tmp_path, features, examples)
+    with pytest.raises(UserError, match=r"split 'test' with one of 2 classes, got labels from -1 to -1"):
+        load_dataset("odd", tmp_path)
+
+
+@pytest.mark.parametrize("file", ["dataset_info.json", "features.json"])
+def test_a_damaged_description(file, data_dir):
+    folder = prepared_folder("generated", data_dir)
+    shutil.rmtree(folder / CACHE, ignore_errors=True)
+    (folder / file).write_text('{"name": ')
+    with pytest.raises(UserError, match=r"generated/3.0.1 is damaged: its description cannot be read .*Move it away"):
+        load_dataset("generated", data_dir)
+
+
+def png(*shape, dtype=np.uint8):
+    file = io.BytesIO()
+    Image.fromarray(np.full(shape, 7, dtype)).save(file, "PNG")
+    file.seek(0)
+    return file
+
+
+IMAGE, LABEL = tfds.features.Image(shape=(None, None, 3)), tfds.features.ClassLabel(num_classes=2)
+
+
+@pytest.mark.parametrize(
+    "features, examples, message",
+    [
+        ({"value": np.int64}, [{"value": 1}], r"must hold images with one class label each, got .*\['value'\]"),
+        (
+            {"image": IMAGE, "label": np.int64},
+            [{"image": png(2, 2, 3), "label": 1}],
+            r"must hold images with one class label each, got .*\['(image|label)', '(image|label)'\]",
+        ),
+        (
+            {"image": IMAGE, "label": LABEL},
+            [{"image": png(2, 2, 3), "label": 0}, {"image": png(2, 3, 3), "label": 1}],
+            r"must hold images of one shape, got \(2, [23], 3\) and \(2, [23], 3\) \(record 1\)",
+        ),
+        (
+            {"image": tfds.features.Image(shape=(2, 2, 1), dtype=np.uint16), "label": LABEL},
+            [{"image": png(2, 2, dtype=np.uint16), "label": 0}],
+            "must hold 8-bit images, got uint16",
+        ),
+    ],
+    ids=["no image", "no class label", "shapes", "16 bits"],
+)
+def test_a_set_that_cannot_be_learned_is_an_error(features, examples, message, tmp_path):
+    for example in examples:
+        if "image" in example:
+            example["image"].seek(0)
+    prepare_odd(tmp_path, features, {"train": examples, "test": examples[:1]})
+    with pytest.raises(UserError, match=f"^{tmp_path / 'odd' / '1.0.0'} {message}"):
+        load_dataset("odd", tmp_path)
+
+
+def test_a_set_without_a_test_split_is_an_error(tmp_path):
+    features = {"image": IMAGE, "label": LABEL}
+    splits = {split: [{"image": png(2, 2, 3), "label": 0}] for split in ("train", "validation")}
+    prepare_odd(tmp_path, features, splits)
+    with pytest.raises(UserError, match=r"must have a split 'test', got \['train', 'validation'\]"):
+        load_dataset("odd", tmp_path)
+
+
+def test_supervised_keys_name_the_features(tmp_path):
+    features = {"picture": tfds.features.Image(shape=(2, 2, 3)), "kind": tfds.features.ClassLabel(names=["no", "yes"])}
+    splits = {split: [{"picture": png(2, 2, 3), "kind": "yes"}] for split in ("train", "test")}
+    prepare_odd(tmp_path, features, splits, supervised_keys=("picture", "kind"))
+    dataset = load_dataset("odd", tmp_path)
+    assert dataset.class_names == ("no", "yes")
+    assert_equal(dataset.load("train"), Examples(np.full((1, 2, 2, 3), 7, np.uint8), np.array([1], np.int32)))
+
+
+@pytest.fixture
+def tfrecord_dir(data_dir):
+    """The generated set in the TFRecord format, in two shards a split; the checksums, which nothing reads, are zero."""
+    folder = data_dir / "generated" / "3.0.1"
+    info = json.loads((folder / "dataset_info.json").read_text())
+    info["fileFormat"] = "tfrecord"
+    for split in info["splits"]:
+        name = split["name"]
+        (shard,) = folder.glob(f"*-{name}.array_record-*")
+        with ArrayRecordDataSource(str(shard)) as source:
+            rows = [source[i] for i in range(len(source))]
+        shard.unlink()
+        half = len(rows) // 2 + 1
+        split["shardLengths"] = [str(half), str(len(rows) - half)]
+        split["filepathTemplate"] = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+        for i, part in enumerate((rows[:half], rows[half:])):
+            content = b"".join(struct.pack("<Q", len(row)) + bytes(4) + row + bytes(4) for row in part)
+            (folder / f"fashion_mnist-{name}.tfrecord-0000{i}-of-00002").write_bytes(content)
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    return data_dir
+
+
+def test_tfrecords_give_the_same_examples(tfrecord_dir, raw_fashion_mnist):
+    dataset = load_dataset("generated", tfrecord_dir)
+    for split, raw in raw_fashion_mnist.splits.items():
+        assert_equal(dataset.load(split), in_record_order(split, raw))
+
+
+def test_a_missing_tfrecord_is_an_error(tfrecord_dir):
+    folder = tfrecord_dir / "generated" / "3.0.1"
+    (folder / "fashion_mnist-train.tfrecord-00001-of-00002").write_bytes(b"")
+    with pytest.raises(UserError, match=f"^{folder} must hold 430 examples in its split 'train', got 216"):
+        load_dataset("generated", tfrecord_dir)
+
+
+@pytest.mark.parametrize("file_format", ["array_record", "tfrecord"])
+def test_a_truncated_shard_is_an_error(file_format, data_dir, request):
+    if file_format == "tfrecord":
+        request.getfixturevalue("tfrecord_dir")
+    folder = data_dir / "generated" / "3.0.1"
+    shard = max(folder.glob(f"*-train.{file_format}-*"))
+    shard.write_bytes(shard.read_bytes()[:-300])
+    with pytest.raises(UserError, match=f"^{folder} "):
+        load_dataset("generated", data_dir)
+
+
+# --- The real sets --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def real():
+    return functools.cache(lambda name: load_dataset(name, default_data_dir()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, shape, per_class",
+    [
+        ("mnist", (28, 28, 1), [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]),
+        ("fashion_mnist", (28, 28, 1), [6000] * 10),
+        ("cifar10", (32, 32, 3), [5000] * 10),
+    ],
+)
+def test_real_sets_are_the_known_ones(name, shape, per_class, real):
+    dataset = real(name)
+    train, test = dataset.load("train"), dataset.load("test")
+    assert train.image.shape == (sum(per_class), *shape)
+    assert test.image.shape == (10_000, *shape)
+    assert np.bincount(train.label).tolist() == per_class
+    assert dataset.sha256 == NAMED_SETS[name].sha256
+    assert dataset.sha256["test"] == independent_digest(*test)
+
+
+@pytest.mark.slow
+def test_real_cifar10_has_the_known_channel_statistics(real):
+    """Source: the constants that CIFAR-10 codes normalise by, in full precision."""
+    image = real("cifar10").load("train").image.reshape(-1, 3)
+    counts = np.stack([np.bincount(image[:, c], minlength=256) for c in range(3)])
+    value = np.arange(256) / 255
+    mean = counts @ value / len(image)
+    deviation = np.sqrt(counts @ value**2 / len(image) - mean**2)
+    np.testing.assert_allclose(mean, [0.49139968, 0.48215841, 0.44653091], atol=1e-7)
+    np.testing.assert_allclose(deviation, [0.24703223, 0.24348513, 0.26158784], atol=1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10"])
+def test_stock_tfds_reads_the_real_sets(name, real):
+    dataset = real(name)
+    test = dataset.load("test")
+    source = tfds.data_source(name, split="test", data_dir=default_data_dir())
+    assert len(source) == 10_000
+    for i in (0, 1, 4999, 9999):
+        np.testing.assert_array_equal(source[i]["image"], test.image[i])
+        assert source[i]["label"] == test.label[i]
