@@ -1,10 +1,10 @@
-# The commands that a person types. `make` alone lists them.
+# The commands that users type. `make` alone lists them.
 DATASET ?= cifar10
-# For cifar10 the quickest recipe: about 94% on a GPU, 90% on CPU cores. See experiments/.
+# For cifar10 the fastest recipe: about 94% on a GPU, 90% on CPU cores. See experiments/.
 NVIDIA := $(wildcard /dev/nvidia0)
 MODEL ?= $(if $(filter cifar10,$(DATASET)),$(if $(NVIDIA),airbench94_muon,fast),cnn)
 SEED ?= 0
-# A named experiment, where its name is not DATASET_MODEL: make train EXPERIMENT=cifar10_tutorial
+# An experiment by its name or file: make train EXPERIMENT=cifar10_tutorial
 EXPERIMENT ?= $(DATASET)_$(MODEL)
 # More options, such as ARGS="--optim.learning-rate 3e-4"; cnnjax train --help lists them.
 ARGS ?=
@@ -15,15 +15,15 @@ BIN := .venv/bin
 
 help:
 	@echo 'make train DATASET=mnist [MODEL=cnn] [SEED=0] [ARGS="--optim.learning-rate 3e-4"]   train and score a network'
-	@echo 'make train EXPERIMENT=cifar10_tutorial                          run experiments/cifar10_tutorial.py'
-	@echo 'make eval RUN=runs/cifar10_fast-seed0                           score a run again'
+	@echo 'make train EXPERIMENT=cifar10_tutorial                          run experiments/cifar10_tutorial.py, or a file of yours'
+	@echo 'make eval RUN=runs/cifar10_fast-seed0                           score a trained network again'
 	@echo 'make predict RUN=runs/cifar10_fast-seed0 IMAGES="cat.jpg ..."   classify image files'
 	@echo 'make data DATASET=cifar10                                       fetch and check a data set'
-	@echo 'make test | test-slow | lint                                    the tests, those on real data, the checks'
+	@echo 'make test | test-slow | lint                                    the tests, the slow tests, the checks'
 	@echo 'make stress                                                     100 kills of training: about 10 minutes'
-	@echo 'make bench | bench-gpu                                          speed beside PyTorch, Keras and airbench'
+	@echo 'make bench | bench-gpu                                          speed compared with PyTorch, Keras and airbench'
 
-# A .venv that was set up without CUDA is set up again where there is a GPU.
+# A .venv that was set up without CUDA is set up again if there is a GPU.
 INSTALLED := .venv/installed$(if $(NVIDIA),-cuda)
 setup: $(INSTALLED)
 
@@ -39,15 +39,12 @@ ifneq ($(NVIDIA),)
 endif
 	@touch $@
 
-# An experiment file where there is one, the defaults of the command line otherwise.
+# An experiment file if there is one, else the defaults with the network that MODEL names.
 train: setup
-ifneq ($(origin EXPERIMENT),file)
-	@test -f experiments/$(EXPERIMENT).py || { echo '`EXPERIMENT` must be one of $(filter-out benchmark%,$(patsubst experiments/%.py,%,$(wildcard experiments/*_*.py))), got $(EXPERIMENT).' >&2; exit 2; }
-endif
-ifneq ($(wildcard experiments/$(EXPERIMENT).py),)
-	@$(BIN)/python experiments/$(EXPERIMENT).py --seed $(SEED) $(ARGS)
+ifneq ($(if $(filter file,$(origin EXPERIMENT)),$(wildcard experiments/$(EXPERIMENT).py),named),)
+	@$(BIN)/cnnjax train $(EXPERIMENT) --seed $(SEED) $(ARGS)
 else
-	@$(BIN)/cnnjax train --dataset $(DATASET) --model.name $(MODEL) --seed $(SEED) $(ARGS)
+	@$(BIN)/cnnjax train --dataset $(DATASET) --model $(MODEL) --seed $(SEED) $(ARGS)
 endif
 
 eval: setup
@@ -69,16 +66,16 @@ test-slow: setup
 stress: setup
 	@$(BIN)/python tests/stress.py $(ARGS)
 
-# Peers get environments of their own.
+# Peers get their own environments.
 bench: setup .venv-peers/installed
-	@$(BIN)/python experiments/benchmark.py $(ARGS)
+	@$(BIN)/python experiments/benchmarks/cpu.py $(ARGS)
 
-# An interpreter that ARGS names by --python or --peers is used as it is, and nothing is set up for it.
+# Interpreters that ARGS names with --python or --peers are used as they are.
 GPU_PYTHON = $(shell printf '%s' '$(ARGS)' | sed -n 's/.*--python[= ]*\([^ ]*\).*/\1/p')
 GPU_PARTS = $(filter ladder clock profile airbench bits agree tutorial,$(ARGS))
 GPU_PEERS = $(if $(findstring --peers,$(ARGS))$(findstring --small,$(ARGS)),,$(if $(GPU_PARTS),$(filter airbench,$(GPU_PARTS)),all))
 bench-gpu: $(if $(GPU_PYTHON),,setup) $(if $(GPU_PEERS),.venv-peers-gpu/installed)
-	@PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(or $(GPU_PYTHON),$(BIN)/python) experiments/benchmark_gpu.py $(ARGS)
+	@PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(or $(GPU_PYTHON),$(BIN)/python) experiments/benchmarks/gpu.py $(ARGS)
 
 .venv-peers/installed:
 	@echo 'Setting up .venv-peers, once: PyTorch and TensorFlow, some minutes.'
@@ -95,7 +92,7 @@ bench-gpu: $(if $(GPU_PYTHON),,setup) $(if $(GPU_PEERS),.venv-peers-gpu/installe
 lint: setup
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format . && $(BIN)/pyright --pythonpath $(BIN)/python
 
-# Renews the lock file; needs uv.
+# Updates the lock file; needs uv.
 lock:
 	uv pip compile pyproject.toml --extra dev --universal --generate-hashes --python-version 3.11 --no-header -o requirements.lock --upgrade
 

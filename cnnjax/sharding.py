@@ -1,4 +1,4 @@
-"""The devices of a run: the batch is shared among them, the state is on each."""
+"""Data parallelism: each batch is divided among the devices, and each device holds a copy of the state."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -8,32 +8,32 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
 class Placement(NamedTuple):
-    """Where the arrays of a run lie."""
+    """The shardings of a run's arrays."""
 
-    batch: NamedSharding  # Its examples, divided among the devices.
-    plan: NamedSharding  # The same, of many batches.
-    state: NamedSharding  # The same on each.
+    batch_sharding: NamedSharding  # Divides the examples among the devices.
+    plan_sharding: NamedSharding  # The same for several batches: divides the second axis.
+    state_sharding: NamedSharding  # Replicated.
 
     @property
     def num_devices(self) -> int:
         """The number of devices that share a batch."""
-        return self.batch.mesh.size
+        return self.batch_sharding.mesh.size
 
     @property
     def devices(self) -> list[Any]:
         """The devices that share a batch."""
-        return sorted(self.batch.device_set, key=lambda device: device.id)
+        return sorted(self.batch_sharding.device_set, key=lambda device: device.id)
 
 
 def place(batch_size: int, devices: Sequence[Any] | None = None) -> Placement:
-    """Shares a batch among as many devices as divide it evenly.
+    """Divides a batch among the largest number of devices that divides `batch_size`.
 
-    The draws of a step are of the whole batch: order, flips and dropout masks are the same on any number of devices.
-    Sums are made in another order, so parameters agree to rounding.
+    Random numbers are drawn for the whole batch, so order, flips and dropout masks do not depend on the number of
+    devices. The order of summation does, so parameters agree only to rounding.
 
     Args:
-      batch_size: examples.
-      devices: all devices of the process when None.
+      batch_size: the number of examples.
+      devices: by default, all local devices.
     """
     devices = list(jax.local_devices() if devices is None else devices)
     num_devices = max(n for n in range(1, len(devices) + 1) if batch_size % n == 0)

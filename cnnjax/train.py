@@ -1,35 +1,56 @@
-"""The loop: epochs of training steps, validation, checkpoints, and the test set once at the end."""
+"""Training, from a `Config` to a result: set up, restore, train, validate, save, test."""
 
 import math
 import time
-from collections.abc import Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Key
 
 from cnnjax.cli.console import Report
-from cnnjax.cli.signals import Interrupted, Stop, stop_signals
-from cnnjax.config import Config
-from cnnjax.data.batches import Pixels
+from cnnjax.cli.signals import Interrupted, Stop
+from cnnjax.config import Config, word
+from cnnjax.data.batches import Pixels, make_batch, pixel_statistics, standardize
+from cnnjax.data.datasets import ImageDataset, load_dataset
+from cnnjax.data.order import Plan, epoch_plan, plain_plan, split_validation, steps_per_epoch
+from cnnjax.data.tfds_format import Examples
 from cnnjax.errors import NonFiniteLossError, UserError
-from cnnjax.evaluate import Scores, Totals
-from cnnjax.experiment import Run, count_params, device, set_up
-from cnnjax.runs import directory as rundir
 from cnnjax.runs import manifest
-from cnnjax.runs.checkpoints import Checkpoints, all_finite, recover
+from cnnjax.runs.checkpoints import all_finite
+from cnnjax.runs.directory import DataFacts, OpenRun, make_facts, open_run, write_rows
 from cnnjax.runs.files import file_sha256, tree_sha256, write_json
-from cnnjax.step import TrainState
+from cnnjax.sharding import Placement, place
+from cnnjax.step import Program, Scores, Totals, TrainState, evaluate, init_from_data, init_run, train_steps
+
+INIT_IMAGES = 5000  # Number of training images that a network may be initialized from.
+
+
+class Setup(NamedTuple):
+    """Everything that a run does not change."""
+
+    config: Config
+    dataset: ImageDataset
+    facts: DataFacts
+    train: Pixels  # On every device.
+    validation: Pixels
+    program: Program
+    steps_per_epoch: int
+    steps_per_dispatch: int
+    train_key: Key[Array, ""]
+    augment_key: Key[Array, ""]
+    placement: Placement
 
 
 class Progress(NamedTuple):
-    """What the loop knows besides the state, on the host; a checkpoint keeps it, so that no metric line can be lost."""
+    """Progress on the host; saved in every checkpoint, so that no row can be lost."""
 
-    rows: list[dict[str, Any]]  # Of metrics.jsonl: one an epoch, the same bits for the same seed.
+    rows: list[dict[str, Any]]  # Of metrics.jsonl: one per epoch, the same bits for the same seed.
     timing: list[dict[str, Any]]  # Of timing.jsonl.
-    totals: Totals = Totals()  # Of the epoch so far.
-    seconds: float = 0.0  # Of training, all sessions together.
+    totals: Totals = Totals()  # Of the current epoch.
+    seconds: float = 0.0  # Of training, in all sessions.
 
     def best(self) -> dict[str, Any] | None:
         """Returns the row with the best validation accuracy, the latest of equals; without validation, the latest."""
@@ -46,143 +67,232 @@ def train_and_evaluate(
     devices: Sequence[Any] | None = None,
     report: Report | None = None,
     stop: Stop | None = None,
+    dataset: ImageDataset | None = None,
 ) -> dict[str, Any]:
     """Trains a network and scores it on the test set, in one run directory.
 
     Args:
       config: what to train.
-      run_dir: runs/<experiment>-seed<k> when None.
-      data_dir: the tfds directory; tfds's own default when None.
-      resume: go on with the run in `run_dir`, exactly where it stopped. A run that ended is not run again, but for more
-        epochs where no step depends on their number (a constant learning rate, no lookahead).
-      checkpoint_seconds: save within an epoch, too, this long after the last save; no bit depends on it.
-      devices: that share each batch; all when None.
-      report: told what happens; a quiet one when None.
-      stop: where signals arrive, for a caller that trains in several threads; this function handles them when None.
+      run_dir: runs/<name>-seed<k> if None.
+      data_dir: the tfds directory; tfds's default if None.
+      resume: resume the run in `run_dir` exactly where it stopped. A finished run is not trained again, except for more
+        epochs if no step depends on their number (a constant learning rate, no lookahead).
+      checkpoint_seconds: save during an epoch, too, this long after the last save; no bit depends on it.
+      devices: share each batch; all devices if None.
+      report: receives messages and metrics; None: nothing is printed.
+      stop: receives signals, for a caller that trains in several threads; None: this function handles them.
+      dataset: the data set, if the caller has loaded it.
 
     Returns:
       The content of result.json.
 
     Raises:
-      UserError: what the user can mend; see its message.
-      NonFiniteLossError: the loss became infinite or not a number; the checkpoints before that are kept.
-      Interrupted: SIGINT or SIGTERM came; the run can be resumed.
+      UserError: the user has to fix something; see its message.
+      NonFiniteLossError: the loss became infinite or nan; earlier checkpoints are kept.
+      Interrupted: SIGINT or SIGTERM arrived; the run can be resumed.
     """
     report = report or Report(quiet=True)
-    run_dir = rundir.default_run_dir(config) if run_dir is None else run_dir
-    with rundir.lock(run_dir), nullcontext(stop) if stop else stop_signals() as stopped:
-        rundir.check_run(run_dir, config, resume)
-        result = rundir.read_result(run_dir)
-        if result is None or result["num_epochs"] < config.num_epochs or not manifest.is_closed(run_dir):
-            run, state, facts = set_up(config, run_dir, data_dir, devices, report)
-            environment = manifest.environment(run.placement.devices)
-            for line in manifest.changes_since_last_session(run_dir, environment):
-                report.say(line)
-            about = environment | {"seed": config.seed, "resumed_from": None}
-            # A signal waits for the loop, which saves: Orbax would turn one that arrives within it into a failure.
-            with stopped.held(), manifest.session(run_dir, about, rundir.FILES) as session:
-                rundir.write_run(run_dir, config, facts)
-                recover(run_dir / "checkpoints", report.say)
-                with closing(Checkpoints(run_dir / "checkpoints")) as checkpoints:
-                    session["resumed_from"] = checkpoints.latest()
-                    if resume and checkpoints.latest() is None:
-                        report.say(f"There is nothing to resume in {run_dir}: starting anew.")
-                    state, progress = fit(
-                        run, state, checkpoints, stopped, report, checkpoint_seconds=checkpoint_seconds
-                    )
-                    result = _test(run, state, progress, checkpoints)
-                    write_json(run_dir / "result.json", result)
+    run_dir = Path(run_dir or Path("runs") / config.run_name)
+    with open_run(run_dir, config, report, resume=resume, stop=stop) as run:
+        if (result := run.finished()) is None:
+            dataset = dataset or load_dataset(config.dataset, data_dir, report.say)
+            setup, state = set_up(run, dataset, devices)
+            run.begin(setup.facts, manifest.environment(setup.placement.devices))
+            state, progress = restore(setup, state, run)
+            if run.checkpoints.latest() is not None:
+                report.say(f"resuming at step {state.step} of {setup.program.num_steps}")
+            elif resume:
+                report.say(f"There is nothing to resume in {run_dir}: starting from scratch.")
+            state, progress = fit(setup, state, progress, run, checkpoint_seconds)
+            result = score_test_set(setup, state, progress, run)
+            write_json(run_dir / "result.json", result)
     report.result(result, run_dir)
     return result
 
 
-def fit(
-    run: Run, state: TrainState, checkpoints: Checkpoints, stop: Stop, report: Report, *, checkpoint_seconds: float
-) -> tuple[TrainState, Progress]:
-    """Trains from the latest checkpoint, or from `state` where there is none, to the last epoch.
+def set_up(run: OpenRun, dataset: ImageDataset, devices: Sequence[Any] | None) -> tuple[Setup, TrainState]:
+    """Loads the training split, resolves what the data determine, and makes the initial state."""
+    config = run.config.with_num_classes(dataset.num_classes)
+    examples = dataset.load("train")
+    kept, held_out = split_validation(config.seed, examples.label, config.validation_fraction)
+    validation = Examples(examples.image[held_out], examples.label[held_out])
+    train = Examples(examples.image[kept], examples.label[kept]) if len(held_out) else examples
+    del examples  # The copy replaces it.
+    image_shape, standardization = train.image.shape[1:], pixel_statistics(train.image)
+    config.augment.check_size(image_shape[:2])
+    steps = steps_per_epoch(len(train.label), config.batch_size)
+    program = Program(
+        config.model, config.optim, config.augment, config.loss, steps * config.num_epochs, config.num_epochs
+    )
+    placement = place(config.batch_size, devices)
+    init_key, train_key, augment_key = jax.random.split(jax.random.key(config.seed), 3)
+    setup = Setup(
+        config=config,
+        dataset=dataset,
+        facts=make_facts(dataset, image_shape, standardization),
+        train=jax.device_put(Pixels(*train, standardization), placement.state_sharding),
+        validation=jax.device_put(Pixels(*validation, standardization), placement.state_sharding),
+        program=program,
+        steps_per_epoch=steps,
+        steps_per_dispatch=1 if placement.devices[0].platform == "cpu" else steps,
+        train_key=jax.device_put(train_key, placement.state_sharding),
+        augment_key=augment_key,
+        placement=placement,
+    )
+    state = init_run(init_key, jnp.zeros((1, *image_shape)), program=program)
+    check_shapes(setup, state)
+    if hasattr(config.model, "init_from_data"):
+        images = standardize(setup.train.image[:INIT_IMAGES], standardization)
+        state = init_from_data(state, images, model=config.model, tx=program.make_tx())
+    shared = f" ({placement.num_devices} share a batch)" if placement.num_devices > 1 else ""
+    run.report.say(
+        f"{run.run_dir}: {word(type(config.model))} ({count_params(state):,} parameters) on {dataset.name} "
+        f"({dataset.source}), {len(train.label):,} training and {len(validation.label):,} validation images, on "
+        f"{device_name(placement.devices[0])}{shared}"
+    )
+    return setup, jax.device_put(state, placement.state_sharding)
 
-    Args:
-      run: what stays the same.
-      state: donated.
-      checkpoints: of this run.
-      stop: held; as soon as it has a signal, the loop saves and raises.
-      report: told what happens.
-      checkpoint_seconds: save within an epoch, too, this long after the last save.
 
-    Returns:
-      The last state, and what it leaves in metrics.jsonl and timing.jsonl.
+def check_shapes(setup: Setup, state: TrainState) -> None:
+    """Checks the shapes that network, augmentation and loss return, without computing anything.
 
     Raises:
-      NonFiniteLossError: the loss or a parameter became infinite or not a number.
-      StorageError: a checkpoint could not be written.
-      Interrupted: a signal came.
+      UserError: one of them is wrong.
     """
-    config, steps = run.config, run.steps_per_epoch
-    progress = Progress([], [])
-    if (latest := checkpoints.latest()) is not None:
-        state, saved = checkpoints.restore(latest, state, run.placement.state)
-        progress = Progress(saved["rows"], saved["timing"], Totals(*saved["totals"]), saved["seconds"])
-        report.say(f"resuming at step {latest} of {steps * config.num_epochs}")
-    _write_progress(run.folder, progress)
-    step, (rows, timing, totals, seconds) = int(state.step), progress
-    last_save = time.perf_counter()
-    clock = last_save - seconds  # The instant at which a run without interruptions would have begun.
+    config, batch_size = setup.config, setup.config.batch_size
 
-    def save(validation: dict[str, Any] | None = None) -> None:
-        nonlocal last_save
-        if not all_finite(state):
-            made = (step - run.steps_per_dispatch, step)
-            raise _not_finite("the parameters became infinite or nan", made, config, checkpoints)
-        progress = Progress(list(rows), list(timing), totals, time.perf_counter() - clock)
-        best = progress.best()
-        kept = {**progress._asdict(), "best_step": None if best is None else best["step"]}
-        checkpoints.save(state, kept, validation)
-        last_save = time.perf_counter()
+    def check(name: str, rule: str, expected: tuple[int, ...], got: Any) -> None:
+        if getattr(got, "shape", None) != expected:
+            raise UserError(f"`{name}` must return {rule} of shape {expected}, got {got}.")
 
-    plan = run.plan(step)
-    with report.progress(config.num_epochs, steps, start=step) as bar:
+    plan = plain_plan(batch_size, batch_size).row(0)
+    batch = jax.eval_shape(lambda plan: make_batch(setup.train, plan, config.augment, setup.augment_key), plan)
+    check("augment.transform", "images", (batch_size, *setup.facts.image_shape), batch.image)
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    logits = jax.eval_shape(lambda image: config.model.apply(variables, image, train=False), batch.image)
+    check("model", "logits", (batch_size, setup.dataset.num_classes), logits)
+    check("loss", "one value per example", (batch_size,), jax.eval_shape(config.loss, logits, batch.label))
+
+
+def restore(setup: Setup, state: TrainState, run: OpenRun) -> tuple[TrainState, Progress]:
+    """Returns the latest checkpoint, or `state` and no progress if there is none."""
+    if (latest := run.checkpoints.latest()) is None:
+        return state, Progress([], [])
+    state, saved = run.checkpoints.restore(latest, state, setup.placement.state_sharding)
+    return state, Progress(saved["rows"], saved["timing"], Totals(*saved["totals"]), saved["seconds"])
+
+
+def fit(
+    setup: Setup, state: TrainState, progress: Progress, run: OpenRun, checkpoint_seconds: float
+) -> tuple[TrainState, Progress]:
+    """Trains to the last epoch; `state` is donated. Returns the last state and its progress.
+
+    Raises:
+      NonFiniteLossError: the loss or a parameter became infinite or nan.
+      StorageError: a checkpoint could not be written.
+      Interrupted: a signal arrived.
+    """
+    config, steps = setup.config, setup.steps_per_epoch
+    first = step = int(state.step)
+    on_cpu = setup.placement.devices[0].platform == "cpu"
+    dispatches = plan_dispatches(setup, step)
+    next_dispatch = next(dispatches)
+    saved_at = time.perf_counter()
+    start = saved_at - progress.seconds  # When a run without interruptions would have begun.
+    write_progress(run.run_dir, progress)
+    with run.report.progress(config.num_epochs, steps, start=step):
         for epoch in range(step // steps, config.num_epochs):
-            lap, already = time.perf_counter(), totals.num_examples
+            epoch_start, examples_before = time.perf_counter(), progress.totals.num_examples
             while step < (epoch + 1) * steps:
-                made = len(plan.example)
-                state, metrics = run.train_steps(state, plan, step)
-                step += made
-                plan = run.plan(step)  # The host draws the next plan while the device works on this one.
-                totals = totals.add(metrics)  # Waits for the device.
+                plan, augment_key = next_dispatch
+                # Without frozen parameters it is another program. On a CPU compiling it takes longer than it saves.
+                frozen = () if on_cpu else setup.program.frozen_names(state.params, step)
+                keys = setup.train_key, augment_key
+                state, metrics = train_steps(state, setup.train, plan, *keys, program=setup.program, frozen=frozen)
+                first, step = step, step + len(plan.example)
+                next_dispatch = next(dispatches)  # The host draws the next plan while the device computes.
+                totals = progress.totals.add(metrics)  # Waits for the device.
                 if not math.isfinite(totals.loss):
-                    raise _not_finite(f"the loss became {totals.loss}", (step - made, step), config, checkpoints)
-                bar.update(step, totals.means())
-                if step % steps == 0:  # Saved with its scores, below.
-                    break
-                if stop.signum is not None or time.perf_counter() - last_save >= checkpoint_seconds:
-                    save()
-                _leave_if_asked(stop, step, checkpoints)
-            images_per_second = (totals.num_examples - already) / (time.perf_counter() - lap)
-            scores = run.evaluate(state, run.validation) if len(run.validation.label) else None
-            rows.append(_row(epoch + 1, step, totals.means(), scores, state))
-            timing.append(
-                {
-                    "epoch": epoch + 1,
-                    "images_per_second": images_per_second,
-                    "seconds": time.perf_counter() - clock,
-                }
-            )
-            totals = Totals()
-            save({"num_examples": 0} if scores is None else scores._asdict())
-            _write_progress(run.folder, Progress(rows, timing))
-            report.epoch({**rows[-1], **timing[-1]}, config.num_epochs)
-            _leave_if_asked(stop, step, checkpoints)
-        checkpoints.wait()
-    return state, Progress(rows, timing, totals, time.perf_counter() - clock)
+                    raise make_non_finite_error(f"the loss became {totals.loss}", (first, step), run)
+                run.report.step(step, totals.means())
+                now = time.perf_counter()
+                progress = progress._replace(totals=totals, seconds=now - start)
+                # The last step of an epoch is saved with its scores, below.
+                if step % steps and (run.stop.signum is not None or now - saved_at >= checkpoint_seconds):
+                    save(run, state, progress, (first, step))
+                    saved_at = time.perf_counter()
+                    raise_if_stopped(run, step)
+            images_per_second = (progress.totals.num_examples - examples_before) / (time.perf_counter() - epoch_start)
+            scores = None
+            if len(setup.validation.label):
+                scores = evaluate(state, setup.validation, model=config.model, placement=setup.placement)
+            row = metrics_row(epoch + 1, step, progress.totals.means(), scores, state)
+            seconds = time.perf_counter() - start
+            timing = {"epoch": epoch + 1, "images_per_second": images_per_second, "seconds": seconds}
+            progress = Progress([*progress.rows, row], [*progress.timing, timing], seconds=seconds)
+            save(run, state, progress, (first, step), {"num_examples": 0} if scores is None else scores._asdict())
+            saved_at = time.perf_counter()
+            write_progress(run.run_dir, progress)
+            run.report.epoch({**row, **timing}, config.num_epochs)
+            raise_if_stopped(run, step)
+        run.checkpoints.wait()
+    return state, progress
 
 
-def _leave_if_asked(stop: Stop, step: int, checkpoints: Checkpoints) -> None:
-    if stop.signum is not None:
-        checkpoints.wait()
-        raise Interrupted(stop.signum, step)
+def plan_dispatches(setup: Setup, step: int) -> Iterator[tuple[Plan, Key[Array, ""]]]:
+    """Yields what each call of `train_steps` needs from `step` on, without end: a plan, and the key of its epoch."""
+    config, train, placement = setup.config, setup.train, setup.placement
+    _, height, width, _ = train.image.shape
+    epoch, first = divmod(step, setup.steps_per_epoch)
+    while True:
+        plan = epoch_plan(
+            config.seed,
+            epoch,
+            len(train.label),
+            batch_size=config.batch_size,
+            augment=config.augment,
+            image_size=(height, width),
+        )
+        key = jax.device_put(jax.random.fold_in(setup.augment_key, epoch), placement.state_sharding)
+        for i in range(first, setup.steps_per_epoch, setup.steps_per_dispatch):
+            yield jax.device_put(plan.row(slice(i, i + setup.steps_per_dispatch)), placement.plan_sharding), key
+        epoch, first = epoch + 1, 0
 
 
-def _row(epoch: int, step: int, train: Scores, validation: Scores | None, state: TrainState) -> dict[str, Any]:
+def save(
+    run: OpenRun,
+    state: TrainState,
+    progress: Progress,
+    steps: tuple[int, int],
+    validation: dict[str, Any] | None = None,
+) -> None:
+    """Starts to save a checkpoint after the steps from steps[0] to steps[1]; with the scores at the end of an epoch."""
+    if not all_finite(state):
+        raise make_non_finite_error("the parameters became infinite or nan", steps, run)
+    best = progress.best()
+    kept = {**progress._asdict(), "best_step": None if best is None else best["step"]}
+    run.checkpoints.save(state, kept, validation)
+
+
+def raise_if_stopped(run: OpenRun, step: int) -> None:
+    """Raises `Interrupted` after a signal, once the checkpoint of `step` is on disk."""
+    if run.stop.signum is not None:
+        run.checkpoints.wait()
+        raise Interrupted(run.stop.signum, step)
+
+
+def make_non_finite_error(problem: str, steps: tuple[int, int], run: OpenRun) -> NonFiniteLossError:
+    """Returns the error for a run that diverged between two steps."""
+    run.checkpoints.wait()
+    latest = run.checkpoints.latest()
+    kept = "there is no checkpoint yet" if latest is None else f"last finite checkpoint: step {latest}"
+    return NonFiniteLossError(
+        f"{problem} between steps {steps[0]} and {steps[1]}; {kept}. Try a lower `optim.learning_rate` "
+        f"(now {run.config.optim.learning_rate}), in another run directory."
+    )
+
+
+def metrics_row(epoch: int, step: int, train: Scores, validation: Scores | None, state: TrainState) -> dict[str, Any]:
     """Returns a row of metrics.jsonl."""
     row: dict[str, Any] = {"epoch": epoch, "step": step, "train_loss": train.loss, "train_accuracy": train.accuracy}
     if validation is not None:
@@ -190,45 +300,49 @@ def _row(epoch: int, step: int, train: Scores, validation: Scores | None, state:
     return row | {"params_sha256": tree_sha256(state.params)}
 
 
-def _write_progress(run_dir: Path, progress: Progress) -> None:
-    rundir.write_rows(run_dir / "metrics.jsonl", progress.rows)
-    rundir.write_rows(run_dir / "timing.jsonl", progress.timing)
+def write_progress(run_dir: Path, progress: Progress) -> None:
+    """Writes metrics.jsonl and timing.jsonl."""
+    write_rows(run_dir / "metrics.jsonl", progress.rows)
+    write_rows(run_dir / "timing.jsonl", progress.timing)
 
 
-def _test(run: Run, last: TrainState, progress: Progress, checkpoints: Checkpoints) -> dict[str, Any]:
+def score_test_set(setup: Setup, last: TrainState, progress: Progress, run: OpenRun) -> dict[str, Any]:
     """Scores the best checkpoint on the test split; returns the content of result.json."""
-    best = progress.best()
+    best, config = progress.best(), setup.config
     if best is None:
-        raise UserError(f"The checkpoints in {run.folder} must have one at the end of an epoch, got none. Train anew.")
-    state, _ = checkpoints.restore(best["step"], last, run.placement.state)
-    test = Pixels(*run.dataset.load("test"), run.train.standardization)
-    scores = run.evaluate(state, jax.device_put(test, run.placement.state), run.config.views)
+        raise UserError(f"The checkpoints in {run.run_dir} must include the end of an epoch, got none. Train again.")
+    state, _ = run.checkpoints.restore(best["step"], last, setup.placement.state_sharding)
+    pixels = Pixels(*setup.dataset.load("test"), setup.train.standardization)
+    scores = evaluate(state, pixels, model=config.model, tta=config.tta, placement=setup.placement)
     return {
         "test_accuracy": scores.accuracy,
         "test_loss": scores.loss,
         "num_test_examples": scores.num_examples,
         "best_validation_accuracy": best.get("validation_accuracy"),
         "best_epoch": best["epoch"],
-        "num_epochs": run.config.num_epochs,
+        "num_epochs": config.num_epochs,
         "training_seconds": progress.timing[-1]["seconds"],
         "num_params": count_params(state),
-        "seed": run.config.seed,
-        "device": device(run.placement.devices[0]),
+        "seed": config.seed,
+        "device": device_name(setup.placement.devices[0]),
         "sha256": {
             "params": tree_sha256(last.params),
             "batch_stats": tree_sha256(last.batch_stats),
             "opt_state": tree_sha256(last.opt_state),
             "best_params": tree_sha256(state.params),
-            "metrics": file_sha256(run.folder / "metrics.jsonl"),
+            "metrics": file_sha256(run.run_dir / "metrics.jsonl"),
         },
     }
 
 
-def _not_finite(what: str, steps: tuple[int, int], config: Config, checkpoints: Checkpoints) -> NonFiniteLossError:
-    checkpoints.wait()
-    latest = checkpoints.latest()
-    kept = "there is no checkpoint yet" if latest is None else f"the last finite checkpoint is of step {latest}"
-    return NonFiniteLossError(
-        f"{what} between steps {steps[0]} and {steps[1]}; {kept}. Try a lower `optim.learning_rate` "
-        f"(now {config.optim.learning_rate}), in another run directory."
-    )
+def count_params(state: TrainState) -> int:
+    """Returns the number of trainable parameters."""
+    return sum(leaf.size for leaf in jax.tree.leaves(state.params))
+
+
+def device_name(device: Any) -> str:
+    """Describes a device of jax in words."""
+    if device.platform == "cpu":
+        count = manifest.num_cores()
+        return f"cpu, {count} core{'s' if count != 1 else ''}"
+    return f"{device.platform}, {device.device_kind}"

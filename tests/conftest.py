@@ -1,4 +1,4 @@
-"""Fixtures: a small generated set, prepared in tfds's own format, that a network can learn."""
+"""Fixtures: a small generated data set that a network can learn, in the format of tfds; quick compilation."""
 
 import os
 
@@ -8,19 +8,19 @@ import pytest
 
 from cnnjax.data.named import NAMED_SETS
 from cnnjax.data.sources import RawSet, RawSplit
-from cnnjax.data.tfds_writer import write_tfds
+from cnnjax.data.tfds_format import write_tfds
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_home(tmp_path_factory):
-    """The tests leave nothing in the person's own cache."""
+    """Keeps the tests out of the user's own cache."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
 def make_raw(shape, num_train, num_test, num_classes=10, label_names=None):
-    """Noisy copies of one random pattern a class: real uint8 images, real class balance, learnable in seconds."""
+    """Returns noisy copies of one random pattern per class: uint8 images that a network learns in seconds."""
     rng = np.random.default_rng(0)
     patterns = rng.integers(0, 128, (num_classes, *shape))  # Dark, as MNIST is.
 
@@ -39,8 +39,16 @@ def raw_fashion_mnist():
 
 @pytest.fixture(scope="session")
 def prepared_dir(tmp_path_factory, raw_fashion_mnist):
-    """A tfds directory that holds a generated set under the name "generated"."""
+    """Returns a tfds directory that contains a generated set with the name "generated"."""
     data_dir = tmp_path_factory.mktemp("tfds")
     write_tfds(NAMED_SETS["fashion_mnist"], raw_fashion_mnist, data_dir, say=lambda line: None)
     (data_dir / "fashion_mnist").rename(data_dir / "generated")
     return data_dir
+
+
+@pytest.fixture
+def quick_compilation():
+    """Compiles in half the time, for tests that compare values up to rounding."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -1,27 +1,64 @@
 import re
+import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from cnnjax.cli.experiment import load_experiment
+from cnnjax.cli.main import main
+from cnnjax.cli.train_command import parse_train
 from cnnjax.data.named import NAMED_SETS
+from cnnjax.data.sources import RawSet, RawSplit
+from cnnjax.data.tfds_format import write_tfds
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+EXPERIMENT, LOOP = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+OPTIONS = re.findall(r"cnnjax train (\w+) ([^#\n]+?)\s*(?:#.*)?$", README, re.MULTILINE)
+OPTIONS += re.findall(r"make train EXPERIMENT=(\w+) ARGS=\"(.+?)\"", README)
 
 
-def test_the_lines_for_researchers_run_as_they_stand(prepared_dir, tmp_path, monkeypatch, capsys):
-    """On generated images of Fashion-MNIST's shape: the pinned digest of the real ones is off for this test."""
-    (tmp_path / "fashion_mnist").symlink_to(prepared_dir / "generated")
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """Makes a directory with experiments/mine.py the working directory."""
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "mine.py").write_text(EXPERIMENT)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_the_experiment_file_trains_and_is_scored(mine, capsys):
+    main(["train", "mine", "--num-epochs", "1", "--model.width", "4", "--optim.b1", "0.95"])
+    main(["eval", "runs/mine-seed0", "--experiment", "mine"])
+    out = capsys.readouterr().out
+    assert re.findall(r"Test accuracy (\S+)%", out) == re.findall(r"test accuracy (\S+)%", out) != []
+
+
+@pytest.mark.parametrize(("name", "options"), OPTIONS)
+def test_its_commands_have_options_that_exist(name, options, mine, monkeypatch):
+    if name != "mine":
+        monkeypatch.chdir(ROOT)
+    parse_train(load_experiment(name), shlex.split(options))
+
+
+def test_the_training_loop_runs_and_learns(tmp_path, monkeypatch, capsys):
+    """On images of Fashion-MNIST's shape whose brightness is the class, without the pinned digest of the real."""
+    label = np.arange(400, dtype=np.uint8) % 10
+    image = np.broadcast_to(20 * label[:, None, None, None], (400, 28, 28, 1)).copy()
+    split = RawSplit(image, {"label": label})
+    write_tfds(NAMED_SETS["fashion_mnist"], RawSet({"train": split, "test": split}, {}), tmp_path, lambda line: None)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     monkeypatch.setitem(NAMED_SETS["fashion_mnist"].sha256, "train", None)
     monkeypatch.setitem(NAMED_SETS["fashion_mnist"].sha256, "test", None)
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     scope = {}
-    exec(code, scope)
+    exec(LOOP, scope)
     assert scope["state"].step == 100
-    assert re.match(r"step 100: \d+\.\d% of the batch is right", capsys.readouterr().out.splitlines()[-1])
-    assert scope["metrics"].correct > 16  # It has learned something: chance is 6.4 of 64, give or take 2.4.
+    assert re.match(r"step 100: \d+\.\d% of the batch is correct", capsys.readouterr().out.splitlines()[-1])
+    assert scope["metrics"].correct > 16  # Chance is 6.4 of 64, give or take 2.4.
 
 
-@pytest.mark.parametrize("path", re.findall(r"experiments/\w+\.\w+", README))
-def test_the_files_that_it_names_are_there(path):
-    assert (Path(__file__).parent.parent / path).exists()
+@pytest.mark.parametrize(
+    "path", sorted({*re.findall(r"(?:experiments|tests)/[\w/]+\.\w+", README)} - {"experiments/mine.py"})
+)
+def test_the_files_that_it_names_exist(path):
+    assert (ROOT / path).exists()

@@ -1,80 +1,139 @@
+from types import SimpleNamespace
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import linen as nn
-from jax.test_util import check_grads
+from programs.research import Noise
 
-from cnnjax import CNN, MLP, Batch, eval_step, init_state, softmax_cross_entropy, train_step
+from cnnjax import (
+    CNN,
+    SGD,
+    Adam,
+    Augment,
+    Batch,
+    CrossEntropy,
+    Metrics,
+    ParamGroup,
+    TrainState,
+    eval_step,
+    init_from_data,
+    init_state,
+    softmax_cross_entropy,
+    train_step,
+)
+from cnnjax.data.batches import Pixels, make_batch, pixel_statistics
+from cnnjax.data.order import epoch_plan
+from cnnjax.data.tta import mean_logits
+from cnnjax.optim.transforms import lookahead
+from cnnjax.sharding import Placement, place
+from cnnjax.step import Program, Scores, Totals, evaluate, init_run, train_steps
 
-MODEL = CNN(num_classes=10)
-TX = optax.adam(1e-3)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+SHAPE = (6, 5, 3)
 KEY = jax.random.key(7)
+TX = optax.sgd(0.1, momentum=0.9)
 
 
-def make_batch(size=8, shape=(32, 32, 3), masked=0):
+class Linear(nn.Module):
+    """Sees where each pixel is, so that an image and its mirror image have different logits."""
+
+    @nn.compact
+    def __call__(self, image, *, train):
+        return nn.Dense(10)(image.reshape(image.shape[0], -1))
+
+
+class Net(nn.Module):
+    """A network with batch normalization and dropout that is not the package's."""
+
+    rate: float = 0.5
+
+    @nn.compact
+    def __call__(self, image, *, train):
+        x = nn.Dense(8)(image.reshape(image.shape[0], -1))
+        x = nn.relu(nn.BatchNorm(use_running_average=not train)(x))
+        return nn.Dense(10)(nn.Dropout(self.rate, deterministic=not train)(x))
+
+
+MODEL = Net()
+
+
+def random_batch(size=8, masked=0):
     rng = np.random.default_rng(1)
-    image = rng.normal(size=(size, *shape)).astype(np.float32)
+    image = rng.normal(size=(size, *SHAPE)).astype(np.float32)
     return Batch(image, np.arange(size, dtype=np.int32) % 10, np.arange(size) < size - masked)
 
 
-def make_state(model=MODEL, tx=TX, seed=0, shape=(32, 32, 3)):
-    return init_state(jax.random.key(seed), jnp.zeros((1, *shape)), model=model, tx=tx)
+def random_pixels(size, shape=SHAPE):
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (size, *shape), np.uint8)
+    return Pixels(image, rng.integers(0, 10, size).astype(np.int32), pixel_statistics(image))
+
+
+def make_state(model: nn.Module = MODEL, tx: optax.GradientTransformation = TX, seed=0):
+    return init_state(jax.random.key(seed), jnp.zeros((1, *SHAPE)), model=model, tx=tx)
 
 
 def assert_equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-class Normalized(nn.Module):
-    """A network that is not the package's: batch normalisation and dropout."""
-
-    @nn.compact
-    def __call__(self, image, *, train):
-        x = nn.BatchNorm(use_running_average=not train)(nn.Conv(4, (3, 3))(image))
-        x = nn.Dropout(0.5, deterministic=not train)(nn.relu(x).mean(axis=(1, 2)))
-        return nn.Dense(10)(x)
+def assert_close(a, b, rtol=1e-5, atol=1e-6):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol, atol), a, b)
 
 
-def test_softmax_cross_entropy_equals_hand_computed_values():
-    logits = jnp.array([[0.0, 0.0], [jnp.log(3.0), 0.0], [0.0, 100.0]])
-    loss = softmax_cross_entropy(logits, jnp.array([0, 0, 1]))
-    np.testing.assert_allclose(loss, [np.log(2), np.log(4 / 3), 0.0], rtol=1e-6, atol=1e-7)
-    check_grads(
-        lambda x: softmax_cross_entropy(jnp.asarray(x), jnp.array([0, 0, 1])), (logits,), order=1, modes=["rev"]
-    )
+def softmax(logits):
+    exp = np.exp(np.asarray(logits, np.float64))
+    return exp / exp.sum(1, keepdims=True)
 
 
-def test_a_step_of_sgd_equals_numpy_on_a_linear_model():
-    class Linear(nn.Module):
-        @nn.compact
-        def __call__(self, image, *, train):
-            return nn.Dense(10)(image.reshape(image.shape[0], -1))
+# --- train_step and eval_step ---------------------------------------------------------------------------------------
 
-    model, tx, batch = Linear(), optax.sgd(0.1), make_batch(6, (4, 4, 1), masked=2)
-    state = make_state(model, tx, shape=(4, 4, 1))
+
+@pytest.mark.parametrize("soft", [False, True], ids=["class indices", "class probabilities"])
+def test_a_step_of_sgd_equals_numpy_on_a_linear_model(soft):
+    model, tx, batch = Linear(), optax.sgd(0.1), random_batch(6, masked=2)
+    target = np.eye(10)[batch.label]
+    if soft:  # As from Mixup: 0.6 of the own class, 0.4 of the class of the neighbor.
+        target = 0.6 * target + 0.4 * np.roll(target, 1, axis=0)
+        batch = batch._replace(label=target.astype(np.float32))
+    state = make_state(model, tx)
     kernel, bias = (np.asarray(state.params["Dense_0"][name], np.float64) for name in ("kernel", "bias"))
-    x, label = batch.image[:4].reshape(4, -1).astype(np.float64), batch.label[:4]
-    exp = np.exp(x @ kernel + bias)
-    probability = exp / exp.sum(1, keepdims=True)
-    error = (probability - np.eye(10)[label]) / 4  # The two masked examples count for nothing.
+    x = batch.image[:4].reshape(4, -1).astype(np.float64)
+    probability, target = softmax(x @ kernel + bias), target[:4]
+    error = (probability - target) / 4  # The masked examples do not count.
 
     state, metrics = train_step(state, batch, KEY, model=model, tx=tx)
 
     np.testing.assert_allclose(state.params["Dense_0"]["kernel"], kernel - 0.1 * x.T @ error, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(state.params["Dense_0"]["bias"], bias - 0.1 * error.sum(0), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(metrics.loss, -np.log(probability[range(4), label]).sum(), rtol=1e-5)
-    assert metrics.correct == (probability.argmax(1) == label).sum()
+    np.testing.assert_allclose(metrics.loss, -(target * np.log(probability)).sum(), rtol=1e-5)
+    assert metrics.correct == (probability.argmax(1) == target.argmax(1)).sum()
     assert metrics.num_examples == 4
     assert state.step == 1
 
 
+def test_the_gradient_is_that_of_the_given_loss():
+    def twice(logits, label):
+        return 2 * softmax_cross_entropy(logits, label)
+
+    model, tx, batch = Linear(), optax.sgd(0.1), random_batch()
+    before = jax.device_get(make_state(model, tx).params)
+    once, metrics = train_step(make_state(model, tx), batch, KEY, model=model, tx=tx)
+    double, double_metrics = train_step(make_state(model, tx), batch, KEY, model=model, tx=tx, loss_fn=twice)
+    expected = jax.tree.map(lambda a, b: b + 2 * (a - b), once.params, before)
+    assert_close((double.params, double_metrics.loss), (expected, 2 * metrics.loss))
+    assert double_metrics.correct == metrics.correct
+
+
 def test_one_batch_is_overfitted():
-    state, batch = make_state(), make_batch()
+    model, tx, batch = CNN(), optax.adam(1e-2), random_batch()
+    state = make_state(model, tx)
     for _ in range(60):
-        state, metrics = train_step(state, batch, KEY, model=MODEL, tx=TX)
-    metrics = eval_step(state, batch, model=MODEL)
+        state, _ = train_step(state, batch, KEY, model=model, tx=tx)
+    metrics = eval_step(state, batch, model=model)
     assert metrics.correct == 8
     assert metrics.loss / 8 < 0.1
 
@@ -86,18 +145,17 @@ def test_train_step_traces_once_for_equal_models():
         traces.append(1)
         return softmax_cross_entropy(logits, label)
 
-    state, model = make_state(), CNN(num_classes=10)
+    state = make_state()
     for step in range(3):
-        state, _ = train_step(state, make_batch(masked=step), KEY, model=model, tx=TX, loss_fn=loss_fn)
-        model = CNN(num_classes=10)
+        state, _ = train_step(state, random_batch(masked=step), KEY, model=Net(rate=0.5), tx=TX, loss_fn=loss_fn)
     assert len(traces) == 1
 
 
-def test_same_seed_is_equal_and_another_differs():
+def test_the_same_seed_gives_the_same_bits_and_another_seed_gives_others():
     def train(seed, key):
         state = make_state(seed=seed)
         for _ in range(2):
-            state, _ = train_step(state, make_batch(), key, model=MODEL, tx=TX)
+            state, _ = train_step(state, random_batch(), key, model=MODEL, tx=TX)
         return jax.device_get(state.params)
 
     first = train(0, KEY)
@@ -107,78 +165,203 @@ def test_same_seed_is_equal_and_another_differs():
 
 
 def test_each_step_drops_other_units():
-    model, batch, tx = MLP(10), make_batch(shape=(4, 4, 1)), optax.sgd(0.0)
-    state = make_state(model, tx, shape=(4, 4, 1))
-    losses = []
+    tx = optax.sgd(0.0)
+    state, losses = make_state(tx=tx), set()
     for _ in range(3):
-        state, metrics = train_step(state, batch, KEY, model=model, tx=tx)
-        losses.append(float(metrics.loss))
-    assert len(set(losses)) == 3
+        state, metrics = train_step(state, random_batch(), KEY, model=MODEL, tx=tx)
+        losses.add(float(metrics.loss))
+    assert len(losses) == 3
 
 
-def test_no_key_is_used_twice():
-    # One small network without convolutions: the checker looks at every primitive.
-    model, batch = MLP(10), make_batch(shape=(4, 4, 1))
-    with jax.debug_key_reuse(True):
-        state = make_state(model, shape=(4, 4, 1))
-        for _ in range(2):
-            state, _ = train_step(state, batch, KEY, model=model, tx=TX)
-    assert state.step == 2
-
-
-def test_batch_stats_move_in_training_only():
-    model, batch = Normalized(), make_batch()
-    state = make_state(model)
+def test_batch_stats_change_in_training_only():
+    state, batch = make_state(), random_batch()
     before = jax.device_get(state.batch_stats)
-    eval_step(state, batch, model=model)
+    eval_step(state, batch, model=MODEL)
     assert_equal(before, state.batch_stats)
-    state, _ = train_step(state, batch, KEY, model=model, tx=TX)
+    state, _ = train_step(state, batch, KEY, model=MODEL, tx=TX)
     moved = state.batch_stats["BatchNorm_0"]["mean"] - before["BatchNorm_0"]["mean"]
     assert np.abs(moved).min() > 0
 
 
-def test_masked_examples_count_for_nothing():
-    state, whole = make_state(), make_batch(8)
+def test_masked_examples_do_not_count_in_evaluation():
+    state, whole = make_state(), random_batch(8)
     part = Batch(whole.image[:5], whole.label[:5], whole.mask[:5])
     masked = whole._replace(mask=np.arange(8) < 5)
-    for a, b in zip(eval_step(state, part, model=MODEL), eval_step(state, masked, model=MODEL), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5)
+    assert_close(eval_step(state, part, model=MODEL), eval_step(state, masked, model=MODEL))
 
 
-def test_eval_step_is_without_dropout():
-    state, batch = make_state(), make_batch()
-    assert_equal(eval_step(state, batch, model=MODEL), eval_step(state, batch, model=MODEL))
-    without = eval_step(state, batch, model=CNN(10, conv_dropout=0.0, dense_dropout=0.0))
-    assert_equal(eval_step(state, batch, model=MODEL), without)
+def test_evaluation_uses_no_dropout():
+    state, batch = make_state(), random_batch()
+    assert_equal(eval_step(state, batch, model=MODEL), eval_step(state, batch, model=Net(rate=0.0)))
 
 
-def test_donated_state_is_deleted():
+def test_the_given_state_is_donated():
     state = make_state()
-    train_step(state, make_batch(), KEY, model=MODEL, tx=TX)
+    train_step(state, random_batch(), KEY, model=MODEL, tx=TX)
     with pytest.raises(RuntimeError, match="deleted"):
         np.asarray(state.params["Dense_1"]["kernel"])
 
 
-def test_frozen_parameters_stand_still_and_the_others_move_as_without():
-    model, tx, batch = Normalized(), optax.sgd(0.1), make_batch()
-    before = jax.device_get(make_state(model, tx).params)
-    whole, metrics = train_step(make_state(model, tx), batch, KEY, model=model, tx=tx)
-    part, part_metrics = train_step(make_state(model, tx), batch, KEY, model=model, tx=tx, frozen=("Conv_0", "Dense_0"))
-    for name in ("Conv_0", "Dense_0"):
+def test_frozen_parameters_do_not_change_and_the_others_change_as_without():
+    before = jax.device_get(make_state().params)
+    whole, metrics = train_step(make_state(), random_batch(), KEY, model=MODEL, tx=TX)
+    frozen = ("Dense_0", "Dense_1")
+    part, part_metrics = train_step(make_state(), random_batch(), KEY, model=MODEL, tx=TX, frozen=frozen)
+    for name in frozen:
         assert_equal(part.params[name], before[name])
         assert not np.array_equal(whole.params[name]["kernel"], before[name]["kernel"])
     for leaf in ("scale", "bias"):
         assert not np.array_equal(part.params["BatchNorm_0"][leaf], before["BatchNorm_0"][leaf])
-    same = (part.params["BatchNorm_0"], part.batch_stats, part_metrics)
-    wanted = (whole.params["BatchNorm_0"], whole.batch_stats, metrics)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), same, wanted)
+    expected = (whole.params["BatchNorm_0"], whole.batch_stats, metrics)
+    assert_close((part.params["BatchNorm_0"], part.batch_stats, part_metrics), expected)
 
 
-def test_parameters_to_freeze_that_are_not_there():
-    model, tx = Normalized(), optax.sgd(0.1)
+def test_parameters_to_freeze_that_do_not_exist():
     message = (
         "`frozen` must be a tuple of top-level names in `state.params` "
-        r"\(\['BatchNorm_0', 'Conv_0', 'Dense_0'\]\), got \['Conv_1', 'whiten'\]\."
+        r"\(\['BatchNorm_0', 'Dense_0', 'Dense_1'\]\), got \['Conv_1', 'whiten'\]\."
     )
+    frozen = ("whiten", "Dense_0", "Conv_1")
     with pytest.raises(ValueError, match=message):
-        train_step(make_state(model, tx), make_batch(), KEY, model=model, tx=tx, frozen=("whiten", "Conv_0", "Conv_1"))
+        train_step(make_state(), random_batch(), KEY, model=MODEL, tx=TX, frozen=frozen)
+
+
+# --- init_from_data -------------------------------------------------------------------------------------------------
+
+
+class Whitened(nn.Module):
+    """Sets its own parameters and statistics from data."""
+
+    @nn.compact
+    def __call__(self, image, *, train):
+        mean = self.variable("batch_stats", "mean", jnp.zeros, image.shape[-1:])
+        return nn.Dense(10)((image - mean.value[None, None, None]).mean((1, 2)))
+
+    def init_from_data(self, variables, image):
+        params = jax.tree.map(lambda x: x + 1, variables["params"])
+        return {"params": params, "batch_stats": {"mean": image.mean((0, 1, 2))}}
+
+
+def test_a_network_is_initialized_from_data():
+    model, tx, image = (
+        Whitened(),
+        lookahead(TX, 2, 4),
+        random_batch().image,
+    )  # Lookahead keeps a copy of the parameters.
+    before = make_state(model, tx)
+    state = init_from_data(before, image, model=model, tx=tx)
+    params = jax.tree.map(lambda x: x + 1, before.params)
+    assert_close(state, TrainState(before.step, params, {"mean": image.mean((0, 1, 2))}, tx.init(params)))
+
+
+# --- train_steps ----------------------------------------------------------------------------------------------------
+
+
+def test_no_key_is_used_twice():
+    pixels, augment = random_pixels(20), Noise(flip="random", translate=1, cutout=2)
+    program = Program(MODEL, Adam(), augment, softmax_cross_entropy, num_steps=4, num_epochs=2)
+    with jax.debug_key_reuse(True):
+        state = init_run(jax.random.key(1), jnp.zeros((1, *SHAPE)), program=program)
+        for epoch in range(2):
+            plan = epoch_plan(0, epoch, 20, batch_size=10, augment=augment, image_size=SHAPE[:2])
+            state, _ = train_steps(state, pixels, plan, KEY, jax.random.key(epoch), program=program)
+    assert state.step == 4
+
+
+def test_many_steps_in_one_program_equal_steps_one_at_a_time():
+    pixels, augment, augment_key = random_pixels(90), Noise(flip="random", cutout=2), jax.random.key(3)
+    plan = epoch_plan(0, 0, 90, batch_size=16, augment=augment, image_size=SHAPE[:2])
+    program = Program(MODEL, SGD(learning_rate=0.1), augment, CrossEntropy(label_smoothing=0.1), 6, 1)
+    tx = program.make_tx()
+
+    def train(state, rows):
+        metrics = []
+        for row in rows:
+            state, of_row = train_steps(state, pixels, row, KEY, augment_key, program=program)
+            metrics.append(of_row)
+        return state, jax.tree.map(lambda *values: np.concatenate(values), *metrics)
+
+    together = train(make_state(tx=tx), [plan])
+    singly = train(make_state(tx=tx), [plan.row(slice(i, i + 1)) for i in range(6)])
+    state, metrics = make_state(tx=tx), []
+    for i in range(6):
+        batch = jax.jit(make_batch, static_argnums=2)(pixels, plan.row(i), augment, augment_key)
+        state, of_row = train_step(state, batch, KEY, model=MODEL, tx=tx, loss_fn=program.loss_fn)
+        metrics.append(of_row)
+    by_hand = state, jax.tree.map(lambda *values: np.stack(values), *metrics)
+
+    np.testing.assert_array_equal(by_hand[1].num_examples, [16, 16, 16, 16, 16, 10])
+    assert_close(together, by_hand, atol=1e-5)
+    assert_close(singly, by_hand, atol=1e-5)
+
+
+def test_a_program_freezes_what_its_optimizer_no_longer_changes():
+    optim = SGD(groups=(ParamGroup("Dense_0", num_epochs=1),))
+    program = Program(MODEL, optim, Augment(), softmax_cross_entropy, num_steps=4, num_epochs=2)
+    params = make_state().params
+    assert [program.frozen_names(params, step) for step in range(4)] == [(), (), ("Dense_0",), ("Dense_0",)]
+
+
+# --- evaluate -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tta", ["none", "flip"])
+def test_evaluation_of_a_size_that_the_batch_does_not_divide_equals_numpy(tta):
+    pixels, model = random_pixels(703), Linear()
+    state = make_state(model)
+    image = pixels.image / 255.0
+    image = (image - image.mean((0, 1, 2))) / image.std((0, 1, 2))
+    kernel, bias = (np.asarray(state.params["Dense_0"][name], np.float64) for name in ("kernel", "bias"))
+    logits, mirrored = (x.reshape(703, -1) @ kernel + bias for x in (image, image[:, :, ::-1]))
+    probability = softmax((logits + mirrored) / 2 if tta == "flip" else logits)
+
+    scores = evaluate(state, pixels, model=model, tta=tta)
+
+    assert scores.num_examples == 703
+    assert scores.accuracy == (probability.argmax(1) == pixels.label).mean()
+    assert scores.loss == pytest.approx(-np.log(probability[np.arange(703), pixels.label]).mean(), rel=1e-5)
+
+
+def test_padding_gets_no_extra_views_before_the_images():
+    state, batch = make_state(Linear()), random_batch(8, masked=6)
+    model = Linear().bind({"params": state.params})
+    with_views = mean_logits(lambda image: model(image, train=False), jnp.asarray(batch.image[:2]), "flip_translate")
+    metrics = eval_step(state, batch, model=Linear(), tta="uncertain")  # A quarter of the batch: the two images.
+    np.testing.assert_allclose(metrics.loss, softmax_cross_entropy(with_views, batch.label[:2]).sum(), rtol=1e-5)
+
+
+class CpuAsGpu(Placement):
+    """A CPU that presents itself as a GPU."""
+
+    @property
+    def devices(self):
+        return [SimpleNamespace(platform="gpu")]
+
+
+@pytest.mark.parametrize(
+    ("platform", "size", "batch_size"), [("cpu", 4, 500), ("gpu", 4, 2000), ("gpu", 32, 2000), ("gpu", 33, 500)]
+)
+def test_the_batch_size_of_evaluation_suits_the_device(platform, size, batch_size):
+    placement = CpuAsGpu(*place(1)) if platform == "gpu" else place(1)
+    seen = []
+
+    class Red(nn.Module):
+        """Returns class 1 for an image that is redder than the mean image, else class 0."""
+
+        def __call__(self, image, *, train):
+            seen.append(image.shape)
+            red = image[..., 0].mean((1, 2))
+            return jnp.stack([-red, red, *8 * [-9 + 0 * red]], axis=1)
+
+    pixels = random_pixels(2100, (size, size, 3))
+    scores = evaluate(TrainState(jnp.zeros((), jnp.int32), {}, {}, ()), pixels, model=Red(), placement=placement)
+    assert seen == [(batch_size, size, size, 3)]
+    red = pixels.image[..., 0].mean((1, 2), dtype=np.float64)
+    assert scores.accuracy == np.mean((red > red.mean()) == pixels.label)
+    assert scores.num_examples == 2100
+
+
+def test_totals_are_sums_and_means_are_per_example():
+    totals = Totals(1.0, 2, 4).add(Metrics(jnp.array([0.5, 2.5]), jnp.array([1, 2]), jnp.array([3, 1])))
+    assert totals == (4.0, 5, 8)
+    assert totals.means() == Scores(loss=0.5, accuracy=0.625, num_examples=8)

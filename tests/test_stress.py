@@ -1,21 +1,33 @@
-from collections import Counter
+import pytest
+from stress import MOMENTS, Moment, outcome, stress
 
-from stress import stress
-
-GENERATED = [
-    "--dataset",
-    "generated",
-    "--model.name",
-    "mlp",
-    "--model.dense-dropout",
-    "0.2",
-    "--augment.flip",
-    "random",
-]
+from cnnjax.cli.main import main
 
 
-def test_runs_that_are_killed_at_random_moments_end_in_the_same_bits(prepared_dir, tmp_path):
-    arguments = [*GENERATED, "--num-epochs", "30", "--batch-size", "16", "--data-dir", str(prepared_dir)]
-    hits, runs = stress(4, arguments, tmp_path, seed=2)
-    assert sum(Counter(hits).values()) == 4
-    assert runs >= 1
+@pytest.fixture(scope="module")
+def arguments(prepared_dir):
+    """Arguments of `cnnjax train`."""
+    arguments = ["--dataset", "generated", "--data-dir", str(prepared_dir)]
+    return [*arguments, "--model", "mlp", "--num-epochs", "3", "--batch-size", "32"]
+
+
+@pytest.fixture(scope="module")
+def expected(arguments, tmp_path_factory):
+    """The outcome of a run without interruptions."""
+    run_dir = tmp_path_factory.mktemp("alone") / "run"
+    main(["train", *arguments, "--run-dir", str(run_dir)])
+    return outcome(run_dir)
+
+
+def test_a_run_that_is_killed_twice_ends_in_the_same_bits(arguments, expected, tmp_path):
+    """It saves after each of its 39 steps, so that most of the time a checkpoint is being written."""
+    moments = {"end of an epoch": Moment(1, 0.2), "checkpoint write": Moment(1, 0.1)}
+    hits, _ = stress(2, [*arguments, "--checkpoint-seconds", "0"], expected, tmp_path, seed=5, moments=moments)
+    assert sum(hits.values()) == 2
+
+
+@pytest.mark.slow
+def test_runs_that_are_killed_at_random_moments_end_in_the_same_bits(arguments, expected, tmp_path):
+    hits, _ = stress(20, [*arguments, "--checkpoint-seconds", "0.1"], expected, tmp_path, seed=2)
+    assert sum(hits.values()) == 20
+    assert {moment for moment, _ in hits} == {*MOMENTS}

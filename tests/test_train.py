@@ -5,78 +5,116 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import make_raw
+from filelock import FileLock
+from programs import research
+from programs.research import Derailed, Net, focal_loss, make_arrays
 
 from cnnjax import (
     CNN,
-    AugmentConfig,
+    MLP,
+    SGD,
+    Adam,
+    Augment,
+    Batch,
     Config,
-    ModelConfig,
-    OptimConfig,
+    CrossEntropy,
+    Mixup,
+    Muon,
+    NonFiniteLossError,
+    Optimizer,
+    ParamGroup,
+    SpeedNet,
     UserError,
-    experiment,
     init_state,
-    loop,
+    load_dataset,
+    load_trained,
     train_and_evaluate,
+    train_step,
 )
+from cnnjax.cli.console import Report
 from cnnjax.cli.main import REQUEUE
-from cnnjax.cli.signals import Interrupted, stop_signals
-from cnnjax.data.batches import Pixels, make_batch, pixel_statistics, row, split_validation, standardize
-from cnnjax.data.datasets import Examples, load_dataset
-from cnnjax.data.named import NAMED_SETS
-from cnnjax.data.tfds_writer import write_tfds
-from cnnjax.errors import NonFiniteLossError
-from cnnjax.evaluate import evaluate
-from cnnjax.runs.checkpoints import Checkpoints
+from cnnjax.cli.signals import Interrupted, Stop, stop_signals
+from cnnjax.data.batches import make_batch
+from cnnjax.data.order import epoch_plan, split_validation
+from cnnjax.runs.codec import encode
+from cnnjax.runs.directory import OpenRun, Record, check_run, read_record, write_record
 from cnnjax.runs.inspection import verify
-from cnnjax.runs.trained import load_trained, score
+from cnnjax.runs.manifest import read_manifest
+from cnnjax.step import train_steps
+from cnnjax.train import Progress, plan_dispatches, set_up
 
-# Dropout, augmentation and a partial last batch on: 390 training examples make 25 steps an epoch, the last of 6.
+# Dropout, augmentation and a partial last batch: 390 training examples make 25 steps per epoch, the last with 6.
 CONFIG = Config(
-    experiment="test",
+    name="test",
     dataset="generated",
+    seed=5,
     num_epochs=2,
     batch_size=16,
-    augment=AugmentConfig(flip="random", translate=1, cutout=2),
-    label_smoothing=0.1,
-    model=ModelConfig(name="mlp", dense_dropout=0.2),
-    optim=OptimConfig(learning_rate=1e-3, schedule="one_cycle"),
+    augment=Augment(flip="random", translate=1, cutout=2),
+    loss=CrossEntropy(label_smoothing=0.1),
+    model=MLP(dense_dropout=0.2),
+    optim=Adam(learning_rate=1e-3, schedule="one_cycle"),
 )
+# A network, optimizer, augmentation, loss and data of the user: 88 training examples make 6 steps per epoch, of 3.
+RESEARCH = research.CONFIG
+PROGRAMS = Path(research.__file__).parent
+quick = pytest.mark.usefixtures("quick_compilation")  # For tests that share no compiled program with others.
 
 
-def last_state(run_dir, model="mlp"):
-    """The arrays of the latest checkpoint."""
-    checkpoints = Checkpoints(run_dir / "checkpoints", read_only=True)
-    made = experiment.make_model(ModelConfig(name=model), 10)
-    like = init_state(jax.random.key(0), jnp.zeros((1, 28, 28, 1)), model=made, tx=experiment.make_tx(CONFIG.optim, 1))
-    state, _ = checkpoints.restore(checkpoints.latest(), like)
-    checkpoints.close()
-    return jax.tree.map(np.asarray, state)
+class Watch(Report):
+    """Records what a run reports, and sends a signal to this process after a step."""
+
+    def __init__(self, stop_at=None, signum=signal.SIGTERM):
+        super().__init__(quiet=True)
+        self.steps, self.lines = [], []
+        self._stop_at, self._signum = stop_at, signum
+
+    def say(self, line):
+        self.lines.append(line)
+
+    def step(self, step, means):
+        self.steps.append(step)
+        if step == self._stop_at:
+            signal.raise_signal(self._signum)
 
 
-def read_rows(run_dir):
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+def read_rows(run_dir, name="metrics.jsonl"):
+    return [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
 
 
-def read_metrics(run_dir):
-    return (run_dir / "metrics.jsonl").read_bytes()
+def saved_steps(run_dir):
+    return sorted(int(path.name) for path in (run_dir / "checkpoints").iterdir())
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, prepared_dir):
-    """A run without interruptions."""
+    """A run of CONFIG without interruptions: its directory and its result."""
     run_dir = tmp_path_factory.mktemp("whole") / "run"
-    result = train_and_evaluate(CONFIG, run_dir=run_dir, data_dir=prepared_dir)
-    return run_dir, result
+    return run_dir, train_and_evaluate(CONFIG, run_dir=run_dir, data_dir=prepared_dir)
 
 
-def test_a_run_learns_and_leaves_its_directory(whole, prepared_dir):
+@pytest.fixture(scope="module")
+def whole_research(tmp_path_factory):
+    """A run of RESEARCH without interruptions: its directory and its result."""
+    run_dir = tmp_path_factory.mktemp("research") / "run"
+    return run_dir, train_and_evaluate(RESEARCH, run_dir=run_dir)
+
+
+# --- A run ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_learns_and_leaves_its_directory(whole):
     run_dir, result = whole
     files = {"config.json", "manifest.json", "metrics.jsonl", "timing.jsonl", "result.json", "SHA256SUMS", "lock"}
     assert {path.name for path in run_dir.iterdir()} - {"session-0.diff"} == files | {"checkpoints"}
@@ -84,370 +122,503 @@ def test_a_run_learns_and_leaves_its_directory(whole, prepared_dir):
     assert result["test_accuracy"] > 0.4  # Of 10 classes, after 50 steps with all that augmentation.
     assert result["num_test_examples"] == 170
     assert result["num_params"] == 784 * 512 + 512 + 512 * 512 + 512 + 5120 + 10
-    rows = read_rows(run_dir)
-    assert [(row["epoch"], row["step"]) for row in rows] == [(1, 25), (2, 50)]
-    best = max(row["validation_accuracy"] for row in rows)
-    assert result["best_validation_accuracy"] == best
-    assert rows[result["best_epoch"] - 1]["validation_accuracy"] == best
-    assert last_state(run_dir).step == 50
+    assert (result["seed"], result["num_epochs"]) == (5, 2)
+    assert [(row["epoch"], row["step"]) for row in read_rows(run_dir)] == [(1, 25), (2, 50)]
+    assert saved_steps(run_dir) == [25, 50]
 
 
-def test_a_seed_gives_the_same_bits_and_another_seed_others(whole, prepared_dir, tmp_path):
-    train_and_evaluate(CONFIG, run_dir=tmp_path / "again", data_dir=prepared_dir)
-    jax.tree.map(np.testing.assert_array_equal, last_state(tmp_path / "again"), last_state(whole[0]))
-    other = Config(**{**vars(CONFIG), "seed": 1})
-    train_and_evaluate(other, run_dir=tmp_path / "other", data_dir=prepared_dir)
-    kernel = last_state(tmp_path / "other").params["Dense_0"]["kernel"]
-    assert not np.array_equal(kernel, last_state(whole[0]).params["Dense_0"]["kernel"])
+@quick
+def test_a_run_equals_a_loop_by_hand(whole_research):
+    """A second implementation, from the seed to the result: data, keys, initialization, steps, the best epoch, TTA."""
+    run_dir, result = whole_research
+    x_train, y_train, x_test, y_test = make_arrays()
+    kept, held_out = split_validation(3, y_train, 0.2)
+    mean, std = x_train[kept].mean((0, 1, 2)), x_train[kept].std((0, 1, 2))
+    train, validation, test = (
+        ((x - mean) / std).astype(np.float32) for x in (x_train[kept], x_train[held_out], x_test)
+    )
+    model, tx = Net(), optax.sgd(Derailed(learning_rate=0.1).make_schedule(18), momentum=0.5)
+
+    def scores(logits, label):
+        log_p = jax.nn.log_softmax(logits)
+        loss = -log_p[np.arange(len(label)), label].mean()
+        return pytest.approx(float(loss), rel=1e-3), (logits.argmax(1) == label).mean()
+
+    def logits_of(state, image) -> Any:
+        return model.apply({"params": state.params, "batch_stats": state.batch_stats}, image, train=False)
+
+    init_key, train_key, augment_key = jax.random.split(jax.random.key(3), 3)
+    state = init_state(init_key, train[:1], model=model, tx=tx)
+    features = train.reshape(88, -1) @ state.params["Dense_0"]["kernel"]
+    state = state._replace(batch_stats={"BatchNorm_0": {"mean": features.mean(0), "var": features.var(0)}})
+    states, rows = [], []
+    for epoch in range(3):
+        plan, totals = epoch_plan(3, epoch, 88, batch_size=16, augment=RESEARCH.augment, image_size=(6, 5)), []
+        epoch_key = jax.random.fold_in(augment_key, epoch)
+        for i in range(6):
+            row = plan.row(i)
+            image = np.where(row.mirrored[:, None, None, None], train[row.example, :, ::-1], train[row.example])
+            keys = [jax.random.fold_in(epoch_key, example) for example in row.example]
+            noise = np.stack([jax.random.normal(key, (6, 5, 3)) for key in keys])
+            batch = Batch(image + 0.3 * noise, y_train[kept][row.example].astype(np.int32), row.mask)
+            state, metrics = train_step(state, batch, train_key, model=model, tx=tx, loss_fn=focal_loss)
+            totals.append(metrics)
+        loss, correct, num_examples = np.sum(totals, axis=0)
+        assert num_examples == 88
+        validation_loss, validation_accuracy = scores(logits_of(state, validation), y_train[held_out])
+        rows.append((pytest.approx(loss / 88, rel=1e-3), correct / 88, validation_loss, validation_accuracy))
+        states.append(jax.device_get(state))
+
+    names = ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy")
+    assert [tuple(row[name] for name in names) for row in read_rows(run_dir)] == rows
+    # Three epochs, three kinds of best: otherwise a wrong choice would not show.
+    assert np.argmax([row[3] for row in rows]) == 0 and np.argmax([row[1] for row in rows]) == 1
+    assert result["best_epoch"] == 1 and result["best_validation_accuracy"] == rows[0][3]
+    mirrored = (logits_of(states[0], test) + logits_of(states[0], test[:, :, ::-1])) / 2
+    assert (result["test_loss"], result["test_accuracy"]) == scores(mirrored, y_test)
+    assert result["test_loss"] != scores(logits_of(states[0], test), y_test)[0]
+    trained = load_trained(run_dir, RESEARCH).state
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), trained, states[0])
 
 
-@pytest.mark.parametrize("stop_at", [10, 25, 33], ids=["in epoch 1", "at its end", "in epoch 2"])
-def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(stop_at, whole, prepared_dir, tmp_path, monkeypatch):
-    step = experiment.train_steps
+def test_the_best_epoch_is_that_of_the_best_validation_accuracy():
+    def best(*accuracies, name="validation_accuracy"):
+        rows = [{"epoch": i, "train_accuracy": i / 10, name: value} for i, value in enumerate(accuracies, 1)]
+        row = Progress(rows, []).best()
+        return None if row is None else row["epoch"]
 
-    def train_step_and_stop(state, *args, **kwargs):
-        if state.step == stop_at - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(state, *args, **kwargs)
+    assert best(0.5, 0.8, 0.7) == 2
+    assert best(0.5, 0.8, 0.8, 0.7) == 3  # The latest of equals.
+    assert best(0.5, 0.4, name="other") == 2  # Without validation, the latest.
+    assert best() is None
 
-    monkeypatch.setattr(experiment, "train_steps", train_step_and_stop)
+
+def test_a_seed_gives_the_same_bits_and_another_seed_gives_others(whole, prepared_dir, tmp_path):
+    again = train_and_evaluate(CONFIG, run_dir=tmp_path / "again", data_dir=prepared_dir)
+    assert again["sha256"] == whole[1]["sha256"]
+    assert (again["test_accuracy"], again["test_loss"]) == (whole[1]["test_accuracy"], whole[1]["test_loss"])
+    other = train_and_evaluate(replace(CONFIG, seed=6), run_dir=tmp_path / "other", data_dir=prepared_dir)
+    assert other["sha256"]["params"] != whole[1]["sha256"]["params"]
+
+
+def test_training_depends_on_each_training_example_and_on_no_other(whole_research, tmp_path):
+    x_train, y_train, *test = make_arrays()
+    kept, held_out = split_validation(RESEARCH.seed, y_train, RESEARCH.validation_fraction)
+    found = {}
+    for name, changed in {"held out": held_out, "trained on": kept[-1:]}.items():
+        image = x_train.copy()
+        image[changed] = 255 - image[changed]
+        config = replace(RESEARCH, dataset=(image, y_train, *test))
+        found[name] = train_and_evaluate(config, run_dir=tmp_path / name)["sha256"]
+    expected = whole_research[1]["sha256"]
+    assert found["held out"]["params"] == expected["params"]
+    assert found["held out"]["metrics"] != expected["metrics"]
+    assert found["trained on"]["params"] != expected["params"]
+
+
+@dataclass(frozen=True)
+class ShowKey(Augment):
+    """Replaces each image by a random number that its key determines."""
+
+    def transform(self, key, batch):
+        value = jax.vmap(jax.random.uniform)(key)
+        return batch._replace(image=jnp.broadcast_to(value[:, None, None, None], batch.image.shape))
+
+
+@quick
+def test_the_keys_of_augmentation_depend_on_seed_epoch_and_example_only(tmp_path):
+    make = jax.jit(make_batch, static_argnums=2)
+
+    def keys(steps, start=0, **changes):
+        """Returns {(epoch, example): key} for some steps."""
+        config = replace(RESEARCH, augment=ShowKey(), **changes)
+        run = OpenRun(tmp_path, config, Report(quiet=True), Stop())
+        setup, _ = set_up(run, load_dataset(config.dataset), None)
+        found = {}
+        for step, (plan, key) in enumerate(islice(plan_dispatches(setup, start), steps), start):
+            batch = make(setup.train, plan.row(0), config.augment, key)
+            epoch = step // setup.steps_per_epoch
+            found |= {(epoch, int(e)): float(v) for e, v in zip(plan.example[0], batch.image[:, 0, 0, 0], strict=True)}
+        return found, setup
+
+    whole, setup = keys(12)
+    assert len(whole) == len({*whole.values()}) == 2 * 88
+    assert keys(8, batch_size=22)[0] == whole
+    resumed, _ = keys(5, start=7)
+    assert resumed.items() < whole.items() and {epoch for epoch, _ in resumed} == {1}
+    assert not {*keys(6, seed=4)[0].values()} & {*whole.values()}
+    assert jax.random.key_data(setup.train_key).tolist() != jax.random.key_data(setup.augment_key).tolist()
+
+
+# --- Stop and resume ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop_at", [10, 25, 33], ids=["within epoch 1", "at its end", "within epoch 2"])
+def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(stop_at, whole, prepared_dir, tmp_path):
+    where = {"run_dir": tmp_path / "run", "data_dir": prepared_dir}
     with pytest.raises(Interrupted, match=f"Stopped by SIGTERM; the checkpoint of step {stop_at} is saved"):
-        train_and_evaluate(CONFIG, run_dir=tmp_path / "run", data_dir=prepared_dir)
-    monkeypatch.undo()
-    assert last_state(tmp_path / "run").step == stop_at
+        train_and_evaluate(CONFIG, **where, report=Watch(stop_at))
+    assert saved_steps(tmp_path / "run")[-1] == stop_at
 
-    result = train_and_evaluate(CONFIG, run_dir=tmp_path / "run", data_dir=prepared_dir, resume=True)
+    report = Watch()
+    result = train_and_evaluate(CONFIG, **where, resume=True, report=report)
 
-    jax.tree.map(np.testing.assert_array_equal, last_state(tmp_path / "run"), last_state(whole[0]))
-    assert read_metrics(tmp_path / "run") == read_metrics(whole[0])
-    assert result["test_loss"] == whole[1]["test_loss"]
-
-
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_real_process_is_stopped_and_resumed(signum, whole, prepared_dir, tmp_path):
-    script = tmp_path / "experiment.py"
-    script.write_text(
-        "from cnnjax import AugmentConfig, Config, ModelConfig, OptimConfig, experiment, run_experiment\n"
-        "import sys, time\n"
-        "step = experiment.train_steps\n"
-        "def slow_step(*args, **kwargs):\n"
-        "    time.sleep(0.2 if args[0].step >= 25 else 0)\n"  # In the second epoch.
-        "    return step(*args, **kwargs)\n"
-        "if '--resume' not in sys.argv:\n"
-        "    experiment.train_steps = slow_step\n"
-        f"run_experiment({CONFIG!r})\n"
-    )
-    command = [sys.executable, str(script), "--data-dir", str(prepared_dir), "--run-dir", str(tmp_path / "run")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    while not line.startswith("epoch 1/2"):
-        assert line, process.communicate()[1]
-        line = process.stdout.readline()
-    while not (tmp_path / "run" / "checkpoints" / "25").exists():
-        time.sleep(0.01)
-    time.sleep(0.3)  # Into the second epoch (5 s), where nothing but the signal saves.
-    process.send_signal(signum)
-    _, errors = process.communicate(timeout=60)
-
-    if signum == signal.SIGKILL:
-        assert process.returncode == -signum
-    else:
-        assert process.returncode == REQUEUE
-        assert f"Stopped by {signum.name}" in errors
-        assert f"{' '.join(command)} --resume" in errors  # How to go on.
-        assert 25 < last_state(tmp_path / "run").step < 50
-    again = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=True)
-    assert "resuming at step" in again.stdout
-    assert again.stdout.splitlines()[-1].startswith("Test accuracy ")
-    jax.tree.map(np.testing.assert_array_equal, last_state(tmp_path / "run"), last_state(whole[0]))
-    assert read_metrics(tmp_path / "run") == read_metrics(whole[0])
-
-
-def test_a_run_that_ended_is_not_run_again(whole, prepared_dir, monkeypatch):
-    monkeypatch.setattr(loop, "fit", None)
-    assert train_and_evaluate(CONFIG, run_dir=whole[0], data_dir=prepared_dir, resume=True) == whole[1]
-
-
-@pytest.mark.parametrize("call", range(1, 9))
-def test_a_kill_at_any_write_is_mended_by_resume(call, whole, prepared_dir, tmp_path):
-    """Of manifest, configuration, metrics, result and checksums; the process dies at the moment of the rename."""
-    code = (
-        "import os, sys\n"
-        "from cnnjax import AugmentConfig, Config, ModelConfig, OptimConfig, train_and_evaluate\n"
-        "from pathlib import Path\n"
-        "replace, calls = Path.replace, []\n"
-        "def killed(path, target):\n"
-        "    if target.parent.name == 'run':\n"
-        "        calls.append(target)\n"
-        "        if len(calls) == int(sys.argv[3]): os.kill(os.getpid(), 9)\n"
-        "    return replace(path, target)\n"
-        "Path.replace = killed\n"
-        f"train_and_evaluate({CONFIG!r}, run_dir=Path(sys.argv[1]), data_dir=Path(sys.argv[2]), resume=True)\n"
-    )
-    run_dir = tmp_path / "run"
-    command = [sys.executable, "-c", code, str(run_dir), str(prepared_dir)]
-    assert subprocess.run([*command, str(call)], check=False).returncode == -signal.SIGKILL
-    result = train_and_evaluate(CONFIG, run_dir=run_dir, data_dir=prepared_dir, resume=True)
+    assert report.steps == list(range(stop_at + 1, 51))
+    assert f"resuming at step {stop_at} of 50" in report.lines
     assert result["sha256"] == whole[1]["sha256"]
-    assert read_metrics(run_dir) == read_metrics(whole[0])
+    assert result["test_loss"] == whole[1]["test_loss"]
+    sessions = read_manifest(tmp_path / "run")["sessions"]
+    assert [(s["state"], s["resumed_from"]) for s in sessions] == [("interrupted", None), ("finished", stop_at)]
+
+
+def test_a_run_of_the_users_own_classes_is_resumed_to_the_bit(whole_research, tmp_path):
+    with pytest.raises(Interrupted, match="the checkpoint of step 9 is saved"):
+        train_and_evaluate(RESEARCH, run_dir=tmp_path / "run", report=Watch(stop_at=9))
+    result = train_and_evaluate(RESEARCH, run_dir=tmp_path / "run", resume=True)
+    assert result["sha256"] == whole_research[1]["sha256"]
+    assert result["test_loss"] == whole_research[1]["test_loss"]
+
+
+def test_a_run_saves_within_an_epoch_and_counts_the_time_of_all_sessions(whole_research, tmp_path):
+    class Fails(Report):
+        def step(self, step, means):
+            if step == 8:
+                time.sleep(0.5)
+            if step == 9:
+                raise RuntimeError("a power failure")
+
+    with pytest.raises(RuntimeError, match="a power failure"):
+        train_and_evaluate(RESEARCH, run_dir=tmp_path, checkpoint_seconds=0.0, report=Fails(quiet=True))
+    assert saved_steps(tmp_path)[-1] == 8
+    before = read_rows(tmp_path, "timing.jsonl")
+    result = train_and_evaluate(RESEARCH, run_dir=tmp_path, resume=True)
+    assert result["sha256"] == whole_research[1]["sha256"]
+    assert read_rows(tmp_path, "timing.jsonl")[:1] == before
+    assert result["training_seconds"] > before[0]["seconds"] + 0.5
+
+
+@pytest.fixture
+def environment():
+    """The environment of a process that finds its compiled programs in the cache, where those of oneDNN cannot be."""
+    return {**os.environ, "CNNJAX_ONEDNN": "0"}
+
+
+def test_a_real_process_is_stopped_and_resumed(whole_research, environment, tmp_path):
+    """By SIGKILL within epoch 2, then by SIGTERM, then by SIGINT."""
+    run_dir = tmp_path / "run"
+    command = [sys.executable, str(PROGRAMS / "research.py"), "--run-dir", str(run_dir), "--resume"]
+    command += ["--checkpoint-seconds", "0"]  # Each step is saved, which makes the epochs long enough for the signals.
+    signals = {signal.SIGKILL: "epoch 1/3", signal.SIGTERM: "resuming at step", signal.SIGINT: "resuming at step"}
+    for signum, line in signals.items():
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        assert process.stdout is not None
+        while not (found := process.stdout.readline()).startswith(line):
+            assert found, process.communicate()[1]
+        process.send_signal(signum)
+        _, errors = process.communicate(timeout=60)
+        if signum == signal.SIGKILL:
+            assert process.returncode == -signum
+        else:
+            assert process.returncode == REQUEUE
+            assert f"Stopped by {signum.name}; the checkpoint of step {saved_steps(run_dir)[-1]} is saved" in errors
+            assert f"Resume with:\n  {' '.join(command)}\n" in errors
+    result = train_and_evaluate(RESEARCH, run_dir=run_dir, resume=True)
+    assert result["sha256"] == whole_research[1]["sha256"]
+    sessions = read_manifest(run_dir)["sessions"]
+    assert [session["state"] for session in sessions] == ["killed", "interrupted", "interrupted", "finished"]
+    assert 0 < sessions[1]["resumed_from"] < sessions[2]["resumed_from"] < sessions[3]["resumed_from"] < 18
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("config.json", 1),
+        ("metrics.jsonl", 2),
+        ("SHA256SUMS", 1),
+        pytest.param("manifest.json", 1, marks=pytest.mark.slow),
+        pytest.param("manifest.json", 2, marks=pytest.mark.slow),
+        pytest.param("metrics.jsonl", 1, marks=pytest.mark.slow),
+        pytest.param("timing.jsonl", 3, marks=pytest.mark.slow),
+        pytest.param("result.json", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_a_kill_at_any_write_is_repaired_by_resuming(name, count, whole_research, environment, tmp_path):
+    run_dir = tmp_path / "run"
+    command = [sys.executable, str(PROGRAMS / "killed_at_write.py"), name, str(count), "--run-dir", str(run_dir)]
+    killed = subprocess.run(command, check=False, env=environment)
+    assert killed.returncode == -signal.SIGKILL
+    result = train_and_evaluate(RESEARCH, run_dir=run_dir, resume=True)
+    assert result["sha256"] == whole_research[1]["sha256"]
     assert {*verify(run_dir).values()} == {"ok"}
-    states = [s["state"] for s in json.loads((run_dir / "manifest.json").read_text())["sessions"]]
+    states = [session["state"] for session in read_manifest(run_dir)["sessions"]]
     assert states[-1] == "finished" and {*states[:-1]} <= {"killed", "finished"}
 
 
-def test_a_run_directory_in_use(whole, prepared_dir):
-    with pytest.raises(UserError, match=r"`run_dir` .* exists already\. Go on with that run by --resume, or name"):
+def test_a_finished_run_is_not_trained_again(whole, tmp_path):
+    report = Watch()
+    again = train_and_evaluate(CONFIG, run_dir=whole[0], data_dir=tmp_path / "no data", resume=True, report=report)
+    assert again == whole[1]
+    assert report.steps == []
+
+
+def test_metrics_are_restored_from_the_checkpoint(whole_research, tmp_path):
+    run_dir = shutil.copytree(whole_research[0], tmp_path / "run")
+    (run_dir / "result.json").unlink()
+    (run_dir / "metrics.jsonl").write_text('{"epoch": 1')
+    train_and_evaluate(RESEARCH, run_dir=run_dir, resume=True)
+    assert read_rows(run_dir) == read_rows(whole_research[0])
+
+
+def test_resuming_where_there_is_nothing_starts_from_scratch(whole_research, tmp_path):
+    report = Watch()
+    result = train_and_evaluate(RESEARCH, run_dir=tmp_path / "run", resume=True, report=report)
+    assert any(line.startswith("There is nothing to resume in") for line in report.lines)
+    assert result["sha256"] == whole_research[1]["sha256"]
+
+
+class Linear(nn.Module):
+    num_classes: int = 2
+
+    @nn.compact
+    def __call__(self, image, *, train):
+        return nn.Dense(self.num_classes)(image.reshape(image.shape[0], -1))
+
+
+@quick
+def test_a_run_at_a_constant_learning_rate_can_be_trained_longer(tmp_path):
+    two = replace(RESEARCH, num_epochs=2, model=Linear(), optim=SGD(learning_rate=0.05), augment=Augment())
+    one = replace(two, num_epochs=1)
+    at_once = train_and_evaluate(two, run_dir=tmp_path / "at once")
+    train_and_evaluate(one, run_dir=tmp_path / "longer")
+    with pytest.raises(UserError, match="exists already"):
+        train_and_evaluate(two, run_dir=tmp_path / "longer")
+    result = train_and_evaluate(two, run_dir=tmp_path / "longer", resume=True)
+    assert result["num_epochs"] == 2
+    assert result["sha256"] == at_once["sha256"]
+    assert read_record(tmp_path / "longer").config == encode(two)
+    with pytest.raises(UserError, match="`num_epochs` is 2 there and 1 here"):
+        train_and_evaluate(one, run_dir=tmp_path / "longer", resume=True)
+
+
+@pytest.mark.parametrize(
+    "optim",
+    [
+        Adam(schedule="one_cycle"),
+        Adam(lookahead=5),  # The share of the average that remains depends on the last step.
+        Adam(accumulate_steps=2, groups=(ParamGroup("bias", num_epochs=1),)),  # The update at its end is rounded.
+        Derailed(),  # Its schedule may depend on the length.
+    ],
+    ids=["schedule", "lookahead", "a group's end", "own schedule"],
+)
+def test_a_run_whose_steps_depend_on_its_length_cannot_be_trained_longer(optim, whole_research, tmp_path):
+    config = replace(RESEARCH, optim=optim)
+    write_record(tmp_path, Record(encode(config), read_record(whole_research[0]).data))
+    with pytest.raises(UserError, match="`num_epochs` is 3 there and 4 here"):
+        check_run(tmp_path, replace(config, num_epochs=4), resume=True)
+
+
+@quick
+def test_a_speed_recipe_without_validation_is_resumed_to_the_bit_and_scored_with_its_last_epoch(tmp_path):
+    groups = (ParamGroup("whiten", multiplier=8.0, num_epochs=2), ParamGroup("bias", multiplier=8.0))
+    config = Config(
+        dataset=make_arrays(shape=(9, 10, 3)),
+        num_epochs=3,
+        batch_size=8,
+        validation_fraction=0.0,
+        tta="flip_translate",
+        loss=CrossEntropy(label_smoothing=0.2),
+        model=SpeedNet(widths=(16, 16, 16), dtype="bfloat16"),
+        optim=Muon(learning_rate=0.3, schedule="one_cycle", groups=groups, lookahead=5, accumulate_steps=2),
+        augment=Mixup(flip="alternating", translate=1, cutout=2),  # Its labels are class probabilities.
+    )
+    steps: Any = train_steps
+    compiled = steps._cache_size()
+    whole = train_and_evaluate(config, run_dir=tmp_path / "whole")
+    assert steps._cache_size() == compiled + 1  # On a CPU, frozen parameters are not worth another program.
+    assert whole["best_epoch"] == 3 and whole["best_validation_accuracy"] is None
+    assert whole["sha256"]["params"] == whole["sha256"]["best_params"]
+    assert whole["test_loss"] < np.log(4) - 0.05  # Better than chance.
+    with pytest.raises(Interrupted, match="the checkpoint of step 23 is saved"):
+        # Within the second epoch, between the two batches of an update, between two lookaheads.
+        train_and_evaluate(config, run_dir=tmp_path / "run", report=Watch(stop_at=23))
+    resumed = train_and_evaluate(config, run_dir=tmp_path / "run", resume=True)
+    assert resumed["sha256"] == whole["sha256"]
+    assert resumed["test_loss"] == whole["test_loss"]
+    assert load_trained(tmp_path / "run", config).state.step == 3 * 14
+
+
+def test_a_second_signal_stops_immediately():
+    with stop_signals() as stop:
+        with pytest.raises(Interrupted, match=r"Stopped by SIGINT; nothing is lost\."), stop.held():
+            signal.raise_signal(signal.SIGINT)
+            assert stop.signum == signal.SIGINT
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+
+
+def interrupted_arrays():
+    """A data set that takes long to make, so that the user loses patience."""
+    signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_signal_before_the_first_step_ends_the_run_and_leaves_no_directory(tmp_path):
+    with pytest.raises(Interrupted, match=r"Stopped by SIGTERM; nothing is lost\."):
+        train_and_evaluate(replace(RESEARCH, dataset=interrupted_arrays), run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+# --- A loss or a parameter that is not finite -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diverges(Optimizer):
+    """SGD with a huge learning rate from some update on."""
+
+    update: int
+    huge: float
+
+    def transform(self, learning_rate):
+        return optax.sgd(lambda update: jnp.where(jnp.asarray(update) < self.update, 1e-3, self.huge))
+
+
+@quick
+def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_finite_checkpoint_is_kept(tmp_path):
+    config = replace(RESEARCH, model=Linear(), optim=Diverges(update=7, huge=1e38), augment=Augment())
+    pattern = (
+        r"the loss became (nan|inf) between steps 8 and 9; last finite checkpoint: step 6\. Try a lower "
+        r"`optim\.learning_rate` \(now 0\.001\)"
+    )
+    with pytest.raises(NonFiniteLossError, match=pattern):
+        train_and_evaluate(config, run_dir=tmp_path)
+    assert saved_steps(tmp_path) == [6]
+    assert len(read_rows(tmp_path)) == 1
+
+
+@quick
+def test_parameters_that_are_not_finite_are_never_saved(tmp_path):
+    """The last step of an epoch diverges: no loss shows it yet."""
+    config = replace(RESEARCH, model=Linear(), optim=Diverges(update=5, huge=float("inf")), augment=Augment())
+    with pytest.raises(NonFiniteLossError, match=r"parameters became infinite or nan between steps 5 and 6; there is"):
+        train_and_evaluate(config, run_dir=tmp_path)
+    assert saved_steps(tmp_path) == []
+
+
+# --- What the user has to fix ---------------------------------------------------------------------------------------
+
+
+def test_a_run_directory_that_exists(whole, prepared_dir):
+    with pytest.raises(UserError, match=r"`run_dir` .* exists already\. Resume that run with --resume, or choose"):
         train_and_evaluate(CONFIG, run_dir=whole[0], data_dir=prepared_dir)
-    other = Config(**{**vars(CONFIG), "batch_size": 8})
-    with pytest.raises(UserError, match=r"`run_dir` .* exists already\. It holds another configuration\. Name another"):
-        train_and_evaluate(other, run_dir=whole[0], data_dir=prepared_dir)
+    with pytest.raises(UserError, match=r"`run_dir` .* exists already\. It holds another configuration\. Choose"):
+        train_and_evaluate(replace(CONFIG, batch_size=8), run_dir=whole[0], data_dir=prepared_dir)
 
 
 def test_resuming_with_another_configuration(whole, prepared_dir):
-    other = Config(**{**vars(CONFIG), "batch_size": 8, "optim": OptimConfig(learning_rate=0.5, schedule="one_cycle")})
+    other = replace(CONFIG, batch_size=8, optim=replace(CONFIG.optim, learning_rate=0.5))
     with pytest.raises(
-        UserError, match=r"`batch_size` is 16 there and 8 here; `optim.learning_rate` is 0.001 there and"
+        UserError, match=r"`batch_size` is 16 there and 8 here; `optim.learning_rate` is 0.001 there and 0.5 here"
     ):
         train_and_evaluate(other, run_dir=whole[0], data_dir=prepared_dir, resume=True)
 
 
-def test_a_run_at_a_constant_rate_can_be_trained_longer(whole, prepared_dir, tmp_path):
-    two, one = (
-        Config(**{**vars(CONFIG), "num_epochs": num_epochs, "optim": OptimConfig(learning_rate=1e-3)})
-        for num_epochs in (2, 1)
-    )
-    train_and_evaluate(two, run_dir=tmp_path / "at once", data_dir=prepared_dir)
-    train_and_evaluate(one, run_dir=tmp_path / "longer", data_dir=prepared_dir)
-    with pytest.raises(UserError, match="exists already"):
-        train_and_evaluate(two, run_dir=tmp_path / "longer", data_dir=prepared_dir)
-    result = train_and_evaluate(two, run_dir=tmp_path / "longer", data_dir=prepared_dir, resume=True)
-    assert result["num_epochs"] == 2
-    assert loop.rundir.read_run(tmp_path / "longer")[0] == two
-    assert read_metrics(tmp_path / "longer") == read_metrics(tmp_path / "at once")
-    with pytest.raises(UserError, match="`num_epochs` is 2 there and 1 here"):
-        train_and_evaluate(one, run_dir=tmp_path / "longer", data_dir=prepared_dir, resume=True)
-    averaged = Config(**{**vars(two), "optim": OptimConfig(lookahead=5)})
-    longer = Config(**{**vars(averaged), "num_epochs": 3})
-    assert not loop.rundir._is_longer(longer, averaged)  # How much of the average remains depends on the last step.
-    frozen = Config(**{**vars(two), "optim": OptimConfig(accumulate=2, whiten_epochs=1)})
-    assert not loop.rundir._is_longer(Config(**{**vars(frozen), "num_epochs": 3}), frozen)  # Its end is rounded.
-    more = Config(**{**vars(CONFIG), "num_epochs": 3})
-    with pytest.raises(UserError, match="`num_epochs` is 2 there and 3 here"):  # Its learning rate is on a schedule.
-        train_and_evaluate(more, run_dir=whole[0], data_dir=prepared_dir, resume=True)
-
-
-def test_resuming_with_other_data(whole, prepared_dir, tmp_path):
-    run_dir = tmp_path / "run"
-    shutil.copytree(whole[0], run_dir)
+def test_resuming_with_other_data(whole_research, tmp_path):
+    run_dir = shutil.copytree(whole_research[0], tmp_path / "run")
     (run_dir / "result.json").unlink()
-    other = tmp_path / "tfds"
-    write_tfds(NAMED_SETS["fashion_mnist"], make_raw((28, 28, 1), 430, 100), other, say=lambda line: None)
-    (other / "fashion_mnist").rename(other / "generated")
+    other = replace(RESEARCH, dataset=make_arrays(num_test=20))
     with pytest.raises(UserError, match=r"must be resumed with its own data, SHA-256 {'train'"):
-        train_and_evaluate(CONFIG, run_dir=run_dir, data_dir=other, resume=True)
+        train_and_evaluate(other, run_dir=run_dir, resume=True)
 
 
-def test_a_run_directory_that_another_process_trains_in(prepared_dir, tmp_path):
-    run_dir = tmp_path / "run"
-    run_dir.mkdir()
-    locked = str(run_dir / "lock")
-    code = (
-        f"import fcntl, os, time; fcntl.flock(os.open({locked!r}, os.O_CREAT), fcntl.LOCK_EX); print(); time.sleep(60)"
-    )
-    process = subprocess.Popen([sys.executable, "-uc", code], stdout=subprocess.PIPE)
-    try:
-        assert process.stdout is not None
-        process.stdout.readline()
+def test_a_run_directory_that_is_locked(whole):
+    with FileLock(whole[0] / "lock"):
         with pytest.raises(UserError, match=r"`run_dir` .* is in use by another process"):
-            train_and_evaluate(CONFIG, run_dir=run_dir, data_dir=prepared_dir)
-    finally:
-        process.kill()
-        process.communicate()
+            train_and_evaluate(CONFIG, run_dir=whole[0], resume=True)
 
 
-def test_metrics_are_restored_from_the_checkpoint(whole, prepared_dir, tmp_path):
-    run_dir = tmp_path / "run"
-    shutil.copytree(whole[0], run_dir)
-    (run_dir / "result.json").unlink()
-    (run_dir / "metrics.jsonl").write_text('{"epoch": 1')
-    train_and_evaluate(CONFIG, run_dir=run_dir, data_dir=prepared_dir, resume=True)
-    assert read_metrics(run_dir) == read_metrics(whole[0])
-
-
-def test_parameters_that_are_not_finite_are_never_saved(prepared_dir, tmp_path, monkeypatch):
-    """The last step of the epoch blows up: no loss has seen it yet."""
-    tx = optax.sgd(lambda step: jnp.where(step < 24, 1e-3, jnp.inf))
-    monkeypatch.setattr(experiment, "make_tx", lambda config, num_steps, num_epochs: tx)
-    with pytest.raises(NonFiniteLossError, match=r"parameters became infinite or nan .* there is no checkpoint yet"):
-        train_and_evaluate(CONFIG, run_dir=tmp_path, data_dir=prepared_dir)
-    assert list((tmp_path / "checkpoints").iterdir()) == []
-
-
-def test_resuming_where_there_is_nothing_starts_anew(whole, prepared_dir, tmp_path, capsys):
-    report = loop.Report()
-    train_and_evaluate(CONFIG, run_dir=tmp_path / "run", data_dir=prepared_dir, resume=True, report=report)
-    assert "There is nothing to resume in" in capsys.readouterr().out
-    jax.tree.map(np.testing.assert_array_equal, last_state(tmp_path / "run"), last_state(whole[0]))
-
-
-def test_a_directory_of_something_else(prepared_dir, tmp_path):
+def test_a_directory_of_something_else(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(UserError, match=r"`run_dir` must be empty or hold a run, got .* with thesis\.tex"):
-        train_and_evaluate(CONFIG, run_dir=tmp_path, data_dir=prepared_dir)
+        train_and_evaluate(CONFIG, run_dir=tmp_path)
 
 
-def test_a_checkpoint_of_another_model(whole, prepared_dir, tmp_path):
-    run_dir = tmp_path / "run"
-    cnn = Config(**{**vars(CONFIG), "model": ModelConfig(name="cnn")})
-    run_dir.mkdir()
-    loop.rundir.write_run(run_dir, cnn, loop.rundir.read_run(whole[0])[1])
-    shutil.copytree(whole[0] / "checkpoints", run_dir / "checkpoints")
-    with pytest.raises(UserError, match=r"must have a manifest.json, got none: another version of cnnjax wrote it"):
-        train_and_evaluate(cnn, run_dir=run_dir, data_dir=prepared_dir, resume=True)
-    shutil.copy(whole[0] / "manifest.json", run_dir)
-    with pytest.raises(UserError, match=r"must be of the same model and optimizer"):
-        train_and_evaluate(cnn, run_dir=run_dir, data_dir=prepared_dir, resume=True)
-
-
-def test_a_batch_larger_than_the_set_leaves_no_directory(prepared_dir, tmp_path):
-    config = Config(**{**vars(CONFIG), "batch_size": 391})
-    with pytest.raises(UserError, match=r"`batch_size` must be between 1 and the 390 training examples, got 391"):
-        train_and_evaluate(config, run_dir=tmp_path / "run", data_dir=prepared_dir)
-    assert not (tmp_path / "run").exists()
-
-
-def test_an_augmentation_larger_than_the_images_leaves_no_directory(prepared_dir, tmp_path):
-    config = Config(**{**vars(CONFIG), "augment": AugmentConfig(cutout=29)})
-    with pytest.raises(UserError, match=r"`augment.cutout` must be at most 28 for images of 28×28 pixels, got 29"):
-        train_and_evaluate(config, run_dir=tmp_path / "run", data_dir=prepared_dir)
-    assert not (tmp_path / "run").exists()
-
-
-def test_images_too_small_for_the_network_leave_no_directory(tmp_path):
-    write_tfds(NAMED_SETS["fashion_mnist"], make_raw((8, 28, 1), 100, 50), tmp_path / "data", say=lambda line: None)
-    (tmp_path / "data" / "fashion_mnist").rename(tmp_path / "data" / "generated")
-    config = Config(**{**vars(CONFIG), "model": ModelConfig("speednet", widths=(4, 4, 4))})
-    with pytest.raises(UserError, match=r"9×9 pixels at least for `model.name` speednet, got 8×28"):
-        train_and_evaluate(config, run_dir=tmp_path / "run", data_dir=tmp_path / "data")
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_directory_that_cannot_be_written(prepared_dir, tmp_path):
+def test_a_directory_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"`run_dir` must be a directory that can be written, got .*file/run"):
-        train_and_evaluate(CONFIG, run_dir=tmp_path / "file" / "run", data_dir=prepared_dir)
+    with pytest.raises(UserError, match=r"`run_dir` .*file/run cannot be written"):
+        train_and_evaluate(CONFIG, run_dir=tmp_path / "file" / "run")
     with pytest.raises(UserError, match=r"`run_dir` must be a directory, got the file"):
-        train_and_evaluate(CONFIG, run_dir=tmp_path / "file", data_dir=prepared_dir)
+        train_and_evaluate(CONFIG, run_dir=tmp_path / "file")
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_finite_checkpoint(prepared_dir, tmp_path, monkeypatch):
-    """Diverges for real: after the first epoch the gradients are scaled beyond float32."""
-
-    def make_tx(config, num_steps, num_epochs):
-        return optax.sgd(lambda step: jnp.where(step < 30, 1e-3, 1e30))
-
-    monkeypatch.setattr(experiment, "make_tx", make_tx)
-    pattern = (
-        r"the loss became (nan|inf) between steps 3\d and 3\d; the last finite checkpoint is of step 25\. Try a lower"
-    )
-    with pytest.raises(NonFiniteLossError, match=pattern):
-        train_and_evaluate(CONFIG, run_dir=tmp_path, data_dir=prepared_dir)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["25"]
-    assert len(read_rows(tmp_path)) == 1
+@quick
+def test_a_checkpoint_of_another_model(whole_research, tmp_path):
+    wide = replace(RESEARCH, model=Net(width=32))
+    write_record(tmp_path, Record(encode(wide), read_record(whole_research[0]).data))
+    shutil.copytree(whole_research[0] / "checkpoints", tmp_path / "checkpoints")
+    with pytest.raises(UserError, match=r"must have a manifest.json, got none: another version of cnnjax wrote it"):
+        train_and_evaluate(wide, run_dir=tmp_path, resume=True)
+    shutil.copy(whole_research[0] / "manifest.json", tmp_path)
+    with pytest.raises(UserError, match=r"must match the model and the optimizer, but .* has shape \(16,\)"):
+        train_and_evaluate(wide, run_dir=tmp_path, resume=True)
 
 
-def test_evaluation_of_a_size_that_the_batch_does_not_divide_equals_numpy():
-    rng = np.random.default_rng(0)
-    examples = Examples(rng.integers(0, 256, (703, 8, 8, 3), np.uint8), rng.integers(0, 10, 703).astype(np.int32))
-    statistics, model = pixel_statistics(examples.image), CNN(10)
-    state = init_state(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), model=model, tx=optax.adam(1e-3))
-    logits = np.asarray(
-        model.apply({"params": state.params}, standardize(examples.image, statistics), train=False), np.float64
-    )
-    log_probability = logits - np.log(np.exp(logits).sum(1, keepdims=True))
-
-    scores = evaluate(state, Pixels(*examples, statistics), model=model)
-
-    assert scores.num_examples == 703
-    assert scores.accuracy == (logits.argmax(1) == examples.label).mean()
-    assert scores.loss == pytest.approx(-log_probability[np.arange(703), examples.label].mean(), rel=1e-5)
+class ThreeClasses(nn.Module):
+    @nn.compact
+    def __call__(self, image, *, train):
+        return nn.Dense(3)(image.mean((1, 2)))
 
 
-def test_a_speed_recipe_without_validation_is_resumed_to_the_bit_and_tests_its_last_epoch(
-    prepared_dir, tmp_path, monkeypatch
-):
-    config = Config(
-        dataset="generated",
-        num_epochs=3,
-        batch_size=16,
-        validation_fraction=0.0,
-        label_smoothing=0.2,
-        views="shifted",
-        model=ModelConfig(name="speednet", widths=(8, 8, 8), depth=3, dtype="bfloat16"),
-        optim=OptimConfig("muon", 0.1, "one_cycle", bias_scale=64.0, whiten_epochs=2, lookahead=5, accumulate=2),
-        augment=AugmentConfig(flip="alternating", translate=2, cutout=3),
-    )
-    whole = train_and_evaluate(config, run_dir=tmp_path / "whole", data_dir=prepared_dir)
-    assert whole["best_epoch"] == 3 and whole["best_validation_accuracy"] is None
-    assert whole["test_accuracy"] > 0.15  # Of 10 classes of noise that no mirror image resembles.
-    step = experiment.train_steps
-
-    def train_step_and_stop(state, *args, **kwargs):
-        if state.step == 40:  # Within the second epoch, between two accumulated batches' update and lookahead.
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(state, *args, **kwargs)
-
-    monkeypatch.setattr(experiment, "train_steps", train_step_and_stop)
-    with pytest.raises(Interrupted, match="the checkpoint of step 41 is saved"):
-        train_and_evaluate(config, run_dir=tmp_path / "run", data_dir=prepared_dir)
-    monkeypatch.undo()
-    resumed = train_and_evaluate(config, run_dir=tmp_path / "run", data_dir=prepared_dir, resume=True)
-    assert resumed["sha256"] == whole["sha256"]
-    assert resumed["test_loss"] == whole["test_loss"]
-    again = score(load_trained(tmp_path / "run"), "test", prepared_dir)
-    assert (again.accuracy, again.loss) == (whole["test_accuracy"], whole["test_loss"])
+def column_loss(logits, label):
+    return CrossEntropy()(logits, label)[:, None]
 
 
-def test_training_never_sees_the_held_out_examples(prepared_dir, tmp_path, monkeypatch):
-    seen = []
-    step = experiment.train_steps
-
-    def record(state, pixels, plan, *args, augment, **kwargs):
-        seen.append(make_batch(pixels, row(plan, 0), augment).image)
-        return step(state, pixels, plan, *args, augment=augment, **kwargs)
-
-    monkeypatch.setattr(experiment, "train_steps", record)
-    config = Config(**{**vars(CONFIG), "num_epochs": 1, "augment": AugmentConfig()})
-    train_and_evaluate(config, run_dir=tmp_path, data_dir=prepared_dir)
-    examples = load_dataset("generated", prepared_dir).load("train")
-    train, validation = split_validation(0, examples.label, 0.1)
-    statistics = pixel_statistics(examples.image[train])
-    pixels = np.rint(np.concatenate(seen) * statistics.std + statistics.mean).astype(np.uint8)
-    trained_on = {image.tobytes() for image in pixels}
-    assert trained_on == {image.tobytes() for image in examples.image[train]}
-    assert not trained_on & {image.tobytes() for image in examples.image[validation]}
+def mean_loss(logits, label):
+    return CrossEntropy()(logits, label).mean()
 
 
-def test_a_second_signal_ends_at_once():
-    with stop_signals() as stop:
-        with pytest.raises(Interrupted, match=r"Stopped by SIGINT; nothing is lost\."), stop.held():
-            os.kill(os.getpid(), signal.SIGINT)
-            assert stop.signum == signal.SIGINT
-            with pytest.raises(KeyboardInterrupt):
-                os.kill(os.getpid(), signal.SIGINT)
+@dataclass(frozen=True)
+class Crop(Augment):
+    def transform(self, key, batch):
+        return batch._replace(image=batch.image[:, 1:])
 
 
-def test_a_signal_before_the_first_step_ends_the_run_and_leaves_nothing(prepared_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment, "load_dataset", lambda *args: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(Interrupted, match=r"Stopped by SIGTERM; nothing is lost\."):
-        train_and_evaluate(CONFIG, run_dir=tmp_path / "run", data_dir=prepared_dir)
+@quick
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 89}, "`batch_size` must be between 1 and the 88 training examples, got 89"),
+        ({"augment": Augment(cutout=6)}, "`augment.cutout` must be at most 5 for images of 6×5 pixels, got 6"),
+        ({"model": SpeedNet()}, "Images must have at least 9×9 pixels for SpeedNet, got 6×5"),
+        ({"model": MLP(num_classes=7)}, "`model.num_classes` must be the 4 of the data, got 7. Leave it out"),
+        ({"model": ThreeClasses()}, "`model` must return logits of shape (16, 4), got .*shape=(16, 3)"),
+        ({"loss": column_loss}, "`loss` must return one value per example of shape (16,), got .*shape=(16, 1)"),
+        ({"loss": mean_loss}, "`loss` must return one value per example of shape (16,), got .*shape=()"),
+        ({"augment": Crop()}, "`augment.transform` must return images of shape (16, 6, 5, 3), got .*(16, 5, 5, 3)"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_what_does_not_fit_the_data_leaves_no_directory(changes, message, tmp_path):
+    pattern = message.replace("(", r"\(").replace(")", r"\)")
+    report = Watch()
+    with pytest.raises(UserError, match=pattern):
+        train_and_evaluate(replace(RESEARCH, **changes), run_dir=tmp_path / "run", report=report)
+    assert report.steps == []
     assert not (tmp_path / "run").exists()
+
+
+def test_the_number_of_classes_is_set_from_the_data():
+    config = Config(model=Linear(), augment=Mixup(), loss=CrossEntropy()).with_num_classes(4)
+    assert (config.model, config.augment, config.loss) == (Linear(4), Mixup(num_classes=4), CrossEntropy())
+    assert config.with_num_classes(4) == config
+    with pytest.raises(UserError, match=r"`model\.num_classes` must be the 5 of the data, got 4"):
+        config.with_num_classes(5)
+    with pytest.raises(UserError, match=r"`augment\.num_classes` must be the 5 of the data, got 4"):
+        replace(config, model=CNN()).with_num_classes(5)
+    assert replace(config, model=Net()).with_num_classes(4).model == Net()
 
 
 @pytest.mark.slow
 def test_an_epoch_on_the_real_mnist_scores_every_test_image(tmp_path):
-    config = Config(dataset="mnist", num_epochs=1, model=ModelConfig(name="mlp", dense_dropout=0.2))
+    config = Config(dataset="mnist", num_epochs=1, model=MLP(dense_dropout=0.2))
     result = train_and_evaluate(config, run_dir=tmp_path / "run")
     assert result["num_test_examples"] == 10_000
     assert result["test_accuracy"] > 0.94

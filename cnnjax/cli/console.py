@@ -1,4 +1,4 @@
-"""What a person sees: lines on standard output, and a progress bar on standard error where that is a terminal."""
+"""Console output: lines on standard output, and a progress bar on standard error if it is a terminal."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -7,46 +7,24 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.progress import track as rich_track
 
 T = TypeVar("T")
 
 
 def track(items: Iterable[T], description: str, total: int | float) -> Iterable[T]:
-    """Yields `items`, with a progress bar on standard error where that is a terminal."""
+    """Yields `items`, with a progress bar on standard error if it is a terminal."""
     hidden = not sys.stderr.isatty()
     return rich_track(items, description, total, console=Console(stderr=True), transient=True, disable=hidden)
 
 
-class Bar:
-    """The progress of training, over all epochs."""
-
-    def __init__(self, progress: Progress, task: TaskID, num_epochs: int, steps: int):
-        self._progress = progress
-        self._task = task
-        self._num_epochs = num_epochs
-        self._steps = steps
-
-    def update(self, step: int, means: Any) -> None:
-        """Shows the step, and the mean loss and accuracy of the epoch so far."""
-        speed = self._progress.tasks[self._task].speed or 0.0
-        self._progress.update(
-            self._task,
-            completed=step,
-            epoch=f"epoch {(step - 1) // self._steps + 1}/{self._num_epochs}",
-            loss=means.loss,
-            accuracy=means.accuracy,
-            images_per_second=speed * means.num_examples / ((step - 1) % self._steps + 1),
-        )
-
-
 class Report:
-    """Tells a person what happens.
+    """Prints the progress and the result of a run.
 
     Args:
-      quiet: tell nothing (for callers that are programs).
-      prefix: of every line; with one, there is no progress bar.
+      quiet: whether to print nothing, for use as a library.
+      prefix: starts every line. If it is not empty, no progress bar is shown.
     """
 
     def __init__(self, quiet: bool = False, prefix: str = ""):
@@ -54,18 +32,19 @@ class Report:
         self._prefix = prefix
         self._out = Console(quiet=quiet, highlight=False, soft_wrap=True)
         self._err = Console(quiet=quiet, stderr=True, highlight=False, soft_wrap=True)
+        self._bar: Progress | None = None
 
     def say(self, line: str) -> None:
         """Prints a line."""
         self._out.print(self._prefix + line, markup=False)
 
     def of(self, prefix: str) -> "Report":
-        """Returns a report for one of several runs at a time."""
+        """Returns a report with this prefix, for one of several simultaneous runs."""
         return Report(self._quiet, prefix)
 
     @contextmanager
-    def progress(self, num_epochs: int, steps: int, start: int) -> Iterator[Bar]:
-        """Shows a bar of all training steps while the context lasts, from step `start` on."""
+    def progress(self, num_epochs: int, steps_per_epoch: int, start: int) -> Iterator[None]:
+        """Shows a progress bar over the steps of all epochs, which starts at step `start`."""
         columns = (
             TextColumn("{task.fields[epoch]}"),
             BarColumn(),
@@ -76,20 +55,37 @@ class Report:
             ),
             TimeRemainingColumn(),
         )
-        # The lines of `say` and `epoch` must scroll above the bar: on a terminal both go through the same console.
+        # Lines must scroll above the bar, so both use the same console if both streams are terminals.
         out, shown = self._out, sys.stderr.isatty() and not self._err.quiet and not self._prefix
         if shown and sys.stdout.isatty():
             self._out = self._err
+        fields = {"epoch": "compiling", "loss": float("nan"), "accuracy": 0.0, "images_per_second": 0.0}
+        fields |= {"num_epochs": num_epochs, "steps_per_epoch": steps_per_epoch}
         with Progress(*columns, console=self._err, disable=not shown, transient=True, speed_estimate_period=10) as bar:
-            fields = {"epoch": "compiling", "loss": float("nan"), "accuracy": 0.0, "images_per_second": 0.0}
-            task = bar.add_task("train", total=num_epochs * steps, completed=start, **fields)
+            bar.add_task("train", total=num_epochs * steps_per_epoch, completed=start, **fields)
+            self._bar = bar
             try:
-                yield Bar(bar, task, num_epochs, steps)
+                yield
             finally:
-                self._out = out
+                self._out, self._bar = out, None
+
+    def step(self, step: int, means: Any) -> None:
+        """Shows `step` and the mean loss and accuracy of its epoch in the progress bar, if there is one."""
+        if self._bar is None:
+            return
+        task = self._bar.tasks[0]
+        epoch, index = divmod(step - 1, task.fields["steps_per_epoch"])
+        self._bar.update(
+            task.id,
+            completed=step,
+            epoch=f"epoch {epoch + 1}/{task.fields['num_epochs']}",
+            loss=means.loss,
+            accuracy=means.accuracy,
+            images_per_second=(task.speed or 0.0) * means.num_examples / (index + 1),
+        )
 
     def epoch(self, row: dict[str, Any], num_epochs: int) -> None:
-        """Prints a row of metrics.jsonl."""
+        """Prints the metrics and the timing of an epoch."""
         validation = ""
         if "validation_loss" in row:
             validation = f"validation loss {row['validation_loss']:.4f}  accuracy {row['validation_accuracy']:.2%}  "
@@ -100,7 +96,7 @@ class Report:
         )
 
     def result(self, result: dict[str, Any], run_dir: Path) -> None:
-        """Prints result.json in words: the last line that a person sees."""
+        """Prints the content of result.json as a sentence."""
         best = result["best_validation_accuracy"]
         validation = "no validation" if best is None else f"validation accuracy {best:.2%}"
         self.say(

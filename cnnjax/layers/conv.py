@@ -1,8 +1,7 @@
-"""Convolution as a pure function, with the gradients that each device does fastest.
+"""Convolution as a pure function, with the fastest gradients for each device.
 
-XLA's own convolution computes the same; the tests compare this with it and with NumPy. What differs: the kernels on a
-CPU, and that derivatives are of first order and by reverse mode alone. Kernels are float32; the convolution computes in
-the image's dtype, with sums in float32.
+The results equal those of XLA's own convolution to rounding. Only first-order reverse-mode derivatives are supported.
+Kernels are float32; the computation uses the dtype of the image and accumulates in float32.
 """
 
 from functools import partial
@@ -25,23 +24,13 @@ def conv2d(
     padding: Padding,
     relu: bool,
 ) -> Float[Array, "B H2 W2 K"]:
-    """Returns the convolution (cross-correlation) of stride 1, plus `bias`; negative values become 0 with `relu`.
+    """Returns the cross-correlation of stride 1 plus `bias`, followed by a ReLU if `relu` is true.
 
     Args:
-      image: float32 or bfloat16; decides the dtype of the result.
-      kernel, bias: float32, rounded to the image's dtype.
+      image: float32, bfloat16 or float16; the result has the same dtype.
+      kernel, bias: float32, rounded to the dtype of the image.
       padding: zeros around the image, ((top, bottom), (left, right)).
     """
-    return _forward(image, kernel, bias, padding, relu)
-
-
-def _forward(
-    image: Float[AnyArray, "B H W C"],
-    kernel: Float[AnyArray, "I J C K"],
-    bias: Float[AnyArray, " K"] | None,
-    padding: Padding,
-    relu: bool,
-) -> Float[Array, "B H2 W2 K"]:
     dtype = image.dtype
     operands = tuple(jnp.asarray(x, dtype) for x in (image, kernel, bias) if x is not None)
 
@@ -59,17 +48,17 @@ def _forward(
 def convolution_by_xla(
     image: Float[Array, "B H W C"], kernel: Float[Array, "I J C K"], *, padding: Padding
 ) -> Float[Array, "B H2 W2 K"]:
-    """Returns the convolution by the algorithm that XLA chooses."""
+    """Returns the convolution, computed by the algorithm that XLA selects."""
     return lax.conv_general_dilated(image, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 def convolution_on_accelerators(
     image: Float[Array, "B H W C"], kernel: Float[Array, "I J C K"], *, padding: Padding
 ) -> Float[Array, "B H2 W2 K"]:
-    """Returns the convolution in shapes that are fast on a GPU.
+    """Returns the convolution, computed in shapes that are fast on a GPU (see experiments/BENCHMARKS.md).
 
-    In 16-bit dtypes patches of at most 16 values become a matrix product; otherwise 16 or more channels are padded to a
-    multiple of 32. See experiments/BENCHMARKS.md.
+    In 16-bit dtypes, patches of at most 16 values become a matrix product; otherwise, 16 or more channels are padded to
+    a multiple of 32.
     """
     (i, j, c, k), bits = kernel.shape, 8 * image.dtype.itemsize
     if bits != 16 or i * j * c > 16:
@@ -83,14 +72,14 @@ def convolution_on_accelerators(
 
 
 def _fill(x: Array, axis: int) -> Array:
-    """Pads 16 or more channels with zeros to a multiple of 32, in 16-bit dtypes."""
+    """Pads 16 or more channels with zeros to a multiple of 32 in 16-bit dtypes."""
     channels = x.shape[axis]
     more = -channels % 32 if x.dtype.itemsize == 2 and channels >= 16 else 0
     return jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)])
 
 
 def _conv2d_fwd(image, kernel, bias, padding, relu):
-    y = _forward(image, kernel, bias, padding, relu)
+    y = conv2d(image, kernel, bias, padding, relu)
     return y, (image, kernel, bias, y if relu else None)
 
 
@@ -98,12 +87,12 @@ def _conv2d_bwd(padding, relu, residuals, g):
     image, kernel, bias, y = residuals
     if relu:
         g = jnp.where(y > 0, g, 0)
-    # The image's gradient is a convolution again: of `g`, with the kernel turned by half and its channels exchanged.
+    # The gradient of the image is a convolution of `g` with the kernel rotated by 180° and its channels swapped.
     (i, j), ((top, bottom), (left, right)) = kernel.shape[:2], padding
     back = ((i - 1 - top, i - 1 - bottom), (j - 1 - left, j - 1 - right))
 
     def cpu(g: Array, kernel: Array) -> Array:
-        return _forward(g, kernel[::-1, ::-1].swapaxes(2, 3), None, back, False)
+        return conv2d(g, kernel[::-1, ::-1].swapaxes(2, 3), None, back, False)
 
     default = partial(image_grad_by_xla, size=image.shape[1:3], padding=padding)
     image_grad = lax.platform_dependent(g, kernel.astype(g.dtype), cpu=cpu, default=default)
@@ -113,7 +102,7 @@ def _conv2d_bwd(padding, relu, residuals, g):
 def image_grad_by_xla(
     g: Float[Array, "B H2 W2 K"], kernel: Float[Array, "I J C K"], *, size: tuple[int, ...], padding: Padding
 ) -> Float[Array, "B H W C"]:
-    """Returns the image's gradient as the transpose of XLA's convolution."""
+    """Returns the gradient of the image as the transpose of XLA's convolution."""
     filled = _fill(kernel, 2)
     image = jax.ShapeDtypeStruct((g.shape[0], *size, filled.shape[2]), g.dtype)
     (grad,) = jax.linear_transpose(partial(convolution_by_xla, kernel=filled, padding=padding), image)(g)
@@ -129,20 +118,20 @@ def _bias_grad(g: Float[Array, "B H W K"], relu: bool) -> Float[Array, " K"]:
         return onednn.matmul(jnp.ones((1, g.shape[0]), g.dtype), g, dtype=jnp.float32)[0]
 
     by_sum = partial(jnp.sum, axis=(0, 1, 2), dtype=jnp.float32)
-    # XLA computes what makes `g` within the sum: fast for a ReLU, slow for the activation of a layer above.
+    # XLA fuses the computation of `g` into the sum: fast for a ReLU, slow for the activation of a later layer.
     return by_sum(g) if relu else onednn.on_cpu(by_matmul, by_sum, g)
 
 
 def kernel_grad(
     image: Float[Array, "B H W C"], g: Float[Array, "B H2 W2 K"], padding: Padding
 ) -> Float[Array, "I J C K"]:
-    """Returns the gradient of a convolution's kernel: over all positions, image values times those of `g`.
+    """Returns the gradient of the kernel: the products of image and `g`, summed over all positions.
 
-    The result is float32. On an accelerator it is rounded to the image's dtype first, as in JAX's own gradient.
+    The result is float32. On an accelerator it is first rounded to the dtype of the image, as in JAX's own gradient.
     """
-    if not onednn.in_use(image.dtype) or not onednn.HAS_AVX512 or image.shape[3] < 16:  # XLA's is faster there.
+    if not onednn.in_use(image.dtype) or not onednn.has_avx512() or image.shape[3] < 16:  # XLA is faster for these.
         cpu = _kernel_grad_by_xla_in_float32
-    elif image.dtype == jnp.bfloat16 and onednn.HAS_BFLOAT16:
+    elif image.dtype == jnp.bfloat16 and onednn.has_bfloat16():
         cpu = _kernel_grad_by_convolution
     else:
         cpu = _kernel_grad_by_matmul
@@ -153,7 +142,7 @@ def kernel_grad(
 def kernel_grad_by_xla(
     image: Float[Array, "B H W C"], g: Float[Array, "B H2 W2 K"], *, padding: Padding
 ) -> Float[Array, "I J C K"]:
-    """Returns the kernel's gradient as a convolution that sums over the batch as others do over channels."""
+    """Returns the gradient of the kernel as a convolution that sums over the batch instead of the channels."""
     numbers, channels = ("CHWN", "IHWO", "HWNC"), image.shape[3]
     grad = lax.conv_general_dilated(_fill(image, 3), g, (1, 1), padding, dimension_numbers=numbers)
     return grad[:, :, :channels].astype(jnp.float32)
@@ -168,10 +157,10 @@ def _kernel_grad_by_xla_in_float32(
 def _kernel_grad_by_matmul(
     image: Float[Array, "B H W C"], g: Float[Array, "B H2 W2 K"], *, padding: Padding
 ) -> Float[Array, "I J C K"]:
-    """A matrix product of J copies of the image, each moved in width, and I of `g`, each moved in height."""
+    """Multiplies J copies of the image, shifted in width, by I copies of `g`, shifted in height."""
     (_, h, w, c), (_, h2, w2, k) = image.shape, g.shape
     (top, bottom), (left, right) = padding
-    rows, columns = h + top + bottom - h2 + 1, w + left + right - w2 + 1  # The kernel's.
+    rows, columns = h + top + bottom - h2 + 1, w + left + right - w2 + 1  # Of the kernel.
     zero = jnp.zeros((), image.dtype)
     images = sum(
         lax.pad(
@@ -186,7 +175,7 @@ def _kernel_grad_by_matmul(
         for i in range(rows)
     )  # [B H+pads W2 I*K]
     images, gs = lax.optimization_barrier((images, gs))
-    halves = 2 - images.size // (columns * c) % 2  # Two shorter sums, where they are as long, are faster than one.
+    halves = 2 - images.size // (columns * c) % 2  # Two sums of equal length are faster than one.
     images, gs = images.reshape(halves, -1, columns * c), gs.reshape(halves, -1, rows * k)
     product = onednn.matmul(images, gs, transpose_a=True, dtype=jnp.float32).sum(0)
     return product.reshape(columns, c, rows, k).transpose(2, 0, 1, 3)  # [J*C I*K] -> [I J C K]
@@ -195,9 +184,10 @@ def _kernel_grad_by_matmul(
 def _kernel_grad_by_convolution(
     image: Float[Array, "B H W C"], g: Float[Array, "B H2 W2 K"], *, padding: Padding
 ) -> Float[Array, "I J C K"]:
-    """J convolutions in which channels are the image's width, and width and batch, which are summed over, are channels.
+    """Computes J convolutions with `g` as the kernel.
 
-    `g` is the kernel: it moves over the height alone, and so gives the I rows at once.
+    Their width is the image's channels, and their channels are its width and batch, which are summed over. `g` slides
+    over the height only, so each convolution returns all I rows.
     """
     (b, h, w, c), (_, h2, w2, k) = image.shape, g.shape
     (top, bottom), (left, right) = padding
@@ -213,5 +203,5 @@ def _kernel_grad_by_convolution(
             dtype=jnp.float32,
         )
         for j in range(columns)
-    ]  # J times [1 I C K]
+    ]  # J arrays [1 I C K]
     return jnp.concatenate(grads).swapaxes(0, 1)  # [J I C K] -> [I J C K]

@@ -1,4 +1,4 @@
-"""Batch normalisation and GELU as one operation, which keeps a single activation for its backward pass."""
+"""Batch normalization and GELU as one operation that keeps a single activation for its backward pass."""
 
 import flax.linen as nn
 import jax
@@ -6,20 +6,20 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-EPSILON, MOMENTUM = 1e-12, 0.6  # Keller Jordan (2024), airbench94: quick running statistics.
+EPSILON, MOMENTUM = 1e-12, 0.6  # Source: Keller Jordan (2024), airbench94.
 
 
 @jax.custom_vjp
 def batch_norm_gelu(
     x: Float[Array, "B H W C"], bias: Float[Array, " C"], residual: Float[Array, "B H W C"] | None = None
 ) -> tuple[Float[Array, "B H W C"], Float[Array, " C"], Float[Array, " C"]]:
-    """Normalises each channel of `x`, adds `bias` and `residual`, and applies GELU.
+    """Normalizes each channel of `x`, adds `bias` and `residual`, and applies GELU.
 
-    Computes in float32; the result, and the gradient before the norm, are rounded to the dtype of `x`. On an
-    accelerator memory is the limit here, so that computing again is cheaper than keeping.
+    The computation is in float32; the result and the gradient before the norm are rounded to the dtype of `x`. The
+    backward pass recomputes values: on an accelerator this is faster than reading them from memory.
 
     Returns:
-      The features, and the mean and the variance of each channel, float32, through which no gradient goes.
+      The features, and the float32 mean and variance of each channel, through which no gradient flows.
     """
     return _batch_norm_gelu_fwd(x, bias, residual)[0]
 
@@ -34,9 +34,9 @@ def _batch_norm_gelu_fwd(x, bias, residual):
 
 def _batch_norm_gelu_bwd(residuals, cotangents):
     x, mean, scale, bias, residual = residuals
-    x, g = lax.optimization_barrier((x, cotangents[0]))  # Else XLA keeps what `x` was normalised to, in float32.
+    x, g = lax.optimization_barrier((x, cotangents[0]))  # Without it XLA keeps the normalized `x` in float32.
     _, pullback = jax.vjp(nn.gelu, _norm(x, mean, scale, bias, residual))
-    # Rounded once, and read by all that follows: half of what float32 costs.
+    # Rounded once for all of its readers, which halves the memory traffic of float32.
     g = lax.optimization_barrier(pullback(g.astype(jnp.float32))[0].astype(x.dtype))
     wide, normal, count = g.astype(jnp.float32), _norm(x, mean, scale), x.size // x.shape[-1]
     bias_grad, along = wide.sum((0, 1, 2)), (wide * normal).sum((0, 1, 2))
@@ -62,13 +62,13 @@ def _row(x: Float[Array, " C"]) -> Float[Array, "1 1 1 C"]:
 
 
 class NormGelu(nn.Module):
-    """Batch normalisation without a learned scale, then GELU. A `residual` is added before GELU."""
+    """Batch normalization without a learned scale, an optional residual connection, and GELU."""
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "B H W C"], residual: Float[Array, "B H W C"] | None = None, *, train: bool
     ) -> Float[Array, "B H W C"]:
-        """Returns the features; in training by the batch's statistics, of which running means are kept."""
+        """Returns the features; in training, normalizes by batch statistics and updates their running averages."""
         shape = x.shape[-1:]
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
         var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)

@@ -1,226 +1,175 @@
-"""The optimizer and the loss that a configuration names. Built once a run: another one traces the step again."""
+"""The optimizer of a `Config`: a base class with what every recipe shares."""
 
-from functools import cache
-from typing import Any, NamedTuple
+import re
+from dataclasses import dataclass, replace
+from functools import partial
+from math import inf
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
-from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import PyTree
 
-from cnnjax.config import OptimConfig
-from cnnjax.errors import UserError
-from cnnjax.step import LossFn, softmax_cross_entropy
-from cnnjax.typing import AnyArray
+from cnnjax.errors import UserError, check, check_name
+from cnnjax.optim.transforms import lookahead
 
 
-def make_schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
-    """Returns the learning rate as a function of the step, for a run of `num_steps`."""
-    peak = config.learning_rate
-    if config.schedule == "constant":
-        return optax.constant_schedule(peak)
-    rise = round(config.warmup * num_steps)
-    up = optax.linear_schedule(config.start * peak, peak, rise)
-    down = optax.linear_schedule(peak, config.end * peak, num_steps - rise)
-    return optax.join_schedules([up, down], [rise])
+@dataclass(frozen=True)
+class ParamGroup:
+    """Parameters with a learning rate of their own."""
+
+    pattern: str
+    """A regular expression, searched for in parameter paths such as Conv_0/kernel. The first matching group applies."""
+    multiplier: float = 1.0
+    """Factor on the learning rate. The weight decay per update stays the same."""
+    num_epochs: int | None = None
+    """Number of epochs after which the learning rate is 0; 0: frozen from the start, None: never."""
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise UserError(f"`pattern` must be a regular expression, got {self.pattern!r} ({error}).") from error
+        check("multiplier", "above 0 and finite (`num_epochs=0` freezes)", 0 < self.multiplier < inf, self.multiplier)
+        check("num_epochs", "at least 0", self.num_epochs is None or self.num_epochs >= 0, self.num_epochs)
 
 
-@cache  # Of several seeds: a rebuilt optimizer or loss is compiled again.
-def make_tx(config: OptimConfig, num_steps: int, num_epochs: int = 1) -> optax.GradientTransformation:
-    """Returns the optimizer of a run of `num_steps` in `num_epochs`.
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """The base class of optimizers. A subclass defines `transform`, and its fields become options."""
+
+    learning_rate: float = 1e-3
+    """Learning rate for the mean loss of a batch; the peak of a schedule."""
+    schedule: str = "constant"
+    """constant, or one_cycle: a linear warm-up to the peak, then a linear decay."""
+    warmup: float = 0.2
+    """Fraction of all updates in which one_cycle rises."""
+    init_factor: float = 0.0
+    """First learning rate of one_cycle, as a fraction of the peak."""
+    end_factor: float = 0.0
+    """Last learning rate of one_cycle, as a fraction of the peak."""
+    weight_decay: float = 0.0
+    """Weight decay per update, multiplied by the learning rate."""
+    clip_norm: float = 0.0
+    """Maximum global norm of the gradients; 0: unlimited."""
+    accumulate_steps: int = 1
+    """Batches accumulated per update; an incomplete final group is dropped."""
+    lookahead: int = 0
+    """Synchronize with the slow weights every this many updates (Zhang et al. 2019); 0: never."""
+    groups: tuple[ParamGroup, ...] = ()
+    """Parameters with another learning rate, or frozen after some epochs."""
+
+    def __post_init__(self) -> None:
+        check_name("optim.schedule", self.schedule, ("constant", "one_cycle"))
+        check("optim.learning_rate", "above 0 and finite", 0 < self.learning_rate < inf, self.learning_rate)
+        check("optim.warmup", "at least 0 and below 1", 0 <= self.warmup < 1, self.warmup)
+        for name in ("init_factor", "end_factor"):
+            check(f"optim.{name}", "between 0 and 1", 0 <= getattr(self, name) <= 1, getattr(self, name))
+        for name in ("weight_decay", "clip_norm"):
+            check(f"optim.{name}", "at least 0 and finite", 0 <= getattr(self, name) < inf, getattr(self, name))
+        check("optim.accumulate_steps", "at least 1", self.accumulate_steps >= 1, self.accumulate_steps)
+        check("optim.lookahead", "at least 0", self.lookahead >= 0, self.lookahead)
+        patterns = [group.pattern for group in self.groups]
+        check("optim.groups", "of distinct patterns", len({*patterns}) == len(patterns), patterns)
+
+    def transform(self, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+        """Returns the update rule, without what this class adds: clipping, groups, accumulation, lookahead.
+
+        Args:
+          learning_rate: a function of the number of updates so far.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define transform(self, learning_rate).")
+
+    def make_schedule(self, num_updates: int) -> optax.Schedule:
+        """Returns the learning rate as a function of the number of updates so far, for a run of `num_updates`.
+
+        A subclass may override this; `num_updates` is small when only the structure of the optimizer's state is needed.
+        """
+        if self.schedule == "constant":
+            return optax.constant_schedule(self.learning_rate)
+        peak, rise = self.learning_rate, round(self.warmup * num_updates)
+        up = optax.linear_schedule(self.init_factor * peak, peak, rise)
+        down = optax.linear_schedule(peak, self.end_factor * peak, num_updates - rise)
+        return optax.join_schedules([up, down], [rise])
+
+    def make_tx(self, num_steps: int, num_epochs: int = 1) -> optax.GradientTransformation:
+        """Returns the optimizer for a run of `num_steps` batches in `num_epochs` epochs.
+
+        Raises:
+          UserError: the run is too short for `accumulate_steps` or `lookahead`, or (in `init`) a group matches no
+            parameter.
+        """
+        updates = num_steps // self.accumulate_steps
+        rule = f"at most the {num_steps} steps of the run"
+        check("optim.accumulate_steps", rule, updates > 0, self.accumulate_steps)
+        check("optim.lookahead", f"at most the {updates} updates of the run", self.lookahead <= updates, self.lookahead)
+        schedule = self.make_schedule(updates)
+        tx = self.transform(schedule)
+        if self.groups:
+            txs = {group.pattern: self._group_tx(group, schedule, updates, num_epochs) for group in self.groups}
+            tx = optax.partition({**txs, _REST: tx}, partial(param_labels, groups=self.groups))
+        if self.clip_norm:
+            tx = optax.chain(optax.clip_by_global_norm(self.clip_norm), tx)
+        if self.lookahead:
+            tx = lookahead(tx, self.lookahead, updates)
+        if self.accumulate_steps > 1:
+            tx = optax.MultiSteps(tx, self.accumulate_steps).gradient_transformation()
+        return tx
+
+    def _group_tx(
+        self, group: ParamGroup, schedule: optax.Schedule, updates: int, num_epochs: int
+    ) -> optax.GradientTransformation:
+        if group.num_epochs == 0:
+            return optax.set_to_zero()
+        end = _last_update(group, updates, num_epochs)
+
+        def learning_rate(update: Any) -> Any:
+            rate = schedule(update)
+            # Not a factor on the update, which would change how XLA rounds it.
+            return group.multiplier * (rate if end is None else jnp.where(jnp.asarray(update) < end, rate, 0.0))
+
+        return replace(self, weight_decay=self.weight_decay / group.multiplier).transform(learning_rate)
+
+    def frozen(self, params: PyTree, step: int, num_steps: int, num_epochs: int) -> tuple[str, ...]:
+        """Returns the top-level names in `params` whose gradients affect no update from `step` on."""
+        if self.clip_norm:  # The global norm depends on every gradient.
+            return ()
+        updates, update = num_steps // self.accumulate_steps, step // self.accumulate_steps
+        ends = {group.pattern: _last_update(group, updates, num_epochs) for group in self.groups}
+        frozen = {pattern for pattern, end in ends.items() if end is not None and update >= end}
+        labels = param_labels(params, self.groups)
+        return tuple(name for name in params if frozen.issuperset(jax.tree.leaves(labels[name])))
+
+    def depends_on_length(self) -> bool:
+        """Returns whether an update depends on the number of updates that follow it."""
+        methods = ("make_schedule", "make_tx")
+        custom = any(getattr(type(self), name) is not getattr(Optimizer, name) for name in methods)
+        rounded = self.accumulate_steps > 1 and any(group.num_epochs for group in self.groups)
+        return custom or self.schedule != "constant" or self.lookahead > 0 or rounded
+
+
+_REST = "(the other parameters)"
+
+
+def param_labels(params: PyTree, groups: tuple[ParamGroup, ...]) -> PyTree:
+    """Labels each parameter with the pattern of its group.
 
     Raises:
-      UserError: the run has too few steps for `accumulate` or `lookahead` to act.
-    """
-    updates = num_steps // config.accumulate
-    if updates == 0:
-        raise UserError(
-            f"`optim.accumulate` must be at most the {num_steps} steps of the run, got {config.accumulate}."
-        )
-    if config.lookahead > updates:
-        raise UserError(f"`optim.lookahead` must be at most the {updates} updates of the run, got {config.lookahead}.")
-    schedule = make_schedule(config, updates)
-    if config.name == "adam":
-        decay = config.weight_decay
-        tx = optax.adamw(schedule, weight_decay=decay, mask=_is_kernel) if decay else optax.adam(schedule)
-    else:
-        filters = _muon(config, schedule) if config.name == "muon" else _sgd(config, schedule)
-        groups: Any = {
-            "filter": filters,
-            "head": _sgd(config, schedule, config.head_scale),
-            "bias": _sgd(config, schedule, config.bias_scale),
-            "whiten": _sgd(config, _until(schedule, config, updates, num_epochs), config.whiten_scale),
-            "other": _sgd(config, schedule),
-        }
-        tx = optax.partition(groups, group_of)
-    if config.clip_norm:
-        tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), tx)
-    if config.lookahead:
-        tx = lookahead(tx, config.lookahead, updates)
-    if config.accumulate > 1:
-        tx = optax.MultiSteps(tx, config.accumulate).gradient_transformation()
-    return tx
-
-
-def group_of(params: PyTree) -> PyTree:
-    """Returns of each parameter what learns alike: "filter", or one of "whiten", "bias" and "head" of a `SpeedNet`.
-
-    Whatever else a network has is "other".
+      UserError: a group matches no parameter.
     """
 
-    def name(path: Any, leaf: Array) -> str:
-        module = path[0].key
-        if module in ("whiten", "head"):
-            return module
-        if module.startswith("NormGelu"):
-            return "bias"
-        return "filter" if leaf.ndim == 4 else "other"
+    def label(name: str) -> str:
+        return next((group.pattern for group in groups if re.search(group.pattern, name)), _REST)
 
-    return jax.tree.map_with_path(name, params)
-
-
-def _is_kernel(params: PyTree) -> PyTree:
-    """Marks the leaves to decay: biases and scales are vectors."""
-    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+    names = jax.tree.map_with_path(lambda path, _: jax.tree_util.keystr(path, simple=True, separator="/"), params)
+    labels = jax.tree.map(label, names)
+    if unused := {group.pattern for group in groups} - {*jax.tree.leaves(labels)}:
+        names = jax.tree.leaves(names)
+        raise UserError(f"`optim.groups` must each match a parameter, got {min(unused)!r}. Parameters: {names}.")
+    return labels
 
 
-def _until(schedule: optax.Schedule, config: OptimConfig, updates: int, num_epochs: int) -> optax.Schedule:
-    """Returns the schedule, 0 after `whiten_epochs`."""
-    if config.whiten_epochs == 0:
-        return schedule
-    end = _whiten_end(config, updates, num_epochs)
-    return lambda step: jnp.where(jnp.asarray(step) < end, schedule(step), 0.0)
-
-
-def _whiten_end(config: OptimConfig, updates: int, num_epochs: int) -> int:
-    return round(updates * config.whiten_epochs / num_epochs)
-
-
-def frozen_parts(config: OptimConfig, params: PyTree, step: int, num_steps: int, num_epochs: int) -> tuple[str, ...]:
-    """Returns the top-level names in `params` whose gradients affect no update from `step` on."""
-    if config.name == "adam" or config.whiten_epochs == 0 or config.clip_norm:
-        return ()
-    end = _whiten_end(config, num_steps // config.accumulate, num_epochs)
-    return ("whiten",) if "whiten" in params and step // config.accumulate >= end else ()
-
-
-def _sgd(config: OptimConfig, schedule: optax.Schedule, scale: float = 1.0) -> optax.GradientTransformation:
-    """Nesterov momentum, `scale` times the learning rate; weight decay by the learning rate without `scale`."""
-    return optax.chain(
-        optax.add_decayed_weights(config.weight_decay / scale if scale else 0.0),
-        optax.trace(config.momentum, nesterov=True),
-        optax.scale_by_learning_rate(lambda step: scale * schedule(step)),
-    )
-
-
-def _muon(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Muon of convolution kernels [I J C K] as matrices [I*J*C K], each kept at the norm sqrt(K).
-
-    Source: Keller Jordan, "Muon: An optimizer for hidden layers in neural networks" (2024), and airbench94_muon.
-    """
-    return optax.chain(
-        optax.trace(config.muon_momentum, nesterov=True),
-        orthogonalize(),
-        optax.scale_by_learning_rate(schedule),
-        keep_norm(),
-    )
-
-
-def orthogonalize() -> optax.GradientTransformation:
-    """Orthogonalizes each kernel [I J C K], as a matrix [I*J*C K], by three Newton-Schulz steps.
-
-    On an accelerator all kernels are one batch of matrices in bfloat16, padded with zeros, which change nothing: a few
-    large products instead of many small ones.
-    """
-
-    def each(*matrices: Array) -> tuple[Array, ...]:
-        return tuple(_newton_schulz(matrix) for matrix in matrices)
-
-    def together(*matrices: Array) -> tuple[Array, ...]:
-        rows, columns = (max(matrix.shape[i] for matrix in matrices) for i in range(2))
-        filled = [jnp.pad(m, ((0, rows - m.shape[0]), (0, columns - m.shape[1]))) for m in matrices]
-        x = _newton_schulz(jnp.stack(filled), jnp.bfloat16)  # [N rows columns]
-        return tuple(x[i, : m.shape[0], : m.shape[1]] for i, m in enumerate(matrices))
-
-    def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, Any]:
-        leaves, tree = jax.tree.flatten(updates)
-        matrices = [leaf.reshape(-1, leaf.shape[-1]) for leaf in leaves]
-        matrices = lax.platform_dependent(*matrices, cpu=each, default=together) if leaves else ()
-        return tree.unflatten([m.reshape(leaf.shape) for m, leaf in zip(matrices, leaves, strict=True)]), state
-
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
-
-
-def _newton_schulz(x: Float[Array, "*N R C"], dtype: DTypeLike = jnp.float32) -> Float[Array, "*N R C"]:
-    """Source: Keller Jordan, "Muon" (2024): a quintic that makes small singular values grow fast."""
-    a, b, c = 3.4445, -4.7750, 2.0315
-    norm = jnp.sqrt(jnp.sum(x * x, axis=(-2, -1), keepdims=True))
-    x = (x / (norm + 1e-8)).astype(dtype)
-    for _ in range(3):
-        gram = x.mT @ x
-        x = a * x + x @ (b * gram + c * (gram @ gram))
-    return x.astype(jnp.float32)
-
-
-def keep_norm() -> optax.GradientTransformation:
-    """Brings each convolution kernel [I J C K] to the norm sqrt(K) before the update is added; the last of a chain."""
-
-    def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, Any]:
-        def add(u: Array, p: Array) -> Array:
-            return u + p * (p.shape[-1] ** 0.5 / jnp.linalg.norm(p.ravel()) - 1)
-
-        return jax.tree.map(add, updates, params), state
-
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
-
-
-class LookaheadState(NamedTuple):
-    """Attributes: step: the updates made, int32. slow: the average, as the parameters. inner: of the optimizer."""
-
-    step: Int[Array, ""]
-    slow: PyTree
-    inner: Any
-
-
-def lookahead(tx: optax.GradientTransformation, every: int, num_updates: int) -> optax.GradientTransformation:
-    """Every `every` updates, moves a slow average towards the parameters, and the parameters onto it.
-
-    What remains of the average then is 0.95**every * (t / num_updates)**3 at update t: little at first, most at the
-    end. The last update leaves the average itself as the parameters.
-
-    Source: Zhang et al., "Lookahead Optimizer" (2019), with the decay of Keller Jordan's airbench94.
-    """
-
-    def init(params: PyTree) -> LookaheadState:
-        return LookaheadState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params), tx.init(params))
-
-    def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, LookaheadState]:
-        updates, inner = tx.update(updates, state.inner, params)
-        count = state.step + 1
-        meet = count % every == 0
-        decay = jnp.where(meet, 0.95**every * (count / num_updates) ** 3, 1.0)
-        meet |= count == num_updates
-
-        def slow_of(s: Array, p: Array, u: Array) -> Array:
-            return jnp.where(meet, decay * s + (1 - decay) * (p + u), s)
-
-        slow = jax.tree.map(slow_of, state.slow, params, updates)
-        updates = jax.tree.map(lambda u, s, p: jnp.where(meet, s - p, u), updates, slow, params)
-        return updates, LookaheadState(count, slow, inner)
-
-    return optax.GradientTransformation(init, update)
-
-
-@cache
-def make_loss(label_smoothing: float) -> LossFn:
-    """Returns softmax cross-entropy against labels smoothed towards the uniform distribution."""
-    if label_smoothing == 0:
-        return softmax_cross_entropy
-
-    def smoothed_cross_entropy(logits: Float[Array, "B K"], label: Int[AnyArray, " B"]) -> Float[Array, " B"]:
-        target = optax.smooth_labels(jax.nn.one_hot(label, logits.shape[-1]), label_smoothing)
-        return optax.softmax_cross_entropy(logits, target)
-
-    return smoothed_cross_entropy
+def _last_update(group: ParamGroup, updates: int, num_epochs: int) -> int | None:
+    """Returns the number of updates after which a group is frozen, or None."""
+    return None if group.num_epochs is None else round(updates * group.num_epochs / num_epochs)

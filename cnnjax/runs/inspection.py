@@ -1,4 +1,4 @@
-"""What is known of runs from their directories: their state, whether their files are intact, how two of them differ.
+"""What run directories say about runs: their state, whether their files are intact, how two of them differ.
 
 A run directory is data, perhaps from someone else: it is parsed and compared, and a path that leads out of it is not
 followed.
@@ -7,28 +7,30 @@ followed.
 import os
 import re
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from cnnjax.runs import manifest
-from cnnjax.runs import directory as rundir
+from cnnjax.cli.console import Report
 from cnnjax.config import Config
 from cnnjax.errors import UserError
+from cnnjax.runs import directory, manifest
+from cnnjax.runs.codec import source_files
+from cnnjax.runs.files import changes
 from cnnjax.runs.files import SUMS, check_sums, file_sha256
+from cnnjax.runs.trained import restore_best
 from cnnjax.train import train_and_evaluate
-from cnnjax.cli.console import Report
-from cnnjax.runs.trained import load_trained
 
 
 class RunInfo(NamedTuple):
     """A run as `cnnjax runs` shows it.
 
     Attributes:
-      state: running, finished, interrupted, failed, or killed (the process ended without a word; --resume goes on).
+      state: running, finished, interrupted, failed, or killed (the process ended without a record; it can be resumed).
+      config: the configuration as JSON.
       rows: of metrics.jsonl.
       result: of result.json, or None.
       seconds: of all sessions that ended.
@@ -36,20 +38,20 @@ class RunInfo(NamedTuple):
 
     folder: Path
     state: str
-    config: Config
+    config: dict[str, Any]
     rows: list[dict[str, Any]]
     result: dict[str, Any] | None
     seconds: float
 
 
 class Reproduction(NamedTuple):
-    """How a run that was made again compares with the first.
+    """Compares a run with its reproduction.
 
     Attributes:
-      same: whether parameters, optimizer state, batch statistics and metrics are the same bits.
-      environment, data: what differs, {name: (old, new)}.
-      first_epoch: the first one after which the parameters differ, or None.
-      moved: how far the numbers moved, in words.
+      same: whether parameters, optimizer state, batch statistics and metrics have the same bits.
+      environment, data: the differences, {name: (old, new)}.
+      first_epoch: the first epoch after which the parameters differ, or None.
+      moved: how much the numbers differ, in words.
     """
 
     same: bool
@@ -60,7 +62,7 @@ class Reproduction(NamedTuple):
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """Returns the run directories in `folder` and in its folders (but not through links), by name."""
+    """Returns the run directories in `folder` and its subfolders by name, without following links."""
     found = (path.parent for pattern in ("*/config.json", "*/*/config.json") for path in folder.glob(pattern))
     return sorted(path for path in found if path.resolve().is_relative_to(folder.resolve()))
 
@@ -71,41 +73,41 @@ def read_info(run_dir: Path) -> RunInfo:
     Raises:
       UserError: it holds no run, or one of another version.
     """
-    config, _ = rundir.read_run(run_dir)
+    config = directory.read_record(run_dir).config
     sessions = manifest.read_manifest(run_dir)["sessions"]
     state = sessions[-1]["state"]
-    if state == "running" and not rundir.is_locked(run_dir):
+    if state == "running" and not directory.is_locked(run_dir):
         state = "killed"
     seconds = sum(session.get("seconds", 0.0) for session in sessions)
-    rows = rundir.read_rows(run_dir / "metrics.jsonl")
-    return RunInfo(run_dir, state, config, rows, rundir.read_result(run_dir), seconds)
+    rows = directory.read_rows(run_dir / "metrics.jsonl")
+    return RunInfo(run_dir, state, config, rows, directory.read_result(run_dir), seconds)
 
 
 def verify(run_dir: Path) -> dict[str, str]:
     """Compares every file of a run with its checksum.
 
     Returns:
-      Of each file, by its path in the run directory: "ok"; "no checksum" (it is not ours, or the run was killed
-      before it could write one); or what is wrong, as `files.check_sums` says it.
+      For each file, by its path in the run directory: "ok"; "no checksum" (it is not ours, or the run was killed before
+      it could write one); or what is wrong, see `files.check_sums`.
 
     Raises:
       UserError: `run_dir` holds no run, or a process is training in it.
     """
-    names = [name for name in (*rundir.FILES, "manifest.json") if (run_dir / name).exists()]
+    names = [name for name in (*directory.FILES, "manifest.json") if (run_dir / name).exists()]
     if not names:
         raise UserError(f"`run` must be the directory of a run, got {run_dir}.")
-    if rundir.is_locked(run_dir):
-        raise UserError(f"`run` must not be training while it is verified, got {run_dir}. Wait for its end.")
-    rundir.check_links(run_dir)
+    if directory.is_locked(run_dir):
+        raise UserError(f"`run` must not be training while it is verified, got {run_dir}. Wait until it ends.")
+    directory.check_links(run_dir)
     killed = _was_killed(run_dir)
-    own = ("checkpoints/", "damaged/", rundir.LOCK)
+    own = ("checkpoints/", "damaged/", directory.LOCK)
     found = {name: what for name, what in check_sums(run_dir).items() if not name.startswith(own)}
     if killed and found == {SUMS: "missing"}:
         found = dict.fromkeys(names, "no checksum")
     for path in sorted((run_dir / "checkpoints").glob("*")):
         name = f"checkpoints/{path.name}"
         if path.is_symlink():
-            found[name] = "leads out of the folder"
+            found[name] = "outside the folder"
         elif path.name.isdecimal() and killed and not (path / SUMS).exists():
             found[name] = "no checksum"
         elif path.name.isdecimal():
@@ -114,7 +116,7 @@ def verify(run_dir: Path) -> dict[str, str]:
 
 
 def _was_killed(run_dir: Path) -> bool:
-    """Returns whether the last session ended without a word; False where the manifest cannot tell."""
+    """Returns whether the last session ended without a record; False if the manifest cannot tell."""
     try:
         return manifest.read_manifest(run_dir)["sessions"][-1]["state"] == "running"
     except UserError:
@@ -123,34 +125,40 @@ def _was_killed(run_dir: Path) -> bool:
 
 def diff(a: Path, b: Path) -> dict[str, dict[str, tuple[Any, Any]]]:
     """Returns what differs between two runs: {"configuration" | "data" | "environment" | "outcome": {name: (a, b)}}."""
-    (config_a, facts_a), (config_b, facts_b) = rundir.read_run(a), rundir.read_run(b)
+    x, y = (directory.read_record(run_dir) for run_dir in (a, b))
     last_a, last_b = (manifest.read_manifest(run_dir)["sessions"][-1] for run_dir in (a, b))
     return {
-        "configuration": rundir.config_changes(config_a, config_b),
-        "data": _changes(asdict(facts_a), asdict(facts_b)),
+        "configuration": changes(x.config, y.config),
+        "data": changes(asdict(x.data), asdict(y.data)),
         "environment": manifest.differences(last_a, last_b),
-        "outcome": _changes(_outcome(a), _outcome(b)),
+        "outcome": changes(_outcome(a), _outcome(b)),
     }
 
 
 def reproduce(
-    run_dir: Path, *, into: Path, data_dir: Path | None = None, resume: bool = False, report: Report | None = None
+    run_dir: Path,
+    config: Config,
+    *,
+    into: Path,
+    data_dir: Path | None = None,
+    resume: bool = False,
+    report: Report | None = None,
 ) -> Reproduction:
-    """Makes a run again from its configuration, and compares the two.
+    """Trains a run again, and compares the two.
 
     Args:
-      run_dir: a run that ended.
-      into: the run directory of the new one; its configuration is the old one's.
-      data_dir, resume, report: as of `train_and_evaluate`.
+      run_dir: a finished run.
+      config: its configuration.
+      into: the run directory of the new one.
+      data_dir, resume, report: see `train_and_evaluate`.
 
     Raises:
-      UserError: the run did not end; else as of `train_and_evaluate`.
+      UserError: the run is not finished; see also `train_and_evaluate`.
     """
     report = report or Report(quiet=True)
-    config, _ = rundir.read_run(run_dir)
-    old = rundir.read_result(run_dir)
+    old = directory.read_result(run_dir)
     if old is None:
-        raise UserError(f"`run` must have ended, got {run_dir}. Finish it by --resume first.")
+        raise UserError(f"`run` must be finished, got {run_dir}. Resume it with --resume first.")
     metrics = run_dir / "metrics.jsonl"
     if not metrics.exists() or file_sha256(metrics) != old["sha256"]["metrics"]:
         raise UserError(
@@ -159,11 +167,12 @@ def reproduce(
     sessions = manifest.read_manifest(run_dir)["sessions"]
     _take_cores(sessions[-1]["cores"])
     devices = jax.local_devices()[: sessions[-1]["num_devices"]]
-    environment = manifest.changes(sessions, manifest.environment(devices))
+    now = manifest.environment(devices) | {"files": source_files(config)}
+    environment = manifest.environment_changes(sessions, now)
     for name, (there, here) in environment.items():
         report.say(f"{name} is {there} there and {here} here: the bits may differ")
     new = train_and_evaluate(config, run_dir=into, data_dir=data_dir, resume=resume, devices=devices, report=report)
-    rows = list(zip(*(rundir.read_rows(folder / "metrics.jsonl") for folder in (run_dir, into)), strict=True))
+    rows = list(zip(*(directory.read_rows(folder / "metrics.jsonl") for folder in (run_dir, into)), strict=True))
     epochs = [x["epoch"] for x, y in rows if x["params_sha256"] != y["params_sha256"]]
     moved = {}
     if new["sha256"] != old["sha256"]:
@@ -171,10 +180,10 @@ def reproduce(
         moved = {
             "test accuracy": f"{old['test_accuracy']:.2%} there, {new['test_accuracy']:.2%} here",
             "test loss": f"{old['test_loss']:.6g} there, {new['test_loss']:.6g} here",
-            "training accuracy": f"by {change:.2%} at most, over all epochs",
+            "training accuracy": f"by at most {change:.2%} over all epochs",
         }
-        with suppress(UserError):  # The checkpoint there may be gone.
-            moved["best parameters"] = f"by {_distance(run_dir, into):.1e} of their norm"
+        with suppress(UserError):  # The checkpoint may be gone.
+            moved["best parameters"] = f"by {_distance(run_dir, into, config):.1e} of their norm"
     return Reproduction(
         same=new["sha256"] == old["sha256"],
         environment=environment,
@@ -185,14 +194,14 @@ def reproduce(
 
 
 def scores(target: str, metric: str) -> tuple[str, dict[int, float]]:
-    """Returns the name and, of each seed that ended, the score of an experiment.
+    """Returns the name of an experiment, and the score of each of its finished seeds.
 
     Args:
-      target: a folder of runs, or the name (or path) that comes before -seed<k>.
+      target: a folder of runs, or the name (or path) before -seed<k>.
       metric: a key of result.json.
 
     Raises:
-      UserError: there is no such run, they differ in more than the seed, or a seed comes twice.
+      UserError: there is no such run, they differ in more than the seed, or a seed occurs twice.
     """
     path = Path(target)
     if path.is_dir():
@@ -203,37 +212,37 @@ def scores(target: str, metric: str) -> tuple[str, dict[int, float]]:
         folders = sorted(p.parent for p in base.parent.glob("*/config.json") if named.fullmatch(p.parent.name))
     found: dict[int, float] = {}
     of_seed: dict[int, Path] = {}
-    like: Config | None = None
+    first: dict[str, Any] | None = None
     for folder in folders:
-        config, _ = rundir.read_run(folder)
-        result = rundir.read_result(folder)
-        like = like or config
-        if changes := rundir.config_changes(replace(like, seed=config.seed), config):
-            name, (x, y) = next(iter(changes.items()))
+        config = directory.read_record(folder).config
+        result = directory.read_result(folder)
+        first, seed = first or config, config["seed"]
+        if changed := changes({**first, "seed": seed}, config):
+            name, (x, y) = next(iter(changed.items()))
             raise UserError(
-                f"The runs of {target} must differ in their seed alone, got `{name}` {x!r} and {y!r}. Name a folder, "
-                "or a beginning, that only the runs of one configuration share."
+                f"The runs of {target} must differ only in their seed, got `{name}` {x!r} and {y!r}. Pass a folder or a "
+                "name that only the runs of one configuration share."
             )
         if result is not None:
-            if config.seed in found:
+            if seed in found:
                 raise UserError(
-                    f"The runs of {target} must have a seed each, got seed {config.seed} in {of_seed[config.seed]} and "
-                    f"in {folder}. Name a folder, or a beginning, that holds one of them."
+                    f"The runs of {target} must have different seeds, got seed {seed} in {of_seed[seed]} and "
+                    f"in {folder}. Pass a folder, or a name, that holds one of them."
                 )
             if result[metric] is None:
-                raise UserError(f"`metric` must be one that every run has, got {metric}, which {folder} has not.")
-            found[config.seed], of_seed[config.seed] = result[metric], folder
+                raise UserError(f"`metric` must be one that every run has, got {metric}, which {folder} lacks.")
+            found[seed], of_seed[seed] = result[metric], folder
     if not found:
         raise UserError(
-            f"`experiment` must be a folder of runs that ended, or the name before -seed<k> in runs/, got {target!r}."
+            f"`experiment` must be a folder of finished runs, or the name before -seed<k> in runs/, got {target!r}."
         )
     return target, found
 
 
 def _take_cores(count: int) -> None:
-    """Leaves this process `count` cores, where it has more: XLA divides sums among them, so bits depend on how many.
+    """Limits this process to `count` cores: XLA divides sums among them, so the bits depend on their number.
 
-    Without effect once jax has made its first array.
+    Has no effect once jax has made its first array.
     """
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
@@ -245,14 +254,9 @@ def _outcome(run_dir: Path) -> dict[str, Any]:
     return {"state": info.state, **result}
 
 
-def _changes(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    flat_a, flat_b = rundir.flatten(a), rundir.flatten(b)
-    names = dict.fromkeys((*flat_a, *flat_b))
-    return {name: (flat_a.get(name), flat_b.get(name)) for name in names if flat_a.get(name) != flat_b.get(name)}
-
-
-def _distance(a: Path, b: Path) -> float:
+def _distance(a: Path, b: Path, config: Config) -> float:
     """Returns the norm of the difference of the best parameters, relative to the norm of those of `a`."""
-    x, y = (jax.tree.leaves(load_trained(run_dir).state.params) for run_dir in (a, b))
+    facts = directory.read_record(a).data
+    x, y = (jax.tree.leaves(restore_best(run_dir, config, facts).state.params) for run_dir in (a, b))
     square = sum(float(np.sum((np.asarray(p, np.float64) - q) ** 2)) for p, q in zip(x, y, strict=True))
     return float(np.sqrt(square / sum(float(np.sum(np.asarray(p, np.float64) ** 2)) for p in x)))

@@ -1,4 +1,4 @@
-"""manifest.json: what a run was made with, and how each of its sessions (from a start to a stop) went."""
+"""manifest.json: the environment of a run, and the history of its sessions, each from a start to a stop."""
 
 import hashlib
 import os
@@ -13,31 +13,20 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from cnnjax.layers import onednn
-from cnnjax.errors import UserError
-from cnnjax.runs.files import SUMS, read_json, write_json, write_sums, write_whole
-from cnnjax.cli.signals import Interrupted
 from cnnjax.cli.process import processor
+from cnnjax.cli.signals import Interrupted
+from cnnjax.errors import UserError
+from cnnjax.layers import onednn
+from cnnjax.runs.files import SUMS, changes, read_json, write_file, write_json, write_sums
 
-FORMAT = 1  # Of the run directory; another one is another layout.
+FORMAT = 2  # Of the run directory.
 PACKAGES = ("cnnjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy", "scipy")
 ACCELERATOR_PACKAGES = ("jax-cuda13-plugin", "jax-cuda12-plugin", "nvidia-cudnn-cu13", "nvidia-cudnn-cu12", "libtpu")
-# What decides bits, besides configuration and data: a session that differs in these may end in others.
-DECISIVE = (
-    "commit",
-    "package_commit",
-    "diff_sha256",
-    "versions",
-    "device",
-    "num_devices",
-    "processor",
-    "cores",
-    "driver",
-    "kernels",
-    "flags",
-)
-SOURCE = (".py", ".toml")  # The untracked files that the diff takes along.
-DIFF_LIMIT = 1 << 20  # Bytes of such a file; a larger one is data.
+# What determines the bits, besides configuration and data.
+CODE = ("commit", "package_commit", "diff_sha256", "files")
+DECISIVE = (*CODE, "versions", "device", "num_devices", "processor", "cores", "driver", "kernels", "flags")
+SOURCE = (".py", ".toml")  # The untracked files that the diff includes.
+DIFF_LIMIT = 1 << 20  # Bytes; a larger untracked file is data.
 
 
 def environment(devices: Sequence[Any]) -> dict[str, Any]:
@@ -51,17 +40,16 @@ def environment(devices: Sequence[Any]) -> dict[str, Any]:
     flags = {
         name: value for name, value in sorted(os.environ.items()) if name == "XLA_FLAGS" or name.startswith("JAX_")
     }
-    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_LOG_COMPILES"):  # Places and words, no bits.
+    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_LOG_COMPILES"):  # They change no bits.
         flags.pop(name, None)
+    driver = [first.client.platform_version, nvidia.read_text().split("\n")[0] if nvidia.exists() else ""]
     return {
         "versions": {"python": platform.python_version(), **_versions()},
         "device": first.device_kind if first.platform == "cpu" else f"{first.platform}, {first.device_kind}",
         "num_devices": len(devices),
         "processor": processor(),
         "cores": num_cores(),
-        "driver": " ".join(
-            [first.client.platform_version, nvidia.read_text().split("\n")[0] if nvidia.exists() else ""]
-        ),
+        "driver": " ".join(driver),
         "kernels": "oneDNN" if first.platform == "cpu" and onednn.in_use() else "XLA",
         "flags": flags,
         "host": platform.node(),
@@ -75,11 +63,11 @@ def num_cores() -> int:
 
 
 def source_code() -> tuple[dict[str, Any], str]:
-    """Returns what the code was: the commit and, where the tree is dirty, the diff against it.
+    """Returns the commit of the code and, if the tree is dirty, the diff against it.
 
-    "commit" is that of the repository that the command was given in, None where there is none. The diff is of its
-    tracked files, and of the untracked ones of `SOURCE` that git does not ignore and that are small. Where the package
-    lies in another repository, "package_commit" names that one's commit, and the SHA-256 of its diff where it is dirty.
+    "commit" belongs to the repository of the working directory; None if there is none. The diff covers its tracked
+    files, and small untracked ones of `SOURCE` that git does not ignore. If the package lies in another repository,
+    "package_commit" names that one's commit, and the SHA-256 of its diff if it is dirty.
     """
     here, package = _root(Path.cwd()), _root(Path(__file__).parent)
     found: dict[str, Any] = {"commit": None if here is None else _git(here, "rev-parse", "HEAD").strip()}
@@ -92,7 +80,7 @@ def source_code() -> tuple[dict[str, Any], str]:
 
 
 def _root(folder: Path) -> Path | None:
-    """Returns the top of the repository that holds `folder` and has a commit."""
+    """Returns the root of the repository that contains `folder` and has a commit."""
     with suppress(OSError, subprocess.CalledProcessError):
         _git(folder, "rev-parse", "HEAD")
         return Path(_git(folder, "rev-parse", "--show-toplevel").strip())
@@ -110,30 +98,29 @@ def _diff(root: Path) -> str:
 
 @contextmanager
 def session(run_dir: Path, about: dict[str, Any], files: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """Records a session in manifest.json while the context lasts: how it began, and how it ended.
+    """Records a session in manifest.json: how it began, and how it ended.
 
     Args:
       run_dir: locked by this process.
       about: what is known at the start, as JSON.
-      files: the other files of the run directory; SHA256SUMS gets the checksums of those that are there at the end.
+      files: the other files of the run directory; SHA256SUMS covers those that exist at the end.
 
     Yields:
-      The session; what the caller adds to it is written at its end.
+      The session; entries that the caller adds are written at its end.
     """
     path = run_dir / "manifest.json"
     sessions = read_manifest(run_dir)["sessions"] if path.exists() else []
-    sessions = [
-        {**s, "state": "killed"} if s["state"] == "running" else s for s in sessions
-    ]  # It holds the lock no more.
+    # A session that is still "running" does not hold the lock anymore.
+    sessions = [{**s, "state": "killed"} if s["state"] == "running" else s for s in sessions]
     code, diff = source_code()
     name = f"session-{len(sessions)}.diff"
     this: dict[str, Any] = {"state": "running", "command": sys.orig_argv, "started": _now(), **code, **about}
     if diff:
-        write_whole(run_dir / name, diff)
+        write_file(run_dir / name, diff)
         this |= {"diff": name, "diff_sha256": _sha256(diff)}
     begin = time.perf_counter()
     content = {"format": FORMAT, "sessions": [*sessions, this]}
-    (run_dir / SUMS).unlink(missing_ok=True)  # Of a state that this session leaves.
+    (run_dir / SUMS).unlink(missing_ok=True)  # It describes a state that this session changes.
     write_json(path, content)
 
     def end(**outcome: str) -> None:
@@ -145,17 +132,15 @@ def session(run_dir: Path, about: dict[str, Any], files: tuple[str, ...]) -> Ite
     try:
         yield this
     except BaseException as error:
-        with suppress(OSError):  # What raised tells of a full disk; the manifest then goes on saying "running".
-            if isinstance(error, Interrupted):
-                end(state="interrupted", error=str(error))
-            else:
-                end(state="failed", error=str(error) or type(error).__name__)
+        with suppress(OSError):  # On a full disk; the manifest keeps saying "running".
+            state = "interrupted" if isinstance(error, Interrupted) else "failed"
+            end(state=state, error=str(error) or type(error).__name__)
         raise
     end(state="finished")
 
 
 def is_closed(run_dir: Path) -> bool:
-    """Returns whether the last session came to its end: a kill can come between result.json and the checksums."""
+    """Returns whether the last session finished: a kill can come between result.json and the checksums."""
     finished = (run_dir / "manifest.json").exists() and read_manifest(run_dir)["sessions"][-1]["state"] == "finished"
     return finished and (run_dir / SUMS).exists()
 
@@ -164,7 +149,7 @@ def read_manifest(run_dir: Path) -> dict[str, Any]:
     """Reads manifest.json.
 
     Raises:
-      UserError: it is missing, damaged, or of another layout.
+      UserError: it is missing, damaged, or of another format.
     """
     path = run_dir / "manifest.json"
     content = read_json(path)
@@ -178,20 +163,12 @@ def read_manifest(run_dir: Path) -> dict[str, Any]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Returns what decides bits and differs between two sessions: {name: (old, new)}, names dotted."""
-    found = {}
-    for name in DECISIVE:
-        a, b = old.get(name), new.get(name)
-        if isinstance(a, dict) and isinstance(b, dict):
-            keys = sorted({*a, *b})
-            found |= {f"{name}.{key}": (a.get(key), b.get(key)) for key in keys if a.get(key) != b.get(key)}
-        elif a != b:
-            found[name] = (a, b)
-    return found
+    """Returns what determines the bits and differs between two sessions: {dotted name: (old, new)}."""
+    return changes(*({name: session.get(name) for name in DECISIVE} for session in (old, new)))
 
 
-def changes(sessions: list[dict[str, Any]], environment: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Returns what decides bits and differs between `sessions` and a session that would begin now."""
+def environment_changes(sessions: list[dict[str, Any]], environment: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Returns what determines the bits and differs between `sessions` and one that would begin now."""
     code, diff = source_code()
     now = environment | code | ({"diff_sha256": _sha256(diff)} if diff else {})
     found = {}
@@ -201,18 +178,18 @@ def changes(sessions: list[dict[str, Any]], environment: dict[str, Any]) -> dict
 
 
 def changes_since_last_session(run_dir: Path, environment: dict[str, Any]) -> list[str]:
-    """Returns lines that a user must read before a run goes on in another environment, or at a strange time."""
+    """Returns the lines to show before a run resumes in another environment, or with a clock that went back."""
     if not (run_dir / "manifest.json").exists():
         return []
     last = read_manifest(run_dir)["sessions"][-1]
-    lines = [f"{name} was {old} and is {new}" for name, (old, new) in changes([last], environment).items()]
+    lines = [f"{name} was {old} and is {new}" for name, (old, new) in environment_changes([last], environment).items()]
     if lines:
-        lines = [f"This run goes on in another environment, so its bits may differ: {'; '.join(lines)}."]
+        lines = [f"This run resumes in another environment, so its bits may differ: {'; '.join(lines)}."]
     before = last.get("ended") or last["started"]
     if before > _now():
         lines.append(
-            f"The clock stands at {_now()}, before the last session of this run ({before}): the dates in manifest.json "
-            "are as the clock gave them, the durations are not affected."
+            f"The clock says {_now()}, before the last session of this run ({before}). The dates in manifest.json are "
+            "those of the clock; durations are not affected."
         )
     return lines
 

@@ -11,14 +11,14 @@ from typing import Any
 
 import jax
 
-from cnnjax.runs import directory as rundir
+from cnnjax.cli.console import Report
+from cnnjax.cli.signals import Interrupted, stop_signals
 from cnnjax.config import Config
 from cnnjax.data.datasets import load_dataset
 from cnnjax.errors import UserError
-from cnnjax.train import train_and_evaluate
+from cnnjax.runs.directory import check_run
 from cnnjax.runs.manifest import num_cores
-from cnnjax.cli.console import Report
-from cnnjax.cli.signals import Interrupted, stop_signals
+from cnnjax.train import train_and_evaluate
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
@@ -38,9 +38,9 @@ def parse_seeds(text: str) -> tuple[int, ...]:
 
 
 def use_cores(count: int) -> None:
-    """Lets `count` seeds train at a time on a CPU, at most one a core: each core becomes a device.
+    """Makes each core a device, up to `count`, so that as many seeds train at the same time on a CPU.
 
-    Without effect once jax has made its first array, and where the user has said how many devices there are.
+    Has no effect once jax has made its first array, or if the user has set the number of devices.
     """
     if "device_count" not in os.environ.get("XLA_FLAGS", "") and "JAX_NUM_CPU_DEVICES" not in os.environ:
         with suppress(RuntimeError):
@@ -57,33 +57,31 @@ def train_seeds(
     checkpoint_seconds: float = 60.0,
     report: Report | None = None,
 ) -> list[dict[str, Any]]:
-    """Trains `config` with each seed, in a run directory each.
+    """Trains `config` with each seed, each in a run directory.
 
-    Each seed on one device, as many at a time as there are devices; the step is traced once, and compiled once a
-    device. After `use_cores` every core of a CPU is such a device, and they share their work:
-    `experiments/benchmark_runs.py` measures this beside one seed after another, and beside `vmap`. A seed has the same
-    bits as alone on one device.
+    Each seed trains on one device, as many at a time as there are devices; the step is traced once, and compiled once
+    per device. After `use_cores` every core of a CPU is a device. `experiments/benchmarks/runs.py` compares this with
+    one seed after another, and with `vmap`. A seed gives the same bits as alone on one device.
 
     Args:
-      config: its own seed does not count.
-      folder: holds the run directories, seed<k>; they are runs/<experiment>-seed<k> when None.
-      data_dir, resume, checkpoint_seconds, report: as of `train_and_evaluate`, for every seed; seeds that ended are not
-        trained again.
+      config: its own seed is ignored.
+      folder: contains the run directories, seed<k>; they are runs/<name>-seed<k> if None.
+      data_dir, resume, checkpoint_seconds, report: see `train_and_evaluate`. Finished seeds are not trained again.
 
     Returns:
       The content of result.json of each seed.
 
     Raises:
-      UserError: what the user can mend; before the first step where it can be known then.
-      NonFiniteLossError, Interrupted: as of `train_and_evaluate`.
+      UserError: the user has to fix something; before the first step if it can be known then.
+      NonFiniteLossError, Interrupted: see `train_and_evaluate`.
     """
     report = report or Report(quiet=True)
     configs = [replace(config, seed=seed) for seed in seeds]
-    folders = [rundir.default_run_dir(c) if folder is None else folder / f"seed{c.seed}" for c in configs]
+    folders = [Path("runs") / c.run_name if folder is None else folder / f"seed{c.seed}" for c in configs]
     for run_dir, c in zip(folders, configs, strict=True):
         if run_dir.is_dir():
-            rundir.check_run(run_dir, c, resume)
-    load_dataset(config.dataset, data_dir, report.say)  # Once: the threads below find it prepared.
+            check_run(run_dir, c, resume)
+    dataset = load_dataset(config.dataset, data_dir, report.say)
     devices = jax.local_devices()
     free: SimpleQueue[Any] = SimpleQueue()
     for device in devices:
@@ -93,28 +91,28 @@ def train_seeds(
         def train(run_dir: Path, config: Config, report: Report) -> dict[str, Any]:
             device = free.get()
             try:
-                if stop.signum is not None:  # This seed was waiting for its turn.
+                if stop.signum is not None:  # This seed was still waiting.
                     raise Interrupted(stop.signum)
                 with jax.default_device(device):
                     return train_and_evaluate(
                         config,
                         run_dir=run_dir,
-                        data_dir=data_dir,
                         resume=resume,
                         checkpoint_seconds=checkpoint_seconds,
                         devices=[device],
                         report=report,
                         stop=stop,
+                        dataset=dataset,
                     )
             finally:
                 free.put(device)
 
         if min(len(devices), len(seeds)) == 1:
             return [train(run_dir, c, report) for run_dir, c in zip(folders, configs, strict=True)]
-        reports = [report.of(f"seed {seed}: ") for seed in seeds]  # Several bars would overwrite each other.
+        reports = [report.of(f"seed {seed}: ") for seed in seeds]  # Several progress bars would overwrite each other.
         with stop.held(), ThreadPoolExecutor(len(devices)) as threads:
             futures = [threads.submit(train, *job) for job in zip(folders, configs, reports, strict=True)]
-            # Python handles signals in this thread alone, and one that another thread got does not wake it.
+            # Python handles signals only in this thread, and a signal to another thread does not wake it.
             while wait(futures, timeout=0.1).not_done:
                 pass
         return [future.result() for future in futures]

@@ -1,8 +1,9 @@
-"""What several seeds say: their mean and its interval, and whether two experiments differ. The tests are SciPy's."""
+"""Statistics over seeds: the mean with its interval, and the comparison of two experiments, by the tests of SciPy."""
 
+import bisect
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,12 +12,12 @@ from scipy import stats
 from cnnjax.errors import UserError
 
 CONFIDENCE = 0.95
-POWER = 0.8  # The chance to find a difference that is there; Cohen 1988, "Statistical Power Analysis", section 2.4.
-MOST_SEEDS = 10_000
+POWER = 0.8  # The probability of detecting a real difference; Cohen 1988, "Statistical Power Analysis", section 2.4.
+MAX_SEEDS = 10_000
 
 
 class Summary(NamedTuple):
-    """Of `n` values: mean, sample deviation, and the 95% interval of the mean (nan where n is 1)."""
+    """The mean, sample standard deviation and 95% interval of the mean of `n` values; NaN except the mean if n is 1."""
 
     mean: float
     deviation: float
@@ -26,13 +27,13 @@ class Summary(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """The mean of b minus that of a, its 95% interval, and what it takes to resolve it.
+    """The mean of b minus the mean of a, with its 95% interval.
 
     Attributes:
-      paired: whether the two share their seeds.
+      paired: whether both have the same seeds.
       resolved: whether p is below 0.05.
-      more_seeds: of each experiment, to find a difference of this size with a power of 80%; 0 where it is resolved,
-        None where there is no difference, or it would take more than 10,000.
+      more_seeds: the number of seeds to add to each experiment to detect a difference of this size with a probability
+        of 80%; 0 if it is resolved, None if there is no difference or this would take more than 10,000 seeds.
     """
 
     paired: bool
@@ -47,14 +48,14 @@ class Comparison(NamedTuple):
 
 
 def summarize(values: Sequence[float]) -> Summary:
-    """Returns mean, deviation and Student's t interval.
+    """Returns the mean, the standard deviation and Student's t interval.
 
     Raises:
-      UserError: there are no values.
+      UserError: if there are no values.
     """
     n = len(values)
     if n == 0:
-        raise UserError("`values` must hold the score of a run that ended, at least, got none.")
+        raise UserError("`values` must contain the score of at least one finished run, got none.")
     mean = float(np.mean(values))
     if n == 1:
         return Summary(mean, math.nan, math.nan, math.nan, 1)
@@ -64,25 +65,23 @@ def summarize(values: Sequence[float]) -> Summary:
 
 
 def compare(a: Mapping[int, float], b: Mapping[int, float]) -> Comparison:
-    """Compares the scores of two experiments: paired where their seeds are the same, by Welch's test otherwise.
+    """Compares two experiments with the paired t test if they have the same seeds, and with Welch's test otherwise.
 
     Args:
       a, b: the score of each seed.
 
     Raises:
-      UserError: one has fewer than two seeds.
+      UserError: if one has fewer than two seeds.
     """
     for name, scores in (("a", a), ("b", b)):
         if len(scores) < 2:
-            raise UserError(
-                f"`{name}` must have two seeds that ended, at least, got {len(scores)}. Train more: --seeds."
-            )
+            raise UserError(f"`{name}` must have at least two finished seeds, got {len(scores)}. Train more: --seeds.")
     paired = a.keys() == b.keys()
     x = np.array([a[seed] for seed in sorted(a)])
     y = np.array([b[seed] for seed in sorted(b)])
     difference = float(np.mean(y - x) if paired else y.mean() - x.mean())
-    noise = [np.ptp(y - x)] if paired else [np.ptp(x), np.ptp(y)]
-    if max(noise) <= 1e-12 * max(np.abs(x).max(), np.abs(y).max()):  # Rounding, nothing to measure the difference by.
+    samples = [y - x] if paired else [x, y]
+    if max(map(np.ptp, samples)) <= 1e-12 * max(np.abs(x).max(), np.abs(y).max()):  # No noise except rounding.
         low = high = difference
         p_value = float(difference == 0)
     else:
@@ -91,43 +90,29 @@ def compare(a: Mapping[int, float], b: Mapping[int, float]) -> Comparison:
         low, high = map(float, test.confidence_interval(CONFIDENCE))
         p_value = float(test.pvalue)
     resolved = p_value < 1 - CONFIDENCE
-    more: int | None = 0
-    if difference == 0:
-        more = None
-    elif not resolved:
-        power = _paired_power(difference, y - x) if paired else _welch_power(difference, x, y)
-        more = _more(power, max(len(x), len(y)))
+    more = None if difference == 0 else 0 if resolved else _more_seeds(difference, samples, max(len(x), len(y)))
     return Comparison(paired, difference, low, high, p_value, resolved, len(x), len(y), more)
 
 
-def _more(power: Callable[[int], float], n: int) -> int | None:
-    """Returns how many more than `n` it takes for the power; None beyond the limit."""
-    if power(MOST_SEEDS) < POWER:
-        return None
-    low, high = n, MOST_SEEDS  # The power grows with n.
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if power(middle) >= POWER else (middle, high)
-    return high - n
+def _more_seeds(difference: float, samples: Sequence[np.ndarray], n: int) -> int | None:
+    """Returns the number of seeds above `n` that reach `POWER`, or None if it is more than `MAX_SEEDS` in total.
 
-
-def _paired_power(difference: float, differences: np.ndarray) -> Callable[[int], float]:
-    effect = abs(difference) / float(np.std(differences, ddof=1))
-    return lambda n: _power(float(n - 1), effect * math.sqrt(n))
-
-
-def _welch_power(difference: float, x: np.ndarray, y: np.ndarray) -> Callable[[int], float]:
-    u, v = float(np.var(x, ddof=1)), float(np.var(y, ddof=1))
+    Args:
+      difference: the true difference.
+      samples: the differences of the pairs, or the scores of both experiments. Their variances stand for the true ones.
+      n: the number of seeds of the larger experiment.
+    """
+    variances = np.array([np.var(sample, ddof=1) for sample in samples])
 
     def power(n: int) -> float:
-        freedom = (u + v) ** 2 * (n - 1) / (u**2 + v**2)  # Welch and Satterthwaite's, for n of each.
-        return _power(freedom, abs(difference) / math.sqrt((u + v) / n))
+        """Returns the power of a two-sided t test; Cohen 1988, section 2.5."""
+        # The degrees of freedom of Welch and Satterthwaite, with n seeds each; n - 1 for pairs.
+        freedom = (n - 1) * np.sum(variances) ** 2 / np.sum(variances**2)
+        noncentrality = abs(difference) * math.sqrt(n / np.sum(variances))
+        critical = stats.t.ppf((1 + CONFIDENCE) / 2, freedom)
+        power = float(stats.nct.sf(critical, freedom, noncentrality) + stats.nct.cdf(-critical, freedom, noncentrality))
+        return 1.0 if math.isnan(power) else power  # SciPy returns NaN if the effect is huge.
 
-    return power
-
-
-def _power(freedom: float, noncentrality: float) -> float:
-    """Returns the chance that a two-sided t test finds the difference; Cohen 1988, section 2.5."""
-    critical = stats.t.ppf((1 + CONFIDENCE) / 2, freedom)
-    power = float(stats.nct.sf(critical, freedom, noncentrality) + stats.nct.cdf(-critical, freedom, noncentrality))
-    return 1.0 if math.isnan(power) else power  # SciPy has no digits where the effect is huge.
+    candidates = range(n + 1, MAX_SEEDS + 1)
+    index = bisect.bisect_left(candidates, POWER, key=power)  # The power grows with n.
+    return index + 1 if index < len(candidates) else None

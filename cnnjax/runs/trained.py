@@ -1,25 +1,24 @@
-"""A trained network: restored from its run directory, scored, and asked about image files."""
+"""A trained network: restored from its run directory, scored, and applied to image files."""
 
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import numpy as np
 from PIL import Image, ImageOps
 
-from cnnjax.data.batches import Pixels, split_validation, standardize
-from cnnjax.runs.checkpoints import Checkpoints
 from cnnjax.config import Config
-from cnnjax.data.datasets import Examples, load_dataset
-from cnnjax.evaluate import Scores, evaluate
+from cnnjax.data.batches import Pixels, standardize
+from cnnjax.data.datasets import load_dataset
+from cnnjax.data.order import split_validation
+from cnnjax.data.tfds_format import Examples
 from cnnjax.errors import UserError
-from cnnjax.models.models import make_model
-from cnnjax.optim.optimizer import make_tx
-from cnnjax.runs.directory import DataFacts, read_run
-from cnnjax.step import TrainState, init_state
+from cnnjax.runs.checkpoints import Checkpoints
+from cnnjax.runs.codec import collect_names
+from cnnjax.runs.directory import DataFacts, read_record
+from cnnjax.step import Scores, TrainState, evaluate, init_state
 
 
 class Trained(NamedTuple):
@@ -27,76 +26,89 @@ class Trained(NamedTuple):
 
     config: Config
     facts: DataFacts
-    model: nn.Module
     state: TrainState
 
 
-def load_trained(run_dir: Path) -> Trained:
+def load_trained(run_dir: Path, config: Config | None = None) -> Trained:
     """Restores the best checkpoint of a run.
 
+    Args:
+      run_dir: the run directory.
+      config: a configuration with the classes, functions and arrays of the run; None: they are all cnnjax's own.
+
     Raises:
-      UserError: `run_dir` holds no run, or no checkpoint of an epoch yet.
+      UserError: `run_dir` holds no run or no checkpoint of an epoch yet, or `config` lacks a class.
     """
-    config, facts = read_run(run_dir)
-    model = make_model(config.model, len(facts.class_names))
-    tx = make_tx(config.optim, num_steps=2**30)  # Only the structure of its state matters here.
+    record = read_record(run_dir)
+    return restore_best(run_dir, record.decode({} if config is None else collect_names(config)), record.data)
+
+
+def restore_best(run_dir: Path, config: Config, facts: DataFacts) -> Trained:
+    """Restores the best checkpoint of a run with a known configuration.
+
+    Raises:
+      UserError: there is no checkpoint of an epoch yet.
+    """
+    config = config.with_num_classes(len(facts.class_names))
+    # Only the structure of its state matters here, and it must allow for one update and one synchronization.
+    tx = config.optim.make_tx(num_steps=config.optim.accumulate_steps * max(config.optim.lookahead, 1))
     image = jax.ShapeDtypeStruct((1, *facts.image_shape), np.float32)
-    like = jax.eval_shape(partial(init_state, model=model, tx=tx), jax.random.key(0), image)
+    abstract_state = jax.eval_shape(partial(init_state, model=config.model, tx=tx), jax.random.key(0), image)
     with closing(Checkpoints(run_dir / "checkpoints", read_only=True)) as checkpoints:
         if (best := checkpoints.best()) is None:
-            raise UserError(f"`run` must have finished an epoch, got {run_dir}. Train it further: --resume.")
-        state, _ = checkpoints.restore(best, like)
-    return Trained(config, facts, model, state)
+            raise UserError(f"`run` must have finished an epoch, got {run_dir}. Resume it with --resume.")
+        state, _ = checkpoints.restore(best, abstract_state)
+    return Trained(config, facts, state)
 
 
 def score(trained: Trained, split: str, data_dir: Path | None = None) -> Scores:
-    """Scores a trained network on the "test" split, or on the "validation" part that it did not train on.
+    """Scores a trained network on the "test" split, or on the "validation" part that it was not trained on.
 
     Raises:
-      UserError: the data are not those that it was trained with.
+      UserError: the data are not those of the run.
     """
-    dataset = load_dataset(trained.config.dataset, data_dir)
-    if dataset.sha256 != trained.facts.sha256:
+    config, facts = trained.config, trained.facts
+    dataset = load_dataset(config.dataset, data_dir)
+    if dataset.sha256 != facts.sha256:
         raise UserError(
-            f"`data_dir` must hold the {trained.config.dataset!r} of this run, SHA-256 {trained.facts.sha256}, got "
-            f"{dataset.sha256} in {dataset.folder}."
+            f"`data_dir` must hold the {dataset.name!r} of this run, SHA-256 {facts.sha256}, got {dataset.sha256} from "
+            f"{dataset.folder or dataset.source}."
         )
     if split == "test":
         examples = dataset.load("test")
     else:
         whole = dataset.load("train")
-        fraction = trained.config.validation_fraction
-        if fraction == 0:
-            raise UserError("`split` must be test where `validation_fraction` was 0, got validation.")
-        _, part = split_validation(trained.config.seed, whole.label, fraction)
+        if config.validation_fraction == 0:
+            raise UserError("`split` must be test if `validation_fraction` was 0, got validation.")
+        _, part = split_validation(config.seed, whole.label, config.validation_fraction)
         examples = Examples(whole.image[part], whole.label[part])
-    pixels = Pixels(*examples, trained.facts.standardization)
-    views = trained.config.views if split == "test" else "plain"  # As in training.
-    return evaluate(trained.state, pixels, model=trained.model, views=views)
+    pixels = Pixels(*examples, facts.standardization)
+    tta = config.tta if split == "test" else "none"  # As in training.
+    return evaluate(trained.state, pixels, model=config.model, tta=tta)
 
 
 def classify(trained: Trained, image: np.ndarray) -> np.ndarray:
-    """Returns the probability of each class, float32 [K], for an image, uint8 [H W C]."""
+    """Returns the probability of each class, float32 [K], of an image, uint8 [H W C]."""
     pixels = standardize(image[None], trained.facts.standardization)
     variables = {"params": trained.state.params, "batch_stats": trained.state.batch_stats}
-    logits: Any = trained.model.apply(variables, pixels, train=False)
+    logits: Any = trained.config.model.apply(variables, pixels, train=False)
     return np.asarray(jax.nn.softmax(logits)[0])
 
 
 def read_image(path: Path, image_shape: tuple[int, ...]) -> np.ndarray:
     """Reads an image file as uint8 [H W C].
 
-    Turned upright as its camera says, transparent parts on white, converted to grey or colour as C asks, and fitted by
-    cropping the longer side about the centre.
+    It is rotated by its EXIF orientation, put on a white background if it is transparent, converted to gray or color
+    (C = 1 or 3), and scaled to H×W with a center crop of the longer side.
 
     Raises:
-      UserError: `path` is no image that Pillow can read.
+      UserError: `path` is not an image that Pillow can read.
     """
     height, width, channels = image_shape
     try:
         with Image.open(path) as file:
             if file.mode in ("I", "F"):
-                raise UserError(f"`image` must have 8 or 16 bits a channel, got {path} with 32 (mode {file.mode}).")
+                raise UserError(f"`image` must have 8 or 16 bits per channel, got {path} with 32 (mode {file.mode}).")
             if file.mode.startswith("I;16"):  # Pillow would clip 16-bit grey instead of scaling it.
                 image = Image.fromarray((np.asarray(file) >> 8).astype(np.uint8)).convert("RGBA")
             else:

@@ -1,5 +1,4 @@
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,83 +6,87 @@ from pathlib import Path
 import jax
 import pytest
 
-from cnnjax.cli.process import use_compilation_cache
+from cnnjax.cli.process import set_flags, use_compilation_cache
+from cnnjax.layers import onednn
 
-# A block of the size of a step's scratch memory, written and given back 20 times; prints the pages that were mapped.
-SCRIPT = """
-import resource
-import cnnjax
-faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-before = faults()
-for _ in range(20):
-    b"x" * 2**26
-print(faults() - before)
-"""
+DETERMINISM = "--xla_gpu_deterministic_ops"
+CONVOLUTION = "--xla_cpu_experimental_ynn_fusion_type"
+SCHEDULER = "--xla_cpu_scheduler_type"
+
+
+def names(flags):
+    return [flag.split("=")[0] for flag in flags.split()]
+
+
+def test_importing_cnnjax_sets_the_flags():
+    assert {DETERMINISM, CONVOLUTION} <= set(names(os.environ["XLA_FLAGS"]))  # conftest.py imports cnnjax.
+
+
+@pytest.mark.parametrize(
+    ("jaxlib", "expected"),
+    [
+        ("0.10.2", [DETERMINISM, CONVOLUTION, SCHEDULER]),
+        ("0.12.0", [DETERMINISM, CONVOLUTION]),
+        ("0.13.0", [DETERMINISM]),
+    ],
+)
+def test_flags_are_set_once_for_the_versions_that_know_them(jaxlib, expected, monkeypatch):
+    """XLA aborts the process if it does not know a flag."""
+    monkeypatch.setattr("cnnjax.cli.process.version", lambda package: {"jaxlib": jaxlib}[package])
+    monkeypatch.setenv("XLA_FLAGS", "")
+    set_flags()
+    set_flags()
+    assert names(os.environ["XLA_FLAGS"]) == expected
+
+
+def test_flags_of_the_user_are_kept(monkeypatch):
+    own = f"{CONVOLUTION}=-reduce {DETERMINISM}=false"
+    monkeypatch.setattr("cnnjax.cli.process.version", lambda package: "0.12.0")
+    monkeypatch.setenv("XLA_FLAGS", own)
+    set_flags()
+    assert os.environ["XLA_FLAGS"] == own
 
 
 def page_faults(**environment):
     clean = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    return int(subprocess.check_output([sys.executable, "-c", SCRIPT], env=clean | environment))
-
-
-def test_flags_are_set_once_and_none_that_the_user_set():
-    code = "import os; import cnnjax; print(os.environ['XLA_FLAGS'])"
-    own = "--xla_cpu_experimental_ynn_fusion_type=-reduce --xla_gpu_deterministic_ops=false"
-    clean = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    for env in (clean, clean | {"XLA_FLAGS": own}):
-        flags = subprocess.check_output([sys.executable, "-c", code], env=env, text=True).split()
-        names = [flag.split("=")[0] for flag in flags]
-        assert len(set(names)) == len(names)
-        assert {"--xla_cpu_experimental_ynn_fusion_type", "--xla_gpu_deterministic_ops"} <= set(names)
-    assert set(own.split()) <= set(flags)
+    script = Path(__file__).with_name("page_faults.py")
+    return int(subprocess.check_output([sys.executable, script], env=clean | environment))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc")
-def test_freed_memory_is_kept_for_the_next_step_unless_the_user_tunes_it():
+def test_freed_memory_is_reused_unless_the_user_tunes_malloc():
     assert page_faults() < page_faults(MALLOC_TRIM_THRESHOLD_="131072") / 5
 
 
+SLOWER = "JAX_COMPILATION_CACHE_DIR is set, so XLA's slower kernels are used. Unset it to use oneDNN's."
+GRAPHS = "JAX_COMPILATION_CACHE_DIR is set: cached programs with CUDA graphs of convolutions may fail."
+NEEDS_ONEDNN = pytest.mark.skipif(not onednn.available(), reason="jaxlib has no oneDNN kernels on this platform")
+
+
 @pytest.mark.parametrize(
-    ("flags", "kept"),
+    ("backend", "name", "value", "warning"),
     [
-        ("", True),
-        ("--xla_gpu_enable_command_buffer=+CUBLAS", True),
-        ("--xla_gpu_enable_command_buffer=+CONVOLUTION", False),
-        ("--xla_gpu_deterministic_ops=true --xla_gpu_enable_command_buffer=FUSION,CONVOLUTION", False),
+        ("cpu", "CNNJAX_ONEDNN", "0", None),
+        pytest.param("cpu", "CNNJAX_ONEDNN", "1", SLOWER, marks=NEEDS_ONEDNN),
+        ("gpu", "XLA_FLAGS", "", None),
+        ("gpu", "XLA_FLAGS", "--xla_gpu_enable_command_buffer=+CUBLAS", None),
+        ("gpu", "XLA_FLAGS", "--xla_gpu_enable_command_buffer=+CONVOLUTION", GRAPHS),
+        ("gpu", "XLA_FLAGS", f"{DETERMINISM}=true --xla_gpu_enable_command_buffer=FUSION,CONVOLUTION", GRAPHS),
     ],
 )
-def test_a_gpu_s_programs_are_kept_unless_cuda_graphs_hold_convolutions(flags, kept, monkeypatch, tmp_path):
-    """Such programs failed when they came from the cache."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+def test_programs_are_cached_unless_they_cannot_be(backend, name, value, warning, monkeypatch, tmp_path):
+    """Programs with oneDNN's kernels cannot be serialized; CUDA graphs of convolutions failed after loading."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("XLA_FLAGS", flags)
-    options, said = {}, []
+    monkeypatch.setenv(name, value)
+    options, messages = {}, []
     monkeypatch.setattr(jax.config, "update", options.__setitem__)
-    use_compilation_cache(said.append)
+    use_compilation_cache(messages.append)
     folders = [str(folder) for folder in tmp_path.glob("cnnjax/xla-*")]
-    assert len(folders) == kept
-    assert [options[name] for name in options if name == "jax_compilation_cache_dir"] == folders
-    assert said == []
+    assert len(folders) == (warning is None)
+    assert options.get("jax_compilation_cache_dir") == (None if warning else folders[0])
+    assert messages == []
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
-    use_compilation_cache(said.append)
-    assert len(said) == (not kept)
-    assert all("CUDA graphs of convolutions may fail when reused" in line for line in said)
-
-
-def test_operations_equal_their_references_under_xla_s_own_flags_too():
-    """The tests of this process run under ours; XLA's kernels, pooling, augmentation and optimizers must not care."""
-    flags = os.environ["XLA_FLAGS"]
-    for ours, default in (
-        ("-individual_convolution", "+individual_convolution"),
-        ("CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED", "CPU_SCHEDULER_TYPE_DEFAULT"),
-    ):
-        flags = flags.replace(ours, default)
-    assert flags != os.environ["XLA_FLAGS"]
-    files = [str(Path(__file__).with_name(f"test_{module}.py")) for module in ("layers", "batches", "optim")]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "-k", "not onednn"]
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    environment = clean | {"XLA_FLAGS": flags}
-    result = subprocess.run([*command, *files], env=environment, text=True, capture_output=True, check=False)
-    assert result.returncode == 0, result.stdout
-    assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 100
+    use_compilation_cache(messages.append)
+    assert messages == ([warning] if warning else [])

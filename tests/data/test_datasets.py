@@ -6,8 +6,11 @@ import io
 import json
 import shutil
 import struct
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -16,10 +19,9 @@ from PIL import Image
 
 from cnnjax import UserError
 from cnnjax.data import datasets as data
-from cnnjax.data import tfds_reader as shards
 from cnnjax.data.datasets import CACHE, Examples, default_data_dir, digest, load_dataset, prepared_folder
 from cnnjax.data.named import NAMED_SETS
-from cnnjax.data.tfds_writer import write_tfds
+from cnnjax.data.tfds_format import decode, write_tfds
 
 FASHION_MNIST_NAMES = (
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
@@ -40,7 +42,7 @@ def independent_digest(image, label):
 
 
 def in_record_order(split_name, split):
-    """The examples of a raw split in the order of tfds: by the MD5 of the split's name and the key."""
+    """Returns the examples of a raw split in the order of tfds: by the MD5 of the split's name and the key."""
     order = sorted(range(len(split.image)), key=lambda key: hashlib.md5(f"{split_name}{key}".encode()).digest())
     return Examples(split.image[order], split.labels["label"][order].astype(np.int32))
 
@@ -58,14 +60,31 @@ def forbid(monkeypatch, *names):
 
 @pytest.fixture
 def data_dir(prepared_dir, tmp_path):
-    """A copy of the generated set, not loaded yet, that a test may damage."""
+    """A copy of the generated set, without cached arrays, that a test may damage."""
     shutil.copytree(prepared_dir, tmp_path / "tfds", ignore=shutil.ignore_patterns(CACHE))
     return tmp_path / "tfds"
 
 
-def test_a_prepared_directory_loads_by_its_folder_name(data_dir, raw_fashion_mnist):
+@pytest.fixture(scope="module")
+def loaded_dir(prepared_dir, tmp_path_factory):
+    """A copy of the generated set with cached arrays."""
+    loaded_dir = tmp_path_factory.mktemp("loaded") / "tfds"
+    shutil.copytree(prepared_dir, loaded_dir, ignore=shutil.ignore_patterns(CACHE))
+    load_dataset("generated", loaded_dir)
+    return loaded_dir
+
+
+@pytest.fixture
+def cached_dir(loaded_dir, tmp_path):
+    """A copy of the generated set, with cached arrays, that a test may damage."""
+    shutil.copytree(loaded_dir, tmp_path / "cached")
+    return tmp_path / "cached"
+
+
+def test_a_prepared_directory_is_loaded_by_its_folder_name(data_dir, raw_fashion_mnist):
     dataset = load_dataset("generated", data_dir)
-    assert (dataset.name, dataset.folder) == ("generated", data_dir / "generated" / "3.0.1")
+    assert (dataset.name, dataset.version) == ("generated", "3.0.1")
+    assert dataset.folder == data_dir / "generated" / "3.0.1"
     assert dataset.source == f"the prepared tfds directory {dataset.folder}"
     assert (dataset.class_names, dataset.num_classes) == (FASHION_MNIST_NAMES, 10)
     for split, raw in raw_fashion_mnist.splits.items():
@@ -78,12 +97,12 @@ def test_digest_of_literals():
     examples = Examples(np.arange(4, dtype=np.uint8).reshape(1, 2, 2, 1), np.array([7], np.int32))
     expected = hashlib.sha256(b"uint8[1, 2, 2, 1]" + b"\0\1\2\3" + b"\7\0\0\0").hexdigest()
     assert digest(examples) == expected
-    # Memory layout and label type do not count; the shape does.
+    # The digest depends on the shape, but not on the memory layout or the label type.
     assert digest(Examples(np.asfortranarray(examples.image), examples.label.astype(np.int64))) == expected
     assert digest(Examples(examples.image.reshape(1, 4, 1, 1), examples.label)) != expected
 
 
-def test_the_second_load_reads_the_arrays(data_dir, monkeypatch):
+def test_the_second_load_reads_the_cache(data_dir, monkeypatch):
     first = load_dataset("generated", data_dir)
     train = first.load("train")
     forbid(monkeypatch, "decode", "fetch")
@@ -92,15 +111,33 @@ def test_the_second_load_reads_the_arrays(data_dir, monkeypatch):
     assert_equal(second.load("train"), train)
 
 
-def test_the_arrays_may_move(data_dir, tmp_path, monkeypatch):
-    first = load_dataset("generated", data_dir)
-    data_dir.rename(tmp_path / "moved")
+def test_the_cache_may_move(cached_dir, tmp_path, monkeypatch):
+    first = load_dataset("generated", cached_dir)
+    cached_dir.rename(tmp_path / "moved")
     forbid(monkeypatch, "decode")
     moved = load_dataset("generated", tmp_path / "moved")
     assert moved.folder == tmp_path / "moved" / "generated" / "3.0.1"
     assert digest(moved.load("test")) == first.sha256["test"]
     (tmp_path / "moved" / "generated").rename(tmp_path / "moved" / "mine")
     assert load_dataset("mine", tmp_path / "moved").name == "mine"
+
+
+def test_threads_may_fill_the_cache_at_the_same_time(data_dir, monkeypatch):
+    barrier = threading.Barrier(2, timeout=30)
+
+    def decode_together(folder, split):
+        examples = decode(folder, split)
+        barrier.wait()
+        return examples
+
+    monkeypatch.setattr(data, "decode", decode_together)
+    lines = []
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(lambda _: load_dataset("generated", data_dir, say=lines.append), range(2))
+    assert first == second
+    assert lines == [f"decoding generated from {first.folder} (once)"] * 2  # No cache that cannot be written.
+    names = {"train_image.npy", "train_label.npy", "test_image.npy", "test_label.npy", "facts.json"}
+    assert {path.name for path in (first.folder / CACHE).iterdir()} == names
 
 
 @pytest.mark.parametrize("name", ["image", "label"])
@@ -116,25 +153,28 @@ def test_the_arrays_may_move(data_dir, tmp_path, monkeypatch):
     ],
     ids=["flipped", "half", "no header", "empty", "garbage", "header"],
 )
-def test_damaged_arrays_are_repaired_from_the_shards(damage, name, data_dir):
-    dataset = load_dataset("generated", data_dir)
+def test_damaged_arrays_are_decoded_again(damage, name, cached_dir):
+    dataset = load_dataset("generated", cached_dir)
     path = dataset.folder / CACHE / f"train_{name}.npy"
-    whole, train = path.read_bytes(), dataset.load("train")
-    path.write_bytes(damage(whole))
-    assert_equal(load_dataset("generated", data_dir).load("train"), train)
-    assert path.read_bytes() == whole
+    intact, train = path.read_bytes(), dataset.load("train")
+    path.write_bytes(damage(intact))
+    assert_equal(load_dataset("generated", cached_dir).load("train"), train)
+    assert path.read_bytes() == intact
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"name": "generated"}'])
 def test_damaged_facts_are_written_again(content, data_dir):
     dataset = load_dataset("generated", data_dir)
-    (dataset.folder / CACHE / "facts.json").write_text(content)
+    facts = dataset.folder / CACHE / "facts.json"
+    intact = facts.read_bytes()
+    facts.write_text(content)
     assert load_dataset("generated", data_dir) == dataset
-    assert json.loads((dataset.folder / CACHE / "facts.json").read_text())["sha256"] == dataset.sha256
+    assert facts.read_bytes() == intact
+    assert json.loads(intact)["sha256"] == dataset.sha256
 
 
-def test_other_shards_than_before_are_an_error(data_dir, raw_fashion_mnist, tmp_path):
-    dataset = load_dataset("generated", data_dir)
+def test_changed_shards_are_an_error(cached_dir, raw_fashion_mnist, tmp_path):
+    dataset = load_dataset("generated", cached_dir)
     train, test = raw_fashion_mnist.splits.values()
     other = raw_fashion_mnist._replace(splits={"train": train._replace(image=255 - train.image), "test": test})
     folder = write_tfds(NAMED_SETS["fashion_mnist"], other, tmp_path / "other", silent)
@@ -145,19 +185,99 @@ def test_other_shards_than_before_are_an_error(data_dir, raw_fashion_mnist, tmp_
         dataset.load("train")
 
 
-def test_a_folder_that_cannot_be_written_loads_all_the_same(data_dir, raw_fashion_mnist):
+def test_a_set_whose_cache_cannot_be_written_is_loaded(data_dir, raw_fashion_mnist):
     folder = data_dir / "generated" / "3.0.1"
-    (folder / CACHE).write_text("a file where the arrays' folder should be")
+    (folder / CACHE).write_text("a file in place of the folder")
     lines = []
     dataset = load_dataset("generated", data_dir, say=lines.append)
-    assert lines[-1].startswith(f"{folder} cannot be written, so the decoded arrays are not kept")
+    assert lines[-1].startswith(f"{folder} cannot be written, so the decoded arrays are not cached")
     assert_equal(dataset.load("test"), in_record_order("test", raw_fashion_mnist.splits["test"]))
+
+
+# --- Arrays in memory -----------------------------------------------------------------------------------------------
+
+X, Y = np.arange(48, dtype=np.uint8).reshape(3, 4, 4, 1), np.array([2, 0, 1])
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda image, label: (image, label),
+        lambda image, label: (image[..., 0], label.astype(np.uint8)),  # [N H W]
+        lambda image, label: (jnp.asarray(image), jnp.asarray(label)),
+        lambda image, label: (np.asfortranarray(image), label.astype(np.int64)),
+    ],
+    ids=["NumPy", "grey", "JAX", "layout"],
+)
+def test_arrays_equal_the_prepared_set(convert, loaded_dir):
+    prepared = load_dataset("generated", loaded_dir)
+    train, test = prepared.load("train"), prepared.load("test")
+    dataset = load_dataset((*convert(*train), *convert(*test)))
+    assert (dataset.name, dataset.source) == ("arrays", "arrays in memory")
+    assert (dataset.class_names, dataset.num_classes) == (tuple("0123456789"), 10)
+    assert dataset.sha256 == prepared.sha256
+    version = hashlib.sha256(f"{prepared.sha256['train']}{prepared.sha256['test']}".encode()).hexdigest()[:12]
+    assert dataset.version == version
+    assert_equal(dataset.load("train"), train)
+    assert_equal(dataset.load("test"), test)
+
+
+def test_a_function_that_returns_arrays_names_the_set():
+    def squares():
+        return X, Y, X[:1], Y[:1]
+
+    dataset = load_dataset(squares)
+    assert dataset.name == "squares"
+    assert dataset == dataclasses.replace(load_dataset(squares()), name="squares")
+    assert load_dataset(functools.partial(squares)).name == "partial"
+
+
+@pytest.mark.parametrize("train, test, num_classes", [([0, 0, 0], [0, 0, 0], 2), ([0, 1, 2], [4, 0, 0], 5)])
+def test_the_largest_label_of_both_splits_gives_the_number_of_classes(train, test, num_classes):
+    dataset = load_dataset((X, np.array(train), X, np.array(test)))
+    assert dataset.class_names == tuple(map(str, range(num_classes)))
+
+
+@pytest.mark.parametrize(
+    "arrays, message",
+    [
+        ((X, Y, X), "`dataset` must be a tuple `(x_train, y_train, x_test, y_test)` of arrays, got a tuple of 3."),
+        (lambda: [X, Y, X, Y], "`dataset` must be a tuple `(x_train, y_train, x_test, y_test)` of arrays, got list."),
+        ((X.tolist(), Y, X, Y), "`x_train` must be a NumPy or JAX array, got list."),
+        ((X, Y, X, None), "`y_test` must be a NumPy or JAX array, got NoneType."),
+        (
+            (X / 255, Y, X, Y),
+            "`x_train` must be images of dtype uint8, got float64. Convert values between 0 and 1 with "
+            "`(255 * x_train).round().astype(np.uint8)`.",
+        ),
+        ((X, Y, X[0, 0], Y), "`x_test` must be of shape [N, H, W, C] or [N, H, W], got (4, 1)."),
+        ((X, Y, X[:0], Y[:0]), "`x_test` must be at least one image, got the shape (0, 4, 4, 1)."),
+        (
+            (X, np.eye(3), X, Y),
+            "`y_train` must be of shape [N], got (3, 3). Use `y_train.argmax(-1)` for one-hot labels, "
+            "`y_train.ravel()` for a column.",
+        ),
+        ((X, Y, X, Y / 2), "`y_test` must be integers, got float64."),
+        ((X, Y[:2], X, Y), "`y_train` must be one label for each of the 3 images, got 2."),
+        ((X, Y - 1, X, Y), "`y_train` must be between 0 and K - 1, K <= 1048576, got -1 to 1."),
+        ((X, Y, X, Y << 20), "`y_test` must be between 0 and K - 1, K <= 1048576, got 0 to 2097152."),
+        ((X, Y, X[:, 1:], Y), "`x_test` must be images of the same shape (4, 4, 1) as `x_train`, got (3, 4, 1)."),
+    ],
+    ids=[
+        *("count", "no tuple", "no array", "None", "float", "rank", "empty", "one-hot", "label type", "label count"),
+        *("negative label", "large label", "shapes"),
+    ],
+)
+def test_arrays_that_are_not_labeled_images_are_an_error(arrays, message):
+    with pytest.raises(UserError) as error:
+        load_dataset(arrays)
+    assert str(error.value) == message
 
 
 # --- Named sets -----------------------------------------------------------------------------------------------------
 
 
-def test_a_prepared_named_set_of_other_pixels_is_an_error(data_dir, raw_fashion_mnist):
+def test_a_prepared_named_set_with_other_pixels_is_an_error(data_dir, raw_fashion_mnist):
     folder = (data_dir / "generated").rename(data_dir / "fashion_mnist") / "3.0.1"
     pinned = NAMED_SETS["fashion_mnist"].sha256["train"]
     got = independent_digest(*in_record_order("train", raw_fashion_mnist.splits["train"]))
@@ -168,16 +288,16 @@ def test_a_prepared_named_set_of_other_pixels_is_an_error(data_dir, raw_fashion_
             load_dataset("fashion_mnist", data_dir)
         assert str(folder) in str(error.value)
         assert f"must be {pinned}, got {got}" in str(error.value)
-    assert (folder / "dataset_info.json").exists()  # It is the user's: only the user deletes it.
+    assert (folder / "dataset_info.json").exists()  # Only the user may delete it.
 
 
 @pytest.fixture
 def mirror(monkeypatch, raw_fashion_mnist):
-    """Serves the generated set as fashion_mnist, from "a mirror"."""
+    """Serves the generated set as fashion_mnist from "a mirror"."""
     monkeypatch.setattr(data, "fetch", lambda named, downloads, say: (raw_fashion_mnist, "a mirror"))
 
 
-def test_a_fetched_set_of_other_pixels_leaves_nothing_behind(mirror, tmp_path):
+def test_a_fetched_set_with_other_pixels_is_removed(mirror, tmp_path):
     with pytest.raises(UserError, match="The train split of 'fashion_mnist' from a mirror is not the known one"):
         load_dataset("fashion_mnist", tmp_path)
     assert prepared_folder("fashion_mnist", tmp_path) is None
@@ -206,7 +326,7 @@ def test_a_fetched_set_is_prepared_once(mirror, tmp_path, monkeypatch, raw_fashi
     "name, near",
     [("cifr10", "cifar10"), ("fashion-mnist", "fashion_mnist"), ("CIFAR10", "cifar10"), ("generatd", "generated")],
 )
-def test_an_unknown_name_lists_near_ones(name, near, data_dir):
+def test_an_unknown_name_suggests_similar_ones(name, near, data_dir):
     with pytest.raises(UserError, match=f"`dataset` must be a known name, got '{name}'. Did you mean .*{near}"):
         load_dataset(name, data_dir)
 
@@ -218,11 +338,11 @@ def test_a_set_that_is_not_prepared_needs_tensorflow(name, tmp_path):
         load_dataset(name, tmp_path)
 
 
-def test_what_tensorflow_prepared_is_never_deleted(data_dir, monkeypatch):
+def test_a_set_that_tensorflow_prepared_is_never_deleted(data_dir, monkeypatch):
     folder = data_dir / "generated" / "3.0.1"
+    next(folder.glob("*-test.array_record-*")).unlink()
     monkeypatch.setattr(data, "_prepare_with_tensorflow", lambda name, data_dir, say: folder)
-    monkeypatch.setattr(shards, "_image_and_label", lambda builder: ("absent", "label"))
-    with pytest.raises(UserError, match="must hold images with one class label each"):
+    with pytest.raises(UserError, match="is damaged"):
         load_dataset("imagenet_resized", data_dir)
     assert (folder / "dataset_info.json").exists()
 
@@ -250,9 +370,9 @@ def test_the_default_data_dir_is_that_of_tfds(monkeypatch, tmp_path):
     assert default_data_dir() == tmp_path / "sets"
 
 
-def test_load_dataset_looks_into_the_default_data_dir(data_dir, monkeypatch):
-    monkeypatch.setenv("TFDS_DATA_DIR", str(data_dir))
-    assert load_dataset("generated").folder == data_dir / "generated" / "3.0.1"
+def test_load_dataset_searches_the_default_data_dir(loaded_dir, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(loaded_dir))
+    assert load_dataset("generated").folder == loaded_dir / "generated" / "3.0.1"
 
 
 # --- Other prepared directories -------------------------------------------------------------------------------------
@@ -275,7 +395,7 @@ def prepare_odd(data_dir, features, splits, supervised_keys=None):
             return {split: iter(enumerate(examples)) for split, examples in splits.items()}
 
         def _generate_examples(self):
-            """Not called: the splits hold their examples."""
+            """Is not called, because the splits contain their examples."""
 
     Builder(data_dir=data_dir).download_and_prepare(
         file_format="array_record", download_config=tfds.download.DownloadConfig(try_download_gcs=False)
@@ -283,7 +403,7 @@ def prepare_odd(data_dir, features, splits, supervised_keys=None):
 
 
 def test_labels_out_of_range(tmp_path):
-    """-1 is how tfds marks the test images of sets whose labels are secret."""
+    """tfds marks test images whose labels are secret with -1."""
     features = {"image": IMAGE, "label": LABEL}
     examples = {split: [{"image": png(2, 2, 3), "label": label}] for split, label in (("train", 0), ("test", -1))}
     prepare_odd(tmp_path, features, examples)
@@ -294,7 +414,6 @@ def test_labels_out_of_range(tmp_path):
 @pytest.mark.parametrize("file", ["dataset_info.json", "features.json"])
 def test_a_damaged_description(file, data_dir):
     folder = prepared_folder("generated", data_dir)
-    shutil.rmtree(folder / CACHE, ignore_errors=True)
     (folder / file).write_text('{"name": ')
     with pytest.raises(UserError, match=r"generated/3.0.1 is damaged: its description cannot be read .*Move it away"):
         load_dataset("generated", data_dir)
@@ -332,7 +451,7 @@ IMAGE, LABEL = tfds.features.Image(shape=(None, None, 3)), tfds.features.ClassLa
     ],
     ids=["no image", "no class label", "shapes", "16 bits"],
 )
-def test_a_set_that_cannot_be_learned_is_an_error(features, examples, message, tmp_path):
+def test_a_set_without_labeled_8_bit_images_of_one_shape_is_an_error(features, examples, message, tmp_path):
     for example in examples:
         if "image" in example:
             example["image"].seek(0)
@@ -360,7 +479,7 @@ def test_supervised_keys_name_the_features(tmp_path):
 
 @pytest.fixture
 def tfrecord_dir(data_dir):
-    """The generated set in the TFRecord format, in two shards a split; the checksums, which nothing reads, are zero."""
+    """The generated set in the TFRecord format, in two shards per split, with zeros as checksums (not read)."""
     folder = data_dir / "generated" / "3.0.1"
     info = json.loads((folder / "dataset_info.json").read_text())
     info["fileFormat"] = "tfrecord"
@@ -380,7 +499,7 @@ def tfrecord_dir(data_dir):
     return data_dir
 
 
-def test_tfrecords_give_the_same_examples(tfrecord_dir, raw_fashion_mnist):
+def test_tfrecords_contain_the_same_examples(tfrecord_dir, raw_fashion_mnist):
     dataset = load_dataset("generated", tfrecord_dir)
     for split, raw in raw_fashion_mnist.splits.items():
         assert_equal(dataset.load(split), in_record_order(split, raw))
@@ -421,7 +540,7 @@ def real():
         ("cifar10", (32, 32, 3), [5000] * 10),
     ],
 )
-def test_real_sets_are_the_known_ones(name, shape, per_class, real):
+def test_real_sets_have_the_known_digests(name, shape, per_class, real):
     dataset = real(name)
     train, test = dataset.load("train"), dataset.load("test")
     assert train.image.shape == (sum(per_class), *shape)
@@ -433,7 +552,7 @@ def test_real_sets_are_the_known_ones(name, shape, per_class, real):
 
 @pytest.mark.slow
 def test_real_cifar10_has_the_known_channel_statistics(real):
-    """Source: the constants that CIFAR-10 codes normalise by, in full precision."""
+    """Source: the constants with which CIFAR-10 code normalizes, in full precision."""
     image = real("cifar10").load("train").image.reshape(-1, 3)
     counts = np.stack([np.bincount(image[:, c], minlength=256) for c in range(3)])
     value = np.arange(256) / 255

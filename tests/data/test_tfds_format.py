@@ -7,7 +7,7 @@ from conftest import make_raw
 
 from cnnjax.data.named import NAMED_SETS
 from cnnjax.data.sources import RawSplit
-from cnnjax.data.tfds_writer import write_tfds
+from cnnjax.data.tfds_format import write_tfds
 
 CLASS_NAMES = {
     "fashion_mnist": (
@@ -22,7 +22,7 @@ CLASS_NAMES = {
     scope="module", params=[("fashion_mnist", (28, 28, 1)), ("cifar10", (32, 32, 3))], ids=lambda param: param[0]
 )
 def written(request, tmp_path_factory, raw_fashion_mnist):
-    """A generated set, written under a named one's name: the name, what went in, the tfds directory."""
+    """A generated set written under the name of a known one: the name, the raw set, and the tfds directory."""
     name, shape = request.param
     raw = raw_fashion_mnist if shape[-1] == 1 else make_raw(shape, 60, 30, label_names={"label": CLASS_NAMES[name]})
     data_dir = tmp_path_factory.mktemp("written")
@@ -44,7 +44,7 @@ def test_stock_tfds_reads_every_example_in_its_own_order(written, split):
         assert [row["id"] for row in rows] == [f"{split}_{key:05d}".encode() for key in order]
 
 
-def test_metadata_is_the_stock_one(written):
+def test_metadata_equals_the_stock_metadata(written):
     name, _, data_dir = written
     info, stock = tfds.builder(name, data_dir=data_dir).info, tfds.builder_cls(name)
     assert info.version == NAMED_SETS[name].version == str(stock.VERSION)

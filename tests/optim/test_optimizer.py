@@ -1,283 +1,356 @@
+"""The base class of optimizers: schedules, groups, clipping, accumulation, lookahead."""
+
+from dataclasses import dataclass, replace
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from cnnjax import CNN, Batch, ModelConfig, OptimConfig, UserError, init_state, train_step
-from cnnjax.models.models import make_model
-from cnnjax.optim.optimizer import (
-    frozen_parts,
-    group_of,
-    keep_norm,
-    lookahead,
-    make_loss,
-    make_schedule,
-    make_tx,
-    orthogonalize,
-)
+from cnnjax import SGD, Adam, Batch, Muon, Optimizer, ParamGroup, UserError, init_state, train_step
+from cnnjax.optim.optimizer import param_labels
 
-
-def test_schedules_by_hand():
-    constant = make_schedule(OptimConfig(learning_rate=0.1), 10)
-    assert [float(constant(step)) for step in (0, 5, 9)] == pytest.approx([0.1, 0.1, 0.1])
-    one_cycle = make_schedule(OptimConfig(learning_rate=0.8, schedule="one_cycle", warmup=0.2), 10)
-    got = [float(one_cycle(step)) for step in range(11)]
-    assert got == pytest.approx([0, 0.4, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0], abs=1e-6)
-
-
-def test_one_cycle_without_warm_up_falls_from_the_peak():
-    schedule = make_schedule(OptimConfig(learning_rate=0.8, schedule="one_cycle", warmup=0.0), 4)
-    assert [float(schedule(step)) for step in range(5)] == pytest.approx([0.8, 0.6, 0.4, 0.2, 0], abs=1e-6)
-
-
-def test_first_update_of_adam_by_hand():
-    # m / (1 - b1) = g and v / (1 - b2) = g², so the first update is -lr * g / (|g| + eps).
-    tx = make_tx(OptimConfig(learning_rate=0.01), num_steps=1)
-    params = {"kernel": jnp.array([[1.0, 2.0]]), "bias": jnp.array([3.0])}
-    grads = {"kernel": jnp.array([[0.5, -4.0]]), "bias": jnp.array([1e-8])}
-    updates, _ = tx.update(grads, tx.init(params), params)
-    np.testing.assert_allclose(updates["kernel"], [[-0.01, 0.01]], rtol=1e-5)
-    np.testing.assert_allclose(updates["bias"], [-0.005], rtol=1e-4)
-
-
-def test_weight_decay_is_of_kernels_only():
-    tx = make_tx(OptimConfig(learning_rate=0.01, weight_decay=0.1), num_steps=1)
-    params = {"kernel": jnp.array([[1.0, 2.0]]), "bias": jnp.array([3.0])}
-    grads = {"kernel": jnp.zeros((1, 2)), "bias": jnp.zeros(1)}
-    updates, _ = tx.update(grads, tx.init(params), params)
-    np.testing.assert_allclose(updates["kernel"], [[-0.001, -0.002]], rtol=1e-5)
-    np.testing.assert_array_equal(updates["bias"], [0.0])
-
-
-def test_label_smoothing_by_hand():
-    logits, label = jnp.log(jnp.array([[0.7, 0.2, 0.1]])), jnp.array([0])
-    expected = -(0.8 * np.log(0.7) + 0.1 * np.log(0.2) + 0.1 * np.log(0.1))  # 0.3 spread over three classes
-    np.testing.assert_allclose(make_loss(0.3)(logits, label), [expected], rtol=1e-6)
-    np.testing.assert_allclose(make_loss(0.0)(logits, label), [-np.log(0.7)], rtol=1e-6)
-    assert make_loss(0.0)(logits, label) == optax.softmax_cross_entropy_with_integer_labels(logits, label)
-
-
-def test_one_cycle_begins_and_ends_at_its_shares_of_the_peak():
-    config = OptimConfig(learning_rate=2.0, schedule="one_cycle", warmup=0.5, start=0.2, end=0.1)
-    schedule = make_schedule(config, 4)
-    assert [float(schedule(step)) for step in range(5)] == pytest.approx([0.4, 1.2, 2.0, 1.1, 0.2])
-
-
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+# The parameters of a small SpeedNet with one convolution.
 SPEEDNET = {
     "whiten": {"bias": jnp.ones(24)},
     "Conv_0": {"kernel": jnp.ones((3, 3, 2, 4))},
     "NormGelu_0": {"bias": jnp.ones(4)},
     "head": jnp.ones((4, 10)),
 }
+PLAIN = SGD(learning_rate=1.0, momentum=0.0)  # Its update is the negative gradient.
 
 
-def test_the_groups_of_a_speednet():
-    assert group_of(SPEEDNET) == {
-        "whiten": {"bias": "whiten"},
-        "Conv_0": {"kernel": "filter"},
-        "NormGelu_0": {"bias": "bias"},
-        "head": "head",
-    }
-
-
-def test_another_network_has_filters_and_others():
-    params = CNN(10).init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), train=False)["params"]
-    groups = group_of(params)
-    assert groups["Conv_0"] == {"kernel": "filter", "bias": "other"}
-    assert groups["Dense_1"] == {"kernel": "other", "bias": "other"}
-
-
-def test_a_run_too_short_for_its_optimizer():
-    with pytest.raises(UserError, match=r"`optim.accumulate` must be at most the 3 steps of the run, got 4\."):
-        make_tx(OptimConfig(accumulate=4), num_steps=3)
-    with pytest.raises(UserError, match=r"`optim.lookahead` must be at most the 4 updates of the run, got 5\."):
-        make_tx(OptimConfig(accumulate=2, lookahead=5), num_steps=9)
-
-
-def test_sgd_by_hand_in_each_group():
-    """Two updates with the gradient 1; g is the gradient with its decay, m the momentum's trace.
-
-    m1 = g1, and Nesterov's update is g1 + 0.5 m1; m2 = 0.5 m1 + g2, and the second is g2 + 0.5 m2.
-    """
-    config = OptimConfig(
-        name="sgd", learning_rate=0.1, weight_decay=0.2, momentum=0.5, bias_scale=4.0, head_scale=2.0, whiten_scale=0.5
-    )
-    tx = make_tx(config, num_steps=2)
-    params, state = SPEEDNET, tx.init(SPEEDNET)
-    for _ in range(2):
-        updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
+def updates_of(tx, params, grads):
+    """Returns the update of each step and the final parameters."""
+    state, update, all_updates = tx.init(params), jax.jit(tx.update), []
+    for grad in grads:
+        updates, state = update(grad, state, params)
         params = optax.apply_updates(params, updates)
-
-    def expected(scale):
-        p, m = 1.0, 0.0
-        for _ in range(2):
-            g = 1 + 0.2 / scale * p
-            m = 0.5 * m + g
-            p -= 0.1 * scale * (g + 0.5 * m)
-        return p
-
-    moved = jax.tree.map(lambda leaf: leaf.ravel()[0], params)
-    for leaf, scale in (
-        (moved["Conv_0"]["kernel"], 1.0),
-        (moved["NormGelu_0"]["bias"], 4.0),
-        (moved["head"], 2.0),
-        (moved["whiten"]["bias"], 0.5),
-    ):
-        assert leaf == pytest.approx(expected(scale), rel=1e-5)
+        all_updates.append(updates)
+    return all_updates, params
 
 
-def test_the_whitening_bias_stands_still_after_its_epochs():
-    tx = make_tx(OptimConfig(name="sgd", whiten_epochs=1), num_steps=6, num_epochs=3)
-    params, state, still = SPEEDNET, tx.init(SPEEDNET), []
-    for _ in range(6):
-        updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
-        still.append(not updates["whiten"]["bias"].any())
-        assert updates["Conv_0"]["kernel"].all()
-    assert still == [False, False, True, True, True, True]
+def scalar_updates(tx, grads, x=0.0):
+    """Returns the updates of one parameter x."""
+    updates, _ = updates_of(tx, {"x": jnp.array(x)}, [{"x": jnp.array(grad)} for grad in grads])
+    return [float(update["x"]) for update in updates]
+
+
+def ones_like(params, steps=1):
+    return [jax.tree.map(jnp.ones_like, params)] * steps
+
+
+# --- Schedule ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "config",
+    ("optim", "expected"),
     [
-        OptimConfig(name="adam", whiten_epochs=1),
-        OptimConfig(name="sgd", whiten_epochs=0),
-        OptimConfig(name="sgd", whiten_epochs=1, clip_norm=1.0),  # The norm of all gradients counts in each update.
+        (Adam(learning_rate=0.1), [0.1, 0.1, 0.1, 0.1, 0.1]),
+        (Adam(learning_rate=0.8, schedule="one_cycle", warmup=0.5), [0, 0.4, 0.8, 0.4, 0]),
+        (Adam(learning_rate=0.8, schedule="one_cycle", warmup=0.0), [0.8, 0.6, 0.4, 0.2, 0]),
+        (
+            Adam(learning_rate=2.0, schedule="one_cycle", warmup=0.5, init_factor=0.2, end_factor=0.1),
+            [0.4, 1.2, 2.0, 1.1, 0.2],
+        ),
     ],
-    ids=["adam", "no whiten_epochs", "clip_norm"],
+    ids=["constant", "one_cycle", "no warm-up", "init_factor and end_factor"],
 )
-def test_nothing_is_frozen_whose_gradient_counts(config):
-    assert {frozen_parts(config, SPEEDNET, step, num_steps=6, num_epochs=3) for step in range(6)} == {()}
+def test_schedules_equal_hand_computed_values(optim, expected):
+    schedule = optim.make_schedule(4)
+    assert [float(schedule(update)) for update in range(5)] == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", ["sgd", "muon"])
-@pytest.mark.parametrize(("accumulate", "num_steps", "end"), [(1, 6, 2), (2, 12, 4), (2, 13, 4), (1, 7, 2), (1, 8, 3)])
-def test_the_whitening_bias_is_frozen_from_the_step_on_that_moves_it_no_more(name, accumulate, num_steps, end):
-    """After a third of the updates: round(8 / 3) = 3."""
-    config = OptimConfig(name=name, whiten_epochs=1, accumulate=accumulate)
-    tx = make_tx(config, num_steps, 3)
-    params, state, moves = SPEEDNET, tx.init(SPEEDNET), []
-    update = jax.jit(tx.update)
-    for step in range(num_steps):
-        updates, state = update(jax.tree.map(jnp.ones_like, params), state, params)
-        if updates["whiten"]["bias"].any():
-            moves.append(step)
-    assert max(moves) == end - 1
-    frozen = [frozen_parts(config, SPEEDNET, step, num_steps, 3) for step in range(num_steps)]
+def test_each_update_uses_the_learning_rate_of_its_number():
+    optim = replace(PLAIN, schedule="one_cycle", warmup=0.5)
+    assert scalar_updates(optim.make_tx(num_steps=4), [1.0] * 4) == pytest.approx([0, -0.5, -1, -0.5])
+
+
+# --- Accumulation, clipping, lookahead --------------------------------------------------------------------------------
+
+
+def test_accumulated_gradients_are_averaged():
+    """SGD without momentum: Adam would hide a factor."""
+    tx = replace(PLAIN, accumulate_steps=2).make_tx(num_steps=4)
+    assert scalar_updates(tx, [2.0, 4.0, 1.0, -2.0]) == pytest.approx([0, -3, 0, 0.5])
+
+
+def test_an_incomplete_final_group_is_dropped():
+    tx = replace(PLAIN, accumulate_steps=3).make_tx(num_steps=5)
+    assert scalar_updates(tx, [1.0] * 5) == pytest.approx([0, 0, -1, 0, 0])
+
+
+def test_the_schedule_counts_updates_under_accumulation():
+    optim = replace(PLAIN, schedule="one_cycle", warmup=0.5, accumulate_steps=2)
+    updates = scalar_updates(optim.make_tx(num_steps=9), [1.0] * 9)  # Four updates; the ninth step makes none.
+    assert updates == pytest.approx([0, 0, 0, -0.5, 0, -1, 0, -0.5, 0])
+
+
+def test_lookahead_counts_updates_under_accumulation():
+    """Synchronizes after the second update and after the third, which is the last."""
+    tx = replace(PLAIN, accumulate_steps=2, lookahead=2).make_tx(num_steps=6)
+    decay = 0.95**2 * (2 / 3) ** 3
+    slow = decay * 10 + (1 - decay) * 8
+    assert scalar_updates(tx, [1.0] * 6, x=10.0) == pytest.approx([0, -1, 0, slow - 9, 0, 0], abs=1e-5)
+
+
+def test_gradients_are_clipped_by_their_global_norm():
+    """Across groups: the norm of 3 and 4 is 5."""
+    params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
+    optim = replace(PLAIN, clip_norm=1.0, groups=(ParamGroup("b", multiplier=2.0),))
+    (updates,), _ = updates_of(optim.make_tx(1), params, [{"a": jnp.array([3.0]), "b": jnp.array([4.0])}])
+    np.testing.assert_allclose([*updates["a"], *updates["b"]], [-0.6, -1.6], rtol=1e-6)
+
+
+def test_gradients_are_clipped_after_accumulation():
+    tx = replace(PLAIN, accumulate_steps=2, clip_norm=1.0).make_tx(num_steps=2)
+    assert scalar_updates(tx, [4.0, 0.0]) == pytest.approx([0, -1])  # Clipped before, it would be 0.5.
+
+
+def test_a_small_gradient_is_not_clipped():
+    assert scalar_updates(replace(PLAIN, clip_norm=1.0).make_tx(1), [0.25]) == [-0.25]
+
+
+def test_a_run_too_short_for_its_optimizer():
+    with pytest.raises(UserError, match=r"`optim.accumulate_steps` must be at most the 3 steps of the run, got 4\."):
+        Adam(accumulate_steps=4).make_tx(num_steps=3)
+    with pytest.raises(UserError, match=r"`optim.lookahead` must be at most the 4 updates of the run, got 5\."):
+        Adam(accumulate_steps=2, lookahead=5).make_tx(num_steps=9)
+
+
+# --- Groups -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_matching_group_labels_a_parameter():
+    groups = (ParamGroup("^Conv_0/"), ParamGroup("bias$"), ParamGroup("^head$"))
+    x = jnp.zeros(1)
+    params = {"Conv_0": {"kernel": x, "bias": x}, "Conv_1": {"kernel": x, "bias": x}, "head": x}
+    rest = "(the other parameters)"
+    assert param_labels(params, groups) == {
+        "Conv_0": {"kernel": "^Conv_0/", "bias": "^Conv_0/"},
+        "Conv_1": {"kernel": rest, "bias": "bias$"},
+        "head": "^head$",
+    }
+
+
+def test_the_first_matching_group_determines_the_learning_rate():
+    groups = (ParamGroup("^Conv_0/", multiplier=2.0), ParamGroup("kernel", multiplier=8.0))
+    params = {"Conv_0": {"kernel": jnp.zeros(1)}, "Conv_1": {"kernel": jnp.zeros(1)}, "head": jnp.zeros(1)}
+    (updates,), _ = updates_of(replace(PLAIN, groups=groups).make_tx(1), params, ones_like(params))
+    assert jax.tree.map(float, jax.tree.map(jnp.squeeze, updates)) == {
+        "Conv_0": {"kernel": -2.0},
+        "Conv_1": {"kernel": -8.0},
+        "head": -1.0,
+    }
+
+
+@pytest.mark.parametrize("optim", [PLAIN, Adam(), Muon()], ids=["sgd", "adam", "muon"])
+def test_the_multiplier_leaves_the_weight_decay_per_update(optim):
+    """With a gradient of 0 only the decay moves a matrix: by 0.1 · 0.5 of its value, in every group."""
+    optim = replace(optim, learning_rate=0.1, weight_decay=0.5, groups=(ParamGroup("b", multiplier=8.0),))
+    if isinstance(optim, Muon):
+        optim = replace(optim, sgd_momentum=0.0)
+    params = {"a": jnp.ones((1, 1)), "b": jnp.ones((1, 1))}
+    (updates,), _ = updates_of(optim.make_tx(1), params, [jax.tree.map(jnp.zeros_like, params)])
+    np.testing.assert_allclose([updates["a"], updates["b"]], np.full((2, 1, 1), -0.05), rtol=1e-6)
+
+
+@pytest.mark.parametrize("optim", [SGD(weight_decay=0.1), Adam(weight_decay=0.1), Muon(weight_decay=0.1)])
+@pytest.mark.parametrize(("num_epochs", "moving"), [(0, 0), (1, 2), (None, 6)])
+def test_a_frozen_group_does_not_move(optim, num_epochs, moving):
+    """Despite momentum and weight decay: of six updates in three epochs, those of its epochs move it."""
+    optim = replace(optim, groups=(ParamGroup("^(whiten|Conv_0)/", num_epochs=num_epochs),))
+    all_updates, _ = updates_of(optim.make_tx(6, num_epochs=3), SPEEDNET, ones_like(SPEEDNET, 6))
+    for update, moves in zip(all_updates, [True] * moving + [False] * (6 - moving), strict=True):
+        leaves = [update["whiten"]["bias"], update["Conv_0"]["kernel"]]
+        if isinstance(optim, Muon) and num_epochs:
+            leaves.pop()  # Muon keeps the norm of a kernel, whatever its learning rate.
+        for leaf in leaves:
+            assert np.all(leaf != 0) if moves else not np.any(leaf)
+        assert np.all(update["head"] != 0)
+
+
+def test_a_group_that_is_frozen_from_the_start_does_not_move_under_lookahead():
+    optim = replace(PLAIN, lookahead=2, groups=(ParamGroup("x", num_epochs=0),))
+    assert scalar_updates(optim.make_tx(5), [1.0] * 5, x=0.3) == [0, 0, 0, 0, 0]
+
+
+def test_a_group_that_is_frozen_from_the_start_has_no_state():
+    params = {"a": jnp.zeros(3), "b": jnp.zeros(5)}
+    tx = SGD(groups=(ParamGroup("b", num_epochs=0),)).make_tx(1)
+    assert [leaf.shape for leaf in jax.tree.leaves(tx.init(params)) if leaf.ndim] == [(3,)]
+
+
+def test_a_group_without_a_parameter():
+    rule = r"`optim.groups` must each match a parameter, got 'kernle'\. Parameters: \['Conv_0/kernel', .*'head', "
+    with pytest.raises(UserError, match=rule):
+        SGD(groups=(ParamGroup("kernle"),)).make_tx(1).init(SPEEDNET)
+    with pytest.raises(UserError, match=r"got '\^Conv_0/kernel'\."):  # An earlier group has all of its parameters.
+        param_labels(SPEEDNET, (ParamGroup("Conv"), ParamGroup("^Conv_0/kernel")))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"pattern": "("}, r"`pattern` must be a regular expression, got '\(' \(missing \), unterminated subpattern"),
+        ({"multiplier": 0.0}, r"`multiplier` must be above 0 and finite \(`num_epochs=0` freezes\), got 0\.0\."),
+        ({"multiplier": float("inf")}, "`multiplier` must be above 0 and finite .*, got inf"),
+        ({"num_epochs": -1}, r"`num_epochs` must be at least 0, got -1\."),
+    ],
+)
+def test_invalid_groups(fields, message):
+    with pytest.raises(UserError, match=message):
+        ParamGroup(**{"pattern": "kernel", **fields})
+
+
+def test_two_groups_of_the_same_pattern():
+    with pytest.raises(UserError, match=r"`optim.groups` must be of distinct patterns, got \['a', 'b', 'a'\]\."):
+        SGD(groups=(ParamGroup("a"), ParamGroup("b"), ParamGroup("a", multiplier=2.0)))
+
+
+# --- Frozen parameters ------------------------------------------------------------------------------------------------
+
+WHITEN_ONE_EPOCH = (ParamGroup("^whiten/", num_epochs=1),)
+
+
+@pytest.mark.parametrize(
+    ("accumulate_steps", "num_steps", "end"), [(1, 6, 2), (2, 12, 4), (2, 13, 4), (1, 7, 2), (1, 8, 3)]
+)
+def test_parameters_are_frozen_after_the_last_step_that_moves_them(accumulate_steps, num_steps, end):
+    """After a third of the updates, rounded: round(8 / 3) = 3."""
+    optim = SGD(accumulate_steps=accumulate_steps, groups=WHITEN_ONE_EPOCH)
+    updates, _ = updates_of(optim.make_tx(num_steps, num_epochs=3), SPEEDNET, ones_like(SPEEDNET, num_steps))
+    assert max(step for step, update in enumerate(updates) if update["whiten"]["bias"].any()) == end - 1
+    frozen = [optim.frozen(SPEEDNET, step, num_steps, 3) for step in range(num_steps)]
     assert frozen == [()] * end + [("whiten",)] * (num_steps - end)
-    assert frozen_parts(config, {"Conv_0": {}}, num_steps - 1, num_steps, 3) == ()
 
 
-def test_a_run_with_a_frozen_whitening_bias_ends_in_the_same_parameters():
-    config = OptimConfig(
-        name="muon", learning_rate=0.1, weight_decay=0.01, whiten_epochs=1, whiten_scale=4.0, accumulate=2
-    )
+def test_parameters_of_zero_epochs_are_frozen_from_the_start():
+    optim = Muon(groups=(ParamGroup("^head$", num_epochs=0), *WHITEN_ONE_EPOCH))
+    frozen = [optim.frozen(SPEEDNET, step, num_steps=2, num_epochs=2) for step in range(2)]
+    assert frozen == [("head",), ("whiten", "head")]
+
+
+@pytest.mark.parametrize(
+    "optim",
+    [
+        SGD(),
+        SGD(groups=(ParamGroup("^whiten/", multiplier=4.0),)),
+        SGD(groups=WHITEN_ONE_EPOCH, clip_norm=1.0),  # The global norm depends on every gradient.
+    ],
+    ids=["no groups", "no end", "clip_norm"],
+)
+def test_parameters_whose_gradient_affects_an_update_are_not_frozen(optim):
+    assert {optim.frozen(SPEEDNET, step, num_steps=6, num_epochs=3) for step in range(6)} == {()}
+
+
+def test_a_module_of_which_a_part_is_frozen_is_not_frozen():
+    x = jnp.zeros(1)
+    params = {"Conv_0": {"kernel": x, "bias": x}, "Dense_0": {"bias": x}}
+    optim = SGD(groups=(ParamGroup("bias$", num_epochs=0),))
+    assert optim.frozen(params, 0, num_steps=2, num_epochs=1) == ("Dense_0",)
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, image, *, train):
+        return nn.Dense(10)(nn.gelu(nn.Conv(4, (3, 3))(image)).mean((1, 2)))
+
+
+def test_a_run_that_skips_frozen_gradients_ends_in_the_same_parameters():
     num_steps, half = 8, 4
-    model, tx = make_model(ModelConfig(name="speednet", widths=(4, 8, 8)), 10), make_tx(config, num_steps, 2)
-    rng = np.random.default_rng(0)
-    image, kernel = rng.normal(size=(16, 9, 9, 3)).astype(np.float32), rng.normal(size=(2, 2, 3, 24))
-    batch = Batch(image, np.arange(16, dtype=np.int32) % 10, np.ones(16, bool))
+    groups = (ParamGroup("^Dense_0/", multiplier=4.0, num_epochs=1),)
+    optim = Muon(learning_rate=0.1, weight_decay=0.01, accumulate_steps=2, groups=groups)
+    model, tx = Net(), optim.make_tx(num_steps, num_epochs=2)
+    image = np.random.default_rng(0).normal(size=(8, 6, 6, 3)).astype(np.float32)
+    batch = Batch(image, np.arange(8, dtype=np.int32), np.ones(8, bool))
 
-    def train(parts):
-        state = init_state(jax.random.key(0), image[:1], model=model, tx=tx)
-        stats = {**state.batch_stats, "whiten": {"kernel": jnp.asarray(kernel, jnp.float32) / 4}}
-        state, biases = state._replace(batch_stats=stats), []
+    def train(frozen_of):
+        state, layers = init_state(jax.random.key(0), image, model=model, tx=tx), []
         for step in range(num_steps):
-            frozen = parts(config, state.params, step, num_steps, 2)
+            frozen = frozen_of(state.params, step, num_steps, 2)
             state, _ = train_step(state, batch, jax.random.key(1), model=model, tx=tx, frozen=frozen)
-            biases.append(np.asarray(state.params["whiten"]["bias"]))
-        return jax.device_get(state.params), biases
+            layers.append(jax.device_get(state.params["Dense_0"]))
+        return jax.device_get(state.params), layers
 
-    with_frozen, biases = train(frozen_parts)
+    with_frozen, layers = train(optim.frozen)
     without, _ = train(lambda *args: ())
-    assert np.abs(biases[half - 1]).min() > 0
-    for bias in biases[half:]:
-        np.testing.assert_array_equal(bias, biases[half - 1])
+    assert np.abs(layers[half - 1]["bias"]).min() > 0
+    for layer in layers[half:]:
+        jax.tree.map(np.testing.assert_array_equal, layer, layers[half - 1])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8), with_frozen, without)
 
 
-def test_muon_by_numpy():
-    """The momentum's matrix, orthogonalised by three steps of Newton and Schulz, on a kernel brought to its norm."""
-    rng = np.random.default_rng(0)
-    kernel, *grads = (rng.normal(size=(3, 3, 2, 4)).astype(np.float32) for _ in range(3))
-    params = {**SPEEDNET, "Conv_0": {"kernel": jnp.asarray(kernel)}}
-    tx = make_tx(OptimConfig(name="muon", learning_rate=0.24, muon_momentum=0.6), num_steps=2)
-    state, m, wanted = tx.init(params), np.zeros((18, 4)), kernel.astype(np.float64).reshape(18, 4)
-    for grad in grads:
-        given = {**jax.tree.map(jnp.zeros_like, params), "Conv_0": {"kernel": jnp.asarray(grad)}}
-        updates, state = tx.update(given, state, params)
-        params = optax.apply_updates(params, updates)
-        g = grad.astype(np.float64).reshape(18, 4)
-        m = 0.6 * m + g
-        ahead = g + 0.6 * m  # Nesterov's look ahead, as of airbench94_muon.
-        x = ahead / np.linalg.norm(ahead)
-        for _ in range(3):  # Keller Jordan (2024): the quintic with these coefficients.
-            gram = x.T @ x
-            x = 3.4445 * x + x @ (-4.7750 * gram + 2.0315 * gram @ gram)
-        wanted = wanted * 2 / np.linalg.norm(wanted) - 0.24 * x
-    got = np.asarray(params["Conv_0"]["kernel"], np.float64).reshape(18, 4)
-    np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-6)
+# --- User-defined optimizers ------------------------------------------------------------------------------------------
 
 
-def test_kernels_are_orthogonalised_together_as_each_alone(monkeypatch):
-    """On an accelerator, in bfloat16 and filled up with zeros to the largest; one has more columns than rows."""
-    rng = np.random.default_rng(0)
-    shapes = {"wide": (1, 1, 3, 8), "small": (3, 3, 2, 4), "large": (3, 3, 4, 6)}
-    kernels = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
-    update = orthogonalize().update
-    exact = {name: update({name: kernel}, optax.EmptyState())[0][name] for name, kernel in kernels.items()}
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *operands, cpu, default: default(*operands))
-    together, _ = update(kernels, optax.EmptyState())
-    for name, shape in shapes.items():
-        alone = update({name: kernels[name]}, optax.EmptyState())[0][name]
-        assert together[name].shape == shape
-        assert together[name].dtype == jnp.float32
-        assert jnp.any(together[name] != exact[name])  # It is in bfloat16.
-        np.testing.assert_allclose(together[name], alone, rtol=0, atol=2**-7)
-        # The first rounding, 2**-9, is multiplied in each of the three steps, as small values are.
-        np.testing.assert_allclose(together[name], exact[name], rtol=0, atol=3.4445**3 * 2**-9)
+@dataclass(frozen=True)
+class SignDescent(Optimizer):
+    """Moves by the sign of the gradient, with a field of its own and a schedule of its own."""
+
+    scale: float = 1.0
+
+    def transform(self, learning_rate):
+        return optax.chain(optax.scale_by_sign(), optax.scale(self.scale), optax.scale_by_learning_rate(learning_rate))
+
+    def make_schedule(self, num_updates):
+        return lambda update: self.learning_rate * (num_updates - update)
 
 
-def test_keep_norm_by_hand():
-    params = jnp.array([3.0, 0.0, 0.0, 4.0]).reshape(1, 1, 1, 4)  # Norm 5, and 4 features: to the norm 2.
-    update = jnp.full((1, 1, 1, 4), 0.5)
-    tx = keep_norm()
-    updates, _ = tx.update(update, tx.init(params), params)
-    np.testing.assert_allclose((params + updates).ravel(), [1.7, 0.5, 0.5, 2.1], rtol=1e-6)
+def test_a_user_defined_optimizer_by_hand():
+    """It takes part in accumulation and groups, which keep its own field."""
+    optim = SignDescent(learning_rate=0.5, scale=3.0, accumulate_steps=2, groups=(ParamGroup("b", multiplier=2.0),))
+    params = {"a": jnp.array(0.0), "b": jnp.array(0.0)}
+    grads = [{"a": jnp.array(a), "b": jnp.array(-a)} for a in (5.0, -1.0, -7.0, 1.0)]
+    updates, _ = updates_of(optim.make_tx(4), params, grads)
+    assert [float(update["a"]) for update in updates] == [0, -3.0, 0, 1.5]  # Learning rates 1 and 0.5.
+    assert [float(update["b"]) for update in updates] == [0, 6.0, 0, -3.0]
 
 
-def test_lookahead_by_hand():
-    """Plain steps of -1 from 10; every 2 updates fast and slow meet; the last of 5 leaves the average."""
-    tx = lookahead(optax.sgd(1.0), 2, 5)
-    params = {"x": jnp.array([10.0])}
-    state, got = tx.init(params), []
-    for _ in range(5):
-        updates, state = tx.update({"x": jnp.ones(1)}, state, params)
-        params = optax.apply_updates(params, updates)
-        got.append(float(params["x"][0]))
-    decay = [0.95**2 * (step / 5) ** 3 for step in (2, 4)]
-    meet2 = decay[0] * 10 + (1 - decay[0]) * 8
-    meet4 = decay[1] * meet2 + (1 - decay[1]) * (meet2 - 2)
-    np.testing.assert_allclose(got, [9, meet2, meet2 - 1, meet4, meet4], rtol=1e-6)
+def test_an_optimizer_without_transform():
+    @dataclass(frozen=True)
+    class Unfinished(Optimizer):
+        pass
+
+    with pytest.raises(NotImplementedError, match=r"Unfinished must define transform\(self, learning_rate\)\."):
+        Unfinished().make_tx(1)
 
 
-def test_accumulated_gradients_equal_one_larger_batch():
-    params = {"x": jnp.array([[1.0, 2.0]])}
-    grads = [{"x": jnp.array([[2.0, 0.0]])}, {"x": jnp.array([[4.0, 6.0]])}]
-    one, two = make_tx(OptimConfig(), 1), make_tx(OptimConfig(accumulate=2), 2)
-    expected, _ = one.update({"x": jnp.array([[3.0, 3.0]])}, one.init(params), params)
-    state = two.init(params)
-    first, state = two.update(grads[0], state, params)
-    second, _ = two.update(grads[1], state, params)
-    np.testing.assert_array_equal(first["x"], [[0, 0]])
-    np.testing.assert_allclose(second["x"], expected["x"], rtol=1e-6)
+@pytest.mark.parametrize(
+    ("optim", "expected"),
+    [
+        (SGD(), False),
+        (SGD(accumulate_steps=2, clip_norm=1.0, weight_decay=0.1, groups=(ParamGroup("x", multiplier=2.0),)), False),
+        (SGD(groups=WHITEN_ONE_EPOCH), False),  # It ends with a whole number of updates.
+        (SGD(groups=(ParamGroup("x", num_epochs=0),), accumulate_steps=2), False),
+        (SGD(groups=WHITEN_ONE_EPOCH, accumulate_steps=2), True),  # The rounded end of the group.
+        (SGD(schedule="one_cycle"), True),
+        (SGD(lookahead=2), True),
+        (SignDescent(), True),  # Its schedule is unknown.
+    ],
+)
+def test_which_optimizers_depend_on_the_length_of_the_run(optim, expected):
+    assert optim.depends_on_length() is expected
 
 
-def test_gradients_are_clipped_together():
-    config = OptimConfig(name="sgd", learning_rate=1.0, momentum=0.0, clip_norm=1.0)
-    tx = make_tx(config, 1)
-    params = {"Conv_0": {"kernel": jnp.zeros((1, 1, 1, 1))}, "head": jnp.zeros((1, 1))}
-    grads = {"Conv_0": {"kernel": jnp.full((1, 1, 1, 1), 3.0)}, "head": jnp.full((1, 1), 4.0)}
-    updates, _ = tx.update(grads, tx.init(params), params)
-    np.testing.assert_allclose(updates["Conv_0"]["kernel"].ravel(), [-0.6], rtol=1e-6)
-    np.testing.assert_allclose(updates["head"].ravel(), [-0.8], rtol=1e-6)
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"learning_rate": 0.0}, r"`optim.learning_rate` must be above 0 and finite, got 0\.0\."),
+        ({"learning_rate": float("nan")}, "`optim.learning_rate` must be above 0 and finite, got nan"),
+        ({"schedule": "one_cycel"}, "`optim.schedule` must be a known name, got 'one_cycel'. Did you mean one_cycle"),
+        ({"warmup": 1.0}, "`optim.warmup` must be at least 0 and below 1, got 1"),
+        ({"init_factor": -0.1}, "`optim.init_factor` must be between 0 and 1, got -0.1"),
+        ({"end_factor": 2.0}, "`optim.end_factor` must be between 0 and 1, got 2"),
+        ({"weight_decay": -1.0}, "`optim.weight_decay` must be at least 0 and finite, got -1"),
+        ({"clip_norm": float("inf")}, "`optim.clip_norm` must be at least 0 and finite, got inf"),
+        ({"accumulate_steps": 0}, "`optim.accumulate_steps` must be at least 1, got 0"),
+        ({"lookahead": -1}, "`optim.lookahead` must be at least 0, got -1"),
+    ],
+)
+def test_invalid_options(fields, message):
+    with pytest.raises(UserError, match=message):
+        SGD(**fields)

@@ -8,203 +8,258 @@ import optax
 import pytest
 
 from cnnjax import CNN, MLP, UserError, init_state
+from cnnjax.errors import StorageError
 from cnnjax.runs.checkpoints import Checkpoints, all_finite, recover
 
-TX = optax.adam(1e-3)
+MODEL, TX = MLP(3), optax.adam(1e-3)
 
 
-def make_state(model, step=0, seed=0):
+def make_state(model=MODEL, step=0, seed=0):
     state = init_state(jax.random.key(seed), jnp.zeros((1, 8, 8, 1)), model=model, tx=TX)
     return state._replace(step=jnp.int32(step))
 
 
-def save(checkpoints, step, accuracy=None, seed=0):
-    scores = None if accuracy is None else {"accuracy": accuracy}
-    checkpoints.save(make_state(MLP(3), step, seed), {"seconds": 1.5, "totals": [0.1, 2, 3]}, scores)
+def make_abstract_state(model):
+    return jax.eval_shape(lambda: make_state(model))
 
 
-def steps(folder):
+def save_epochs(folder, *accuracies):
+    """Saves a checkpoint for each of epochs 1, 2, ... with these validation accuracies."""
+    with closing(Checkpoints(folder)) as checkpoints:
+        for epoch, accuracy in enumerate(accuracies, 1):
+            best = max(range(epoch), key=lambda i: (accuracies[i], i)) + 1
+            checkpoints.save(make_state(step=epoch), {"best_step": best}, {"accuracy": accuracy})
+
+
+def kept_steps(folder):
     return sorted(int(path.name) for path in folder.iterdir())
 
 
-def test_restores_every_leaf_with_its_dtype(tmp_path):
-    with closing(Checkpoints(tmp_path)) as checkpoints:
-        save(checkpoints, 5, 0.5, seed=3)
-    with closing(Checkpoints(tmp_path)) as checkpoints:
+def run_recover(folder):
+    """Returns the steps that `recover` leaves, and what it says."""
+    lines = []
+    recover(folder, lines.append)
+    return kept_steps(folder), " ".join(lines)
+
+
+def largest_file(checkpoint):
+    return max((path for path in checkpoint.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def flip_bit(checkpoint):
+    """Flips one bit in the largest file. Orbax would load it silently."""
+    path = largest_file(checkpoint)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "checkpoints"
+
+
+def test_restore_returns_every_leaf_with_its_dtype_and_the_progress(folder):
+    expected, saved = make_state(step=5, seed=3), {"seconds": 1.5, "totals": [0.1, 2, 3]}
+    with closing(Checkpoints(folder)) as checkpoints:
+        checkpoints.save(expected, saved, {"accuracy": 0.5})
+    with closing(Checkpoints(folder)) as checkpoints:
         assert checkpoints.latest() == 5
-        state, progress = checkpoints.restore(5, make_state(MLP(3)))
-    expected = make_state(MLP(3), 5, seed=3)
+        state, progress = checkpoints.restore(5, make_abstract_state(MODEL))
     assert jax.tree.structure(state) == jax.tree.structure(expected)
     for got, leaf in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
         assert got.dtype == leaf.dtype
         np.testing.assert_array_equal(got, leaf)
-    assert progress == {"seconds": 1.5, "totals": [0.1, 2, 3]}
+    assert progress == saved
 
 
-def test_keeps_the_last_and_the_best(tmp_path):
-    with closing(Checkpoints(tmp_path)) as checkpoints:
-        for step, accuracy in ((1, 0.2), (2, 0.9), (3, 0.5), (4, 0.4)):
-            save(checkpoints, step, accuracy)
+def test_keeps_the_latest_two_and_the_best_two(folder):
+    save_epochs(folder, 0.1, 0.8, 0.9, 0.5, 0.4, 0.3)
+    assert kept_steps(folder) == [2, 3, 5, 6]
+    with closing(Checkpoints(folder)) as checkpoints:
+        assert (checkpoints.best(), checkpoints.latest()) == (3, 6)
+        checkpoints.save(make_state(step=7), {})  # Within an epoch, so without a score.
         checkpoints.wait()
-        assert steps(tmp_path) == [2, 3, 4]
-        assert (checkpoints.best(), checkpoints.latest()) == (2, 4)
-        save(checkpoints, 5)  # Within an epoch: no score.
+        assert kept_steps(folder) == [2, 3, 6, 7]
+        assert (checkpoints.best(), checkpoints.latest()) == (3, 7)
+        checkpoints.save(make_state(step=8), {}, {"accuracy": 0.9})  # Equals the best: the later one counts.
         checkpoints.wait()
-        assert steps(tmp_path) == [2, 3, 4, 5]
-        save(checkpoints, 6, 0.9)  # As good as the best: the later one counts.
+        assert kept_steps(folder) == [3, 7, 8]
+        assert checkpoints.best() == 8
+        checkpoints.save(make_state(step=9), {}, {"accuracy": 0.2})
         checkpoints.wait()
-        assert steps(tmp_path) == [2, 5, 6]
-        assert checkpoints.best() == 6
+        assert kept_steps(folder) == [3, 8, 9]
 
 
-def test_nothing_is_there_at_first(tmp_path):
-    with closing(Checkpoints(tmp_path)) as checkpoints:
+def test_without_validation_the_latest_epoch_is_the_best(folder):
+    with closing(Checkpoints(folder)) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(make_state(step=step), {}, {"num_examples": 0})
+        checkpoints.save(make_state(step=4), {})
+        checkpoints.wait()
+        assert (checkpoints.best(), checkpoints.latest()) == (3, 4)
+        assert kept_steps(folder) == [2, 3, 4]
+
+
+def test_empty_directory_has_no_checkpoints(folder):
+    with closing(Checkpoints(folder)) as checkpoints:
         assert checkpoints.latest() is None
         assert checkpoints.best() is None
 
 
-def test_a_donated_state_is_saved_as_it_was(tmp_path):
-    bump = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)
-    state = make_state(MLP(3), 1)
+def test_state_may_be_donated_while_it_is_saved(folder):
+    increment = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)
+    state = increment(make_state())  # Compiles, so that the buffers below are reused at once.
     expected = jax.tree.map(np.array, state)
-    with closing(Checkpoints(tmp_path)) as checkpoints:
+    with closing(Checkpoints(folder)) as checkpoints:
         checkpoints.save(state, {})
         for _ in range(20):
-            state = bump(state)
+            state = increment(state)
         jax.block_until_ready(state)
         checkpoints.wait()
         restored, _ = checkpoints.restore(1, state)
     jax.tree.map(np.testing.assert_array_equal, restored, expected)
 
 
-def test_a_checkpoint_of_another_model(tmp_path):
-    with closing(Checkpoints(tmp_path)) as checkpoints:
-        save(checkpoints, 1)
-        checkpoints.wait()
-        with pytest.raises(UserError, match=r"Dense_2/bias` has shape \(3,\) \(float32\) there and shape \(4,\)"):
-            checkpoints.restore(1, make_state(MLP(4)))
-        with pytest.raises(UserError, match=r"must be of the same model and optimizer.*no values there and shape"):
-            checkpoints.restore(1, make_state(CNN(3)))
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (MLP(4), r"Dense_2/bias` has shape \(3,\) \(float32\) there and shape \(4,\) \(float32\) here"),
+        (CNN(3), r"1 must match the model and the optimizer, but .* has no value there and shape"),
+    ],
+)
+def test_checkpoint_of_another_model_is_rejected(folder, model, message):
+    save_epochs(folder, 0.1)
+    with closing(Checkpoints(folder)) as checkpoints:
+        with pytest.raises(UserError, match=message):
+            checkpoints.restore(1, make_abstract_state(model))
 
 
-def test_a_truncated_checkpoint(tmp_path):
-    with closing(Checkpoints(tmp_path)) as checkpoints:
-        save(checkpoints, 1)
-    data = max((path for path in tmp_path.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
-    data.write_bytes(data.read_bytes()[:1000])
-    with closing(Checkpoints(tmp_path)) as checkpoints:
+def truncate(checkpoint):
+    path = largest_file(checkpoint)
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+@pytest.mark.parametrize("damage", [flip_bit, truncate])
+def test_damaged_checkpoint_is_not_restored(folder, damage):
+    save_epochs(folder, 0.1)
+    damage(folder / "1")
+    with closing(Checkpoints(folder)) as checkpoints:
+        with pytest.raises(UserError, match=r"1 must match its checksums, but state/.* is damaged\. If .* --resume"):
+            checkpoints.restore(1, make_abstract_state(MODEL))
+
+
+def save_again(checkpoints):
+    checkpoints.save(make_state(step=2), {})
+
+
+@pytest.mark.parametrize("call", [save_again, Checkpoints.wait, Checkpoints.close])
+def test_failed_save_is_reported_once_by_the_next_call(folder, small_disk, call):
+    with closing(Checkpoints(folder)) as checkpoints:
+        checkpoints.save(make_state(step=1), {})
         with pytest.raises(
-            UserError, match=r"checkpoint .*1 must agree with its checksums, got state/.* is damaged\. A run"
+            StorageError, match=r"could not be written in .*\(File too large\).* resume it with --resume"
         ):
-            checkpoints.restore(1, make_state(MLP(3)))
+            call(checkpoints)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_all_finite_sees_a_single_bad_value(value):
-    state = make_state(MLP(3))
+def test_all_finite_finds_a_single_value(value):
+    state = make_state()
     assert all_finite(state)
     bias = state.params["Dense_1"]["bias"].at[3].set(value)
     assert not all_finite(state._replace(params={**state.params, "Dense_1": {**state.params["Dense_1"], "bias": bias}}))
 
 
-def flip_a_bit(checkpoint):
-    """Changes one bit of the largest file: Orbax loads it without a word."""
-    path = max((path for path in checkpoint.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def save_epochs(folder, *accuracies):
-    """Checkpoints of epochs 1, 2, ... with these validation accuracies."""
-    with closing(Checkpoints(folder)) as checkpoints:
-        best = 0
-        for epoch, accuracy in enumerate(accuracies, 1):
-            best = max(best, epoch, key=lambda e: (accuracies[e - 1], e) if e else (-1, 0))
-            checkpoints.save(make_state(MLP(3), epoch), {"best_step": best}, {"accuracy": accuracy})
-
-
-def recovered(folder):
-    lines = []
-    recover(folder, lines.append)
-    return steps(folder), " ".join(lines)
-
-
-def test_a_flipped_bit_is_found_and_the_previous_checkpoint_is_left(tmp_path):
-    folder = tmp_path / "checkpoints"
+def test_recover_leaves_intact_checkpoints_in_place(folder):
     save_epochs(folder, 0.1, 0.2, 0.3)
-    assert recovered(folder) == ([2, 3], "")
-    flip_a_bit(folder / "3")
-    with closing(Checkpoints(folder)) as checkpoints:
-        with pytest.raises(UserError, match=r"checkpoint .*3 must agree with its checksums, got state/.* is damaged"):
-            checkpoints.restore(3, make_state(MLP(3)))
-    left, told = recovered(folder)
-    assert left == [2]
-    assert "The checkpoint of step 3 cannot be used: state/" in told
-    assert told.endswith(f"is damaged. It is now {tmp_path / 'damaged' / '3'}; going on from the checkpoint of step 2.")
-    assert steps(tmp_path / "damaged") == [3]
+    assert run_recover(folder) == ([2, 3], "")
 
 
-def test_a_checkpoint_without_its_checksums_was_not_finished(tmp_path):
-    folder = tmp_path / "checkpoints"
+def test_recover_moves_a_damaged_latest_checkpoint(folder):
+    save_epochs(folder, 0.1, 0.2, 0.3)
+    flip_bit(folder / "3")
+    steps, said = run_recover(folder)
+    assert steps == [2]
+    assert said.startswith("The checkpoint of step 3 cannot be used: state/")
+    moved = folder.parent / "damaged" / "3"
+    assert said.endswith(f"is damaged. It has been moved to {moved}. Training resumes from step 2.")
+    assert moved.is_dir()
+
+
+def test_recover_moves_a_damaged_older_checkpoint(folder):
+    save_epochs(folder, 0.1, 0.2, 0.3)
+    flip_bit(folder / "2")
+    (folder / "2" / "_CHECKPOINT_METADATA").unlink()
+    steps, said = run_recover(folder)
+    assert steps == [3]
+    assert said.startswith("The checkpoint of step 2 cannot be used: _CHECKPOINT_METADATA is missing.")
+    assert said.endswith("Training resumes from step 3.")
+    assert kept_steps(folder.parent / "damaged") == [2]
+
+
+def test_recover_keeps_an_earlier_damaged_checkpoint_of_the_same_step(folder):
+    for _ in range(2):
+        save_epochs(folder, 0.1)
+        flip_bit(folder / "1")
+        run_recover(folder)
+    assert sorted(path.name for path in (folder.parent / "damaged").iterdir()) == ["1", "1.1"]
+
+
+def test_recover_falls_back_on_the_second_best(folder):
+    save_epochs(folder, 0.8, 0.5, 0.4, 0.9)
+    assert kept_steps(folder) == [1, 3, 4]
+    flip_bit(folder / "4")  # The latest and the best. The best checkpoint of step 3 is step 1.
+    steps, said = run_recover(folder)
+    assert steps == [1, 3]
+    assert said.endswith("Training resumes from step 3.")
+
+
+def test_recover_discards_checkpoints_without_their_best(folder):
+    save_epochs(folder, 0.1, 0.9, 0.3, 0.4)
+    assert kept_steps(folder) == [2, 3, 4]
+    flip_bit(folder / "2")
+    steps, said = run_recover(folder)
+    assert steps == []  # The best checkpoint of steps 3 and 4 is step 2.
+    assert "step 4 cannot be used: its best checkpoint, of step 2, is missing or damaged." in said
+    assert said.count("Training starts again from step 0.") == 3
+
+
+def test_recover_deletes_an_interrupted_save(folder):
     save_epochs(folder, 0.1, 0.2)
-    (folder / "2" / "SHA256SUMS").unlink()
-    left, told = recovered(folder)
-    assert left == [1]
-    assert told == (
-        "The checkpoint of step 2 was left half written or half removed. It is removed; "
-        "going on from the checkpoint of step 1."
+    (folder / "2" / "SHA256SUMS").unlink()  # It is written last.
+    assert run_recover(folder) == (
+        [1],
+        "The checkpoint of step 2 was incomplete and has been deleted. Training resumes from step 1.",
     )
 
 
-def test_a_damaged_best_checkpoint_is_made_again(tmp_path):
-    folder = tmp_path / "checkpoints"
-    save_epochs(folder, 0.1, 0.9, 0.3, 0.4)
-    assert steps(folder) == [2, 3, 4]
-    flip_a_bit(folder / "2")
-    left, told = recovered(folder)
-    assert left == []  # 3 and 4 both need 2.
-    assert "step 4 cannot be used: the best checkpoint of its run, 2, is missing or damaged." in told
-    assert told.count("going on from the start") == 3
-
-
-def test_what_a_killed_removal_left_is_removed(tmp_path):
-    folder = tmp_path / "checkpoints"
+def test_recover_deletes_what_an_interrupted_deletion_left(folder):
     save_epochs(folder, 0.1, 0.2, 0.3)
     shutil.copytree(folder / "2", folder / "1")
     (folder / "1" / "_CHECKPOINT_METADATA").unlink()
-    left, told = recovered(folder)
-    assert left == [2, 3]
-    assert told.startswith("The checkpoint of step 1 was left half written or half removed")
+    assert run_recover(folder) == (
+        [2, 3],
+        "The checkpoint of step 1 was incomplete and has been deleted. Training resumes from step 3.",
+    )
 
 
-def test_an_older_checkpoint_that_is_damaged_is_told_and_set_aside(tmp_path):
-    folder = tmp_path / "checkpoints"
-    save_epochs(folder, 0.1, 0.2, 0.3)
-    flip_a_bit(folder / "2")
-    left, told = recovered(folder)
-    assert left == [3]
-    assert "step 2 cannot be used: state/" in told and told.endswith("going on from the checkpoint of step 3.")
-    assert steps(tmp_path / "damaged") == [2]
-
-
-def test_an_intact_checkpoint_of_another_version_stays_where_it_is(tmp_path, monkeypatch):
-    folder = tmp_path / "checkpoints"
+def test_recover_leaves_an_intact_checkpoint_of_another_version_in_place(folder):
     with closing(Checkpoints(folder)) as checkpoints:
-        checkpoints.save(make_state(MLP(3), 1), {"rows": []}, {"accuracy": 0.5})  # No "best_step": not ours.
-    with pytest.raises(UserError, match=r"1 is intact and must be of this version of cnnjax and Orbax, got KeyError"):
+        checkpoints.save(make_state(step=1), {"rows": []}, {"accuracy": 0.5})  # This version writes "best_step".
+    with pytest.raises(UserError, match=r"1 is intact but must be from this version of cnnjax and Orbax, got KeyError"):
         recover(folder, print)
-    assert steps(folder) == [1]
+    assert kept_steps(folder) == [1]
 
 
-def test_a_checkpoint_that_leads_out_of_the_run_is_not_read(tmp_path):
-    folder = tmp_path / "checkpoints"
+def test_recover_does_not_follow_links_out_of_the_directory(folder, tmp_path):
     save_epochs(folder, 0.1)
-    save_epochs(tmp_path / "elsewhere", 0.1, 0.2)
-    (folder / "2").symlink_to(tmp_path / "elsewhere" / "2")
-    (folder / "1" / "state" / "more").symlink_to(tmp_path / "elsewhere")
-    left, told = recovered(folder)
-    assert left == []
-    assert "step 2 cannot be used: 2 leads out of the folder" in told
-    assert "step 1 cannot be used: state/more leads out of the folder" in told
-    assert steps(tmp_path / "elsewhere") == [1, 2]
+    elsewhere = tmp_path / "elsewhere"
+    save_epochs(elsewhere, 0.1, 0.2)
+    (folder / "2").symlink_to(elsewhere / "2")
+    (folder / "1" / "state" / "more").symlink_to(elsewhere)
+    steps, said = run_recover(folder)
+    assert steps == []
+    assert "step 2 cannot be used: 2 is outside the folder" in said
+    assert "step 1 cannot be used: state/more is outside the folder" in said
+    assert kept_steps(elsewhere) == [1, 2]

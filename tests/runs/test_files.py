@@ -1,25 +1,24 @@
 import hashlib
-import os
 import subprocess
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from cnnjax import UserError
-from cnnjax.runs.files import check_sums, read_json, tree_sha256, write_json, write_sums, write_whole
+from cnnjax.runs.files import atomic_write, check_sums, read_json, tree_sha256, write_file, write_json, write_sums
 
 
-def test_a_reader_sees_the_old_file_or_the_new_never_a_part(tmp_path):
-    path, contents = tmp_path / "file", {b"a" * 300_000, b"b" * 500_000}
-    write_whole(path, b"a" * 300_000)
+def test_readers_see_the_old_or_the_new_file_but_no_part_of_it(tmp_path):
+    path, contents = tmp_path / "file", (b"a" * 300_000, b"b" * 500_000)
+    write_file(path, contents[0])
     done = threading.Event()
 
     def write():
-        for _ in range(30):
-            for content in contents:
-                write_whole(path, content)
+        for content in contents * 30:
+            write_file(path, content)
         done.set()
 
     thread = threading.Thread(target=write)
@@ -29,19 +28,31 @@ def test_a_reader_sees_the_old_file_or_the_new_never_a_part(tmp_path):
     thread.join()
 
 
-def test_a_write_that_fails_keeps_the_old_file(tmp_path, monkeypatch):
-    write_whole(tmp_path / "file", "old")
+def test_shared_file_is_complete_with_several_writers(tmp_path):
+    path, contents = tmp_path / "file", [bytes([i]) * 200_000 for i in range(4)]
+    together = threading.Barrier(4, timeout=5)
 
-    def fsync(descriptor):
-        raise OSError(28, "No space left on device")
+    def write(content):
+        for _ in range(5):
+            with atomic_write(path, shared=True) as file:
+                file.write(content[:100_000])
+                together.wait()
+                file.write(content[100_000:])
 
-    monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(OSError, match="No space left"):
-        write_whole(tmp_path / "file", "new")
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, contents))
+    assert path.read_bytes() in contents
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_failed_write_keeps_the_old_file(tmp_path, small_disk):
+    write_file(tmp_path / "file", "old")
+    with pytest.raises(OSError, match="File too large"):
+        write_file(tmp_path / "file", "new" * 200_000)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "old")]
 
 
-def test_json_that_is_missing_or_damaged(tmp_path):
+def test_json_file_must_exist_and_be_valid(tmp_path):
     write_json(tmp_path / "a.json", {"x": [1, None]})
     assert read_json(tmp_path / "a.json") == {"x": [1, None]}
     with pytest.raises(UserError, match=r"b\.json must be a readable JSON file, got .*No such file"):
@@ -52,7 +63,7 @@ def test_json_that_is_missing_or_damaged(tmp_path):
             read_json(tmp_path / "b.json")
 
 
-def test_the_digest_of_a_tree_is_that_of_its_description_and_bytes():
+def test_tree_digest_by_hand():
     kernel, bias = np.arange(6, dtype=np.float32).reshape(2, 3), np.zeros(3, np.int32)
     expected = hashlib.sha256(
         b"['bias'] int32 [3]\n" + bias.tobytes() + b"['kernel'] float32 [2, 3]\n" + kernel.tobytes()
@@ -63,14 +74,14 @@ def test_the_digest_of_a_tree_is_that_of_its_description_and_bytes():
 @pytest.mark.parametrize(
     "other",
     [
-        {"a": jnp.float32(-0.0)},  # Equal to 0.0, but not in its bits.
+        {"a": jnp.float32(-0.0)},  # Equals 0.0, but its bits differ.
         {"b": jnp.float32(0.0)},
         {"a": jnp.int32(0)},
         {"a": jnp.zeros((1,))},
         {"a": jnp.float32(1e-45)},
     ],
 )
-def test_the_digest_of_a_tree_sees_name_dtype_shape_and_every_bit(other):
+def test_tree_digest_depends_on_name_dtype_shape_and_every_bit(other):
     assert tree_sha256({"a": jnp.float32(0.0)}) != tree_sha256(other)
 
 
@@ -84,13 +95,13 @@ def folder(tmp_path):
     return folder
 
 
-def test_coreutils_agree_with_our_checksums(folder):
+def test_checksums_have_the_format_of_coreutils(folder):
     done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=folder, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["a: OK", "sub/b: OK"]
     assert check_sums(folder) == {"a": "ok", "sub/b": "ok"}
 
 
-def test_what_is_wrong_with_files(folder, tmp_path):
+def test_status_of_changed_missing_new_and_linked_files(folder, tmp_path):
     (folder / "a").write_bytes(b"c0ntent")
     (folder / "sub" / "b").unlink()
     (folder / "sub" / "c").touch()
@@ -99,18 +110,23 @@ def test_what_is_wrong_with_files(folder, tmp_path):
         "a": "damaged",
         "sub/b": "missing",
         "sub/c": "no checksum",
-        "link": "leads out of the folder",
+        "link": "outside the folder",
     }
 
 
-def test_a_checksum_file_that_is_damaged_or_leads_out(folder, tmp_path):
+def test_files_outside_the_folder_are_not_read(folder, tmp_path):
     secret = tmp_path / "secret"
     secret.write_bytes(b"content")
-    line = f"{hashlib.sha256(b'content').hexdigest()}  "
     for name in ("../secret", str(secret)):
-        (folder / "SHA256SUMS").write_text(f"{line}{name}\n")
-        assert check_sums(folder)[name] == "leads out of the folder"
-    (folder / "SHA256SUMS").write_text("no checksum\n")
-    assert check_sums(folder)["SHA256SUMS"] == "damaged"
-    (folder / "SHA256SUMS").unlink()
+        (folder / "SHA256SUMS").write_text(f"{hashlib.sha256(b'content').hexdigest()}  {name}\n")
+        assert check_sums(folder)[name] == "outside the folder"
+
+
+def test_damaged_or_missing_checksum_file(folder):
+    sums = folder / "SHA256SUMS"
+    sums.write_text(sums.read_text() + "no checksum\n")
+    assert check_sums(folder) == {"a": "ok", "sub/b": "ok", "SHA256SUMS": "damaged"}
+    sums.write_bytes(b"\xff")
+    assert check_sums(folder) == {"SHA256SUMS": "missing"}
+    sums.unlink()
     assert check_sums(folder) == {"SHA256SUMS": "missing"}

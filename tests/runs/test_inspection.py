@@ -1,44 +1,17 @@
-import ctypes
 import json
 import os
+import re
 import shutil
-import signal
-import subprocess
-import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from cnnjax import AugmentConfig, Config, ModelConfig, UserError
-from cnnjax.cli.main import REQUEUE, main
-from cnnjax.evaluate import train_steps
-from cnnjax.runs import directory as rundir
+from cnnjax import UserError
+from cnnjax.cli.console import Report
+from cnnjax.cli.main import main
+from cnnjax.runs.directory import open_run, read_record
 from cnnjax.runs.inspection import diff, find_runs, read_info, reproduce, scores, verify
-from cnnjax.runs.seeds import parse_seeds, train_seeds
-
-CONFIG = Config(
-    dataset="generated",
-    num_epochs=2,
-    batch_size=32,
-    augment=AugmentConfig(flip="random"),
-    model=ModelConfig(name="mlp", dense_dropout=0.2),
-)
-
-
-@pytest.fixture(scope="module")
-def seeds(tmp_path_factory, prepared_dir):
-    """Three seeds of a configuration, trained in one process; the results, and how often the step compiled."""
-    folder = tmp_path_factory.mktemp("runs")
-    before = train_steps._cache_size()
-    results = train_seeds(CONFIG, (0, 1, 2), folder=folder / "a", data_dir=prepared_dir)
-    return folder, results, train_steps._cache_size() - before
-
-
-@pytest.fixture
-def run_dir(seeds, tmp_path):
-    """A copy of a run that ended, to damage."""
-    return shutil.copytree(seeds[0] / "a" / "seed0", tmp_path / "run")
+from cnnjax.runs.manifest import read_manifest
 
 
 def change(path, **values):
@@ -46,105 +19,63 @@ def change(path, **values):
     path.write_text(json.dumps({**content, **values}))
 
 
-def test_seeds_are_ranges_or_lists():
-    assert parse_seeds("0:3") == (0, 1, 2)
-    assert parse_seeds("5,0,7") == (5, 0, 7)
-    assert parse_seeds("4") == (4,)
-    for text in ("", "3:3", "1,1", "a", "0:10:2", "-1"):
-        with pytest.raises(UserError, match=r"`seeds` must be a range such as 0:10 \(0 to 9\) or a list .*, got "):
-            parse_seeds(text)
+def change_last_session(run_dir, **values):
+    *earlier, last = read_manifest(run_dir)["sessions"]
+    change(run_dir / "manifest.json", sessions=[*earlier, {**last, **values}])
 
 
-def test_many_seeds_compile_once_and_are_runs_of_their_own(seeds, prepared_dir, tmp_path):
-    folder, results, compiled = seeds
-    assert compiled == 1
-    assert [result["seed"] for result in results] == [0, 1, 2]
-    assert [path.name for path in find_runs(folder / "a")] == ["seed0", "seed1", "seed2"]
-    from cnnjax import train_and_evaluate
-
-    alone = train_and_evaluate(replace(CONFIG, seed=1), run_dir=tmp_path / "run", data_dir=prepared_dir)
-    assert alone["sha256"] == results[1]["sha256"]
-    again = train_seeds(CONFIG, (0, 1, 2), folder=folder / "a", data_dir=prepared_dir, resume=True)
-    assert again == results
-    with pytest.raises(UserError, match="seed1 exists already"):  # Before seed 3 is trained.
-        train_seeds(CONFIG, (3, 1), folder=folder / "a", data_dir=prepared_dir)
-    assert not (folder / "a" / "seed3").exists()
+def add_earlier_session(run_dir, **values):
+    sessions = read_manifest(run_dir)["sessions"]
+    change(run_dir / "manifest.json", sessions=[{**sessions[0], "state": "interrupted", **values}, *sessions])
 
 
-def test_several_devices_train_a_seed_each(seeds, prepared_dir, tmp_path):
-    code = (
-        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import test_runs as t\n"
-        "from cnnjax.runs.seeds import train_seeds; from cnnjax.cli.console import Report; import jax\n"
-        "assert len(jax.devices()) == 2\n"
-        "train_seeds(t.CONFIG, (0, 1, 2), folder=Path(sys.argv[3]), data_dir=Path(sys.argv[2]), report=Report())\n"
-    )
-    flags = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    command = [sys.executable, "-c", code, str(Path(__file__).parent), str(prepared_dir), str(tmp_path / "runs")]
-    done = subprocess.run(command, env=flags, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "seed 2: epoch 2/2" in done.stdout
-    for seed in (0, 1, 2):
-        result = rundir.read_result(tmp_path / "runs" / f"seed{seed}")
-        assert result is not None and result["sha256"] == seeds[1][seed]["sha256"]  # As alone, on one device.
-        assert read_info(tmp_path / "runs" / f"seed{seed}").state == "finished"
+def exits(capsys, *arguments):
+    """Runs a command that must exit with status 1; returns its output."""
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 1
+    return capsys.readouterr().out
 
 
-def test_a_signal_stops_every_seed_that_trains_and_none_begins_after_it(prepared_dir, tmp_path):
-    """Two at a time, the signal when the first has ended; a system may give it to any thread: here not the main one."""
-    options = ["--dataset", "generated", "--model.name", "mlp", "--num-epochs", "20", "--batch-size", "16"]
-    command = [sys.executable, "-u", "-m", "cnnjax", "train", *options, "--data-dir", str(prepared_dir)]
-    command += ["--seeds", "0:8", "--run-dir", str(tmp_path / "runs")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if "Test accuracy" in line:
-            break
-    threads = {int(path.name) for path in Path(f"/proc/{process.pid}/task").iterdir()} - {process.pid}
-    tgkill = ctypes.CDLL(None).tgkill
-    assert any(tgkill(process.pid, thread, signal.SIGTERM) == 0 for thread in threads)  # To the first alive.
-    try:
-        _, errors = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == REQUEUE, errors
-    states = [read_info(run_dir).state for run_dir in find_runs(tmp_path / "runs")]
-    assert "finished" in states and "running" not in states and "killed" not in states
-    assert len(states) <= 4
-
-
-def test_the_list_shows_state_seed_epochs_and_accuracy(seeds, tmp_path, capsys):
-    shutil.copytree(seeds[0] / "a", tmp_path / "a")
-    sessions = json.loads((tmp_path / "a" / "seed1" / "manifest.json").read_text())["sessions"]
-    change(tmp_path / "a" / "seed1" / "manifest.json", sessions=[{**sessions[0], "state": "running"}])
-    (tmp_path / "a" / "seed2" / "config.json").write_text("{}")
+def test_the_list_shows_state_seed_epochs_accuracy_and_time(seeds, tmp_path, capsys):
+    shutil.copytree(seeds.folder, tmp_path / "a")
+    rows = [{"epoch": epoch, "validation_accuracy": accuracy} for epoch, accuracy in ((1, 0.75), (2, 0.5))]
+    (tmp_path / "a/seed0/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    change_last_session(tmp_path / "a/seed0", seconds=2.3)
+    add_earlier_session(tmp_path / "a/seed0", seconds=10.0)
+    change_last_session(tmp_path / "a/seed1", state="running")  # No process holds its lock.
+    (tmp_path / "a/seed1/result.json").unlink()
+    (tmp_path / "a/seed2/config.json").write_text("{}")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/linked").symlink_to(seeds.folder / "seed0")  # It leads out of the folder.
     main(["runs", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["run", "state", "seed", "epoch", "validation", "test", "time"]
-    accuracy = f"{seeds[1][0]['test_accuracy']:.2%}"
-    assert lines[1].split()[:4] == ["a/seed0", "finished", "0", "2/2"] and accuracy in lines[1]
-    assert lines[2].split()[:3] == ["a/seed1", "killed", "1"]
+    test = f"{seeds.results[0]['test_accuracy']:.2%}"
+    assert lines[1].split() == ["a/seed0", "finished", "0", "2/2", "75.00%", test, "12", "s"]  # The best epoch.
+    assert lines[2].split()[:4] == ["a/seed1", "killed", "1", "2/2"] and lines[2].count("%") == 1
     assert "`run` must be the directory of a run of this version" in lines[3]
+    assert len(lines) == 4
     main(["runs", str(tmp_path / "nothing")])
     assert "There are no runs in" in capsys.readouterr().out
 
 
-def test_a_run_that_is_training_shows_as_running(run_dir):
-    sessions = json.loads((run_dir / "manifest.json").read_text())["sessions"]
-    change(run_dir / "manifest.json", sessions=[{**sessions[0], "state": "running"}])
-    with rundir.lock(run_dir):
+def test_a_run_in_training_is_running_and_cannot_be_verified(seeds, run_dir):
+    change_last_session(run_dir, state="running")
+    with open_run(run_dir, seeds.config, Report(quiet=True), resume=True):
         assert read_info(run_dir).state == "running"
-        with pytest.raises(UserError, match="must not be training while it is verified"):
+        with pytest.raises(UserError, match=r"`run` must not be training while it is verified, got .*run\. Wait"):
             verify(run_dir)
     assert read_info(run_dir).state == "killed"
 
 
-def test_verify_finds_every_file_whose_bytes_changed(run_dir, capsys):
+def test_verify_finds_every_file_with_changed_bytes(run_dir, capsys):
     found = verify(run_dir)
     assert {*found.values()} == {"ok"}
     assert {"config.json", "manifest.json", "metrics.jsonl", "timing.jsonl", "result.json"} <= {*found}
     assert any(name.startswith("checkpoints/26/state/") for name in found)
     main(["verify", str(run_dir)])
-    assert f"{len(found)} of {len(found)} files agree" in capsys.readouterr().out
+    assert f"{len(found)} of {len(found)} files agree with their checksums." in capsys.readouterr().out
     for name in found:
         before = (run_dir / name).read_bytes()
         if before:
@@ -152,13 +83,24 @@ def test_verify_finds_every_file_whose_bytes_changed(run_dir, capsys):
             assert {k for k, what in verify(run_dir).items() if what != "ok"} == {name}
             (run_dir / name).write_bytes(before)
     (run_dir / "timing.jsonl").unlink()
-    with pytest.raises(SystemExit) as stopped:
-        main(["verify", str(run_dir)])
-    assert stopped.value.code == 1
-    assert f"{run_dir}/timing.jsonl: missing" in capsys.readouterr().out
+    out = exits(capsys, "verify", str(run_dir))
+    assert f"{run_dir}/timing.jsonl: missing" in out
+    assert f"{len(found) - 1} of {len(found)} files agree" in out
+    assert "A finished one: cnnjax reproduce." in out
 
 
-def test_a_damaged_manifest_or_configuration_is_told(run_dir):
+def test_verify_of_a_killed_run_expects_only_the_checksums_that_it_could_write(run_dir):
+    change_last_session(run_dir, state="running")
+    (run_dir / "SHA256SUMS").unlink()
+    (run_dir / "checkpoints/26/SHA256SUMS").unlink()
+    found = verify(run_dir)
+    assert found["metrics.jsonl"] == found["manifest.json"] == found["checkpoints/26"] == "no checksum"
+    assert {what for name, what in found.items() if name.startswith("checkpoints/13/")} == {"ok"}
+    change_last_session(run_dir, state="finished")
+    assert verify(run_dir)["SHA256SUMS"] == "missing"
+
+
+def test_verify_of_a_damaged_manifest_or_configuration(run_dir):
     change(run_dir / "config.json", more=1)
     assert verify(run_dir)["config.json"] == "damaged"
     (run_dir / "manifest.json").write_text("{")
@@ -169,40 +111,44 @@ def test_a_damaged_manifest_or_configuration_is_told(run_dir):
         verify(run_dir / "checkpoints")
 
 
-def test_a_run_directory_cannot_lead_out_of_itself(run_dir, tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    shutil.move(run_dir / "checkpoints", tmp_path / "elsewhere" / "checkpoints")
-    (run_dir / "checkpoints").symlink_to(tmp_path / "elsewhere" / "checkpoints")
+def test_a_run_directory_must_not_lead_out_of_itself(run_dir, tmp_path):
+    shutil.move(run_dir / "checkpoints", tmp_path / "elsewhere")
+    (run_dir / "checkpoints").symlink_to(tmp_path / "elsewhere")
     for command in (read_info, verify):
-        with pytest.raises(UserError, match=r"must hold no link that leads out of it, got .*checkpoints\. Remove"):
+        with pytest.raises(UserError, match=r"must not contain a link that leads out of it, got .*checkpoints\. Remov"):
             command(run_dir)
-    (run_dir / "checkpoints").unlink()
-    config = json.loads((run_dir / "config.json").read_text())["config"]
-    for name, value in (
-        ("dataset", "../../secret"),
-        ("experiment", "../x"),
-        ("dataset", "/etc"),
-        ("experiment", "a/b"),
-    ):
-        change(run_dir / "config.json", config={**config, name: value})
-        with pytest.raises(UserError, match=rf"`{name}` must be a .*name"):
-            read_info(run_dir)
 
 
-def test_diff_names_configuration_environment_and_outcome(seeds, run_dir, capsys):
-    sessions = json.loads((run_dir / "manifest.json").read_text())["sessions"]
-    sessions[0]["versions"]["jax"] = "0.9.0"
-    change(run_dir / "manifest.json", sessions=sessions)
-    found = diff(run_dir, seeds[0] / "a" / "seed1")
+def test_diff_shows_configuration_data_environment_and_outcome(seeds, run_dir, capsys):
+    versions = read_manifest(run_dir)["sessions"][0]["versions"]
+    change_last_session(run_dir, versions={**versions, "jax": "0.9.0"}, kernels="others")
+    add_earlier_session(run_dir, device="another")
+    found = diff(run_dir, seeds.folder / "seed1")
     assert found["configuration"] == {"seed": (0, 1)}
-    assert found["environment"]["versions.jax"][0] == "0.9.0"
-    assert "sha256.params" in found["outcome"]
-    assert {*found["data"]} == {"mean", "std"}  # Of another training part, the same images.
-    main(["diff", str(run_dir), str(seeds[0] / "a" / "seed0")])
-    assert capsys.readouterr().out.splitlines()[:2] == ["configuration: the same", "data: the same"]
+    assert found["environment"] == {
+        "versions.jax": ("0.9.0", versions["jax"]),
+        "kernels": ("others", found["environment"]["kernels"][1]),
+    }
+    assert (
+        {"sha256.params", "test_loss"}
+        <= {*found["outcome"]}
+        <= {
+            "best_epoch",
+            "best_validation_accuracy",
+            "test_accuracy",
+            "test_loss",
+            *(f"sha256.{name}" for name in ("params", "opt_state", "best_params", "metrics")),
+        }
+    )  # Neither the seed nor the time.
+    assert {*found["data"]} == {"mean", "std"}  # Of another training part of the same images.
+    main(["diff", str(run_dir), str(seeds.folder / "seed0")])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == ["configuration: the same", "data: the same", "environment:"]
+    assert f"  versions.jax: 0.9.0 | {versions['jax']}" in lines
+    assert lines[-1] == "outcome: the same"
 
 
-def test_reproduce_gives_the_same_bits(seeds, run_dir, prepared_dir, capsys):
+def test_reproduce_gives_the_same_bits(run_dir, prepared_dir, capsys):
     main(["reproduce", str(run_dir), "--data-dir", str(prepared_dir)])
     out = capsys.readouterr().out
     assert f"{run_dir} and {run_dir}-reproduced are the same, bit for bit: parameters," in out
@@ -212,44 +158,61 @@ def test_reproduce_gives_the_same_bits(seeds, run_dir, prepared_dir, capsys):
     assert "exists already" in capsys.readouterr().err
 
 
-def test_reproduce_says_what_differs_and_how_far_the_numbers_moved(
-    run_dir, prepared_dir, tmp_path, capsys, monkeypatch
-):
-    """The code of the step changes in between: another learning rate from the second epoch on."""
-    import optax
-
-    from cnnjax import experiment
-    from cnnjax.optim import optimizer as optim
-
-    schedule = optax.piecewise_constant_schedule(1e-3, {13: 1.5})
-    monkeypatch.setattr(optim, "make_schedule", lambda config, num_steps: schedule)
-    monkeypatch.setattr(experiment, "make_tx", optim.make_tx.__wrapped__)  # Not the one that is cached.
-    sessions = json.loads((run_dir / "manifest.json").read_text())["sessions"]
-    sessions[0]["versions"]["optax"] = "0.2.7"
-    change(run_dir / "manifest.json", sessions=sessions)
-    with pytest.raises(SystemExit) as stopped:
-        main(["reproduce", str(run_dir), "--data-dir", str(prepared_dir), "--run-dir", str(tmp_path / "new")])
-    assert stopped.value.code == 1
-    out = capsys.readouterr().out
-    assert f"{run_dir} and {tmp_path / 'new'} are not the same" in out
-    assert "The parameters differ from epoch 2 on." in out
-    assert "versions.optax: 0.2.7 | " in out
-    assert "of their norm" in out and "test loss: " in out
+@pytest.fixture
+def all_cores():
+    """Gives this process its cores back."""
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
+    yield
+    if cores:
+        os.sched_setaffinity(0, cores)
 
 
-def test_reproduce_needs_a_run_that_ended(run_dir, tmp_path):
+def test_reproduce_shows_what_differs_and_how_far_the_numbers_moved(run_dir, prepared_dir, tmp_path, capsys, all_cores):
+    """The first layer, which the recorded run trained in both epochs, is frozen after the first."""
+    config = read_record(run_dir).config
+    config["optim"]["groups"][0]["num_epochs"] = 1
+    change(run_dir / "config.json", config=config)
+    versions = read_manifest(run_dir)["sessions"][0]["versions"]
+    change_last_session(run_dir, versions={**versions, "optax": "0.2.7"}, cores=1)
+    out = exits(capsys, "reproduce", str(run_dir), "--data-dir", str(prepared_dir), "--run-dir", str(tmp_path / "new"))
+    lines = out.splitlines()
+    assert f"versions.optax is 0.2.7 there and {versions['optax']} here: the bits may differ" in lines
+    verdict = lines.index(
+        f"{run_dir} and {tmp_path / 'new'} are not the same: parameters, optimizer state, batch statistics and metrics."
+    )
+    assert lines[verdict + 1] == "The parameters differ from epoch 2 on."
+    test = json.loads((run_dir / "result.json").read_text())["test_accuracy"]
+    assert lines[verdict + 2].startswith(f"  test accuracy: {test:.2%} there, ")
+    distance = re.search(r"best parameters: by (\S+) of their norm", out)
+    assert distance is not None and 1e-3 < float(distance[1]) < 1
+    # The new run has the cores of the recorded one, so they do not differ.
+    assert lines[-2:] == ["What differs between the two:", f"  versions.optax: 0.2.7 | {versions['optax']}"]
+    if hasattr(os, "sched_getaffinity"):
+        assert len(os.sched_getaffinity(0)) == 1
+
+
+def test_reproduce_needs_a_finished_run_with_its_metrics(seeds, run_dir, tmp_path):
+    (run_dir / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"metrics\.jsonl must be the one that result\.json names, SHA-256 \w{64}\."):
+        reproduce(run_dir, seeds.config, into=tmp_path / "new")
     (run_dir / "result.json").unlink()
-    with pytest.raises(UserError, match=r"`run` must have ended, got .*run\. Finish it by --resume first"):
-        reproduce(run_dir, into=tmp_path / "new")
+    with pytest.raises(UserError, match=r"`run` must be finished, got .*run\. Resume it with --resume first"):
+        reproduce(run_dir, seeds.config, into=tmp_path / "new")
 
 
-def test_compare_two_experiments_over_their_seeds(seeds, prepared_dir, tmp_path, capsys, monkeypatch):
+def test_compare_tests_two_experiments_over_their_seeds(seeds, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for result in seeds[1]:
-        for name, gain in (("good", 0.0), ("bad", -0.1 - 0.01 * result["seed"])):
-            run_dir = shutil.copytree(seeds[0] / "a" / f"seed{result['seed']}", f"runs/{name}-seed{result['seed']}")
-            change(Path(run_dir) / "result.json", test_accuracy=0.9 + 0.001 * result["seed"] + gain)
+    for seed in range(3):
+        for name, gain in (("good", 0.0), ("bad", -0.1 - 0.01 * seed)):
+            run_dir = Path(shutil.copytree(seeds.folder / f"seed{seed}", f"runs/{name}-seed{seed}"))
+            accuracy = 0.9 + 0.001 * seed + gain
+            change(run_dir / "result.json", test_accuracy=accuracy, test_loss=1 - accuracy)
     assert scores("good", "test_accuracy") == ("good", {0: 0.9, 1: 0.901, 2: 0.902})
+    assert scores("runs/good", "test_loss")[1] == {
+        0: pytest.approx(0.1),
+        1: pytest.approx(0.099),
+        2: pytest.approx(0.098),
+    }
     main(["compare", "good", "bad"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == (
@@ -257,6 +220,10 @@ def test_compare_two_experiments_over_their_seeds(seeds, prepared_dir, tmp_path,
     )
     assert lines[2].startswith("difference: -11.00% (95% interval -13.48% to -8.52%), p = 0.0027 (paired t test")
     assert lines[3] == "The difference is resolved: good is better."
+    main(["compare", "bad", "good", "--metric", "test_loss"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith("difference: -0.1100 (95% interval -0.1348 to -0.0852), p = 0.0027")
+    assert lines[3] == "The difference is resolved: good is better."  # Its loss is lower.
     shutil.rmtree("runs/bad-seed2")
     change(Path("runs/bad-seed0/result.json"), test_accuracy=0.95)
     main(["compare", "good", "bad"])
@@ -265,42 +232,21 @@ def test_compare_two_experiments_over_their_seeds(seeds, prepared_dir, tmp_path,
     assert "The difference is not resolved. One of this size would take about " in lines[3]
 
 
-def test_compare_refuses_runs_that_are_not_of_one_experiment(seeds, run_dir, tmp_path):
-    with pytest.raises(UserError, match=r"must be a folder of runs that ended, or the name before -seed<k>.*'nothing'"):
+def test_compare_refuses_runs_of_different_experiments(seeds, run_dir, tmp_path):
+    with pytest.raises(UserError, match=r"must be a folder of finished runs, or the name before -seed<k>.*'nothing'"):
         scores("nothing", "test_accuracy")
-    config = json.loads((run_dir / "config.json").read_text())["config"]
-    shutil.copytree(run_dir, tmp_path / "other")
-    with pytest.raises(UserError, match=r"must have a seed each, got seed 0 in .*other and in .*run\."):
+    config = read_record(run_dir).config
+    other = shutil.copytree(run_dir, tmp_path / "other")
+    with pytest.raises(UserError, match=r"must have different seeds, got seed 0 in .*other and in .*run\."):
         scores(str(tmp_path), "test_accuracy")
-    change(tmp_path / "other" / "config.json", config={**config, "batch_size": 8, "seed": 5})
-    with pytest.raises(UserError, match="must differ in their seed alone, got `batch_size`"):
+    change(other / "config.json", config={**config, "batch_size": 8, "seed": 5})
+    with pytest.raises(UserError, match="must differ only in their seed, got `batch_size` 8 and 32"):
         scores(str(tmp_path), "test_accuracy")
+    change(run_dir / "result.json", best_validation_accuracy=None)
+    with pytest.raises(UserError, match="`metric` must be one that every run has, got best_validation_accuracy, w"):
+        scores(str(run_dir), "best_validation_accuracy")
 
 
-def test_train_takes_an_experiment_by_its_name_and_many_seeds(prepared_dir, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    Path("experiments").mkdir()
-    Path("experiments/small.py").write_text(f"from cnnjax import *\nCONFIG = {CONFIG!r}\n")
-    main(
-        [
-            "train",
-            "small",
-            "--experiment",
-            "small",
-            "--seeds",
-            "0:2",
-            "--num-epochs",
-            "1",
-            "--data-dir",
-            str(prepared_dir),
-        ]
-    )
-    assert "2 seeds, 0:2: test_accuracy " in capsys.readouterr().out.splitlines()[-1]
-    assert [path.name for path in find_runs(Path("runs"))] == ["small-seed0", "small-seed1"]
-    for arguments, message in (
-        (["smal"], r"`EXPERIMENT` must be a known name, got 'smal'. Did you mean small"),
-        (["small", "--seeds", "x"], "`seeds` must be a range"),
-    ):
-        with pytest.raises(SystemExit):
-            main(["train", *arguments])
-        assert message in capsys.readouterr().err
+def test_runs_are_found_in_a_folder_and_its_subfolders(run_dir, tmp_path):
+    deep = shutil.copytree(run_dir, tmp_path / "sub" / "run")
+    assert find_runs(tmp_path) == [run_dir, deep]

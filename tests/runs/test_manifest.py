@@ -1,12 +1,25 @@
 import json
+import os
 import subprocess
+from importlib.metadata import version
 
+import jax
 import pytest
 
 from cnnjax import UserError
 from cnnjax.cli.signals import Interrupted
 from cnnjax.runs import manifest
-from cnnjax.runs.manifest import changes_since_last_session, differences, read_manifest, session, source_code
+from cnnjax.runs.manifest import (
+    environment_changes,
+    changes_since_last_session,
+    differences,
+    environment,
+    is_closed,
+    num_cores,
+    read_manifest,
+    session,
+    source_code,
+)
 
 
 def git(folder, *arguments):
@@ -69,8 +82,9 @@ def test_a_session_records_how_it_ended(repository, tmp_path):
     (repository / "train.py").write_text("print(2)\n")
     run_dir = tmp_path / "run"
     run_dir.mkdir()
-    with session(run_dir, {"seed": 3}, ("config.json",)):
+    with session(run_dir, {"seed": 3}, ("config.json",)) as this:
         assert read_manifest(run_dir)["sessions"][0]["state"] == "running"
+        this["resumed_from"] = 7
     for error in (Interrupted(15, 7), ValueError("wrong")):
         with pytest.raises(type(error)), session(run_dir, {"seed": 3}, ()):
             raise error
@@ -81,41 +95,104 @@ def test_a_session_records_how_it_ended(repository, tmp_path):
         "Stopped by SIGTERM; the checkpoint of step 7 is saved.",
         "wrong",
     ]
+    assert [s.get("resumed_from") for s in sessions] == [7, None, None]
     for s in sessions:
         assert s["seed"] == 3 and s["commit"] == git(repository, "rev-parse", "HEAD") and s["seconds"] >= 0
         assert s["command"] and s["started"] <= s["ended"]
         assert "print(2)" in (run_dir / s["diff"]).read_text()
-    subprocess.run(["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd=run_dir, check=True)
 
 
-def test_what_differs_between_environments():
-    old = {"commit": "a", "versions": {"jax": "1", "numpy": "2"}, "cores": 2, "host": "x"}
-    new = {"commit": "b", "versions": {"jax": "3", "numpy": "2"}, "cores": 2, "host": "y"}
+def test_a_session_that_was_killed_is_recorded_by_the_next(repository, tmp_path):
+    with pytest.raises(SystemExit), session(tmp_path, {}, ()):
+        raise SystemExit
+    content = json.loads((tmp_path / "manifest.json").read_text())
+    content["sessions"][0]["state"] = "running"  # As a killed process leaves it.
+    (tmp_path / "manifest.json").write_text(json.dumps(content))
+    with session(tmp_path, {}, ()):
+        assert [s["state"] for s in read_manifest(tmp_path)["sessions"]] == ["killed", "running"]
+    assert [s["state"] for s in read_manifest(tmp_path)["sessions"]] == ["killed", "finished"]
+
+
+def test_checksums_cover_the_files_at_the_end_and_are_absent_during_a_session(repository, tmp_path):
+    """A kill must not leave those of an earlier session."""
+    (repository / "train.py").write_text("print(2)\n")
+    for content in ("1", "2"):
+        with session(tmp_path, {}, ("result.json", "metrics.jsonl")):
+            assert not (tmp_path / "SHA256SUMS").exists()
+            assert not is_closed(tmp_path)
+            (tmp_path / "result.json").write_text(content)
+        assert is_closed(tmp_path)
+        subprocess.run(["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd=tmp_path, check=True)
+    names = {line.split()[1] for line in (tmp_path / "SHA256SUMS").read_text().splitlines()}
+    assert names == {"manifest.json", "result.json", "session-0.diff", "session-1.diff"}
+    (tmp_path / "SHA256SUMS").unlink()
+    assert not is_closed(tmp_path)
+
+
+def test_differences_are_of_what_determines_the_bits():
+    old = {"commit": "a", "versions": {"jax": "1", "numpy": "2"}, "cores": 2, "host": "x", "started": "1"}
+    new = {"commit": "b", "versions": {"jax": "3", "numpy": "2"}, "cores": 2, "host": "y", "started": "2"}
     assert differences(old, new) == {"commit": ("a", "b"), "versions.jax": ("1", "3")}
 
 
-def test_a_session_in_another_environment_or_under_a_clock_set_back(repository, tmp_path):
-    environment = {"versions": {"jax": "0.9.0"}, "cores": 2}
+def test_every_part_of_a_session_s_environment_is_compared_except_its_host(repository):
+    now = environment(jax.devices()[:1])
+    assert environment_changes([now | source_code()[0]], now) == {}
+    code = {"commit": "a", "package_commit": "b", "diff_sha256": "c", "files": {"own.py": "d"}}
+    then = {**now, **code}
+    compared = {name for name in then if differences(then, {**then, name: "other"})}
+    assert compared == {*then} - {"host", "system"}
+
+
+def test_the_environment_has_versions_device_and_kernels(monkeypatch):
+    device = jax.devices()[0]
+    assert device.platform == "cpu"
+    monkeypatch.setenv("XLA_FLAGS", "--a --b")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "somewhere")  # Changes no bits.
+    found = environment([device, device])
+    assert found["flags"] == {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--a --b"}
+    assert (found["num_devices"], found["cores"], found["device"]) == (2, num_cores(), device.device_kind)
+    assert {"python", "jax", "jaxlib", "flax", "optax", "numpy"} <= {*found["versions"]}
+    assert found["versions"]["jax"] == version("jax")
+    monkeypatch.setenv("CNNJAX_ONEDNN", "0")
+    assert environment([device])["kernels"] == "XLA"
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
+def test_the_cores_are_those_of_the_process():
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        assert num_cores() == 1
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert num_cores() == len(cores)
+
+
+def test_a_session_in_another_environment_or_under_a_clock_that_went_back(repository, tmp_path):
+    environment = {"versions": {"jax": "0.9.0"}, "cores": 2, "files": {"own.py": "a"}}
     assert changes_since_last_session(tmp_path, environment) == []
     with session(tmp_path, environment, ()):
         pass
     assert changes_since_last_session(tmp_path, environment) == []
-    (line,) = changes_since_last_session(tmp_path, {**environment, "versions": {"jax": "0.10.2"}})
+    other = {**environment, "versions": {"jax": "0.10.2"}, "files": {"own.py": "b"}}
+    (line,) = changes_since_last_session(tmp_path, other)
     assert line == (
-        "This run goes on in another environment, so its bits may differ: versions.jax was 0.9.0 and is 0.10.2."
+        "This run resumes in another environment, so its bits may differ: files.own.py was a and is b; "
+        "versions.jax was 0.9.0 and is 0.10.2."
     )
     path = tmp_path / "manifest.json"
     content = json.loads(path.read_text())
     content["sessions"][-1]["ended"] = "2999-01-01T00:00:00+00:00"
     path.write_text(json.dumps(content))
     (line,) = changes_since_last_session(tmp_path, environment)
-    assert line.startswith("The clock stands at 20") and "(2999-01-01T00:00:00+00:00): the dates in" in line
+    assert line.startswith("The clock says 20")
+    assert "before the last session of this run (2999-01-01T00:00:00+00:00). The dates in" in line
 
 
-@pytest.mark.parametrize("content", ['{"format": 2, "sessions": [{}]}', "[]", '{"format": 1, "sessions": []}'])
+@pytest.mark.parametrize("content", ['{"format": 1, "sessions": [{}]}', "[]", '{"format": 2, "sessions": []}'])
 def test_a_manifest_of_another_version(content, tmp_path):
     (tmp_path / "manifest.json").write_text(content)
-    with pytest.raises(
-        UserError, match=r"manifest.json must be of format 1, got .*: another version of cnnjax wrote it"
-    ):
+    with pytest.raises(UserError, match=r"manifest.json must be of format 2, got .*: another version of cnnjax wrote"):
         read_manifest(tmp_path)

@@ -1,49 +1,95 @@
+import json
 import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from cnnjax import Config, ModelConfig, UserError, train_and_evaluate
-from cnnjax.data.datasets import load_dataset
-from cnnjax.runs.trained import classify, load_trained, read_image, score
+from cnnjax import UserError, load_trained, train_and_evaluate
+from cnnjax.cli.experiment import load_experiment
+from cnnjax.runs.files import tree_sha256
+from cnnjax.runs.trained import classify, read_image, score
 
-# Views are of the test split alone.
-CONFIG = Config(
-    dataset="generated", num_epochs=2, batch_size=16, views="mirrored", model=ModelConfig("mlp", dense_dropout=0.1)
-)
+# Its best epoch is not the last, its seed is not 0, the test split has two views, and there are batch statistics.
+CONFIG: Any = load_experiment(str(Path(__file__).parents[1] / "programs" / "research.py")).config
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, prepared_dir):
+def run(tmp_path_factory):
+    """A run directory, and its result."""
     run_dir = tmp_path_factory.mktemp("trained") / "run"
-    return run_dir, train_and_evaluate(CONFIG, run_dir=run_dir, data_dir=prepared_dir)
+    return run_dir, train_and_evaluate(CONFIG, run_dir=run_dir)
 
 
-def test_scores_equal_those_of_the_run(run, prepared_dir):
-    trained = load_trained(run[0])
-    test, validation = (score(trained, split, prepared_dir) for split in ("test", "validation"))
-    assert (test.accuracy, test.loss, test.num_examples) == (run[1]["test_accuracy"], run[1]["test_loss"], 170)
-    assert (validation.accuracy, validation.num_examples) == (run[1]["best_validation_accuracy"], 40)
+def test_the_best_checkpoint_is_restored_and_not_the_latest(run):
+    run_dir, result = run
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert result["best_epoch"] < len(rows)
+    state = load_trained(run_dir, CONFIG).state
+    assert state.step == rows[result["best_epoch"] - 1]["step"]
+    assert tree_sha256(state.params) == result["sha256"]["best_params"] != result["sha256"]["params"]
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
 
 
-def test_scoring_on_other_data(run, prepared_dir):
-    trained = load_trained(run[0])
-    other = trained._replace(
-        facts=type(trained.facts)(**{**vars(trained.facts), "sha256": {"train": "0", "test": "1"}})
-    )
-    with pytest.raises(UserError, match=r"`data_dir` must hold the 'generated' of this run, SHA-256 {'train': '0'"):
-        score(other, "test", prepared_dir)
+def test_loading_does_not_touch_the_run(run):
+    (run[0] / "checkpoints" / "7.orbax-checkpoint-tmp").mkdir()  # Perhaps of a training that is still saving.
+    before = sorted(run[0].rglob("*"))
+    load_trained(run[0], CONFIG)
+    assert sorted(run[0].rglob("*")) == before
 
 
-def test_classifies_the_images_of_the_set(run, prepared_dir):
-    trained = load_trained(run[0])
-    examples = load_dataset("generated", prepared_dir).load("test")
-    for i in range(10):
-        probability = classify(trained, examples.image[i])
-        assert probability.sum() == pytest.approx(1, abs=1e-5)
-        assert probability.argmax() == examples.label[i]
+def test_scores_equal_those_of_the_run(run):
+    run_dir, result = run
+    best = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[result["best_epoch"] - 1])
+    trained = load_trained(run_dir, CONFIG)
+    test, validation = (score(trained, split) for split in ("test", "validation"))
+    assert test == (result["test_loss"], result["test_accuracy"], result["num_test_examples"])
+    assert validation[:2] == (best["validation_loss"], best["validation_accuracy"])
+    assert validation.num_examples == 110 - 88
+    # Only the test split has several views, and the held-out part depends on the seed.
+    plain, other = (trained._replace(config=c) for c in (replace(CONFIG, tta="none"), replace(CONFIG, seed=0)))
+    assert score(plain, "test").loss != test.loss
+    assert score(plain, "validation") == validation
+    assert score(other, "validation").loss != validation.loss
+
+
+def test_a_built_in_run_is_loaded_without_its_configuration(seeds, prepared_dir):
+    trained = load_trained(seeds.folder / "seed1")
+    assert trained.config == replace(seeds.config, seed=1)
+    scores = score(trained, "test", prepared_dir)
+    assert (scores.loss, scores.accuracy) == (seeds.results[1]["test_loss"], seeds.results[1]["test_accuracy"])
+
+
+def test_the_configuration_provides_the_classes_and_the_values_are_those_of_the_run(run):
+    assert load_trained(run[0], replace(CONFIG, batch_size=99)).config == CONFIG
+    with pytest.raises(UserError, match=r"`model` of this run is Net, .* --experiment .*research\.py"):
+        load_trained(run[0])
+
+
+def test_scoring_other_data_or_a_part_that_does_not_exist(run):
+    trained = load_trained(run[0], CONFIG)
+    other = trained._replace(facts=replace(trained.facts, sha256={"train": "0", "test": "1"}))
+    with pytest.raises(UserError, match=r"`data_dir` must hold the 'arrays' of this run, SHA-256 {'train': '0'"):
+        score(other, "test")
+    whole = trained._replace(config=replace(CONFIG, validation_fraction=0.0))
+    with pytest.raises(UserError, match="`split` must be test if `validation_fraction` was 0, got validation"):
+        score(whole, "validation")
+
+
+def test_classes_have_the_probabilities_of_the_network(run):
+    """In inference mode: with the running statistics, of standardized pixels."""
+    trained = load_trained(run[0], CONFIG)
+    image = CONFIG.dataset[2]
+    standardized = ((image - np.array(trained.facts.mean)) / trained.facts.std).astype(np.float32)
+    variables = {"params": trained.state.params, "batch_stats": trained.state.batch_stats}
+    logits = np.asarray(trained.config.model.apply(variables, standardized, train=False), np.float64)
+    expected = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    for i in range(5):
+        np.testing.assert_allclose(classify(trained, image[i]), expected[i], atol=1e-5)
 
 
 def test_a_png_of_the_right_size_is_read_exactly(tmp_path):
@@ -68,19 +114,27 @@ def test_black_and_white_is_read(tmp_path):
     np.testing.assert_array_equal(read_image(tmp_path / "image.png", (28, 28, 1)), 255)
 
 
+def test_colors_become_gray_by_their_luminance(tmp_path):
+    colors = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)]
+    for color, gray in zip(colors, (76, 150, 29, 255), strict=True):  # ITU-R 601: 0.299, 0.587 and 0.114.
+        Image.new("RGB", (8, 8), color).save(tmp_path / "image.png")
+        np.testing.assert_array_equal(read_image(tmp_path / "image.png", (8, 8, 1)), gray)
+        np.testing.assert_array_equal(read_image(tmp_path / "image.png", (8, 8, 3))[0, 0], color)
+
+
 def test_thirty_two_bits_are_refused(tmp_path):
     Image.new("F", (28, 28), 0.5).save(tmp_path / "image.tiff")
-    with pytest.raises(UserError, match=r"`image` must have 8 or 16 bits a channel, got .* with 32 \(mode F\)"):
+    with pytest.raises(UserError, match=r"`image` must have 8 or 16 bits per channel, got .* with 32 \(mode F\)"):
         read_image(tmp_path / "image.tiff", (28, 28, 1))
 
 
-def test_sixteen_bit_grey_keeps_its_range(tmp_path):
+def test_sixteen_bit_gray_keeps_its_range(tmp_path):
     Image.fromarray(np.full((28, 28), 128 * 257, np.uint16)).save(tmp_path / "image.png")
     np.testing.assert_array_equal(read_image(tmp_path / "image.png", (28, 28, 1)), np.full((28, 28, 1), 128))
 
 
 def test_transparent_parts_become_white_and_long_sides_are_cropped(tmp_path):
-    image = np.zeros((10, 30, 4), np.uint8)  # Black, transparent but for the middle third.
+    image = np.zeros((10, 30, 4), np.uint8)  # Black, and transparent except for the middle third.
     image[:, 10:20, 3] = 255
     image[:, 10:15, 0] = 200
     Image.fromarray(image).save(tmp_path / "image.png")
@@ -91,7 +145,7 @@ def test_transparent_parts_become_white_and_long_sides_are_cropped(tmp_path):
     np.testing.assert_array_equal(wide[:, :10], 255)
 
 
-def test_a_photograph_is_turned_upright(tmp_path):
+def test_a_photograph_is_rotated_upright(tmp_path):
     image = np.zeros((20, 20, 3), np.uint8)
     image[:10] = 255  # White above.
     exif = Image.Exif()
@@ -101,7 +155,7 @@ def test_a_photograph_is_turned_upright(tmp_path):
     assert (read[:10].max(), read[10:].min()) == (0, 255)
 
 
-def test_no_image(tmp_path):
+def test_a_file_that_is_no_image(tmp_path):
     (tmp_path / "text.png").write_text("no image")
     for path in (tmp_path / "text.png", tmp_path / "missing.png", tmp_path):
         with pytest.raises(UserError, match=rf"`image` must be an image file .*, got {path} \("):
@@ -121,16 +175,7 @@ def test_no_run(tmp_path):
         load_trained(tmp_path)
 
 
-def test_a_run_without_a_finished_epoch(run, tmp_path):
-    shutil.copy(run[0] / "config.json", tmp_path)
-    with pytest.raises(UserError, match=r"`run` must have finished an epoch"):
+def test_a_run_without_a_finished_epoch(seeds, tmp_path):
+    shutil.copy(seeds.folder / "seed0" / "config.json", tmp_path)
+    with pytest.raises(UserError, match=r"`run` must have finished an epoch, got .*\. Resume it with --resume"):
         load_trained(tmp_path)
-
-
-def test_the_best_checkpoint_is_restored_without_touching_the_run(run):
-    (run[0] / "checkpoints" / "7.orbax-checkpoint-tmp").mkdir()  # Of a training that still goes on, perhaps.
-    before = sorted(run[0].rglob("*"))
-    trained = load_trained(run[0])
-    assert trained.state.step == 25 * run[1]["best_epoch"]
-    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(trained.state))
-    assert sorted(run[0].rglob("*")) == before

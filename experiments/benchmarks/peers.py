@@ -1,25 +1,23 @@
-"""The contenders of benchmark.py: the tutorial's network by this package and its peers, each in a process of its own.
+"""The contenders of cpu.py: the tutorial's network in cnnjax and in its peers. A process of the harness.
 
-    PYTHON experiments/benchmark_contenders.py pass "Keras 3 float32"    # a batch size a line in, seconds of a pass out
-    PYTHON experiments/benchmark_contenders.py keras SEED FILE           # the tutorial's code until it scores 78.5%
+    echo '["training_pass", "Keras 3 float32", 128, 4096]' | PYTHON experiments/benchmarks/peers.py
 
-The interpreter is that of the environment in which the contender is installed; peers need nothing of this package.
+PYTHON is the interpreter of the environment in which the contender is installed; peers do not need cnnjax.
 """
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import cache, partial
+from typing import NamedTuple
 
 import numpy as np
+from harness import serve
 
-NUM_IMAGES = 4096  # Of a pass.
-MOST_EPOCHS = 200  # The lesson's.
-
-# --- Each yields after a pass over the images, and waits for its device before --------------------------------------
+# --- Each yields after a pass over the images, when its device has finished -----------------------------------------
 
 
-def cnnjax_pass(image: np.ndarray, label: np.ndarray, batch_size: int, dtype: str) -> Iterator[None]:
+def cnnjax_passes(image: np.ndarray, label: np.ndarray, batch_size: int, dtype: str) -> Iterator[None]:
     import jax
     import jax.numpy as jnp
     import optax
@@ -37,9 +35,7 @@ def cnnjax_pass(image: np.ndarray, label: np.ndarray, batch_size: int, dtype: st
         yield
 
 
-def flax_pass(image: np.ndarray, label: np.ndarray, batch_size: int) -> Iterator[None]:
-    from functools import partial
-
+def flax_passes(image: np.ndarray, label: np.ndarray, batch_size: int) -> Iterator[None]:
     import flax.linen as nn
     import jax
     import jax.numpy as jnp
@@ -78,9 +74,7 @@ def flax_pass(image: np.ndarray, label: np.ndarray, batch_size: int) -> Iterator
         yield
 
 
-def torch_pass(
-    image: np.ndarray, label: np.ndarray, batch_size: int, channels_last: bool, dtype: str
-) -> Iterator[None]:
+def torch_passes(image: np.ndarray, label: np.ndarray, batch_size: int, *, last=False, half=False) -> Iterator[None]:
     import torch
     from torch import nn
 
@@ -89,7 +83,7 @@ def torch_pass(
         return (*conv, nn.MaxPool2d(2), nn.Dropout(0.25))
 
     head = (nn.Flatten(), nn.Linear(4096, 512), nn.ReLU(), nn.Dropout(0.5), nn.Linear(512, 10))
-    layout = torch.channels_last if channels_last else torch.contiguous_format
+    layout = torch.channels_last if last else torch.contiguous_format
     model = nn.Sequential(*group(3, 32), *group(32, 64), *head).to(memory_format=layout)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     x = torch.tensor(image).permute(0, 3, 1, 2).contiguous(memory_format=layout)
@@ -97,7 +91,7 @@ def torch_pass(
     while True:
         for i in range(0, len(label), batch_size):
             optimizer.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
                 logits = model(x[i : i + batch_size])
             nn.functional.cross_entropy(logits.float(), y[i : i + batch_size]).backward()
             optimizer.step()
@@ -120,61 +114,81 @@ def keras_model():
     return model
 
 
-def keras_pass(image: np.ndarray, label: np.ndarray, batch_size: int) -> Iterator[None]:
+def keras_passes(image: np.ndarray, label: np.ndarray, batch_size: int) -> Iterator[None]:
     model = keras_model()
     while True:
         model.fit(image, label, batch_size=batch_size, verbose=0)
         yield
 
 
-CONTENDERS: dict[str, tuple[str, bool, Callable[..., Iterator[None]]]] = {
-    "cnnjax float32": ("", False, lambda *a: cnnjax_pass(*a, "float32")),
-    "cnnjax bfloat16": ("`--model.dtype bfloat16`", False, lambda *a: cnnjax_pass(*a, "bfloat16")),
-    "Flax float32": ("`nn.Conv`, `nn.max_pool`, `nn.Dropout`, jax's default flags", False, flax_pass),
-    "Keras 3 float32": ("on TensorFlow, `fit`", True, keras_pass),
-    "PyTorch float32": ("eager, channels first", True, lambda *a: torch_pass(*a, False, "float32")),
-    "PyTorch float32, channels last": ("eager", True, lambda *a: torch_pass(*a, True, "float32")),
-    "PyTorch bfloat16, channels last": ("eager, autocast", True, lambda *a: torch_pass(*a, True, "bfloat16")),
+class Contender(NamedTuple):
+    """An implementation of the network, and whether it is installed in the peers' environment."""
+
+    passes: Callable[..., Iterator[None]]
+    details: str = ""
+    peer: bool = True
+
+
+CONTENDERS = {
+    "cnnjax float32": Contender(partial(cnnjax_passes, dtype="float32"), peer=False),
+    "cnnjax bfloat16": Contender(partial(cnnjax_passes, dtype="bfloat16"), ": `--model.dtype bfloat16`", peer=False),
+    "Flax float32": Contender(flax_passes, ": `nn.Conv`, `nn.max_pool`, `nn.Dropout`, jax's default flags", peer=False),
+    "Keras 3 float32": Contender(keras_passes, ": on TensorFlow, `fit`"),
+    "PyTorch float32": Contender(torch_passes, ": eager, channels first"),
+    "PyTorch float32, channels last": Contender(partial(torch_passes, last=True), ": eager"),
+    "PyTorch bfloat16, channels last": Contender(partial(torch_passes, last=True, half=True), ": eager, autocast"),
 }
 
+# --- Questions ------------------------------------------------------------------------------------------------------
 
-def contend(name: str) -> None:
-    """Prints the seconds of a warm pass, of the batch size that each line on standard input gives."""
+
+def training_pass(name: str, batch_size: int, num_images: int) -> float:
+    """Returns the seconds of a warm pass."""
+    passes = start_passes(name, batch_size, num_images)
+    start = time.perf_counter()
+    next(passes)
+    return time.perf_counter() - start
+
+
+@cache
+def start_passes(name: str, batch_size: int, num_images: int) -> Iterator[None]:
     rng = np.random.default_rng(0)
-    image = rng.normal(size=(NUM_IMAGES, 32, 32, 3)).astype(np.float32)
-    label = rng.integers(0, 10, NUM_IMAGES).astype(np.int32)
-    passes = {}
-    for line in sys.stdin:
-        if line not in passes:
-            passes[line] = CONTENDERS[name][2](image, label, int(line))
-            next(passes[line])
-        start = time.perf_counter()
-        next(passes[line])
-        print("seconds", time.perf_counter() - start, flush=True)
+    image = rng.normal(size=(num_images, 32, 32, 3)).astype(np.float32)
+    label = rng.integers(0, 10, num_images).astype(np.int32)
+    passes = CONTENDERS[name].passes(image, label, batch_size)
+    next(passes)  # Compiles.
+    return passes
 
 
-def keras_to_accuracy(seed: int, data: str) -> None:
-    """Trains the tutorial's code until it scores 78.5%, or to its last epoch.
-
-    Prints the accuracy after each epoch and the seconds of its training, without those of scoring.
-    """
+def keras_to_accuracy(seed: int, path: str, max_epochs: int) -> list[tuple[float, float]]:
+    """Trains the tutorial's code to 78.5%; returns the test accuracy and the training seconds of each epoch."""
     import keras
 
     keras.utils.set_random_seed(seed)
-    arrays = np.load(data)
+    arrays = np.load(path)
     x, x_test = (arrays[name].astype("float32") / 255 for name in ("train_image", "test_image"))
-    model, seconds, accuracies = keras_model(), [], []
-    while not accuracies or (accuracies[-1] < 0.785 and len(accuracies) < MOST_EPOCHS):
+    model, epochs = keras_model(), []
+    while not epochs or (epochs[-1][0] < 0.785 and len(epochs) < max_epochs):
         start = time.perf_counter()
         model.fit(x, arrays["train_label"], batch_size=32, validation_split=0.1, verbose=0)
-        seconds.append(time.perf_counter() - start)
-        accuracies.append(float(model.evaluate(x_test, arrays["test_label"], batch_size=500, verbose=0)[1]))
-        print(f"epoch {len(seconds)}: {accuracies[-1]:.2%} after {sum(seconds):.0f} s", file=sys.stderr, flush=True)
-    print("result", json.dumps({"seconds": seconds, "accuracies": accuracies}), flush=True)
+        seconds = time.perf_counter() - start
+        accuracy = float(model.evaluate(x_test, arrays["test_label"], batch_size=500, verbose=0)[1])
+        epochs.append((accuracy, seconds))
+        print(f"epoch {len(epochs)}: {accuracy:.2%} after {seconds:.0f} s", file=sys.stderr, flush=True)
+    return epochs
+
+
+def write_airbench_data(path: str, folder: str) -> str:
+    """Writes CIFAR-10 as airbench's loader does, which would download it."""
+    import torch
+
+    arrays = np.load(path)
+    for split in ("train", "test"):
+        image, label = (torch.tensor(arrays[f"{split}_{name}"]) for name in ("image", "label"))
+        content = {"images": image, "labels": label.long(), "classes": list("0123456789")}
+        torch.save(content, f"{folder}/{split}.pt")
+    return folder
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "pass":
-        contend(sys.argv[2])
-    else:
-        keras_to_accuracy(int(sys.argv[2]), sys.argv[3])
+    serve(training_pass, keras_to_accuracy, write_airbench_data)

@@ -1,0 +1,123 @@
+"""The command `cnnjax train`, whose options are the fields of a `Config` and of the objects that it holds."""
+
+import dataclasses
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from tyro.conf import arg
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, StructConstructorSpec
+
+from cnnjax.cli.experiment import PARTS, Experiment
+from cnnjax.cli.process import use_compilation_cache
+from cnnjax.config import Config
+from cnnjax.errors import UserError, unknown_name
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a network, validate each epoch, and score it on the test set once at the end.
+
+    `cnnjax train EXPERIMENT` takes the defaults from experiments/EXPERIMENT.py, or from a file EXPERIMENT.py. Ctrl-C
+    and SIGTERM save, print the command that resumes, and exit with 75.
+    """
+
+    config: Annotated[Config, arg(name="")] = field(default_factory=Config)
+    seeds: str | None = None
+    """Train with many seeds in one process, 0:10 (0 to 9) or 0,3,7, and print the mean and its 95% interval."""
+    run_dir: Path | None = None
+    """The run directory, runs/NAME-seedSEED by default; with --seeds, the folder of the runs."""
+    data_dir: Path | None = None
+    """The tfds directory; $TFDS_DATA_DIR or ~/tensorflow_datasets by default."""
+    resume: bool = False
+    """Resume the run in the run directory exactly where it stopped (or train longer, at a constant learning rate)."""
+    checkpoint_seconds: float = 60.0
+    """Save during an epoch, too, this long after the last save: the most that a power failure costs. Changes no bit."""
+
+    def __post_init__(self) -> None:
+        if not self.checkpoint_seconds >= 0:
+            raise UserError(f"`checkpoint_seconds` must be at least 0, got {self.checkpoint_seconds}.")
+
+    def __call__(self) -> None:
+        """Trains, and prints the result."""
+        from cnnjax.cli.console import Report
+        from cnnjax.cli.inspection import describe
+        from cnnjax.runs.seeds import parse_seeds, train_seeds, use_cores
+        from cnnjax.train import train_and_evaluate
+
+        seeds = None if self.seeds is None else parse_seeds(self.seeds)
+        if seeds is not None:
+            use_cores(len(seeds))
+        use_compilation_cache(print)
+        options: Any = {"data_dir": self.data_dir, "resume": self.resume, "report": Report()}
+        options["checkpoint_seconds"] = self.checkpoint_seconds
+        if seeds is None:
+            train_and_evaluate(self.config, run_dir=self.run_dir, **options)
+            return
+        results = train_seeds(self.config, seeds, folder=self.run_dir, **options)
+        print(f"{len(results)} seeds, {self.seeds}: {describe([result['test_accuracy'] for result in results])}")
+
+
+def parse_train(experiment: Experiment, arguments: Sequence[str], prog: str | None = None) -> Train:
+    """Parses the options of `cnnjax train`.
+
+    The words after --model, --optim and --augment choose a class, which then determines the options.
+    """
+    config, arguments = experiment.config, list(arguments)
+    for part in PARTS:
+        config = _choose(config, part, experiment.words(part), arguments)
+    words = "\n".join(f"--{part} {'|'.join(experiment.words(part))}" for part in PARTS)
+    description = (
+        f"{inspect.getdoc(Train)}\n\nThe classes of network, optimizer and augmentation, whose options follow:\n{words}"
+    )
+    registry = ConstructorRegistry()
+    registry.struct_rule(_opaque)
+    registry.primitive_rule(_dataset)
+    return tyro.cli(Train, default=Train(config), args=arguments, prog=prog, description=description, registry=registry)
+
+
+def _choose(config: Config, part: str, words: dict[str, type], arguments: list[str]) -> Config:
+    """Replaces a part of the configuration by the class whose word is in `arguments`, and removes the word.
+
+    The fields of the base class (a learning rate, flips) keep their values.
+    """
+    option = f"--{part}"
+    for i, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name != option:
+            continue
+        if not equals:
+            value = arguments[i + 1] if i + 1 < len(arguments) else ""
+        if value not in words:
+            raise unknown_name(part, value, words)
+        del arguments[i : i + (1 if equals else 2)]
+        old, base = getattr(config, part), PARTS[part]
+        if type(old) is words[value]:
+            return config
+        kept = {f.name: getattr(old, f.name) for f in dataclasses.fields(base)} if part != "model" else {}
+        return dataclasses.replace(config, **{part: words[value](**kept)})
+    return config
+
+
+def _opaque(info: Any) -> StructConstructorSpec | None:
+    """Hides a field whose value is a function or class: it cannot be written on a command line."""
+    value = info.default
+    if not callable(value) or dataclasses.is_dataclass(value):
+        return None
+    return StructConstructorSpec(instantiate=lambda: value, fields=())
+
+
+def _dataset(info: Any) -> PrimitiveConstructorSpec[Any] | None:
+    """Parses the field `dataset`, which may also be arrays or a function, from a name."""
+    if info.type != Config.__dataclass_fields__["dataset"].type:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="NAME",
+        instance_from_str=lambda args: args[0],
+        is_instance=lambda x: True,
+        str_from_instance=lambda x: [x if isinstance(x, str) else getattr(x, "__name__", "(arrays)")],
+    )

@@ -1,0 +1,121 @@
+"""Data augmentation: geometry, which the order of an epoch draws, and transformations of a batch on the device."""
+
+from dataclasses import dataclass
+from math import inf
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from cnnjax.errors import UserError, check, check_name
+from cnnjax.typing import AnyArray, Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augment:
+    """Flips, translation and cutout of training images. A subclass may define `transform`; its fields are options."""
+
+    flip: str = "none"
+    """none, random (mirror with probability 1/2), or alternating (each image flips every epoch)."""
+    translate: int = 0
+    """Maximum random shift in pixels, with reflect padding."""
+    cutout: int = 0
+    """Side of a random square that is set to the mean (DeVries and Taylor 2017), inside the image; 0: none."""
+
+    def __post_init__(self) -> None:
+        check_name("augment.flip", self.flip, ("none", "random", "alternating"))
+        check("augment.translate", "at least 0", self.translate >= 0, self.translate)
+        check("augment.cutout", "at least 0", self.cutout >= 0, self.cutout)
+
+    def transform(self, key: Key[Array, " B"], batch: Batch) -> Batch:
+        """Transforms a batch, after the geometry. Runs on the device and must be pure.
+
+        Args:
+          key: one key per example, which depends only on seed, epoch and example.
+          batch: standardized images, float32 [B H W C]; int32 labels [B].
+
+        Returns:
+          A batch of the same image shape; its labels may be class probabilities, float32 [B K].
+        """
+        return batch
+
+    def check_size(self, image_size: tuple[int, int]) -> None:
+        """Checks that images [H W] are large enough.
+
+        Raises:
+          UserError: `translate` or `cutout` is too large for them.
+        """
+        limits = {"translate": min(image_size) - 1, "cutout": min(image_size)}
+        for name, limit in limits.items():
+            if (value := getattr(self, name)) > limit:
+                size = "×".join(map(str, image_size))
+                raise UserError(f"`augment.{name}` must be at most {limit} for images of {size} pixels, got {value}.")
+
+
+@dataclass(frozen=True)
+class Mixup(Augment):
+    """Mixes each image, and its label, with its neighbor in the batch.
+
+    Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization" (2018); here each example draws its own weight.
+    """
+
+    alpha: float = 0.2
+    """Weights are drawn from Beta(alpha, alpha)."""
+    num_classes: int = 10
+    """Number of classes; set from the data."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check("augment.alpha", "above 0 and finite", 0 < self.alpha < inf, self.alpha)
+
+    def transform(self, key: Key[Array, " B"], batch: Batch) -> Batch:
+        """Returns the mixed batch."""
+        weight = _beta(key, self.alpha)  # [B]
+        image = _mix(batch.image, weight[:, None, None, None])
+        return batch._replace(image=image, label=_mix_labels(batch.label, weight, self.num_classes))
+
+
+@dataclass(frozen=True)
+class CutMix(Augment):
+    """Replaces a random rectangle of each image by that of its neighbor in the batch, and mixes the labels by area.
+
+    Source: Yun et al., "CutMix: Regularization Strategy to Train Strong Classifiers" (2019), section 3.1.
+    """
+
+    alpha: float = 1.0
+    """The share of an image that is kept is drawn from Beta(alpha, alpha)."""
+    num_classes: int = 10
+    """Number of classes; set from the data."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check("augment.alpha", "above 0 and finite", 0 < self.alpha < inf, self.alpha)
+
+    def transform(self, key: Key[Array, " B"], batch: Batch) -> Batch:
+        """Returns the mixed batch."""
+        keys = jax.vmap(jax.random.split)(key)  # [B 2]
+        half = jnp.sqrt(1 - _beta(keys[:, 0], self.alpha)) / 2  # [B], as a fraction of the side
+        center = jax.vmap(lambda k: jax.random.uniform(k, (2,)))(keys[:, 1])  # [B 2]
+        b, h, w, _ = batch.image.shape
+
+        def inside(size: int, center: Float[Array, " B"]) -> Array:
+            low, high = (jnp.clip(jnp.round(size * (center + sign * half)), 0, size) for sign in (-1, 1))
+            pixel = jnp.arange(size)[None]
+            return (pixel >= low[:, None]) & (pixel < high[:, None])  # [B size]
+
+        mask = inside(h, center[:, 0])[:, :, None] & inside(w, center[:, 1])[:, None, :]  # [B H W]
+        image = jnp.where(mask[..., None], jnp.roll(batch.image, 1, axis=0), batch.image)
+        weight = 1 - mask.reshape(b, -1).mean(axis=1)
+        return batch._replace(image=image, label=_mix_labels(batch.label, weight, self.num_classes))
+
+
+def _beta(key: Key[Array, " B"], alpha: float) -> Float[Array, " B"]:
+    return jax.vmap(lambda k: jax.random.beta(k, alpha, alpha))(key)
+
+
+def _mix(x: AnyArray, weight: Array) -> Array:
+    return weight * x + (1 - weight) * jnp.roll(x, 1, axis=0)
+
+
+def _mix_labels(label: Int[AnyArray, " B"], weight: Float[Array, " B"], num_classes: int) -> Float[Array, "B K"]:
+    return _mix(jax.nn.one_hot(label, num_classes), weight[:, None])

@@ -1,0 +1,132 @@
+"""What each step of an epoch sees, drawn on the host: the order of the examples, and their geometric augmentation.
+
+A plan is a pure function of (seed, epoch). Its random bits come from the raw stream of a counter-based generator and a
+stable sort: NumPy guarantees that stream forever, while the algorithms behind `Generator.permutation` may change.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from cnnjax.data.augment import Augment
+from cnnjax.errors import UserError
+from cnnjax.typing import AnyArray
+
+# The purposes of random streams, which share no bits.
+SPLIT, ORDER, FLIP, SHIFT, CUTOUT = range(5)
+
+
+class Plan(NamedTuple):
+    """What batches consist of: one row per step (S of them), or a single row."""
+
+    example: Int[AnyArray, "*S B"]  # Index in the training set.
+    mask: Bool[AnyArray, "*S B"]  # False for padding.
+    mirrored: Bool[AnyArray, "*S B"]
+    shift: Int[AnyArray, "*S B 2"]  # Down and to the right, in pixels.
+    cutout: Int[AnyArray, "*S B 2"]  # Top left corner of the square.
+
+    def row(self, step: int | slice) -> "Plan":
+        """Returns one row, or the rows of a slice."""
+        return Plan(*(values[step] for values in self))
+
+
+def random_bits(seed: int, purpose: int, epoch: int, size: int) -> np.ndarray:
+    """Returns uint64 [size]: the Philox stream of (seed, purpose, epoch)."""
+    return np.random.Philox(np.random.SeedSequence([seed, purpose, epoch])).random_raw(size)
+
+
+def epoch_order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
+    """Returns the order of the examples in an epoch (from 0): a permutation, int64 [num_examples]."""
+    return np.argsort(random_bits(seed, ORDER, epoch, num_examples), kind="stable")
+
+
+def steps_per_epoch(num_examples: int, batch_size: int) -> int:
+    """Returns the number of batches that hold every example once.
+
+    Raises:
+      UserError: `batch_size` is not between 1 and `num_examples`.
+    """
+    if not 1 <= batch_size <= num_examples:
+        raise UserError(f"`batch_size` must be between 1 and the {num_examples} training examples, got {batch_size}.")
+    return -(-num_examples // batch_size)
+
+
+def epoch_plan(
+    seed: int, epoch: int, num_examples: int, *, batch_size: int, augment: Augment, image_size: tuple[int, int]
+) -> Plan:
+    """Returns the plan of an epoch (from 0), S = `steps_per_epoch` rows.
+
+    An epoch is a permutation of all examples. Its last batch is padded to `batch_size` with the first examples of the
+    epoch, which are masked: every example counts once per epoch.
+
+    Args:
+      augment: alternating flips mirror one half of the examples in even epochs and the other half in odd ones.
+      image_size: height and width.
+
+    Raises:
+      UserError: see `steps_per_epoch`.
+    """
+    steps = steps_per_epoch(num_examples, batch_size)
+    position = np.arange(steps * batch_size)
+    order = epoch_order(seed, epoch, num_examples)
+    if augment.flip == "none":
+        mirrored = np.zeros(num_examples, bool)
+    elif augment.flip == "random":
+        mirrored = random_bits(seed, FLIP, epoch, num_examples) % 2 == 1
+    else:
+        mirrored = (random_bits(seed, FLIP, 0, num_examples)[order] + np.uint64(epoch)) % 2 == 1
+    span = 2 * augment.translate + 1
+    shift = _pairs(seed, SHIFT, epoch, num_examples, (span, span)) - augment.translate
+    corners = (image_size[0] - augment.cutout + 1, image_size[1] - augment.cutout + 1)
+    cutout = _pairs(seed, CUTOUT, epoch, num_examples, corners)
+    index = position % num_examples
+    rows = (order.astype(np.int32), mirrored, shift, cutout)
+    example, mirrored, shift, cutout = (a[index].reshape(steps, batch_size, *a.shape[1:]) for a in rows)
+    return Plan(example, (position < num_examples).reshape(steps, batch_size), mirrored, shift, cutout)
+
+
+def _pairs(seed: int, purpose: int, epoch: int, size: int, below: tuple[int, int]) -> np.ndarray:
+    """Returns int32 [size, 2], each uniform in [0, below), up to 2**-32."""
+    if below == (1, 1):
+        return np.zeros((size, 2), np.int32)
+    bits = random_bits(seed, purpose, epoch, size)
+    return np.stack([(bits >> np.uint64(32)) % below[0], (bits & np.uint64(2**32 - 1)) % below[1]], 1).astype(np.int32)
+
+
+def plain_plan(num_examples: int, batch_size: int) -> Plan:
+    """Returns the plan that visits every example once, in order and unchanged; it pads as `epoch_plan` does."""
+    steps = -(-num_examples // batch_size)
+    position = np.arange(steps * batch_size, dtype=np.int32).reshape(steps, batch_size)
+    zeros = np.zeros((*position.shape, 2), np.int32)
+    return Plan(position % num_examples, position < num_examples, np.zeros(position.shape, bool), zeros, zeros)
+
+
+def split_validation(seed: int, label: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Holds out a class-balanced part of the training examples.
+
+    Args:
+      seed: selects the examples.
+      label: int [N].
+      fraction: of each class, in [0, 1); rounded to whole examples, at least one per class. 0 holds out none.
+
+    Returns:
+      The indices of the training part and of the validation part, each sorted.
+
+    Raises:
+      UserError: `fraction` leaves no training example of some class.
+    """
+    held_out = np.zeros(len(label), bool)
+    if fraction == 0:
+        return np.arange(len(label)), np.flatnonzero(held_out)
+    shuffled = np.argsort(random_bits(seed, SPLIT, 0, len(label)), kind="stable")
+    for k in np.unique(label):
+        members = shuffled[label[shuffled] == k]
+        count = max(1, round(fraction * len(members)))
+        if count == len(members):
+            raise UserError(
+                f"`validation_fraction` must leave a training example of each class, got {fraction} with "
+                f"{len(members)} of class {k}."
+            )
+        held_out[members[:count]] = True
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)

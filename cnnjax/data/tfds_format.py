@@ -1,0 +1,191 @@
+"""Reads and writes the on-disk format of TensorFlow Datasets without TensorFlow.
+
+The stock builders need TensorFlow for its file system and its PNG encoder. A builder with the same name, version,
+features and integer keys that is given PNG bytes writes the same records in the same order.
+"""
+
+import contextlib
+import io
+import struct
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cnnjax.cli.console import track
+from cnnjax.data.sources import NamedSet, RawSet
+from cnnjax.errors import UserError
+
+# The functions import tfds, which takes 1.1 s: a set whose arrays are cached does not need it.
+
+
+class Examples(NamedTuple):
+    """Images and labels in memory."""
+
+    image: np.ndarray  # uint8 [N H W C]
+    label: np.ndarray  # int32 [N]
+
+
+# --- Reading --------------------------------------------------------------------------------------------------------
+
+
+def decode(folder: Path, split: str) -> Examples:
+    """Decodes a split of a prepared tfds directory, in record order.
+
+    Raises:
+      UserError: the split is missing or damaged, or does not hold images of one shape with one class label each.
+    """
+    import tensorflow_datasets as tfds
+
+    builder = _builder(folder)
+    features, splits = builder.info.features, builder.info.splits
+    if split not in splits:
+        raise UserError(f"{folder} must have a split {split!r}, got {sorted(splits)}.")
+    image_name, label_name = _image_and_label(builder)
+    expected = {image_name: tfds.features.Image, label_name: tfds.features.ClassLabel}
+    if not all(name in features and isinstance(features[name], kind) for name, kind in expected.items()):
+        raise UserError(f"{folder} must hold images with one class label each, got the features {sorted(features)}.")
+    if features[image_name].np_dtype != np.uint8:
+        raise UserError(f"{folder} must hold 8-bit images, got {np.dtype(features[image_name].np_dtype)}.")
+
+    count = splits[split].num_examples
+    image, label, read = None, np.empty(count, np.int32), 0
+    for row in track(_rows(builder, split), f"decoding {split}", total=count):
+        if image is None:
+            image = np.empty((count, *row[image_name].shape), np.uint8)
+        if row[image_name].shape != image.shape[1:]:
+            raise UserError(
+                f"{folder} must hold images of one shape, got {image.shape[1:]} and {row[image_name].shape} "
+                f"(record {read})."
+            )
+        if read < count:
+            image[read], label[read] = row[image_name], row[label_name]
+        read += 1
+    if image is None or read != count:
+        raise UserError(f"{folder} must hold {count or 'some'} examples in its split {split!r}, got {read}.")
+    num_classes = features[label_name].num_classes
+    if label.min() < 0 or label.max() >= num_classes:
+        raise UserError(
+            f"{folder} must label each image of its split {split!r} with one of {num_classes} classes, got labels from "
+            f"{label.min()} to {label.max()}."
+        )
+    return Examples(image, label)
+
+
+def class_names(folder: Path) -> tuple[str, ...]:
+    """Returns the name of each label of a prepared tfds directory, in order."""
+    builder = _builder(folder)
+    return tuple(builder.info.features[_image_and_label(builder)[1]].names)
+
+
+@contextlib.contextmanager
+def _damage_as_user_error(folder: Path, part: str) -> Iterator[None]:
+    """Turns the errors of the parsers into one that names the damaged part of a prepared directory."""
+    try:
+        yield
+    except (MemoryError, PermissionError, UserError):
+        raise
+    except Exception as error:  # JSON, protocol buffers, each record format and Pillow raise their own types.
+        raise UserError(
+            f"{folder} is damaged: {part} cannot be read ({error}). Move it away, and run the command again to prepare "
+            "the set again."
+        ) from error
+
+
+def _builder(folder: Path) -> Any:
+    import tensorflow_datasets as tfds
+
+    with _damage_as_user_error(folder, "its description"):
+        return tfds.builder_from_directory(folder)
+
+
+def _image_and_label(builder: Any) -> tuple[str, str]:
+    """Returns the names of the input feature and the target feature."""
+    keys = builder.info.supervised_keys
+    return keys if keys is not None and len(keys) == 2 else ("image", "label")
+
+
+def _rows(builder: Any, split: str) -> Iterator[dict[str, Any]]:
+    """Yields the decoded examples of a split, in record order."""
+    info = builder.info
+    with _damage_as_user_error(Path(builder.data_dir), f"its split {split!r}"):
+        match info.file_format.value:
+            case "tfrecord":
+                yield from map(info.features.deserialize_example_np, _tfrecords(info.splits[split].filepaths))
+            case "array_record":
+                yield from builder.as_data_source(split=split)
+            case other:
+                raise UserError(f"{builder.data_dir} must be in the format tfrecord or array_record, got {other}.")
+
+
+def _tfrecords(paths: Sequence[Any]) -> Iterator[bytes]:
+    """Yields the records of TFRecord files, which tfds reads only with TensorFlow.
+
+    A record consists of its length (uint64), a checksum of the length (4 bytes), the data, and a checksum of the data
+    (4 bytes). The checksums are ignored: PNG has its own, and the digest of the decoded set is verified on later loads.
+    """
+    for path in paths:
+        with Path(path).open("rb") as file:
+            while header := file.read(12):
+                (length,) = struct.unpack("<Q", header[:8])
+                yield file.read(length)
+                file.read(4)
+
+
+# --- Writing --------------------------------------------------------------------------------------------------------
+
+
+def write_tfds(named: NamedSet, raw: RawSet, data_dir: Path, say: Callable[[str], None]) -> Path:
+    """Writes `raw` as the prepared tfds set `named` in `data_dir`.
+
+    Returns:
+      The folder of the prepared version, `data_dir/name/version`.
+    """
+    import tensorflow_datasets as tfds
+
+    stock = tfds.builder_cls(named.name)
+    say(f"writing {named.name} in the format of TensorFlow Datasets to {data_dir}")
+
+    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        name = named.name
+        VERSION = tfds.core.Version(named.version)
+        pkg_dir_path = stock.pkg_dir_path
+
+        def _info(self) -> tfds.core.DatasetInfo:
+            info: Any = stock._info(self)  # The stock description, features and citation; downloads nothing.
+            for feature, names in raw.label_names.items():
+                info.features[feature].names = list(names)
+            return info
+
+        def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+            return {split: self._generate_examples(split) for split in raw.splits}
+
+        def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+            features: Any = self.info.features
+            images, labels = raw.splits[split]
+            for key, image in enumerate(images):
+                example: dict[str, Any] = {feature: int(label[key]) for feature, label in labels.items()}
+                if "id" in features:
+                    example["id"] = f"{split}_{key:05d}"
+                yield key, {**example, "image": _png(image)}
+
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
+    builder = Builder(data_dir=data_dir)
+    with contextlib.redirect_stdout(io.StringIO()):  # tfds announces a download, but nothing is downloaded.
+        builder.download_and_prepare(
+            file_format="array_record",
+            download_config=tfds.download.DownloadConfig(try_download_gcs=False),
+        )
+    return Path(builder.data_dir)
+
+
+def _png(image: np.ndarray) -> io.BytesIO:
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(image if image.shape[-1] == 3 else image[..., 0]).save(file, "PNG", compress_level=1)
+    file.seek(0)
+    return file

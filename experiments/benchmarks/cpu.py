@@ -1,0 +1,190 @@
+"""Measures how fast this package trains on this machine's CPU, beside its peers. `make bench` runs it: 25 minutes.
+
+    .venv/bin/python experiments/benchmarks/cpu.py                # all parts except the last
+    .venv/bin/python experiments/benchmarks/cpu.py step sizes     # these parts
+    .venv/bin/python experiments/benchmarks/cpu.py --small        # try them at a small size, without peers
+
+step       a training step of the tutorial's network at batch size 128: cnnjax, plain Flax, PyTorch and Keras 3
+sizes      the same for cnnjax at batch sizes from 32 to 512
+layers     each convolution of the tutorial's network, forward and backward, beside a matrix product
+accuracy   `cifar10_fast` from its first step to 78.5% and to 90% of CIFAR-10's test images, 3 seeds
+tutorial   the tutorial's Keras code from `fit` to 78.5%, 3 seeds: several hours
+
+Each contender is a process. Contenders take turns on the same images; a turn is a warm pass, synchronized at both ends.
+Peers are installed in .venv-peers, which `make bench` creates. Each part writes its table into BENCHMARKS.md.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import harness
+from harness import ratio, spread, table, worker
+from peers import CONTENDERS
+
+PEERS = harness.ROOT / ".venv-peers" / "bin" / "python"
+RUNNER = str(harness.HERE / "peers.py")
+SIZES = (32, 64, 128, 256, 512)
+LAYERS = ((3, 32, 32), (32, 32, 32), (32, 64, 16), (64, 64, 16))  # Input and output channels, height and width.
+
+# --- Parts: each returns a table ------------------------------------------------------------------------------------
+
+
+def contenders() -> list[str]:
+    """Returns the installed contenders, except those in bfloat16 on a processor that emulates it, which are slow."""
+    from cnnjax.layers.onednn import has_bfloat16
+
+    return [name for name in CONTENDERS if Path(python(name)).exists() and (has_bfloat16() or "bfloat16" not in name)]
+
+
+def python(name: str) -> str:
+    return str(PEERS) if CONTENDERS[name].peer else sys.executable
+
+
+def images_per_second(names: list[str], sizes: tuple[int, ...], args: argparse.Namespace) -> Any:
+    """Returns the speed of each contender at each batch size, by turn."""
+    num_images = 2 * max(sizes) if args.small else 4096
+    with ExitStack() as stack:
+        asks = {name: stack.enter_context(worker(python(name), RUNNER, log=Path(os.devnull))) for name in names}
+
+        def speed(name: str, size: int) -> float:
+            return num_images / asks[name]("training_pass", name, size, num_images)
+
+        work = {(name, size): partial(speed, name, size) for name in names for size in sizes}
+        return harness.take_turns(work, args.turns)
+
+
+def step(args: argparse.Namespace) -> str:
+    size, names = 4 if args.small else 128, contenders()
+    speed = images_per_second(names, (size,), args)
+    ours = [name for name in names if name.startswith("cnnjax")]
+    rows = []
+    for name in names:
+        ratios = [f"{ratio(speed[our, size], speed[name, size]):.2f} ×" for our in ours]
+        rows.append([name + CONTENDERS[name].details, spread(speed[name, size]), *ratios])
+    return table([f"batch {size}", "images/s", *(f"{our} is" for our in ours)], rows)
+
+
+def sizes(args: argparse.Namespace) -> str:
+    sizes, names = (2, 4) if args.small else SIZES, [name for name in contenders() if name.startswith("cnnjax")]
+    speed, rows = images_per_second(names, sizes, args), []
+    for name in names:
+        medians = [statistics.median(speed[name, size]) for size in sizes]
+        rows.append([name, *(spread(speed[name, size]) for size in sizes), f"{min(medians) / max(medians):.0%}"])
+    return table(["images/s at batch", *map(str, sizes), "the slowest, of the fastest"], rows)
+
+
+def layers(args: argparse.Namespace) -> str:
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from cnnjax.layers.conv import conv2d
+
+    rng, (batch, n) = np.random.default_rng(0), (1, 64) if args.small else (128, 2048)
+
+    def normal(*shape: int, dtype: str = "float32") -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape), jnp.float32).astype(dtype)
+
+    def conv(image, kernel, bias, relu=False):
+        return conv2d(image, kernel, bias, ((1, 1), (1, 1)), relu)
+
+    def both_ways(image, kernel, bias, g):
+        y, vjp = jax.vjp(partial(conv, relu=True), image, kernel, bias)
+        return y, vjp(g)[0 if image.shape[3] > 3 else 1 :]  # The gradient of the network's input is not needed.
+
+    alone = {
+        "forward": lambda image, kernel, bias, g: conv(image, kernel, bias, True),
+        "the image's gradient": lambda image, kernel, bias, g: jax.vjp(lambda x: conv(x, kernel, bias), image)[1](g),
+        "the kernel's gradient": lambda image, kernel, bias, g: jax.vjp(lambda x: conv(image, x, bias), kernel)[1](g),
+    }
+    product = ("", "matrix product", "float32")
+    work: dict[Any, Any] = {product: (jax.jit(jnp.dot), (normal(n, n), normal(n, n)), 2 * n**3)}
+    for dtype in ("float32", "bfloat16"):
+        for c, k, h in LAYERS:
+            image, g = (normal(batch, h, h, channels, dtype=dtype) for channels in (c, k))
+            arguments, flops = (image, normal(3, 3, c, k), normal(k), g), 2 * batch * h * h * 9 * c * k
+            layer = f"{c} → {k} at {h}×{h}"
+            work[layer, "both ways", dtype] = (jax.jit(both_ways), arguments, flops * (3 if c > 3 else 2))
+            work |= {(layer, name, dtype): (jax.jit(f), arguments, flops) for name, f in alone.items() if c > 3}
+
+    def time_of(function, arguments, flops):
+        repeats = 1 if args.small else max(2, int(2e10 / flops))
+        return harness.seconds(lambda: [jax.block_until_ready(function(*arguments)) for _ in range(repeats)]) / repeats
+
+    times = harness.take_turns({name: partial(time_of, *work[name]) for name in work}, args.turns)
+
+    def rate(*names: tuple[str, str, str]) -> list[float]:
+        flops = sum(work[name][2] for name in names)
+        return [flops / sum(turn) / 1e9 for turn in zip(*(times[name] for name in names), strict=True)]
+
+    def row(label: str, layers: list[str], part: str = "both ways") -> list[str]:
+        single, half = (rate(*((layer, part, dtype) for layer in layers)) for dtype in ("float32", "bfloat16"))
+        return [label, spread(single), f"{ratio(single, rate(product)):.0%}", spread(half)]
+
+    names = [f"{c} → {k} at {h}×{h}" for c, k, h in LAYERS]
+    rows = [*(row(name, [name]) for name in names), row("all four together", names)]
+    rows += [row(f"of the last three, {part} alone", names[1:], part) for part in alone]
+    rows.append([f"float32 matrix product, {n}×{n}×{n}", spread(rate(product)), "100%"])
+    head = [f"forward and backward, batch {batch}", "float32, GFLOP/s", "of the matrix product", "bfloat16, GFLOP/s"]
+    return table(head, rows)
+
+
+def accuracy(args: argparse.Namespace) -> str:
+    small, rows = ["--num-epochs", "1", "--model.widths", "4", "4", "4"], []
+    for options in [small] if args.small else (["--num-epochs", "1"], ["--num-epochs", "2"], []):
+        found = []
+        for seed in range(args.num_seeds):
+            with tempfile.TemporaryDirectory() as folder:
+                run = harness.run_experiment("cifar10_fast", Path(folder, "run"), "--seed", str(seed), *options)
+            if run.result is None:
+                sys.exit(f"cifar10_fast with seed {seed} and {options} ended without a result.")
+            found.append((100 * run.result["test_accuracy"], run.result["training_seconds"], run.seconds, run.memory))
+            print(f"seed {seed}: {found[-1][0]:.2f}%, {run.seconds:.0f} s", file=sys.stderr)
+        accuracies, training, walls, memories = zip(*found, strict=True)
+        deviation = f" ± {statistics.stdev(accuracies):.2f}" if len(found) > 1 else ""
+        scores = f"{statistics.mean(accuracies):.2f}%{deviation} ({', '.join(f'{a:.2f}' for a in accuracies)})"
+        times = [f"{statistics.mean(x):.0f} ({min(x):.0f} to {max(x):.0f})" for x in (training, walls)]
+        rows.append([" ".join(options) or "as it is", scores, *times, f"{max(memories):.2f} GiB"])
+    head = ["`cifar10_fast`", "test accuracy", "training, s", "process start to result, s", "peak memory"]
+    return table(head, rows)
+
+
+def tutorial(args: argparse.Namespace) -> str:
+    rows, totals = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        path = harness.save_cifar10(Path(folder, "cifar10.npz"))
+        for seed in range(args.num_seeds):
+            with worker(str(PEERS), RUNNER) as ask:
+                epochs = ask("keras_to_accuracy", seed, path, 1 if args.small else 200)
+            accuracies, times = zip(*epochs, strict=True)
+            totals.append(sum(times))
+            rows.append([seed, len(epochs), f"{accuracies[-1]:.2%}", f"{totals[-1]:.0f}", spread(times, ".1f")])
+    rows.append(["mean", "", "", f"{statistics.mean(totals):.0f}"])
+    head = ["the tutorial's Keras code to 78.5% or epoch 200, seed", "epochs", "test accuracy", "training, s"]
+    return table([*head, "s per epoch"], rows)
+
+
+PARTS = {f.__name__: f for f in (step, sizes, layers, accuracy, tutorial)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--turns", type=int, default=7, help="of step, sizes and layers")
+    parser.add_argument("--num-seeds", type=int, default=3, help="of accuracy and tutorial")
+    args = harness.parse(parser, list(PARTS), list(PARTS)[:-1])
+    if not PEERS.exists() and ("tutorial" in args.parts or ("step" in args.parts and not args.small)):
+        parser.error(f"The peers must be in {PEERS.parents[1]}. Use: make bench ARGS='{' '.join(args.parts)}'")
+    if args.small:
+        args.turns = args.num_seeds = 1
+    harness.write_tables(args, PARTS, "" if args.small else harness.describe(str(PEERS)))
+
+
+if __name__ == "__main__":
+    main()

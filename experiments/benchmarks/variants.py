@@ -1,0 +1,289 @@
+"""The variants of gpu.py's ladder, and the process that trains one of them on the records' clock.
+
+    echo '["train_seed", 0]' | .venv/bin/python experiments/benchmarks/variants.py --variant "as it is"
+
+A variant is a recipe with one difference: XLA flags, or a change that is made before anything is compiled. The change
+is one of the configuration, or replaces a function of the package by one that computes the same in another way (or
+nearly the same, if its name says so).
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from itertools import islice, pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from harness import EXPERIMENTS, serve
+from jax import lax
+
+from cnnjax import Batch, Config, SpeedNet, init_from_data, load_dataset
+from cnnjax import step as steps
+from cnnjax.cli.console import Report
+from cnnjax.cli.experiment import load_experiment
+from cnnjax.cli.signals import Stop
+from cnnjax.data import batches
+from cnnjax.data.batches import Pixels, standardize
+from cnnjax.layers import conv, norm, ops
+from cnnjax.models import speednet
+from cnnjax.models.speednet import SpeedConv
+from cnnjax.optim import transforms
+from cnnjax.runs.directory import OpenRun
+from cnnjax.runs.files import tree_sha256
+from cnnjax.step import TrainState, evaluate, init_run
+from cnnjax.train import INIT_IMAGES, Setup, plan_dispatches, set_up
+
+MUON, TUTORIAL = "cifar10_airbench94_muon", "cifar10_tutorial"
+ANY_KERNELS = "--xla_gpu_deterministic_ops=false"
+GRAPHS = "--xla_gpu_enable_command_buffer=+CONVOLUTION"
+
+# --- Variants -------------------------------------------------------------------------------------------------------
+
+Change = Callable[[Config], Config]
+
+
+class Variant(NamedTuple):
+    """The differences from a recipe."""
+
+    flags: str = ""
+    change: Change = lambda config: config
+    recipe: str = MUON
+    one_program: bool = False  # The whole run instead of each epoch.
+
+
+def fields(**values: Any) -> Change:
+    """Changes fields of the configuration."""
+    return lambda config: replace(config, **values)
+
+
+def instead(module: Any, **functions: Any) -> Change:
+    """Replaces functions of a module of the package."""
+    assert functions.keys() <= vars(module).keys(), functions
+    return lambda config: vars(module).update(functions) or config
+
+
+def plain_norm_gelu(x, bias, residual=None):
+    """Lets JAX differentiate, which keeps more arrays."""
+    wide = x.astype(jnp.float32)
+    mean, var = wide.mean((0, 1, 2)), wide.var((0, 1, 2))
+    y = norm._norm_gelu(x, mean, lax.rsqrt(var + norm.EPSILON), bias, residual)
+    return y, lax.stop_gradient(mean), lax.stop_gradient(var)
+
+
+def norm_gelu_in_sums_of_16_bits(x, bias, residual=None):
+    """Computes the statistics without float32."""
+    mean = x.mean((0, 1, 2), dtype=x.dtype)
+    var = jnp.maximum((x * x).mean((0, 1, 2), dtype=x.dtype) - mean**2, 0)
+    scale = lax.rsqrt(var.astype(jnp.float32) + norm.EPSILON)
+    y = norm._norm_gelu(x, mean.astype(jnp.float32), scale, bias, residual)
+    return y, lax.stop_gradient(mean.astype(jnp.float32)), lax.stop_gradient(var.astype(jnp.float32))
+
+
+class PoolAfterTheNorm(SpeedNet):
+    """`SpeedNet` of depth 2 that pools after the first norm of a group instead of before it."""
+
+    @nn.compact
+    def __call__(self, image, *, train):
+        """Returns logits."""
+        x = ops.gelu(speednet.Whiten(name="whiten")(jnp.asarray(image, self.dtype)))
+        for width in self.widths:
+            x = norm.NormGelu()(speednet.SpeedConv(width, even=True)(x), train=train)
+            x = norm.NormGelu()(speednet.SpeedConv(width)(ops.max_pool_2x2(x)), train=train)
+        head = self.param("head", nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"), (x.shape[-1], 10))
+        return x.max(axis=(1, 2)).astype(jnp.float32) @ head / 9
+
+
+def pool_after_the_norm(config: Config) -> Config:
+    model: Any = config.model
+    return replace(config, model=PoolAfterTheNorm(widths=model.widths, dtype=model.dtype))
+
+
+def pool_by_comparison(config: Config) -> Config:
+    """Keeps the pool's input and result instead of an index."""
+    pool: Any = ops.max_pool_2x2
+
+    def fwd(x):
+        y = pool.__wrapped__(x)
+        return y, (x, y)
+
+    pool.defvjp(fwd, ops._max_pool_bwd)
+    return config
+
+
+def batch_by_slices(pixels, plan, augment=None, key=None):
+    """Cuts a slice out of each padded image instead of gathering its pixels."""
+    if augment is None or (t := augment.translate) == 0:
+        return batches.make_batch(pixels, plan, augment, key)
+    padded = jnp.pad(pixels.image, ((0, 0), (t, t), (t, t), (0, 0)), "reflect")
+    size = (1, *pixels.image.shape[1:])
+
+    def cut(example, shift, mirrored):  # Mirrored afterwards, so it moves in the other direction here.
+        return lax.dynamic_slice(padded, (example, t - shift[0], t + jnp.where(mirrored, 1, -1) * shift[1], 0), size)[0]
+
+    image = jax.vmap(cut)(plan.example, plan.shift, plan.mirrored)
+    image = jnp.where(plan.mirrored[:, None, None, None], image[:, :, ::-1], image)
+    return Batch(standardize(image, pixels.standardization), pixels.label[plan.example], plan.mask)
+
+
+UNROLLED = SimpleNamespace(scan=partial(lax.scan, unroll=5), stop_gradient=lax.stop_gradient)
+# Takes the CPU's branch: one matrix at a time, in float32.
+EACH_ALONE = SimpleNamespace(platform_dependent=lambda *operands, cpu, default: cpu(*operands))
+
+
+def whitening_bias_trained_throughout(config: Config) -> Config:
+    groups = tuple(replace(group, num_epochs=None) for group in config.optim.groups)
+    return replace(config, optim=replace(config.optim, groups=groups))
+
+
+SHORT = fields(num_epochs=3)
+VARIANTS = {
+    "as it is": Variant(),
+    "any kernels": Variant(ANY_KERNELS),
+    "any kernels, channels as they are": Variant(
+        ANY_KERNELS, instead(conv, _fill=lambda x, axis: x, convolution_on_accelerators=conv.convolution_by_xla)
+    ),
+    "the other flag for determinism": Variant(f"{ANY_KERNELS} --xla_gpu_exclude_nondeterministic_ops=true"),
+    "no autotuning, any kernels": Variant(f"{ANY_KERNELS} --xla_gpu_autotune_level=0"),
+    "graphs with convolutions": Variant(GRAPHS),
+    "graphs with convolutions and loops": Variant(f"{GRAPHS},+WHILE"),
+    "whole run as one program, with every gradient": Variant(one_program=True),
+    "unroll 5": Variant(change=instead(steps, lax=UNROLLED)),
+    "channels first": Variant("--xla_gpu_force_conv_nchw=true"),
+    "float16": Variant(change=lambda config: replace(config, model=replace(config.model, dtype="float16"))),
+    "statistics in 16 bits": Variant(change=instead(norm, batch_norm_gelu=norm_gelu_in_sums_of_16_bits)),
+    "norm and GELU by JAX": Variant(change=instead(norm, batch_norm_gelu=plain_norm_gelu)),
+    "pool after the norm": Variant(change=pool_after_the_norm),
+    "pool by comparison": Variant(change=pool_by_comparison),
+    "every output before a pool": Variant(
+        change=instead(speednet, SpeedConv=lambda width, even=False: SpeedConv(width))
+    ),
+    "Muon of each kernel alone": Variant(change=instead(transforms, lax=EACH_ALONE)),
+    "whitening bias trained throughout": Variant(change=whitening_bias_trained_throughout),
+    "augmentation by slices": Variant(change=instead(steps, make_batch=batch_by_slices)),
+    "scored by six views of every image": Variant(change=fields(tta="flip_translate")),
+    "tutorial, 3 epochs": Variant("", SHORT, TUTORIAL),
+    "tutorial, 3 epochs, any kernels": Variant(ANY_KERNELS, SHORT, TUTORIAL),
+    "tutorial, 3 epochs, graphs": Variant(f"{GRAPHS},+WHILE", SHORT, TUTORIAL),
+}
+
+# --- The process ----------------------------------------------------------------------------------------------------
+
+
+def timed_run(setup: Setup, seed: int, test: Pixels, one_program: bool) -> dict[str, Any]:
+    """Trains a seed. The seconds are those in total, of the initialization from data, of training and of scoring."""
+    init_key, train_key, augment_key = jax.random.split(jax.random.key(seed), 3)
+    config, program, pixels = replace(setup.config, seed=seed), setup.program, setup.train
+    setup = setup._replace(config=config, train_key=train_key, augment_key=augment_key)
+    state = jax.block_until_ready(init_run(init_key, jnp.zeros((1, *pixels.image.shape[1:])), program=program))
+    times = [time.perf_counter()]
+    if hasattr(config.model, "init_from_data"):
+        image = standardize(pixels.image[:INIT_IMAGES], pixels.standardization)
+        state = jax.block_until_ready(init_from_data(state, image, model=config.model, tx=program.make_tx()))
+    times.append(time.perf_counter())
+    state = jax.block_until_ready(train(setup, state, program.num_steps, one_program))
+    times.append(time.perf_counter())
+    accuracy = evaluate(state, test, model=config.model, tta=config.tta, placement=setup.placement).accuracy
+    times.append(time.perf_counter())
+    seconds = [times[-1] - times[0], *(b - a for a, b in pairwise(times))]
+    return {"accuracy": accuracy, "seconds": seconds, "digest": tree_sha256(state.params)[:8]}
+
+
+def train(setup: Setup, state: TrainState, num_steps: int, one_program: bool = False) -> TrainState:
+    """Trains the first `num_steps` steps, as one program per dispatch or as a single one."""
+    dispatches, step, on_cpu = plan_dispatches(setup, 0), 0, jax.default_backend() == "cpu"
+    if one_program:  # Only the first epoch's key is used: nothing in the ladder depends on it.
+        plans, keys = zip(*islice(dispatches, num_steps // setup.steps_per_dispatch), strict=True)
+        dispatches = iter([(jax.tree.map(lambda *rows: jnp.concatenate(rows), *plans), keys[0])])
+    while step < num_steps:
+        plan, key = next(dispatches)  # The host draws it while the device computes.
+        if len(plan.example) > num_steps - step:
+            plan = plan.row(slice(num_steps - step))
+        keys, frozen = (setup.train_key, key), () if on_cpu else setup.program.frozen_names(state.params, step)
+        state, _ = steps.train_steps(state, setup.train, plan, *keys, program=setup.program, frozen=frozen)
+        step += len(plan.example)
+    return state
+
+
+def kernels(folder: str) -> str:
+    """Describes what the device did in a trace: its kernels by their share, and the time when it was idle."""
+    planes = jax.profiler.ProfileData.from_file(str(next(Path(folder).rglob("*.xplane.pb")))).planes
+    streams = [
+        line for plane in planes if "GPU" in plane.name for line in plane.lines if line.name.startswith("Stream")
+    ]
+    events = sorted((event for line in streams for event in line.events), key=lambda event: event.start_ns)
+    if not events:
+        return "The trace has no kernels of a GPU."
+    busy, end, totals = 0.0, events[0].start_ns, {}
+    for event in events:
+        stop = event.start_ns + event.duration_ns
+        busy += max(0, stop - max(event.start_ns, end)) / 1e9
+        end = max(end, stop)
+        name = f"{dict(event.stats).get('hlo_op', '')} {event.name}"
+        seconds, count = totals.get(name, (0.0, 0))
+        totals[name] = seconds + event.duration_ns / 1e9, count + 1
+    span = (end - events[0].start_ns) / 1e9
+    lines = [f"{span:.3f} s from the first kernel to the last, {busy:.3f} s busy, {len(events)} kernels"]
+    for name, (seconds, count) in sorted(totals.items(), key=lambda item: -item[1][0])[:30]:
+        lines.append(f"{seconds / span:6.1%} {1e3 * seconds:9.2f} ms {count:6} × {name[:150]}")
+    return "\n".join(lines)
+
+
+def random_images() -> tuple[np.ndarray, ...]:
+    """Returns a small set in CIFAR-10's shape."""
+    rng = np.random.default_rng(0)
+    image, label = rng.integers(0, 256, (3000, 32, 32, 3), np.uint8), rng.integers(0, 10, 3000)
+    return image[:2500], label[:2500], image[2500:], label[2500:]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variant", choices=VARIANTS, default="as it is")
+    parser.add_argument("--recipe", help="an experiment, instead of the variant's")
+    parser.add_argument("--held-out", type=float, help="score this fraction of the training split, not the test split")
+    parser.add_argument("--small", action="store_true", help="one epoch of a small network on few random images")
+    args = parser.parse_args()
+    start, variant = time.perf_counter(), VARIANTS[args.variant]
+    config = load_experiment(str(EXPERIMENTS / f"{args.recipe or variant.recipe}.py")).config
+    if args.held_out is not None:
+        config = replace(config, validation_fraction=args.held_out)
+    config = variant.change(config)
+    if args.small:
+        model = replace(config.model, widths=(8, 16, 16)) if isinstance(config.model, SpeedNet) else config.model
+        config = replace(config, dataset=random_images, num_epochs=1, batch_size=250, model=model)
+    run = OpenRun(Path(), config, Report(quiet=True), Stop())  # Of no directory: nothing is saved.
+    setup, initial_state = set_up(run, load_dataset(config.dataset), None)
+    test = setup.validation
+    if not config.validation_fraction:
+        test = Pixels(*setup.dataset.load("test"), setup.train.standardization)
+        test = jax.device_put(test, setup.placement.state_sharding)
+
+    def warm_up() -> float:
+        for seed in range(1 if args.small else 2):
+            train_seed(1_000_000 + seed)  # Not a seed that is timed.
+        return time.perf_counter() - start
+
+    def train_seed(seed: int) -> dict[str, Any]:
+        return timed_run(setup, seed, test, variant.one_program)
+
+    def profile(folder: str) -> str:
+        with jax.profiler.trace(folder):
+            train_seed(0)
+        return kernels(folder)
+
+    def first_steps(count: int, path: str) -> str:
+        state = train(setup, initial_state, count)
+        np.save(path, np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(state.params)]))
+        return path
+
+    serve(warm_up, train_seed, profile, first_steps)
+
+
+if __name__ == "__main__":
+    main()

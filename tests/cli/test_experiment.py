@@ -1,0 +1,213 @@
+"""Every command works with a network, an optimizer, a loss, an augmentation and data of the user's own."""
+
+import io
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from PIL import Image
+
+from cnnjax import MLP, Config
+from cnnjax.cli.experiment import load_experiment
+from cnnjax.cli.main import main
+from cnnjax.cli.train_command import parse_train
+from cnnjax.runs.codec import encode
+from cnnjax.runs.directory import read_record, read_result
+from cnnjax.runs.manifest import read_manifest
+
+FILE = Path(__file__).parents[1] / "programs" / "own_experiment.py"
+OPTIONS = ["--model.width", "6", "--optim.b1", "0.8"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The run directories of two seeds, and the output of the command that trained them."""
+    folder = tmp_path_factory.mktemp("own")
+    jax.devices()  # `--seeds` would otherwise make each core of this process a device.
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as out:
+        patch.chdir(folder)
+        main(["train", str(FILE), *OPTIONS, "--seeds", "0:2"])
+    return [folder / "runs" / f"own_experiment-seed{seed}" for seed in (0, 1)], out.getvalue()
+
+
+@pytest.fixture
+def run_dir(trained, tmp_path):
+    """A copy of the run of seed 0."""
+    return Path(shutil.copytree(trained[0][0], tmp_path / "run"))
+
+
+def fails(capsys, *arguments):
+    """Runs a command that must exit with status 2; returns its message on one line."""
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    captured = capsys.readouterr()
+    return re.sub(r"[│╭╮╰╯─\s]+", " ", captured.err + captured.out)
+
+
+def test_train_overrides_fields_of_the_classes_and_records_names(trained):
+    run_dirs, out = trained
+    assert re.search(r"^2 seeds, 0:2: test_accuracy \d+\.\d\d% ± ", out.splitlines()[-1])
+    content = json.loads((run_dirs[1] / "config.json").read_text())
+    config = content["config"]
+    assert (config["name"], config["seed"], config["dataset"]) == ("own_experiment", 1, {"function": "patterns"})
+    assert config["loss"] == {"function": "focal_loss"}
+    assert config["model"] == {"class": "ConvNet", "num_classes": 10, "width": 6, "activation": {"default": "relu"}}
+    assert (config["optim"]["class"], config["optim"]["b1"], config["optim"]["learning_rate"]) == ("Lion", 0.8, 0.01)
+    assert config["augment"] == {"class": "Noise", "flip": "random", "translate": 0, "cutout": 0, "scale": 0.1}
+    assert [Path(name).name for name in content["files"]] == ["own_experiment.py"]
+    result = read_result(run_dirs[1])
+    assert result is not None and result["test_accuracy"] > 0.8  # Of 4 classes.
+
+
+def test_help_lists_the_fields_with_their_docstrings(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", str(FILE), "--help"])
+    out = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
+    assert "--model.width INT Number of channels. (default: 4)" in out
+    assert "--optim.b1 FLOAT Weight of the momentum in the sign. (default: 0.9)" in out
+    assert "--optim.learning-rate FLOAT Learning rate for the mean loss of a batch" in out
+    assert "--augment.scale FLOAT Standard deviation of the noise. (default: 0.1)" in out
+    listed = {
+        part: {*re.findall(rf" --{part} ([a-z0-9|]+) ", out)[0].split("|")} for part in ("model", "optim", "augment")
+    }
+    assert listed == {
+        "model": {"cnn", "mlp", "speednet", "convnet"},
+        "optim": {"adam", "sgd", "muon", "lion"},
+        "augment": {"augment", "mixup", "cutmix", "noise"},
+    }
+    assert "--model.activation" not in out  # A function cannot be written on a command line.
+
+
+def test_a_misspelled_field_suggests_the_nearest(capsys):
+    assert "Perhaps you meant: --model.width INT" in fails(capsys, "train", str(FILE), "--model.widht", "8")
+    assert "Perhaps you meant: --optim.b1 FLOAT" in fails(capsys, "train", str(FILE), "--optim.b", "0.5")
+    assert "got 'convnt'. Did you mean convnet" in fails(capsys, "train", str(FILE), "--model", "convnt")
+
+
+def test_a_word_switches_to_a_built_in_network():
+    experiment = load_experiment(str(FILE))
+    config = parse_train(experiment, ["--model", "mlp", "--model.dense-dropout", "0.2"]).config
+    assert config.model == MLP(dense_dropout=0.2)
+    assert config.optim == experiment.config.optim
+
+
+def test_a_stopped_run_resumes_to_the_same_bits_and_reports_an_edited_file(trained, tmp_path, monkeypatch, capsys):
+    """The file itself is the program that is stopped; `cnnjax train` resumes the same run."""
+    monkeypatch.chdir(tmp_path)
+    file, run_dir = Path(shutil.copy(FILE, tmp_path)), tmp_path / "runs" / "own_experiment-seed0"
+    command = [sys.executable, "-u", file.name, *OPTIONS, "--checkpoint-seconds", "0"]  # Slow: saves after each step.
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert any(line.startswith("epoch  1/12") for line in process.stdout)
+        process.send_signal(signal.SIGTERM)
+        errors = process.stderr.read()
+    assert process.returncode == 75, errors
+    assert f"Stopped by SIGTERM; the checkpoint of step {max(_steps(run_dir))} is saved. Resume with:" in errors
+    assert f"{' '.join(command)} --resume" in errors
+    assert max(_steps(run_dir)) < 84
+
+    file.write_text(f"{file.read_text()}# Edited.\n")
+    main(["train", file.name, *OPTIONS, "--resume"])
+    out = capsys.readouterr().out
+    assert re.search(
+        r"This run resumes in another environment, .*files\.own_experiment\.py was \w{64} and is \w{64}", out
+    )
+    result, whole = read_result(run_dir), read_result(trained[0][0])
+    assert result is not None and whole is not None and result["sha256"] == whole["sha256"]
+    first, last = (session["files"] for session in read_manifest(run_dir)["sessions"])
+    assert first == read_record(run_dir).files and first.keys() == last.keys() and first != last
+
+
+def _steps(run_dir):
+    return [int(path.name) for path in (run_dir / "checkpoints").iterdir()]
+
+
+def test_eval_and_predict_need_the_file(trained, tmp_path, capsys):
+    run_dir = trained[0][0]
+    result = read_result(run_dir)
+    assert result is not None
+    main(["eval", str(run_dir), "--experiment", str(FILE)])
+    score = f"test accuracy {result['test_accuracy']:.2%}, loss {result['test_loss']:.4f}, on all 120 images"
+    assert score in capsys.readouterr().out
+    dataset: Any = load_experiment(str(FILE)).config.dataset
+    _, _, image, label = dataset()
+    Image.fromarray(image[2, :, :, 0]).save(tmp_path / "image.png")
+    predict = ["predict", str(run_dir), str(tmp_path / "image.png"), "--top", "1"]
+    main([*predict, "--experiment", str(FILE)])
+    assert re.fullmatch(rf"{tmp_path}/image.png: {label[2]} \d+\.\d%\n", capsys.readouterr().out)
+    needed = (
+        r"`dataset` of this run is patterns, which is not part of cnnjax, and a run directory imports no code. Pass "
+        r"the file that defines it: --experiment \S*own_experiment.py"
+    )
+    for command in (["eval", str(run_dir)], predict, ["reproduce", str(run_dir)]):
+        assert re.match(needed, fails(capsys, *command))
+
+
+def test_reproduce_trains_to_the_same_bits(trained, tmp_path, monkeypatch, capsys):
+    run_dir = str(trained[0][0])
+    monkeypatch.chdir(trained[0][0].parents[1])
+    main(["reproduce", run_dir, "--run-dir", str(tmp_path / "new"), "--experiment", str(FILE)])
+    out = capsys.readouterr().out
+    verdict = f"{run_dir} and {tmp_path / 'new'} are the same, bit for bit: parameters, optimizer state, batch"
+    assert verdict in out.splitlines()[-1]  # And nothing differs between the two.
+
+
+def test_commands_that_compare_runs_need_no_file(trained, tmp_path, monkeypatch, capsys):
+    """Here, of an experiment that differs in one option of the optimizer."""
+    monkeypatch.chdir(tmp_path)
+    for seed, accuracy in ((0, 0.5), (1, 0.25)):
+        shutil.copytree(trained[0][seed], f"runs/a-seed{seed}")
+        b = Path(shutil.copytree(trained[0][seed], f"runs/b-seed{seed}"))
+        edit(b / "config.json", lambda content: content["config"]["optim"].update(b1=0.9))
+        edit(b / "result.json", lambda content, accuracy=accuracy: content.update(test_accuracy=accuracy))
+    main(["compare", "a", "b"])
+    assert re.search(r"^difference: -\d+\.\d\d% .*paired t test, the same seeds", capsys.readouterr().out, re.MULTILINE)
+    main(["diff", "runs/a-seed0", "runs/b-seed0"])
+    assert capsys.readouterr().out.startswith("configuration:\n  optim.b1: 0.8 | 0.9\ndata: the same\n")
+    main(["runs"])
+    lines = [line.split()[:4] for line in capsys.readouterr().out.splitlines()]
+    assert lines[1:] == [[f"{name}-seed{seed}", "finished", str(seed), "12/12"] for name in "ab" for seed in (0, 1)]
+    main(["verify", "runs/a-seed0"])
+    assert re.match(r"(\d+) of \1 files agree with their checksums", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("model", {"class": "trap.Trap"}),
+        ("model", {"class": "system", "command": "touch called"}),
+        ("loss", {"function": "os.system"}),
+        ("dataset", {"function": "trap"}),
+        ("dataset", {"partial": "system", "args": ["touch called"]}),
+        ("dataset", {"partial": "remove_all", "args": []}),
+        ("dataset", {"dtype": "save"}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("experiment", [[], ["--experiment", "mine.py"]], ids=["alone", "with a file"])
+def test_a_run_directory_imports_and_calls_nothing(part, value, experiment, run_dir, tmp_path, monkeypatch, capsys):
+    """Not even functions that the user's file imports or defines."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    Path("trap.py").write_text("open('called', 'w')")
+    Path("mine.py").write_text(f"from os import system\n{FILE.read_text()}\ndef remove_all(): open('called', 'w')\n")
+    edit(run_dir / "config.json", lambda content: content.update(config={**encode(Config()), part: value}))
+    message = fails(capsys, "eval", str(run_dir), *experiment)
+    refused = f"`{part}` of this run is {next(iter(value.values()))}, which is not part of cnnjax"
+    assert refused in message or "data type 'save' not understood" in message
+    assert "trap" not in sys.modules and not Path("called").exists()
+
+
+def edit(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))

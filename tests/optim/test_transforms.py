@@ -1,0 +1,74 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from cnnjax.optim.transforms import keep_norm, lookahead, orthogonalize
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 2, 4), (1, 1, 3, 8)], ids=["more rows", "more columns"])
+def test_orthogonalized_kernels_keep_their_singular_vectors(shape):
+    """The quintic acts on each singular value, scaled by the norm of all."""
+    kernel = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    got, _ = orthogonalize().update({"kernel": jnp.asarray(kernel)}, optax.EmptyState())
+    u, s, v = np.linalg.svd(kernel.reshape(-1, shape[-1]).astype(np.float64), full_matrices=False)
+    s = s / np.linalg.norm(s)
+    for _ in range(3):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    np.testing.assert_allclose(got["kernel"].reshape(-1, shape[-1]), u * s @ v, rtol=0, atol=1e-5)
+
+
+def test_kernels_are_orthogonalized_together_as_each_alone(monkeypatch):
+    """On an accelerator: in bfloat16, padded with zeros to the largest; one has more columns than rows."""
+    rng = np.random.default_rng(0)
+    shapes = {"wide": (1, 1, 3, 8), "small": (3, 3, 2, 4), "large": (3, 3, 4, 6)}
+    kernels = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+
+    @jax.jit
+    def on_cpu(kernels):
+        return orthogonalize().update(kernels, optax.EmptyState())[0]
+
+    exact = on_cpu(kernels)
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *operands, cpu, default: default(*operands))
+
+    @jax.jit
+    def on_accelerator(kernels):
+        def update(kernels):
+            return orthogonalize().update(kernels, optax.EmptyState())[0]
+
+        return update(kernels), {name: update({name: kernel})[name] for name, kernel in kernels.items()}
+
+    together, alone = on_accelerator(kernels)
+    for name, shape in shapes.items():
+        assert together[name].shape == shape
+        assert together[name].dtype == jnp.float32
+        assert jnp.any(together[name] != exact[name])  # It is in bfloat16.
+        np.testing.assert_allclose(together[name], alone[name], rtol=0, atol=2**-7)
+        # Each iteration multiplies the first rounding error, 2**-9, as it does small values.
+        np.testing.assert_allclose(together[name], exact[name], rtol=0, atol=3.4445**3 * 2**-9)
+
+
+def test_keep_norm_by_hand():
+    params = jnp.array([3.0, 0.0, 0.0, 4.0]).reshape(1, 1, 1, 4)  # Norm 5, and 4 features: to the norm 2.
+    update = jnp.full((1, 1, 1, 4), 0.5)
+    tx = keep_norm()
+    updates, _ = tx.update(update, tx.init(params), params)
+    np.testing.assert_allclose((params + updates).ravel(), [1.7, 0.5, 0.5, 2.1], rtol=1e-6)
+
+
+def test_lookahead_by_hand():
+    """Steps of -1 to -5 from 10; synchronized after every second one; the last leaves the slow weights."""
+    tx = lookahead(optax.sgd(lambda step: 1.0 + step), every=2, num_updates=5)
+    params = {"x": jnp.array([10.0])}
+    state, got = tx.init(params), []
+    for _ in range(5):
+        updates, state = tx.update({"x": jnp.ones(1)}, state, params)
+        params = optax.apply_updates(params, updates)
+        got.append(float(params["x"][0]))
+    decay2, decay4 = (0.95**2 * (step / 5) ** 3 for step in (2, 4))
+    slow2 = decay2 * 10 + (1 - decay2) * (10 - 1 - 2)
+    slow4 = decay4 * slow2 + (1 - decay4) * (slow2 - 3 - 4)
+    np.testing.assert_allclose(got, [9, slow2, slow2 - 3, slow4, slow4], rtol=1e-6)

@@ -1,0 +1,44 @@
+"""Trains seeds of a run's configuration on two devices, is stopped by a signal, and resumes three of them.
+
+A worker thread receives the signal, while seed 2 trains. Usage: two_devices.py RUN_DIR DATA_DIR FOLDER
+"""
+
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import jax
+
+from cnnjax import Interrupted
+from cnnjax.cli.console import Report
+from cnnjax.runs.directory import read_record
+from cnnjax.runs.inspection import find_runs, read_info
+from cnnjax.runs.seeds import train_seeds, use_cores
+
+
+class StopInSeed2(Report):
+    """Sends SIGTERM to the thread that trains seed 2, in its first epoch."""
+
+    def __init__(self, prefix=""):
+        super().__init__(quiet=True, prefix=prefix)
+        self.prefix = prefix
+
+    def of(self, prefix):
+        return StopInSeed2(prefix)
+
+    def step(self, step, means):
+        if self.prefix == "seed 2: " and step == 3:
+            signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
+
+run_dir, data_dir, folder = map(Path, sys.argv[1:])
+use_cores(2)
+print(f"{len(jax.devices())} devices")
+config = read_record(run_dir).decode({})
+try:
+    train_seeds(config, tuple(range(8)), folder=folder, data_dir=data_dir, report=StopInSeed2())
+except Interrupted as stop:
+    print(stop)
+print({path.name: read_info(path).state for path in find_runs(folder)})
+train_seeds(config, (0, 1, 2), folder=folder, data_dir=data_dir, resume=True, report=Report())

@@ -1,0 +1,166 @@
+"""The benchmarks: their harness, their programs at a small size, and the variants of the ladder."""
+
+import importlib
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cnnjax import step
+from cnnjax.cli.experiment import load_experiment
+from cnnjax.data.batches import Pixels, pixel_statistics
+from cnnjax.data.order import epoch_plan
+from cnnjax.layers import conv, norm, ops
+from cnnjax.models import speednet
+from cnnjax.optim import transforms
+
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+HERE = EXPERIMENTS / "benchmarks"
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Imports a file of the benchmarks as their programs do."""
+    monkeypatch.syspath_prepend(str(HERE))
+    return importlib.import_module
+
+
+def run(*arguments, into):
+    """Runs a benchmark at a small size; returns the rows of each table, without its head."""
+    command = [sys.executable, str(HERE / arguments[0]), "--small", "--into", str(into), *arguments[1:]]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    tables = {path.stem: path.read_text().splitlines() for path in into.glob("*.md")}
+    return {name: [row.split(" | ") for row in rows if row.startswith("| ")][2:] for name, rows in tables.items()}
+
+
+@pytest.mark.parametrize(("script", "prefix", "count"), [("cpu", "", 5), ("gpu", "gpu ", 7), ("runs", "", 2)])
+def test_every_part_of_a_benchmark_has_a_place_in_the_report(load, script, prefix, count):
+    harness, parts = load("harness"), load(script).PARTS
+    assert len(parts) == count
+    report = harness.REPORT.read_text()
+    for part in parts:
+        text = harness.replaced(report, prefix + part, "Measured today.\n")
+        assert f"<!-- {prefix}{part} -->\nMeasured today.\n<!-- end of {prefix}{part} -->\n" in text
+        assert text.count("<!--") == report.count("<!--")
+    with pytest.raises(SystemExit, match="must contain <!-- rest --> and <!-- end of rest --> exactly once, got 0"):
+        harness.replaced(report, "rest", "")
+
+
+def test_contenders_take_turns_and_the_first_turn_warms_up(load):
+    harness, calls = load("harness"), []
+    work = {name: lambda name=name: calls.append(name) or len(calls) for name in "ab"}
+    assert harness.take_turns(work, turns=2) == {"a": [3, 5], "b": [4, 6]}
+    assert calls == ["a", "b"] * 3
+    assert harness.spread([3, 5, 1000]) == "5 (3 to 1,000)"
+    assert harness.ratio([2, 30, 4], [1, 10, 4]) == 2  # Of the ratios 2, 3 and 1; the ratio of the medians is 1.
+    assert (
+        harness.table(["name", "s"], [["a", 3], ["failed"]]) == "| name | s |\n| --- | --- |\n| a | 3 |\n| failed |  |"
+    )
+
+
+def test_a_process_answers_until_it_ends_or_its_time_is_over(load, capsys):
+    harness = load("harness")
+    command = (sys.executable, str(HERE / "harness.py"))
+    with harness.worker(*command, JAX_PLATFORMS="cpu") as ask:
+        assert f"; Python {sys.version.split()[0]}, jax {jax.__version__}, " in ask("environment", "-")
+        assert ask("unknown", until=time.monotonic() + 60) is None
+        with pytest.raises(SystemExit, match="ended without an answer"):
+            ask("environment", "-")
+    with harness.worker(*command) as ask:
+        assert ask("environment", "-", until=time.monotonic()) is None
+
+
+def test_results_of_airbench_are_read_from_the_last_columns_of_its_table(load):
+    result = load("gpu").airbench_result
+    assert result("|     3  |    eval   |     0.9710  |   0.9321  |       0.9405  |        2.5873  |\n") == (
+        94.05,
+        2.5873,
+    )
+    for line in (
+        "|  run   |   epoch   |  train_acc  |  val_acc  |  tta_val_acc  |  time_seconds  |\n",
+        "|     3  |        7  |     0.9710  |   0.9321  |               |                |\n",
+        "Mean: 0.9401    Std: 0.0014\n",
+    ):
+        assert result(line) is None
+
+
+def test_the_layers_are_measured(tmp_path):
+    rows = run("cpu.py", "layers", into=tmp_path)["layers"]
+    assert [row[0] for row in rows[:2]] == ["| 3 → 32 at 32×32", "| 32 → 32 at 32×32"]
+    assert len(rows) == 9
+    assert all(float(row[1].split()[0].replace(",", "")) >= 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_the_benchmarks_of_a_cpu_produce_their_tables(tmp_path):
+    tables = run("cpu.py", "step", "sizes", "accuracy", into=tmp_path)
+    assert [row[0].split(":")[0] for row in tables["step"]][::2] == ["| cnnjax float32", "| Flax float32"]
+    assert len(tables["sizes"]) == 2
+    assert "GiB" in tables["accuracy"][0][-1]
+    tables = run("runs.py", into=tmp_path)
+    assert len(tables["cost"]) == 6
+    assert [row[0] for row in tables["seeds"]] == ["| sequential", "| vmap", "| devices", "| processes"]
+
+
+@pytest.mark.slow
+def test_the_benchmarks_of_a_gpu_produce_their_tables(tmp_path):
+    parts = ["ladder", "clock", "profile", "airbench", "bits", "agree", "tutorial"]
+    tables = run("gpu.py", *parts, "--variants", "as it is", "unroll 5", into=tmp_path)
+    assert tables["ladder"][0][2] == "1.00 ×"
+    assert [row[4][0] for row in tables["clock"]] == ["2"] * 6
+    assert tables["bits"][0][1:3] == ["the same bits", "the same bits"]
+    assert [row[1] for row in tables["agree"]] == ["0.0e+00 |"] * 2  # This machine's CPU twice.
+    assert tables["tutorial"][0][1] == "1"
+    assert "no kernels of a GPU" in (tmp_path / "profile.md").read_text()
+
+
+# --- The ladder -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def restored():
+    """Restores the functions of the package that a variant replaces."""
+    modules = [conv, norm, ops, speednet, step, transforms]
+    before = [dict(vars(module)) for module in modules]
+    try:
+        yield
+    finally:
+        for module, names in zip(modules, before, strict=True):
+            vars(module).update(names)
+        ops.max_pool_2x2.defvjp(ops._max_pool_fwd, ops._max_pool_bwd)
+
+
+def program_for_a_gpu(variant):
+    """Returns the configuration, and a program of two steps."""
+    config = variant.change(load_experiment(str(EXPERIMENTS / f"{variant.recipe}.py")).config)
+    program = step.Program(
+        config.model, config.optim, config.augment, config.loss, 16 * config.num_epochs, config.num_epochs
+    )
+    image = np.zeros((8, 32, 32, 3), np.uint8)
+    pixels = jax.device_put(Pixels(image, np.zeros(8, np.int32), pixel_statistics(image)))
+    plan = epoch_plan(0, 0, 8, batch_size=4, augment=config.augment, image_size=(32, 32))
+
+    def steps(key):
+        state = step.init_run.__wrapped__(key, jnp.zeros((1, 32, 32, 3)), program=program)
+        return step.train_steps.__wrapped__(state, pixels, plan, key, key, program=program)
+
+    return config, jax.jit(steps).trace(jax.random.key(0)).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_every_variant_of_the_ladder_is_another_program_or_configuration(load, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    ladder = load("variants")
+    base = program_for_a_gpu(ladder.Variant())
+    assert program_for_a_gpu(ladder.Variant()) == base
+    for name, variant in ladder.VARIANTS.items():
+        if variant.flags or variant.one_program or variant.recipe != ladder.MUON:
+            continue
+        with restored():
+            assert (program_for_a_gpu(variant) == base) == (name == "as it is"), name
+    assert program_for_a_gpu(ladder.Variant()) == base

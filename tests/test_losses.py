@@ -1,0 +1,41 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from cnnjax import CrossEntropy, UserError, softmax_cross_entropy
+
+LOGITS = jnp.log(jnp.array([[3.0, 1.0, 4.0], [1.0, 1.0, 2.0]]))
+LABEL = np.array([1, 2], np.int32)
+
+
+def test_softmax_cross_entropy_equals_hand_computed_values():
+    logits = jnp.array([[0.0, 0.0], [jnp.log(3.0), 0.0], [0.0, 100.0]])
+    loss = softmax_cross_entropy(logits, jnp.array([0, 0, 1]))
+    np.testing.assert_allclose(loss, [np.log(2), np.log(4 / 3), 0.0], rtol=1e-6, atol=1e-7)
+
+
+def test_class_probabilities_as_labels_equal_hand_computed_values():
+    label = jnp.array([[0.25, 0.75, 0.0], [0.0, 0.0, 1.0]])
+    loss = softmax_cross_entropy(LOGITS, label)
+    np.testing.assert_allclose(loss, [0.25 * np.log(8 / 3) + 0.75 * np.log(8), np.log(2)], rtol=1e-6)
+
+
+def test_label_smoothing_equals_hand_computed_values():
+    loss = CrossEntropy(label_smoothing=0.3)
+    smooth = 0.7 * np.log([8, 2]) + 0.1 * np.array([np.log(512 / 12), np.log(64 / 2)])
+    np.testing.assert_allclose(loss(LOGITS, LABEL), smooth, rtol=1e-6)
+    np.testing.assert_allclose(loss(LOGITS, jax.nn.one_hot(LABEL, 3)), smooth, rtol=1e-6)
+    np.testing.assert_array_equal(CrossEntropy()(LOGITS, LABEL), softmax_cross_entropy(LOGITS, LABEL))
+
+
+@pytest.mark.parametrize("label", [LABEL, np.array([[0.2, 0.8, 0.0], [0.0, 0.5, 0.5]], np.float32)])
+def test_gradients_equal_finite_differences(label):
+    check_grads(lambda x: softmax_cross_entropy(jnp.asarray(x), label), (LOGITS,), order=1, modes=["rev"])
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.0])
+def test_label_smoothing_out_of_range(value):
+    with pytest.raises(UserError, match=rf"`loss.label_smoothing` must be at least 0 and below 1, got {value}\."):
+        CrossEntropy(label_smoothing=value)
