@@ -10,10 +10,10 @@ from cnnjax import UserError
 from cnnjax.cli.signals import Interrupted
 from cnnjax.runs import manifest
 from cnnjax.runs.manifest import (
-    environment_changes,
     changes_since_last_session,
     differences,
     environment,
+    environment_changes,
     is_closed,
     num_cores,
     read_manifest,
