@@ -59,6 +59,8 @@ class Config:
         if isinstance(self.dataset, str):
             valid = re.fullmatch(r"\w[\w-]*(/\w[\w.-]*)?/?", self.dataset, re.ASCII) is not None
             check("dataset", "a tfds name, such as cifar10 or name/config", valid, repr(self.dataset))
+        valid = isinstance(self.dataset, (str, tuple)) or callable(self.dataset)
+        check("dataset", "a name, a tuple of four arrays, or a function that returns them", valid, type(self.dataset))
         check("seed", "between 0 and 2**32 - 1", 0 <= self.seed < 2**32, self.seed)
         check("num_epochs", "at least 1", self.num_epochs >= 1, self.num_epochs)
         check("batch_size", "at least 1", self.batch_size >= 1, self.batch_size)

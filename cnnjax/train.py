@@ -24,6 +24,7 @@ from cnnjax.runs.directory import DataFacts, OpenRun, make_facts, open_run, writ
 from cnnjax.runs.files import file_sha256, tree_sha256, write_json
 from cnnjax.sharding import Placement, place
 from cnnjax.step import Program, Scores, Totals, TrainState, evaluate, init_from_data, init_run, train_steps
+from cnnjax.typing import Batch
 
 INIT_IMAGES = 5000  # Number of training images that a network may be initialized from.
 
@@ -167,11 +168,22 @@ def check_shapes(setup: Setup, state: TrainState) -> None:
 
     plan = plain_plan(batch_size, batch_size).row(0)
     batch = jax.eval_shape(lambda plan: make_batch(setup.train, plan, config.augment, setup.augment_key), plan)
+    if not isinstance(batch, Batch):
+        raise UserError(f"`augment.transform` must return a Batch, got {type(batch).__name__}. Use batch._replace.")
     check("augment.transform", "images", (batch_size, *setup.facts.image_shape), batch.image)
+    check("augment.transform", "a mask", (batch_size,), batch.mask)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     logits = jax.eval_shape(lambda image: config.model.apply(variables, image, train=False), batch.image)
     check("model", "logits", (batch_size, setup.dataset.num_classes), logits)
-    check("loss", "one value per example", (batch_size,), jax.eval_shape(config.loss, logits, batch.label))
+    try:
+        loss = jax.eval_shape(config.loss, logits, batch.label)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"`loss` must accept logits {logits} and labels {batch.label}, as the augmentation makes them: {error}"
+        ) from error
+    check("loss", "one value per example", (batch_size,), loss)
+    if not jnp.issubdtype(loss.dtype, jnp.floating):
+        raise UserError(f"`loss` must return floating-point values, which have gradients, got {loss.dtype}.")
 
 
 def restore(setup: Setup, state: TrainState, run: OpenRun) -> tuple[TrainState, Progress]:

@@ -34,9 +34,13 @@ class Experiment(NamedTuple):
 
     def words(self, part: str) -> dict[str, type]:
         """Returns the classes that can be chosen for a part of the configuration, by their words."""
-        classes = (*codec.built_in().values(), *self.classes, type(getattr(self.config, part)))
-        found = (x for x in classes if isinstance(x, type) and issubclass(x, PARTS[part]) and x is not Optimizer)
-        return {word(x): x for x in found}
+        found: dict[str, type] = {}
+        for x in (*codec.built_in().values(), type(getattr(self.config, part)), *self.classes):
+            if isinstance(x, type) and issubclass(x, PARTS[part]) and x is not Optimizer:
+                if (other := found.get(word(x), x)) is not x and other in self.classes:
+                    raise UserError(f"The classes of an experiment must have distinct words, got {word(x)!r} twice.")
+                found[word(x)] = x
+        return found
 
 
 def find_experiment(name: str) -> Path:
@@ -45,11 +49,15 @@ def find_experiment(name: str) -> Path:
     Raises:
       UserError: there is no such file.
     """
-    folder = Path("experiments")
-    path = Path(name) if name.endswith(".py") else folder / f"{name}.py"
+    path = Path(name) if name.endswith(".py") else Path("experiments", f"{name}.py")
     if not path.is_file():
-        known = (path.stem for path in folder.glob("*.py") if "CONFIG = " in path.read_text())
-        raise unknown_name("EXPERIMENT", name, known)
+        files = [
+            path
+            for path in (*Path("experiments").glob("*.py"), *Path().glob("*.py"))
+            if "CONFIG = " in path.read_text()
+        ]
+        known = [path.stem if path.parent.name else path.name for path in files]
+        raise unknown_name("EXPERIMENT", name, known or ["(there is no file with a CONFIG in experiments/)"])
     return path
 
 
@@ -63,7 +71,7 @@ def load_experiment(name: str) -> Experiment:
     module = ModuleType(f"cnnjax_experiment_{path.stem}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # `inspect` finds the docstrings of options there.
-    sys.path.insert(0, str(path.parent))  # As Python does for a file that it runs.
+    sys.path.insert(0, str(path.resolve().parent))  # As Python does for a file that it runs.
     SourceFileLoader(module.__name__, str(path)).exec_module(module)
     return experiment_of(module, getattr(module, "CONFIG", None))
 

@@ -1,5 +1,6 @@
 """The commands about runs: cnnjax runs | verify | reproduce | diff | compare. Imports jax only if a command runs."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +23,19 @@ def config_of(run_dir: Path, experiment: str | None) -> "Config":
       experiment: the experiment file that defines its classes, functions and data; None: they are cnnjax's own.
     """
     from cnnjax.cli.experiment import load_experiment
+    from cnnjax.runs.codec import source_files
     from cnnjax.runs.directory import read_record
+    from cnnjax.runs.files import changes
 
     record = read_record(run_dir)
-    return record.decode({} if experiment is None else load_experiment(experiment).names)
+    config = record.decode({} if experiment is None else load_experiment(experiment).names)
+    if changed := changes(record.files, source_files(config)):
+        names = ", ".join(changed)
+        print(
+            f"Not the code that this run was trained with: {names}. Its network may compute something else.",
+            file=sys.stderr,
+        )
+    return config
 
 
 @dataclass(frozen=True)

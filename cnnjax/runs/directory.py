@@ -23,8 +23,7 @@ from cnnjax.errors import UserError
 from cnnjax.runs import manifest
 from cnnjax.runs.checkpoints import Checkpoints, recover
 from cnnjax.runs.codec import decode, encode, source_files
-from cnnjax.runs.files import changes
-from cnnjax.runs.files import read_json, write_file, write_json
+from cnnjax.runs.files import changes, read_json, write_file, write_json
 
 FILES = ("config.json", "metrics.jsonl", "timing.jsonl", "result.json")  # Besides manifest.json and its diffs.
 LOCK = "lock"

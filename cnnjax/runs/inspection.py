@@ -19,8 +19,7 @@ from cnnjax.config import Config
 from cnnjax.errors import UserError
 from cnnjax.runs import directory, manifest
 from cnnjax.runs.codec import source_files
-from cnnjax.runs.files import changes
-from cnnjax.runs.files import SUMS, check_sums, file_sha256
+from cnnjax.runs.files import SUMS, changes, check_sums, file_sha256
 from cnnjax.runs.trained import restore_best
 from cnnjax.train import train_and_evaluate
 
@@ -220,8 +219,8 @@ def scores(target: str, metric: str) -> tuple[str, dict[int, float]]:
         if changed := changes({**first, "seed": seed}, config):
             name, (x, y) = next(iter(changed.items()))
             raise UserError(
-                f"The runs of {target} must differ only in their seed, got `{name}` {x!r} and {y!r}. Pass a folder or a "
-                "name that only the runs of one configuration share."
+                f"The runs of {target} must differ only in their seed, got `{name}` {x!r} and {y!r}. Pass a folder or "
+                "a name that only the runs of one configuration share."
             )
         if result is not None:
             if seed in found:

@@ -39,6 +39,7 @@ def load_trained(run_dir: Path, config: Config | None = None) -> Trained:
     Raises:
       UserError: `run_dir` holds no run or no checkpoint of an epoch yet, or `config` lacks a class.
     """
+    run_dir = Path(run_dir)
     record = read_record(run_dir)
     return restore_best(run_dir, record.decode({} if config is None else collect_names(config)), record.data)
 
@@ -70,9 +71,10 @@ def score(trained: Trained, split: str, data_dir: Path | None = None) -> Scores:
     config, facts = trained.config, trained.facts
     dataset = load_dataset(config.dataset, data_dir)
     if dataset.sha256 != facts.sha256:
+        parameter = "data_dir" if dataset.folder else "dataset"
         raise UserError(
-            f"`data_dir` must hold the {dataset.name!r} of this run, SHA-256 {facts.sha256}, got {dataset.sha256} from "
-            f"{dataset.folder or dataset.source}."
+            f"`{parameter}` must hold the {dataset.name!r} of this run, SHA-256 {facts.sha256}, got {dataset.sha256} "
+            f"from {dataset.folder or dataset.source}."
         )
     if split == "test":
         examples = dataset.load("test")

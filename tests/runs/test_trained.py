@@ -73,7 +73,7 @@ def test_the_configuration_provides_the_classes_and_the_values_are_those_of_the_
 def test_scoring_other_data_or_a_part_that_does_not_exist(run):
     trained = load_trained(run[0], CONFIG)
     other = trained._replace(facts=replace(trained.facts, sha256={"train": "0", "test": "1"}))
-    with pytest.raises(UserError, match=r"`data_dir` must hold the 'arrays' of this run, SHA-256 {'train': '0'"):
+    with pytest.raises(UserError, match=r"`dataset` must hold the 'arrays' of this run, SHA-256 {'train': '0'"):
         score(other, "test")
     whole = trained._replace(config=replace(CONFIG, validation_fraction=0.0))
     with pytest.raises(UserError, match="`split` must be test if `validation_fraction` was 0, got validation"):

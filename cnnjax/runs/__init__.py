@@ -1,0 +1,1 @@
+"""What a run records, and what is read from it afterwards."""

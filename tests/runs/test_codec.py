@@ -1,0 +1,233 @@
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.core import FrozenDict
+
+from cnnjax import (
+    CNN,
+    MLP,
+    SGD,
+    Adam,
+    Augment,
+    Config,
+    CrossEntropy,
+    CutMix,
+    Mixup,
+    Muon,
+    Optimizer,
+    ParamGroup,
+    SpeedNet,
+    UserError,
+    softmax_cross_entropy,
+)
+from cnnjax.runs.codec import ARRAYS, collect_names, decode, encode, source_files
+from cnnjax.runs.files import changes
+
+
+class Block(nn.Module):
+    width: int = 4
+    dtype: Any = jnp.bfloat16
+    activation: Callable[[jax.Array], jax.Array] = nn.relu
+    kernel_init: Callable[..., jax.Array] = nn.initializers.he_normal()  # A closure.
+
+
+class Net(nn.Module):
+    num_classes: int = 10
+    blocks: tuple[nn.Module, ...] = (Block(), Block(width=8))
+    norm: Any = nn.BatchNorm
+    rates: Mapping[str, Any] = FrozenDict()
+
+
+@dataclass(frozen=True)
+class Schedule:
+    power: float = 1.0
+
+
+@dataclass(frozen=True)
+class Lion(Optimizer):
+    b1: float = 0.9
+    decay: Schedule = Schedule()
+
+
+@dataclass(frozen=True)
+class Noise(Augment):
+    scale: float = 0.1
+
+
+@dataclass(frozen=True)
+class Focal:
+    gamma: float = 2.0
+
+    def __call__(self, logits, label):
+        return softmax_cross_entropy(logits, label)
+
+
+def focal_loss(logits, label, gamma: Any = 2.0):
+    return softmax_cross_entropy(logits, label)
+
+
+def load_arrays():
+    return ARRAY, ARRAY, ARRAY, ARRAY
+
+
+ARRAY = np.zeros(4)
+BUILT_IN = [
+    Config(),
+    Config("a", "cifar100", 3, 2, 64, 0.0, "flip", CNN(conv_dropout=0.1, kernel_init="he_normal", dtype="bfloat16")),
+    Config(model=MLP(num_classes=100, dense_dropout=0.2), optim=SGD(momentum=0.5, init_factor=0.1), augment=Mixup(0.4)),
+    Config(model=SpeedNet(widths=(4, 8, 8), depth=3), optim=Muon(sgd_momentum=0.7), augment=CutMix(alpha=0.5)),
+    Config(optim=Adam(b2=0.99, groups=(ParamGroup("bias$", 64.0), ParamGroup("^head", num_epochs=0)))),
+    Config(loss=CrossEntropy(label_smoothing=0.1), augment=Augment(flip="random", translate=2, cutout=3)),
+    Config(loss=softmax_cross_entropy),
+]
+OWN = [
+    Config(model=Net(), optim=Lion(learning_rate=0.1), augment=Noise(scale=0.2, flip="random"), loss=focal_loss),
+    Config(
+        model=Net(blocks=(Block(activation=nn.gelu, dtype=jnp.float16),), rates=FrozenDict(a=0.5, b=(1, 2))),
+        loss=Focal(1.0),
+    ),
+    Config(model=Net(norm=np.dtype("float64")), optim=Lion(decay=Schedule(2.0)), dataset=load_arrays),
+    Config(dataset=(ARRAY, ARRAY, ARRAY, ARRAY)),
+]
+
+
+def round_trip(config, names):
+    content = json.loads(json.dumps(encode(config)))
+    restored = decode(content, names)
+    assert encode(restored) == content
+    return restored
+
+
+@pytest.mark.parametrize("config", BUILT_IN, ids=range(len(BUILT_IN)))
+def test_a_configuration_of_built_in_classes_is_restored_by_name(config):
+    assert round_trip(config, {}) == config
+
+
+@pytest.mark.parametrize("config", OWN, ids=range(len(OWN)))
+def test_a_configuration_of_own_classes_is_restored_from_their_names(config):
+    restored = round_trip(config, collect_names(config))
+    assert restored == config
+    assert isinstance(hash(restored.model), int)  # Only a hashable network can be compiled.
+
+
+def test_partial_functions_and_classes_are_restored():
+    model = Net(norm=partial(nn.BatchNorm, True, momentum=0.9, dtype=jnp.float16))
+    config = Config(model=model, loss=partial(focal_loss, gamma=1.5))
+    restored: Any = round_trip(config, collect_names(config))
+    assert (restored.model.norm.func, restored.model.norm.args) == (nn.BatchNorm, (True,))
+    assert restored.model.norm.keywords == {"momentum": 0.9, "dtype": jnp.float16}
+    assert (restored.loss.func, restored.loss.args, restored.loss.keywords) == (focal_loss, (), {"gamma": 1.5})
+
+
+def test_the_collect_names_classes_and_functions_are_written():
+    content = encode(OWN[0])
+    assert content["loss"] == {"function": "focal_loss"}
+    assert content["optim"]["class"] == "Lion" and content["optim"]["decay"] == {"class": "Schedule", "power": 1.0}
+    assert content["model"]["blocks"][1] == {
+        "class": "Block",
+        "width": 8,
+        "dtype": {"dtype": "bfloat16"},
+        "activation": {"default": "relu"},
+        "kernel_init": {"default": "variance_scaling.<locals>.init"},
+    }
+    assert encode(OWN[3])["dataset"] == ARRAYS
+
+
+def test_what_cannot_be_named_is_refused():
+    for value in (lambda x: x, nn.initializers.he_normal(), object(), b"bytes"):
+        message = (
+            "`model.norm` must be a value that config.json can name (a number, a string, a dataclass, or a class or "
+            f"function at the top level of a file), got {value!r}."
+        )
+        with pytest.raises(UserError, match=re.escape(message)):
+            encode(Config(model=Net(norm=value)))
+    with pytest.raises(UserError, match=r"`model\.blocks\.0\.activation` must be a value that config\.json can name"):
+        encode(Config(model=Net(blocks=(Block(activation=lambda x: x),))))
+    with pytest.raises(UserError, match=r"`loss\.gamma` must be a value that config\.json can name"):
+        encode(Config(loss=partial(focal_loss, gamma=object())))
+
+
+def test_names_must_be_unique_and_keys_strings():
+    another = type("Focal", (Focal,), {"__qualname__": "Focal"})
+    assert another.__qualname__ == Focal.__qualname__
+    with pytest.raises(UserError, match=r"The names in an experiment must be unique, got two objects called Focal\."):
+        collect_names(Config(loss=Focal()), [another])
+    with pytest.raises(UserError, match=r"`model\.rates` must have strings as keys, got 1\."):
+        encode(Config(model=Net(rates=FrozenDict({1: 2}))))
+
+
+def test_only_dataclasses_and_what_the_configuration_holds_have_names():
+    """A run directory must not choose which function of a file is called."""
+    names = collect_names(Config(loss=focal_loss), [Focal, Net, load_arrays, json.dumps, Path, 3])
+    assert names == {"focal_loss": focal_loss, "Focal": Focal, "Net": Net}
+
+
+def test_a_name_that_is_not_passed_names_the_file_to_pass():
+    content = encode(OWN[0])
+    for part, name in (("model", "Net"), ("optim", "Lion"), ("augment", "Noise"), ("loss", "focal_loss")):
+        names = {known: x for known, x in collect_names(OWN[0]).items() if known != name}
+        with pytest.raises(UserError) as error:
+            decode(content, names, ["mine.py"])
+        assert str(error.value) == (
+            f"`{part}` of this run is {name}, which is not part of cnnjax, and a run directory imports no code. Pass "
+            "the file that defines it: --experiment mine.py"
+        )
+    called = {**content, "model": {"class": "focal_loss", "logits": 0, "label": 0}}  # It is no class.
+    with pytest.raises(UserError, match="`model` of this run is focal_loss, which is not part of cnnjax"):
+        decode(called, collect_names(OWN[0]))
+    with pytest.raises(UserError, match=r"`dataset` of this run is \(arrays in memory\), .*: --experiment FILE$"):
+        decode(encode(OWN[3]), {})
+
+
+@pytest.mark.parametrize(
+    ("edit", "found"),
+    [
+        (lambda config: config.update(depth=3), "'depth'"),
+        (lambda config: config.pop("dataset"), "dataset"),
+        (lambda config: config.pop("tta"), "tta"),
+        (lambda config: config["model"].update(depth=3), "'depth'"),
+        (lambda config: config["model"].pop("dense_dropout"), "dense_dropout"),
+        (lambda config: config["optim"].update(muon_momentum=0.5), "'muon_momentum'"),
+        (lambda config: config.update(loss={"partial": "cnnjax.CrossEntropy"}), "args"),
+        (lambda config: config.update(model={}), "model"),
+    ],
+)
+def test_a_configuration_of_another_version_is_one_message(edit, found):
+    content: Any = encode(Config())
+    edit(content)
+    with pytest.raises(UserError) as error:
+        decode(content, {})
+    assert found in str(error.value)
+
+
+def test_a_value_out_of_range_is_refused_as_on_the_command_line():
+    content = encode(Config())
+    with pytest.raises(UserError, match=r"`batch_size` must be at least 1, got 0\."):
+        decode({**content, "batch_size": 0}, {})
+    for name, value in (("dataset", "../../secret"), ("dataset", "/etc"), ("name", "../x"), ("name", "a/b")):
+        with pytest.raises(UserError, match=rf"`{name}` must be "):
+            decode({**content, name: value}, {})
+
+
+def test_the_files_of_own_classes_are_those_outside_of_libraries(monkeypatch):
+    monkeypatch.chdir(Path(__file__).parent)
+    assert [*source_files(OWN[0])] == ["test_codec.py"]
+    assert source_files(Config()) == {}
+    assert source_files(Config(loss=optax.softmax_cross_entropy_with_integer_labels)) == {}
+
+
+def test_changes_name_the_values_that_differ():
+    a, b = {"x": 1, "y": {"z": 2, "same": [3]}}, {"x": 1, "y": {"z": 4, "same": [3], "new": 5}}
+    assert changes(a, b) == {"y.z": (2, 4), "y.new": (None, 5)}
+    assert changes(a, a) == {}

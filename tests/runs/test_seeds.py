@@ -1,0 +1,62 @@
+import ast
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cnnjax import UserError, train_and_evaluate
+from cnnjax.runs.directory import read_result
+from cnnjax.runs.inspection import find_runs
+from cnnjax.runs.manifest import num_cores
+from cnnjax.runs.seeds import parse_seeds, train_seeds
+
+PROGRAM = Path(__file__).parents[1] / "programs" / "two_devices.py"
+
+
+def test_seeds_are_ranges_or_lists():
+    assert parse_seeds("0:3") == (0, 1, 2)
+    assert parse_seeds("5,0,7") == (5, 0, 7)
+    assert parse_seeds("4") == (4,)
+    for text in ("", "3:3", "1,1", "a", "0:10:2", "-1"):
+        with pytest.raises(UserError, match=r"`seeds` must be a range such as 0:10 \(0 to 9\) or a list .*, got "):
+            parse_seeds(text)
+
+
+def test_seeds_share_one_compilation_and_have_the_bits_of_single_runs(seeds, prepared_dir, tmp_path):
+    assert seeds.num_compilations == 1
+    assert [result["seed"] for result in seeds.results] == [0, 1, 2]
+    assert [path.name for path in find_runs(seeds.folder)] == ["seed0", "seed1", "seed2"]
+    alone = train_and_evaluate(replace(seeds.config, seed=1), run_dir=tmp_path / "run", data_dir=prepared_dir)
+    assert alone["sha256"] == seeds.results[1]["sha256"]
+    assert alone["sha256"]["params"] != seeds.results[0]["sha256"]["params"]
+
+
+def test_finished_seeds_are_not_trained_again(seeds, prepared_dir):
+    again = train_seeds(seeds.config, (0, 1, 2), folder=seeds.folder, data_dir=prepared_dir, resume=True)
+    assert again == seeds.results
+    with pytest.raises(UserError, match="seed1 exists already"):  # Before seed 3 is trained.
+        train_seeds(seeds.config, (3, 1), folder=seeds.folder, data_dir=prepared_dir)
+    assert not (seeds.folder / "seed3").exists()
+
+
+def test_each_device_trains_a_seed_until_a_signal_stops_them_all(seeds, prepared_dir, tmp_path):
+    """Two cores become two devices; a single core simulates them."""
+    flags = {} if num_cores() > 1 else {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    command = [sys.executable, str(PROGRAM), str(seeds.folder / "seed0"), str(prepared_dir), str(tmp_path)]
+    done = subprocess.run(command, env={**os.environ, **flags}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    devices, stopped, states, *lines = done.stdout.splitlines()
+    assert devices == "2 devices"
+    assert re.match("Stopped by SIGTERM; (the checkpoint of step|nothing is lost)", stopped)
+    states = ast.literal_eval(states)
+    assert states["seed2"] == "interrupted" and "finished" in states.values()  # Seed 2 had to wait for a device.
+    assert {*states.values()} == {"finished", "interrupted"}
+    assert len(states) <= 4  # None began after the signal.
+    assert any(line.startswith("seed 2: epoch 2/2") for line in lines)
+    for seed in (0, 1, 2):
+        result = read_result(tmp_path / f"seed{seed}")
+        assert result is not None and result["sha256"] == seeds.results[seed]["sha256"]  # As alone, on one device.
