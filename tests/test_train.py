@@ -177,6 +177,8 @@ def test_a_run_equals_a_loop_by_hand(whole_research):
     mirrored = (logits_of(states[0], test) + logits_of(states[0], test[:, :, ::-1])) / 2
     assert (result["test_loss"], result["test_accuracy"]) == scores(mirrored, y_test)
     assert result["test_loss"] != scores(logits_of(states[0], test), y_test)[0]
+    digests = [row["params_sha256"] for row in read_rows(run_dir)]
+    assert (result["sha256"]["best_params"], result["sha256"]["params"]) == (digests[0], digests[2])
     trained = load_trained(run_dir, RESEARCH).state
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), trained, states[0])
 

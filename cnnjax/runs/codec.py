@@ -74,7 +74,7 @@ class _Encoder(NamedTuple):
             arguments = {"args": self.encode(value.args, path), "keywords": self.encode(value.keywords, path)}
             return {"partial": self.name(value.func, path), **arguments}
         scalar_type = isinstance(value, type) and issubclass(value, np.generic)
-        if scalar_type or isinstance(value, np.dtype) or value in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64):
+        if scalar_type or isinstance(value, (np.dtype, type(jnp.bfloat16))):
             return {"dtype": np.dtype(value).name}
         if value is default:
             return {"default": getattr(value, "__qualname__", repr(type(value)))}
