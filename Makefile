@@ -72,7 +72,7 @@ bench: setup .venv-peers/installed
 
 # Interpreters that ARGS names with --python or --peers are used as they are.
 GPU_PYTHON = $(shell printf '%s' '$(ARGS)' | sed -n 's/.*--python[= ]*\([^ ]*\).*/\1/p')
-GPU_PARTS = $(filter ladder clock profile airbench bits agree tutorial,$(ARGS))
+GPU_PARTS = $(filter ladder clock profile airbench bits agree tutorial seeds,$(ARGS))
 GPU_PEERS = $(if $(findstring --peers,$(ARGS))$(findstring --small,$(ARGS)),,$(if $(GPU_PARTS),$(filter airbench,$(GPU_PARTS)),all))
 bench-gpu: $(if $(GPU_PYTHON),,setup) $(if $(GPU_PEERS),.venv-peers-gpu/installed)
 	@PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(or $(GPU_PYTHON),$(BIN)/python) experiments/benchmarks/gpu.py $(ARGS)

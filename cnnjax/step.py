@@ -75,7 +75,14 @@ def init_from_data(
     """
     variables = model.init_from_data({"params": state.params, "batch_stats": state.batch_stats}, image)
     params = variables["params"]
-    return TrainState(state.step, params, variables.get("batch_stats", {}), tx.init(params))
+    opt_state = state.opt_state if params is state.params else tx.init(params)
+    return TrainState(state.step, params, variables.get("batch_stats", {}), opt_state)
+
+
+@jax.jit
+def copy_state(state: TrainState) -> TrainState:
+    """Returns a copy, which remains when `state` is donated."""
+    return jax.tree.map(jnp.copy, state)
 
 
 @partial(jax.jit, static_argnames=("model", "tx", "loss_fn", "frozen"), donate_argnames="state")

@@ -23,7 +23,17 @@ from cnnjax.runs.checkpoints import all_finite
 from cnnjax.runs.directory import DataFacts, OpenRun, make_facts, open_run, write_rows
 from cnnjax.runs.files import file_sha256, tree_sha256, write_json
 from cnnjax.sharding import Placement, place
-from cnnjax.step import Program, Scores, Totals, TrainState, evaluate, init_from_data, init_run, train_steps
+from cnnjax.step import (
+    Program,
+    Scores,
+    Totals,
+    TrainState,
+    copy_state,
+    evaluate,
+    init_from_data,
+    init_run,
+    train_steps,
+)
 from cnnjax.typing import Batch
 
 INIT_IMAGES = 5000  # Number of training images that a network may be initialized from.
@@ -56,6 +66,16 @@ class Progress(NamedTuple):
     def best(self) -> dict[str, Any] | None:
         """Returns the row with the best validation accuracy, the latest of equals; without validation, the latest."""
         return max(self.rows, key=lambda row: (row.get("validation_accuracy", 0.0), row["epoch"]), default=None)
+
+
+class EndedEpoch(NamedTuple):
+    """An epoch that is saved and reported while the device trains the next one."""
+
+    state: TrainState  # A copy: the next step is given the memory of the original.
+    steps: tuple[int, int]  # Before and after the last dispatch.
+    train: Scores
+    validation: Scores | None
+    timing: dict[str, Any]  # A row of timing.jsonl.
 
 
 def train_and_evaluate(
@@ -212,6 +232,7 @@ def fit(
     saved_at = time.perf_counter()
     start = saved_at - progress.seconds  # When a run without interruptions would have begun.
     write_progress(run.run_dir, progress)
+    ended = None  # The epoch before, until it is saved.
     with run.report.progress(config.num_epochs, steps, start=step):
         for epoch in range(step // steps, config.num_epochs):
             epoch_start, examples_before = time.perf_counter(), progress.totals.num_examples
@@ -222,33 +243,45 @@ def fit(
                 keys = setup.train_key, augment_key
                 state, metrics = train_steps(state, setup.train, plan, *keys, program=setup.program, frozen=frozen)
                 first, step = step, step + len(plan.example)
-                next_dispatch = next(dispatches)  # The host draws the next plan while the device computes.
+                if ended is not None:  # Digest, checkpoint and next plan take no time: the device is computing.
+                    progress, ended = end_epoch(run, progress, ended), None
+                    saved_at = time.perf_counter()
+                next_dispatch = next(dispatches)
                 totals = progress.totals.add(metrics)  # Waits for the device.
                 if not math.isfinite(totals.loss):
                     raise make_non_finite_error(f"the loss became {totals.loss}", (first, step), run)
                 run.report.step(step, totals.means())
                 now = time.perf_counter()
                 progress = progress._replace(totals=totals, seconds=now - start)
-                # The last step of an epoch is saved with its scores, below.
+                # The last step of an epoch is saved with its scores, in `end_epoch`.
                 if step % steps and (run.stop.signum is not None or now - saved_at >= checkpoint_seconds):
-                    save(run, state, progress, (first, step))
+                    save(run, copy_state(state), progress, (first, step))
                     saved_at = time.perf_counter()
                     raise_if_stopped(run, step)
             images_per_second = (progress.totals.num_examples - examples_before) / (time.perf_counter() - epoch_start)
             scores = None
             if len(setup.validation.label):
                 scores = evaluate(state, setup.validation, model=config.model, placement=setup.placement)
-            row = metrics_row(epoch + 1, step, progress.totals.means(), scores, state)
             seconds = time.perf_counter() - start
             timing = {"epoch": epoch + 1, "images_per_second": images_per_second, "seconds": seconds}
-            progress = Progress([*progress.rows, row], [*progress.timing, timing], seconds=seconds)
-            save(run, state, progress, (first, step), {"num_examples": 0} if scores is None else scores._asdict())
-            saved_at = time.perf_counter()
-            write_progress(run.run_dir, progress)
-            run.report.epoch({**row, **timing}, config.num_epochs)
-            raise_if_stopped(run, step)
+            ended = EndedEpoch(copy_state(state), (first, step), progress.totals.means(), scores, timing)
+            progress = progress._replace(totals=Totals(), seconds=seconds)
+            if run.stop.signum is not None or epoch + 1 == config.num_epochs:
+                progress = end_epoch(run, progress, ended)
+                raise_if_stopped(run, step)
         run.checkpoints.wait()
     return state, progress
+
+
+def end_epoch(run: OpenRun, progress: Progress, ended: EndedEpoch) -> Progress:
+    """Saves and reports an epoch; returns the progress with its rows."""
+    rows, timing = [*progress.rows, metrics_row(ended)], [*progress.timing, ended.timing]
+    progress = progress._replace(rows=rows, timing=timing)
+    validation = {"num_examples": 0} if ended.validation is None else ended.validation._asdict()
+    save(run, ended.state, progress, ended.steps, validation)
+    write_progress(run.run_dir, progress)
+    run.report.epoch({**rows[-1], **ended.timing}, run.config.num_epochs)
+    return progress
 
 
 def plan_dispatches(setup: Setup, step: int) -> Iterator[tuple[Plan, Key[Array, ""]]]:
@@ -278,8 +311,12 @@ def save(
     steps: tuple[int, int],
     validation: dict[str, Any] | None = None,
 ) -> None:
-    """Starts to save a checkpoint after the steps from steps[0] to steps[1]; with the scores at the end of an epoch."""
-    if not all_finite(state):
+    """Starts to save a state, which must not be donated, after the steps from steps[0] to steps[1].
+
+    Args:
+      validation: the scores at the end of an epoch.
+    """
+    if not all_finite(state.params):
         raise make_non_finite_error("the parameters became infinite or nan", steps, run)
     best = progress.best()
     kept = {**progress._asdict(), "best_step": None if best is None else best["step"]}
@@ -304,12 +341,13 @@ def make_non_finite_error(problem: str, steps: tuple[int, int], run: OpenRun) ->
     )
 
 
-def metrics_row(epoch: int, step: int, train: Scores, validation: Scores | None, state: TrainState) -> dict[str, Any]:
+def metrics_row(ended: EndedEpoch) -> dict[str, Any]:
     """Returns a row of metrics.jsonl."""
-    row: dict[str, Any] = {"epoch": epoch, "step": step, "train_loss": train.loss, "train_accuracy": train.accuracy}
-    if validation is not None:
-        row |= {"validation_loss": validation.loss, "validation_accuracy": validation.accuracy}
-    return row | {"params_sha256": tree_sha256(state.params)}
+    row = {"epoch": ended.timing["epoch"], "step": ended.steps[1]}
+    row |= {"train_loss": ended.train.loss, "train_accuracy": ended.train.accuracy}
+    if ended.validation is not None:
+        row |= {"validation_loss": ended.validation.loss, "validation_accuracy": ended.validation.accuracy}
+    return row | {"params_sha256": tree_sha256(ended.state.params)}
 
 
 def write_progress(run_dir: Path, progress: Progress) -> None:

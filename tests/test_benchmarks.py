@@ -39,7 +39,7 @@ def run(*arguments, into):
     return {name: [row.split(" | ") for row in rows if row.startswith("| ")][2:] for name, rows in tables.items()}
 
 
-@pytest.mark.parametrize(("script", "prefix", "count"), [("cpu", "", 5), ("gpu", "gpu ", 7), ("runs", "", 2)])
+@pytest.mark.parametrize(("script", "prefix", "count"), [("cpu", "", 5), ("gpu", "gpu ", 8), ("runs", "", 2)])
 def test_every_part_of_a_benchmark_has_a_place_in_the_report(load, script, prefix, count):
     harness, parts = load("harness"), load(script).PARTS
     assert len(parts) == count

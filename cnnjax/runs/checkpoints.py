@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Bool, PyTree
+import numpy as np
+from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
 from cnnjax.errors import StorageError, UserError
@@ -58,10 +58,10 @@ class Checkpoints:
         return max(scored)[1] if scored else None
 
     def save(self, state: TrainState, progress: dict[str, Any], validation: dict[str, Any] | None = None) -> None:
-        """Starts to save a checkpoint. Waits for the previous save and for the device.
+        """Starts to save a checkpoint. Waits for the previous save.
 
         Args:
-          state: copied first, so the caller may donate it afterwards.
+          state: must not be donated afterwards; see `copy_state`.
           progress: what `restore` returns with the state, as JSON. "best_step" is the step of the best checkpoint.
           validation: the scores at the end of an epoch, ranked by "accuracy" if present; None within an epoch.
 
@@ -69,7 +69,7 @@ class Checkpoints:
           StorageError: if the previous checkpoint could not be written.
         """
         self.wait()
-        self._pending = self._thread.submit(self._save, int(state.step), _copy(state), progress, validation)
+        self._pending = self._thread.submit(self._save, int(state.step), state, progress, validation)
 
     def _save(self, step: int, state: TrainState, progress: dict[str, Any], validation: dict[str, Any] | None) -> None:
         with _ORBAX:
@@ -171,19 +171,9 @@ def recover(directory: Path, say: Callable[[str], None]) -> None:
             say(f"The checkpoint of step {step} cannot be used: {reason}. It has been moved to {moved}. {start}")
 
 
-def all_finite(state: TrainState) -> bool:
-    """Returns whether all parameters are finite. Waits for the device."""
-    return bool(_all_finite(state.params))
-
-
-@jax.jit
-def _all_finite(params: PyTree) -> Bool[Array, ""]:
-    return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]))
-
-
-@jax.jit
-def _copy(state: TrainState) -> TrainState:
-    return jax.tree.map(jnp.copy, state)
+def all_finite(params: PyTree) -> bool:
+    """Returns whether all parameters are finite, found on the host: a device may be busy with the next epoch."""
+    return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(params)))
 
 
 def _accuracy(metrics: Any) -> float:

@@ -12,6 +12,7 @@ airbench   airbench94_muon and airbench96 by their author's scripts, on the same
 bits       the recipe for 94% in two processes, and killed and resumed: the same digests? And process start to result
 agree      the first 25 steps of cifar10_cnn on the CPU and on the GPU
 tutorial   the tutorial's network, 200 epochs at batch size 32
+seeds      four seeds one after another, batched by vmap, and in a process each
 
 The records' clock runs from the whitening of the first layer, through all epochs, to the score of the test set with
 test-time augmentation, synchronized at both ends; loading, the copy to the device, compilation and warm-up come before.
@@ -239,7 +240,38 @@ def tutorial(args: argparse.Namespace) -> str:
     return table(head, rows)
 
 
-PARTS = {f.__name__: f for f in (ladder, clock, profile, airbench, bits, agree, tutorial)}
+def seeds(args: argparse.Namespace) -> str:
+    """Training only: no whitening, no scores."""
+    count, until, columns = 4, time.monotonic() + args.seconds, {}
+    for variant in ("as it is", "tutorial, 3 epochs"):
+        cells = columns[f"`{VARIANTS[variant].recipe}`"] = {}
+        with ExitStack() as stack, ThreadPoolExecutor(16) as threads:
+            asks = [stack.enter_context(start(args, variant)) for _ in range(2 + count)]
+            groups = {"sequential": asks[:1], "vmap": asks[1:2], "processes": asks[2:]}
+
+            def train(way: str, group: list[Any], first: int) -> bool:
+                share, sequential = count // len(group), "sequential" if way == "processes" else way
+                jobs = [(ask, first + i * share) for i, ask in enumerate(group)]
+                answers = threads.map(lambda job: job[0]("train_many", sequential, job[1], share, until=until), jobs)
+                return None not in answers
+
+            compiled = list(threads.map(lambda way: train(way, groups[way], 1_000_000), groups))
+            for (way, group), ready in zip(groups.items(), compiled, strict=True):
+                times = [harness.seconds(partial(train, way, group, 0)) for _ in range(3)] if ready else []
+                cells[way] = times if time.monotonic() < until else []
+                print(variant, way, *(f"{value:.2f}" for value in times), flush=True)
+    rows = []
+    for way in ("sequential", "vmap", "processes"):
+        rows.append([way])
+        for cells in columns.values():
+            times, base = cells[way], cells["sequential"]
+            share = f"{statistics.median(base) / statistics.median(times):.2f}" if times and base else ""
+            rows[-1] += [spread(times, ".2f") if times else "failed, or out of time", share]
+    head = [title for name in columns for title in (f"{name}, s", "× sequential")]
+    return table([f"{count} seeds", *head], rows)
+
+
+PARTS = {f.__name__: f for f in (ladder, clock, profile, airbench, bits, agree, tutorial, seeds)}
 
 
 def main() -> None:
@@ -248,7 +280,7 @@ def main() -> None:
     add("--python", metavar="PYTHON", default=sys.executable, help="run cnnjax with it: one that has jax for the GPU")
     add("--peers", metavar="PYTHON", default=str(PEERS), help="run airbench with it: one that has PyTorch")
     add("--airbench", metavar="DIR", help="airbench's sources, if its repository is out of reach")
-    add("--seconds", type=float, default=3600.0, help="limit of each of ladder, clock, profile, airbench")
+    add("--seconds", type=float, default=3600.0, help="limit of each of ladder, clock, profile, airbench, seeds")
     add("--seeds", type=int, help="of clock and airbench, instead of 50 for 94%% and 10 for 96%%")
     add("--variants", nargs="+", choices=VARIANTS, metavar="NAME", help="of the ladder, not all; after the parts")
     args = harness.parse(parser, list(PARTS), list(PARTS))

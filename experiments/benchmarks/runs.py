@@ -48,6 +48,7 @@ def cost(args: argparse.Namespace) -> str:
     from cnnjax.runs import manifest
     from cnnjax.runs.checkpoints import Checkpoints
     from cnnjax.runs.files import tree_sha256
+    from cnnjax.step import copy_state
 
     config = load_experiment(str(harness.EXPERIMENTS / "cifar10_cnn.py")).config
     steps_per_epoch, num_steps, key = -(-45_000 // config.batch_size), 2 if args.small else 64, jax.random.key(0)
@@ -61,7 +62,7 @@ def cost(args: argparse.Namespace) -> str:
             for i, batch in enumerate(batches):
                 state, _ = train_step(state, batch, key, model=config.model, tx=tx, loss_fn=config.loss)
                 if save and i == 0:
-                    checkpoints.save(state, {"best_step": None}, {"accuracy": 0.5})
+                    checkpoints.save(copy_state(state), {"best_step": None}, {"accuracy": 0.5})
             jax.block_until_ready(state)
             checkpoints.wait()
 
