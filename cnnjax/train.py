@@ -244,7 +244,7 @@ def fit(
                 state, metrics = train_steps(state, setup.train, plan, *keys, program=setup.program, frozen=frozen)
                 first, step = step, step + len(plan.example)
                 if ended is not None:  # Digest, checkpoint and next plan take no time: the device is computing.
-                    progress, ended = end_epoch(run, progress, ended), None
+                    progress, ended = end_epoch(run, progress, ended, must_save=False), None
                     saved_at = time.perf_counter()
                 next_dispatch = next(dispatches)
                 totals = progress.totals.add(metrics)  # Waits for the device.
@@ -267,18 +267,24 @@ def fit(
             ended = EndedEpoch(copy_state(state), (first, step), progress.totals.means(), scores, timing)
             progress = progress._replace(totals=Totals(), seconds=seconds)
             if run.stop.signum is not None or epoch + 1 == config.num_epochs:
-                progress = end_epoch(run, progress, ended)
+                progress = end_epoch(run, progress, ended, must_save=True)
                 raise_if_stopped(run, step)
         run.checkpoints.wait()
     return state, progress
 
 
-def end_epoch(run: OpenRun, progress: Progress, ended: EndedEpoch) -> Progress:
-    """Saves and reports an epoch; returns the progress with its rows."""
+def end_epoch(run: OpenRun, progress: Progress, ended: EndedEpoch, *, must_save: bool) -> Progress:
+    """Saves and reports an epoch; returns the progress with its rows.
+
+    Args:
+      must_save: if False, an epoch without validation, of which only the latest matters, is not saved while the one
+        before it is still being written. So training does not wait for a slow disk.
+    """
     rows, timing = [*progress.rows, metrics_row(ended)], [*progress.timing, ended.timing]
     progress = progress._replace(rows=rows, timing=timing)
-    validation = {"num_examples": 0} if ended.validation is None else ended.validation._asdict()
-    save(run, ended.state, progress, ended.steps, validation)
+    if must_save or ended.validation is not None or not run.checkpoints.is_saving():
+        validation = {"num_examples": 0} if ended.validation is None else ended.validation._asdict()
+        save(run, ended.state, progress, ended.steps, validation)
     write_progress(run.run_dir, progress)
     run.report.epoch({**rows[-1], **ended.timing}, run.config.num_epochs)
     return progress
@@ -319,7 +325,9 @@ def save(
     if not all_finite(state.params):
         raise make_non_finite_error("the parameters became infinite or nan", steps, run)
     best = progress.best()
-    kept = {**progress._asdict(), "best_step": None if best is None else best["step"]}
+    if best is None or "validation_accuracy" not in best:  # Only the latest matters.
+        best = {"step": None}
+    kept = {**progress._asdict(), "best_step": best["step"]}
     run.checkpoints.save(state, kept, validation)
 
 

@@ -5,7 +5,7 @@
 Test accuracy 78.59% (1 seed),
 in 66 minutes on one of 2 cores of an AMD EPYC. See RESULTS.md.
 
-After 26 of the 200 epochs. An H100 takes 0.52 s per epoch; all 200 epochs have not been run there.
+After 26 of the 200 epochs. All 200: 79.60% (1 seed), on one H200.
 """
 
 from cnnjax import CNN, Adam, Config, run_experiment

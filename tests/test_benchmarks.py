@@ -110,13 +110,15 @@ def test_the_benchmarks_of_a_cpu_produce_their_tables(tmp_path):
 
 @pytest.mark.slow
 def test_the_benchmarks_of_a_gpu_produce_their_tables(tmp_path):
-    parts = ["ladder", "clock", "profile", "airbench", "bits", "agree", "tutorial"]
+    parts = ["ladder", "clock", "profile", "airbench", "bits", "agree", "tutorial", "seeds"]
     tables = run("gpu.py", *parts, "--variants", "as it is", "unroll 5", into=tmp_path)
     assert tables["ladder"][0][2] == "1.00 ×"
     assert [row[4][0] for row in tables["clock"]] == ["2"] * 6
     assert tables["bits"][0][1:3] == ["the same bits", "the same bits"]
     assert [row[1] for row in tables["agree"]] == ["0.0e+00 |"] * 2  # This machine's CPU twice.
     assert tables["tutorial"][0][1] == "1"
+    assert [row[0] for row in tables["seeds"]] == ["| sequential", "| vmap", "| processes"]
+    assert all(float(row[1].split()[0]) > 0 for row in tables["seeds"])
     assert "no kernels of a GPU" in (tmp_path / "profile.md").read_text()
 
 

@@ -47,6 +47,7 @@ from cnnjax.cli.main import REQUEUE
 from cnnjax.cli.signals import Interrupted, Stop, stop_signals
 from cnnjax.data.batches import make_batch
 from cnnjax.data.order import epoch_plan, split_validation
+from cnnjax.runs.checkpoints import Checkpoints
 from cnnjax.runs.codec import encode
 from cnnjax.runs.directory import OpenRun, Record, check_run, read_record, write_record
 from cnnjax.runs.inspection import verify
@@ -137,7 +138,7 @@ def test_a_run_equals_a_loop_by_hand(whole_research):
     train, validation, test = (
         ((x - mean) / std).astype(np.float32) for x in (x_train[kept], x_train[held_out], x_test)
     )
-    model, tx = Net(), optax.sgd(Derailed(learning_rate=0.1).make_schedule(18), momentum=0.5)
+    model, tx = Net(), RESEARCH.optim.make_tx(num_steps=18, num_epochs=3)
 
     def scores(logits, label):
         log_p = jax.nn.log_softmax(logits)
@@ -179,6 +180,8 @@ def test_a_run_equals_a_loop_by_hand(whole_research):
     assert result["test_loss"] != scores(logits_of(states[0], test), y_test)[0]
     digests = [row["params_sha256"] for row in read_rows(run_dir)]
     assert (result["sha256"]["best_params"], result["sha256"]["params"]) == (digests[0], digests[2])
+    biases = [state.params["Dense_1"]["bias"] for state in states]
+    np.testing.assert_array_equal(biases[2], biases[0])  # Frozen after an epoch.
     trained = load_trained(run_dir, RESEARCH).state
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), trained, states[0])
 
@@ -281,6 +284,23 @@ def test_a_run_of_the_users_own_classes_is_resumed_to_the_bit(whole_research, tm
     assert result["test_loss"] == whole_research[1]["test_loss"]
 
 
+def test_an_epoch_is_saved_and_reported_while_the_next_one_trains(monkeypatch, tmp_path):
+    events = []
+
+    class Events(Report):
+        def epoch(self, row, num_epochs):
+            events.append(f"epoch {row['epoch']}")
+
+    def dispatch(state, *args, **kwargs):
+        events.append("step")
+        return train_steps(state, *args, **kwargs)
+
+    monkeypatch.setattr("cnnjax.train.train_steps", dispatch)
+    train_and_evaluate(RESEARCH, run_dir=tmp_path, report=Events(quiet=True))
+    six = ["step"] * 6
+    assert events == [*six, "step", "epoch 1", *six, "epoch 2", *six[1:], "epoch 3"]
+
+
 def test_a_run_saves_within_an_epoch_and_counts_the_time_of_all_sessions(whole_research, tmp_path):
     class Fails(Report):
         def step(self, step, means):
@@ -305,30 +325,24 @@ def environment():
     return {**os.environ, "CNNJAX_ONEDNN": "0"}
 
 
-def test_a_real_process_is_stopped_and_resumed(whole_research, environment, tmp_path):
-    """By SIGKILL within epoch 2, then by SIGTERM, then by SIGINT."""
+def test_a_process_stopped_by_sigint_is_resumed_to_the_bit(whole_research, environment, tmp_path):
+    """The next test sends SIGKILL; tests/cli/test_experiment.py sends SIGTERM."""
     run_dir = tmp_path / "run"
-    command = [sys.executable, str(PROGRAMS / "research.py"), "--run-dir", str(run_dir), "--resume"]
-    command += ["--checkpoint-seconds", "0"]  # Each step is saved, which makes the epochs long enough for the signals.
-    signals = {signal.SIGKILL: "epoch 1/3", signal.SIGTERM: "resuming at step", signal.SIGINT: "resuming at step"}
-    for signum, line in signals.items():
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-        assert process.stdout is not None
-        while not (found := process.stdout.readline()).startswith(line):
-            assert found, process.communicate()[1]
-        process.send_signal(signum)
-        _, errors = process.communicate(timeout=60)
-        if signum == signal.SIGKILL:
-            assert process.returncode == -signum
-        else:
-            assert process.returncode == REQUEUE
-            assert f"Stopped by {signum.name}; the checkpoint of step {saved_steps(run_dir)[-1]} is saved" in errors
-            assert f"Resume with:\n  {' '.join(command)}\n" in errors
+    command = [sys.executable, str(PROGRAMS / "research.py"), "--run-dir", str(run_dir)]
+    command += ["--checkpoint-seconds", "0"]  # Each step is saved, so that the signal arrives before the last one.
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout is not None
+    while not (line := process.stdout.readline()).startswith("epoch 1/3"):
+        assert line, process.communicate()[1]
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == REQUEUE
+    step = saved_steps(run_dir)[-1]
+    assert 6 <= step < 18
+    assert f"Stopped by SIGINT; the checkpoint of step {step} is saved. Resume with:" in errors
+    assert f"{' '.join(command)} --resume\n" in errors
     result = train_and_evaluate(RESEARCH, run_dir=run_dir, resume=True)
     assert result["sha256"] == whole_research[1]["sha256"]
-    sessions = read_manifest(run_dir)["sessions"]
-    assert [session["state"] for session in sessions] == ["killed", "interrupted", "interrupted", "finished"]
-    assert 0 < sessions[1]["resumed_from"] < sessions[2]["resumed_from"] < sessions[3]["resumed_from"] < 18
 
 
 @pytest.mark.parametrize(
@@ -369,6 +383,18 @@ def test_metrics_are_restored_from_the_checkpoint(whole_research, tmp_path):
     (run_dir / "metrics.jsonl").write_text('{"epoch": 1')
     train_and_evaluate(RESEARCH, run_dir=run_dir, resume=True)
     assert read_rows(run_dir) == read_rows(whole_research[0])
+
+
+def test_a_run_whose_best_checkpoint_is_damaged_is_repeated(whole_research, tmp_path):
+    run_dir = shutil.copytree(whole_research[0], tmp_path / "run")
+    (run_dir / "result.json").unlink()
+    assert saved_steps(run_dir) == [6, 12, 18]
+    files = [path for path in (run_dir / "checkpoints" / "6").rglob("*") if path.is_file()]
+    max(files, key=lambda path: path.stat().st_size).write_bytes(b"")
+    report = Watch()
+    result = train_and_evaluate(RESEARCH, run_dir=run_dir, resume=True, report=report)
+    assert report.steps == list(range(1, 19))
+    assert result["sha256"] == whole_research[1]["sha256"]
 
 
 def test_resuming_where_there_is_nothing_starts_from_scratch(whole_research, tmp_path):
@@ -420,7 +446,7 @@ def test_a_run_whose_steps_depend_on_its_length_cannot_be_trained_longer(optim, 
 
 
 @quick
-def test_a_speed_recipe_without_validation_is_resumed_to_the_bit_and_scored_with_its_last_epoch(tmp_path):
+def test_a_speed_recipe_without_validation_is_resumed_to_the_bit_and_scored_with_its_last_epoch(tmp_path, monkeypatch):
     groups = (ParamGroup("whiten", multiplier=8.0, num_epochs=2), ParamGroup("bias", multiplier=8.0))
     config = Config(
         dataset=make_arrays(shape=(9, 10, 3)),
@@ -443,9 +469,15 @@ def test_a_speed_recipe_without_validation_is_resumed_to_the_bit_and_scored_with
     with pytest.raises(Interrupted, match="the checkpoint of step 23 is saved"):
         # Within the second epoch, between the two batches of an update, between two lookaheads.
         train_and_evaluate(config, run_dir=tmp_path / "run", report=Watch(stop_at=23))
+    # On a slow disk: no epoch waits for a save, and neither a stopped run nor its last epoch is lost.
+    monkeypatch.setattr(Checkpoints, "is_saving", lambda _: True)
+    with pytest.raises(Interrupted, match="the checkpoint of step 33 is saved"):
+        train_and_evaluate(config, run_dir=tmp_path / "run", resume=True, report=Watch(stop_at=33))
+    assert saved_steps(tmp_path / "run") == [14, 23, 33]
     resumed = train_and_evaluate(config, run_dir=tmp_path / "run", resume=True)
     assert resumed["sha256"] == whole["sha256"]
     assert resumed["test_loss"] == whole["test_loss"]
+    assert not (tmp_path / "run" / "damaged").exists()
     assert load_trained(tmp_path / "run", config).state.step == 3 * 14
 
 
@@ -591,12 +623,12 @@ class Crop(Augment):
         ({"augment": Augment(cutout=6)}, "`augment.cutout` must be at most 5 for images of 6×5 pixels, got 6"),
         ({"model": SpeedNet()}, "Images must have at least 9×9 pixels for SpeedNet, got 6×5"),
         ({"model": MLP(num_classes=7)}, "`model.num_classes` must be the 4 of the data, got 7. Leave it out"),
-        ({"model": ThreeClasses()}, "`model` must return logits of shape (16, 4), got .*shape=(16, 3)"),
+        ({"model": ThreeClasses(), "optim": SGD()}, "`model` must return logits of shape (16, 4), got .*shape=(16, 3)"),
         ({"loss": column_loss}, "`loss` must return one value per example of shape (16,), got .*shape=(16, 1)"),
         ({"loss": mean_loss}, "`loss` must return one value per example of shape (16,), got .*shape=()"),
         ({"augment": Crop()}, "`augment.transform` must return images of shape (16, 6, 5, 3), got .*(16, 5, 5, 3)"),
     ],
-    ids=lambda x: x if isinstance(x, str) else "",
+    ids=["batch size", "cutout", "image size", "num_classes", "logits", "loss column", "mean loss", "cropped images"],
 )
 def test_what_does_not_fit_the_data_leaves_no_directory(changes, message, tmp_path):
     pattern = message.replace("(", r"\(").replace(")", r"\)")

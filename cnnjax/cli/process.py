@@ -22,7 +22,7 @@ def set_flags() -> None:
     ours = {"--xla_gpu_deterministic_ops": "true"}
     # An unknown flag aborts the process, so the others are only set for versions that were tested.
     if version("jaxlib").startswith(("0.10.", "0.11.", "0.12.")):
-        # Selects XLA's older convolutions. See experiments/BENCHMARKS.md and jax issues 39103, 39257 and 40412.
+        # Selects XLA's older convolutions. See BENCHMARKS.md and jax issues 39103, 39257 and 40412.
         ours["--xla_cpu_experimental_ynn_fusion_type"] = "-individual_convolution"
     if version("jaxlib").startswith("0.10."):
         # Reduces the number of operations that run concurrently, because they slow each other down.
@@ -35,7 +35,7 @@ def keep_memory() -> None:
     """Makes glibc reuse freed memory, unless the user has set a MALLOC_ variable. Must run before threads start.
 
     XLA frees the scratch memory of each step, and glibc returns such large blocks to the system. Mapping them again,
-    page by page, takes a quarter of the next step (see experiments/BENCHMARKS.md). With a single arena and without
+    page by page, takes a quarter of the next step (see BENCHMARKS.md). With a single arena and without
     mmap for large blocks, glibc keeps them. Source: mallopt(3).
     """
     if platform.libc_ver()[0] != "glibc" or any(name.startswith("MALLOC_") for name in os.environ):

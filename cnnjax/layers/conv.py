@@ -55,7 +55,7 @@ def convolution_by_xla(
 def convolution_on_accelerators(
     image: Float[Array, "B H W C"], kernel: Float[Array, "I J C K"], *, padding: Padding
 ) -> Float[Array, "B H2 W2 K"]:
-    """Returns the convolution, computed in shapes that are fast on a GPU (see experiments/BENCHMARKS.md).
+    """Returns the convolution, computed in shapes that are fast on a GPU (see BENCHMARKS.md).
 
     In 16-bit dtypes, patches of at most 16 values become a matrix product; otherwise, 16 or more channels are padded to
     a multiple of 32.

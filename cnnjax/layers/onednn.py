@@ -1,7 +1,7 @@
 """Calls the oneDNN kernels that are part of jaxlib's CPU backend on x86-64 Linux.
 
 XLA does not select these kernels, although they are its fastest convolutions on a CPU and the only ones that use the
-bfloat16 matrix units of recent processors (see experiments/BENCHMARKS.md). A call is an XLA `custom-call` configured by
+bfloat16 matrix units of recent processors (see BENCHMARKS.md). A call is an XLA `custom-call` configured by
 the messages of xla/service/cpu/onednn_config.proto. This interface is undocumented, so the package only admits versions
 of jaxlib for which the tests compare these kernels with NumPy.
 

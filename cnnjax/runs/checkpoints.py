@@ -71,6 +71,10 @@ class Checkpoints:
         self.wait()
         self._pending = self._thread.submit(self._save, int(state.step), state, progress, validation)
 
+    def is_saving(self) -> bool:
+        """Returns whether the last save is still being written."""
+        return self._pending is not None and not self._pending.done()
+
     def _save(self, step: int, state: TrainState, progress: dict[str, Any], validation: dict[str, Any] | None) -> None:
         with _ORBAX:
             self._checkpointer.save_checkpointables(

@@ -33,6 +33,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -186,12 +187,12 @@ def airbench_result(line: str) -> tuple[float, float] | None:
 
 
 def bits(args: argparse.Namespace) -> str:
-    options, rows = ["--num-epochs", "3", "--model.widths", "8", "16", "16"] if args.small else [], []
+    options, rows = ["--num-epochs", "2", "--model.widths", "8", "16", "16"] if args.small else [], []
     for label, flags in [("deterministic kernels", ""), ("any kernels", ANY_KERNELS)][: 1 if args.small else 2]:
         with tempfile.TemporaryDirectory() as cache:  # Empty, so that the first start compiles.
             run = partial(run_experiment, MUON, python=args.python, XDG_CACHE_HOME=cache, XLA_FLAGS=xla_flags(flags))
             first, second = (run(Path(cache, name), *options) for name in ("first", "second"))
-            killed = run(Path(cache, "killed"), *options, kill_at="epoch 2/")
+            killed = run(Path(cache, "killed"), *options, kill_at="epoch 1/")
             resumed = run(Path(cache, "killed"), *options, "--resume")
         cells = []
         for a, b in ((first.result, second.result), (first.result, resumed.result)):
@@ -242,8 +243,8 @@ def tutorial(args: argparse.Namespace) -> str:
 
 def seeds(args: argparse.Namespace) -> str:
     """Training only: no whitening, no scores."""
-    count, until, columns = 4, time.monotonic() + args.seconds, {}
-    for variant in ("as it is", "tutorial, 3 epochs"):
+    count, until, columns = 2 if args.small else 4, time.monotonic() + args.seconds, {}
+    for variant in ("as it is", "tutorial, 3 epochs")[: 1 if args.small else 2]:
         cells = columns[f"`{VARIANTS[variant].recipe}`"] = {}
         with ExitStack() as stack, ThreadPoolExecutor(16) as threads:
             asks = [stack.enter_context(start(args, variant)) for _ in range(2 + count)]
@@ -255,9 +256,13 @@ def seeds(args: argparse.Namespace) -> str:
                 answers = threads.map(lambda job: job[0]("train_many", sequential, job[1], share, until=until), jobs)
                 return None not in answers
 
-            compiled = list(threads.map(lambda way: train(way, groups[way], 1_000_000), groups))
+            compiled = list(threads.map(train, groups, groups.values(), repeat(1_000_000)))
             for (way, group), ready in zip(groups.items(), compiled, strict=True):
-                times = [harness.seconds(partial(train, way, group, 0)) for _ in range(3)] if ready else []
+                times = (
+                    [harness.seconds(partial(train, way, group, 0)) for _ in range(1 if args.small else 3)]
+                    if ready
+                    else []
+                )
                 cells[way] = times if time.monotonic() < until else []
                 print(variant, way, *(f"{value:.2f}" for value in times), flush=True)
     rows = []

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cnnjax import Augment, Config, Optimizer, run_experiment
+from cnnjax import Augment, Config, Optimizer, ParamGroup, run_experiment
 
 
 def make_arrays(shape=(6, 5, 3), num_train=110, num_test=37):
@@ -84,7 +84,7 @@ CONFIG = Config(
     validation_fraction=0.2,
     tta="flip",
     model=Net(),
-    optim=Derailed(learning_rate=0.1),
+    optim=Derailed(learning_rate=0.1, groups=(ParamGroup("Dense_1/bias", multiplier=0.5, num_epochs=1),)),
     augment=Noise(flip="random"),
     loss=focal_loss,
 )
