@@ -73,15 +73,17 @@ def init_from_data(
     Args:
       image: standardized training images.
     """
+    before = jax.tree.leaves(state.params)
     variables = model.init_from_data({"params": state.params, "batch_stats": state.batch_stats}, image)
     params = variables["params"]
-    opt_state = state.opt_state if params is state.params else tx.init(params)
+    unchanged = [*map(id, before)] == [*map(id, jax.tree.leaves(params))]
+    opt_state = state.opt_state if unchanged else tx.init(params)
     return TrainState(state.step, params, variables.get("batch_stats", {}), opt_state)
 
 
 @jax.jit
 def copy_state(state: TrainState) -> TrainState:
-    """Returns a copy, which remains when `state` is donated."""
+    """Returns a copy that stays valid after `state` is donated."""
     return jax.tree.map(jnp.copy, state)
 
 

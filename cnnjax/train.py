@@ -56,7 +56,7 @@ class Setup(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """Progress on the host; saved in every checkpoint, so that no row can be lost."""
+    """Progress on the host; saved in every checkpoint."""
 
     rows: list[dict[str, Any]]  # Of metrics.jsonl: one per epoch, the same bits for the same seed.
     timing: list[dict[str, Any]]  # Of timing.jsonl.
@@ -71,7 +71,7 @@ class Progress(NamedTuple):
 class EndedEpoch(NamedTuple):
     """An epoch that is saved and reported while the device trains the next one."""
 
-    state: TrainState  # A copy: the next step is given the memory of the original.
+    state: TrainState  # A copy: the next step reuses the memory of the original.
     steps: tuple[int, int]  # Before and after the last dispatch.
     train: Scores
     validation: Scores | None
@@ -98,7 +98,8 @@ def train_and_evaluate(
       data_dir: the tfds directory; tfds's default if None.
       resume: resume the run in `run_dir` exactly where it stopped. A finished run is not trained again, except for more
         epochs if no step depends on their number (a constant learning rate, no lookahead).
-      checkpoint_seconds: save during an epoch, too, this long after the last save; no bit depends on it.
+      checkpoint_seconds: save during an epoch, too, this long after the last save; no bit depends on it. On an
+        accelerator, where an epoch is one program, at the end of the epoch.
       devices: share each batch; all devices if None.
       report: receives messages and metrics; None: nothing is printed.
       stop: receives signals, for a caller that trains in several threads; None: this function handles them.
@@ -229,10 +230,9 @@ def fit(
     on_cpu = setup.placement.devices[0].platform == "cpu"
     dispatches = plan_dispatches(setup, step)
     next_dispatch = next(dispatches)
-    saved_at = time.perf_counter()
-    start = saved_at - progress.seconds  # When a run without interruptions would have begun.
+    start = time.perf_counter() - progress.seconds  # When a run without interruptions would have begun.
     write_progress(run.run_dir, progress)
-    ended = None  # The epoch before, until it is saved.
+    ended = None  # The previous epoch, until it is reported.
     with run.report.progress(config.num_epochs, steps, start=step):
         for epoch in range(step // steps, config.num_epochs):
             epoch_start, examples_before = time.perf_counter(), progress.totals.num_examples
@@ -243,9 +243,9 @@ def fit(
                 keys = setup.train_key, augment_key
                 state, metrics = train_steps(state, setup.train, plan, *keys, program=setup.program, frozen=frozen)
                 first, step = step, step + len(plan.example)
-                if ended is not None:  # Digest, checkpoint and next plan take no time: the device is computing.
-                    progress, ended = end_epoch(run, progress, ended, must_save=False), None
-                    saved_at = time.perf_counter()
+                if ended is not None:  # The device computes meanwhile.
+                    must_save = time.perf_counter() - run.checkpoints.saved_at >= checkpoint_seconds
+                    progress, ended = end_epoch(run, progress, ended, must_save=must_save), None
                 next_dispatch = next(dispatches)
                 totals = progress.totals.add(metrics)  # Waits for the device.
                 if not math.isfinite(totals.loss):
@@ -254,9 +254,11 @@ def fit(
                 now = time.perf_counter()
                 progress = progress._replace(totals=totals, seconds=now - start)
                 # The last step of an epoch is saved with its scores, in `end_epoch`.
-                if step % steps and (run.stop.signum is not None or now - saved_at >= checkpoint_seconds):
-                    save(run, copy_state(state), progress, (first, step))
-                    saved_at = time.perf_counter()
+                due = now - run.checkpoints.saved_at >= checkpoint_seconds
+                if step % steps and (run.stop.signum is not None or due):
+                    snapshot = copy_state(state)
+                    check_finite(run, snapshot, (first, step))
+                    save(run, snapshot, progress)
                     raise_if_stopped(run, step)
             images_per_second = (progress.totals.num_examples - examples_before) / (time.perf_counter() - epoch_start)
             scores = None
@@ -274,17 +276,18 @@ def fit(
 
 
 def end_epoch(run: OpenRun, progress: Progress, ended: EndedEpoch, *, must_save: bool) -> Progress:
-    """Saves and reports an epoch; returns the progress with its rows.
+    """Reports an epoch and saves it, unless the disk is busy; returns the progress with its rows.
 
     Args:
-      must_save: if False, an epoch without validation, of which only the latest matters, is not saved while the one
-        before it is still being written. So training does not wait for a slow disk.
+      must_save: if False, an epoch without validation is not saved while the previous save is running, so that training
+        does not wait for a slow disk: without validation only the latest checkpoint matters.
     """
+    check_finite(run, ended.state, ended.steps)
     rows, timing = [*progress.rows, metrics_row(ended)], [*progress.timing, ended.timing]
     progress = progress._replace(rows=rows, timing=timing)
     if must_save or ended.validation is not None or not run.checkpoints.is_saving():
         validation = {"num_examples": 0} if ended.validation is None else ended.validation._asdict()
-        save(run, ended.state, progress, ended.steps, validation)
+        save(run, ended.state, progress, validation)
     write_progress(run.run_dir, progress)
     run.report.epoch({**rows[-1], **ended.timing}, run.config.num_epochs)
     return progress
@@ -310,20 +313,14 @@ def plan_dispatches(setup: Setup, step: int) -> Iterator[tuple[Plan, Key[Array, 
         epoch, first = epoch + 1, 0
 
 
-def save(
-    run: OpenRun,
-    state: TrainState,
-    progress: Progress,
-    steps: tuple[int, int],
-    validation: dict[str, Any] | None = None,
-) -> None:
-    """Starts to save a state, which must not be donated, after the steps from steps[0] to steps[1].
-
-    Args:
-      validation: the scores at the end of an epoch.
-    """
+def check_finite(run: OpenRun, state: TrainState, steps: tuple[int, int]) -> None:
+    """Raises `NonFiniteLossError` if a parameter became infinite or nan between steps[0] and steps[1]."""
     if not all_finite(state.params):
         raise make_non_finite_error("the parameters became infinite or nan", steps, run)
+
+
+def save(run: OpenRun, state: TrainState, progress: Progress, validation: dict[str, Any] | None = None) -> None:
+    """Starts to save a state, which must not be donated; `validation` are the scores at the end of an epoch."""
     best = progress.best()
     if best is None or "validation_accuracy" not in best:  # Only the latest matters.
         best = {"step": None}

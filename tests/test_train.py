@@ -343,6 +343,7 @@ def test_a_process_stopped_by_sigint_is_resumed_to_the_bit(whole_research, envir
     assert f"{' '.join(command)} --resume\n" in errors
     result = train_and_evaluate(RESEARCH, run_dir=run_dir, resume=True)
     assert result["sha256"] == whole_research[1]["sha256"]
+    assert read_manifest(run_dir)["sessions"][-1]["resumed_from"] == step
 
 
 @pytest.mark.parametrize(
@@ -366,8 +367,11 @@ def test_a_kill_at_any_write_is_repaired_by_resuming(name, count, whole_research
     result = train_and_evaluate(RESEARCH, run_dir=run_dir, resume=True)
     assert result["sha256"] == whole_research[1]["sha256"]
     assert {*verify(run_dir).values()} == {"ok"}
-    states = [session["state"] for session in read_manifest(run_dir)["sessions"]]
+    sessions = read_manifest(run_dir)["sessions"]
+    states = [session["state"] for session in sessions]
     assert states[-1] == "finished" and {*states[:-1]} <= {"killed", "finished"}
+    if name == "SHA256SUMS":  # Written last.
+        assert sessions[-1]["resumed_from"] == 18
 
 
 def test_a_finished_run_is_not_trained_again(whole, tmp_path):
@@ -535,6 +539,26 @@ def test_parameters_that_are_not_finite_are_never_saved(tmp_path):
     with pytest.raises(NonFiniteLossError, match=r"parameters became infinite or nan between steps 5 and 6; there is"):
         train_and_evaluate(config, run_dir=tmp_path)
     assert saved_steps(tmp_path) == []
+
+
+@quick
+def test_an_epoch_that_a_slow_disk_skips_is_checked_too(monkeypatch, tmp_path):
+    optim = Diverges(update=6, huge=float("inf"))
+    config = replace(RESEARCH, validation_fraction=0.0, model=Linear(), optim=optim, augment=Augment())
+    monkeypatch.setattr(Checkpoints, "is_saving", lambda _: True)
+    with pytest.raises(NonFiniteLossError, match=r"parameters became infinite or nan between steps 6 and 7; there is"):
+        train_and_evaluate(config, run_dir=tmp_path)
+    assert read_rows(tmp_path) == []
+
+
+@quick
+def test_a_slow_disk_delays_a_checkpoint_by_no_more_than_checkpoint_seconds(monkeypatch, tmp_path):
+    config = replace(RESEARCH, validation_fraction=0.0, num_epochs=2)  # 7 steps per epoch.
+    monkeypatch.setattr(Checkpoints, "is_saving", lambda _: True)
+    for seconds, first_epoch_is_saved in ((60.0, False), (0.0, True)):
+        run_dir = tmp_path / str(seconds)
+        train_and_evaluate(config, run_dir=run_dir, checkpoint_seconds=seconds)
+        assert (7 in saved_steps(run_dir)) == first_epoch_is_saved
 
 
 # --- What the user has to fix ---------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import itertools
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -45,6 +46,7 @@ class Checkpoints:
         )
         self._directory = directory.absolute()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self.saved_at = time.perf_counter()  # When the last save, or the session, began.
         self._pending: Future[None] | None = None
 
     def latest(self) -> int | None:
@@ -58,7 +60,7 @@ class Checkpoints:
         return max(scored)[1] if scored else None
 
     def save(self, state: TrainState, progress: dict[str, Any], validation: dict[str, Any] | None = None) -> None:
-        """Starts to save a checkpoint. Waits for the previous save.
+        """Starts to save a checkpoint. Waits for the previous save and for `state`.
 
         Args:
           state: must not be donated afterwards; see `copy_state`.
@@ -69,6 +71,7 @@ class Checkpoints:
           StorageError: if the previous checkpoint could not be written.
         """
         self.wait()
+        self.saved_at = time.perf_counter()
         self._pending = self._thread.submit(self._save, int(state.step), state, progress, validation)
 
     def is_saving(self) -> bool:
@@ -176,7 +179,7 @@ def recover(directory: Path, say: Callable[[str], None]) -> None:
 
 
 def all_finite(params: PyTree) -> bool:
-    """Returns whether all parameters are finite, found on the host: a device may be busy with the next epoch."""
+    """Returns whether all parameters are finite. Computes on the host: the device may be busy with the next epoch."""
     return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(params)))
 
 

@@ -1,11 +1,11 @@
 """Measures how fast the records' accuracies are reached on one GPU, beside airbench itself. `make bench-gpu` runs it.
 
-    make bench-gpu                         # all parts: up to an hour each for four of them
+    make bench-gpu                         # all parts: up to an hour each for five of them
     make bench-gpu ARGS="ladder clock"     # these parts
     make bench-gpu ARGS=--small            # try every part of cnnjax, on a CPU
     make bench-gpu ARGS="--python python3 --peers python3 --airbench airbench --into out"    # without a registry
 
-ladder     the recipe for 94% with one difference at a time: XLA flags, network, optimizer, program
+ladder     the recipe for 94% with one difference at a time: XLA flags, network, optimizer, program; that for 96%
 clock      94% and 96%: each recipe with many seeds, on the records' clock, with deterministic kernels and with any
 profile    what the device does in one warm run of the recipe for 94%: kernels by their share, and idle time
 airbench   airbench94_muon and airbench96 by their author's scripts, on the same clock
@@ -20,6 +20,7 @@ Results are printed as they come; each part writes its table into BENCHMARKS.md,
 """
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -187,19 +188,20 @@ def airbench_result(line: str) -> tuple[float, float] | None:
 
 
 def bits(args: argparse.Namespace) -> str:
-    options, rows = ["--num-epochs", "2", "--model.widths", "8", "16", "16"] if args.small else [], []
+    options, rows = ["--num-epochs", "3", "--model.widths", "8", "16", "16"] if args.small else [], []
     for label, flags in [("deterministic kernels", ""), ("any kernels", ANY_KERNELS)][: 1 if args.small else 2]:
         with tempfile.TemporaryDirectory() as cache:  # Empty, so that the first start compiles.
             run = partial(run_experiment, MUON, python=args.python, XDG_CACHE_HOME=cache, XLA_FLAGS=xla_flags(flags))
             first, second = (run(Path(cache, name), *options) for name in ("first", "second"))
-            killed = run(Path(cache, "killed"), *options, kill_at="epoch 1/")
+            run(Path(cache, "killed"), *options, kill=True)
             resumed = run(Path(cache, "killed"), *options, "--resume")
+            session = json.loads(Path(cache, "killed", "manifest.json").read_text())["sessions"][-1]
         cells = []
         for a, b in ((first.result, second.result), (first.result, resumed.result)):
             same = "the same bits" if a and b and a["sha256"] == b["sha256"] else "**other bits**"
             cells.append(same if a and b else "failed")
-        if killed.result is not None:
-            cells[1] = "not tested: it ended before the kill"
+        if session["resumed_from"] is None:
+            cells[1] = "not tested: there was no checkpoint yet"
         rows.append([label, *cells, f"{first.seconds:.1f}", f"{second.seconds:.1f}"])
         print(*rows[-1], sep=", ", flush=True)
     head = ["`cifar10_airbench94_muon`", "two processes", "killed and resumed", "s, first start", "s, second start"]
@@ -245,33 +247,37 @@ def seeds(args: argparse.Namespace) -> str:
     """Training only: no whitening, no scores."""
     count, until, columns = 2 if args.small else 4, time.monotonic() + args.seconds, {}
     for variant in ("as it is", "tutorial, 3 epochs")[: 1 if args.small else 2]:
-        cells = columns[f"`{VARIANTS[variant].recipe}`"] = {}
         with ExitStack() as stack, ThreadPoolExecutor(16) as threads:
             asks = [stack.enter_context(start(args, variant)) for _ in range(2 + count)]
             groups = {"sequential": asks[:1], "vmap": asks[1:2], "processes": asks[2:]}
 
-            def train(way: str, group: list[Any], first: int) -> bool:
-                share, sequential = count // len(group), "sequential" if way == "processes" else way
-                jobs = [(ask, first + i * share) for i, ask in enumerate(group)]
-                answers = threads.map(lambda job: job[0]("train_many", sequential, job[1], share, until=until), jobs)
-                return None not in answers
+            def seconds(way: str, group: list[Any], first_seed: int = 0) -> float | None:
+                """Trains all seeds; returns None if a worker failed."""
+                begin, share = time.perf_counter(), count // len(group)
+                of_one = "sequential" if way == "processes" else way
+                jobs = [
+                    threads.submit(ask, "train_many", of_one, first_seed + i * share, share, until=until)
+                    for i, ask in enumerate(group)
+                ]
+                failed = None in [job.result() for job in jobs]
+                return None if failed else time.perf_counter() - begin
 
-            compiled = list(threads.map(train, groups, groups.values(), repeat(1_000_000)))
-            for (way, group), ready in zip(groups.items(), compiled, strict=True):
-                times = (
-                    [harness.seconds(partial(train, way, group, 0)) for _ in range(1 if args.small else 3)]
-                    if ready
-                    else []
-                )
-                cells[way] = times if time.monotonic() < until else []
-                print(variant, way, *(f"{value:.2f}" for value in times), flush=True)
+            with ThreadPoolExecutor(len(groups)) as together:  # Compiles.
+                ready = list(together.map(seconds, groups, groups.values(), repeat(1_000_000)))
+            times = {way: [] for way, value in zip(groups, ready, strict=True) if value is not None}
+            for _ in range(1 if args.small else 3):
+                for way, values in times.items():
+                    if (value := seconds(way, groups[way])) is not None:
+                        values.append(value)
+                        print(f"{variant}, {way}: {value:.2f} s", flush=True)
+        columns[f"`{VARIANTS[variant].recipe}`{variant.removeprefix('tutorial').removeprefix('as it is')}"] = times
     rows = []
     for way in ("sequential", "vmap", "processes"):
         rows.append([way])
-        for cells in columns.values():
-            times, base = cells[way], cells["sequential"]
-            share = f"{statistics.median(base) / statistics.median(times):.2f}" if times and base else ""
-            rows[-1] += [spread(times, ".2f") if times else "failed, or out of time", share]
+        for times in columns.values():
+            values, base = times.get(way), times.get("sequential")
+            share = f"{statistics.median(base) / statistics.median(values):.2f}" if values and base else ""
+            rows[-1] += [spread(values, ".2f") if values else "failed, or out of time", share]
     head = [title for name in columns for title in (f"{name}, s", "× sequential")]
     return table([f"{count} seeds", *head], rows)
 

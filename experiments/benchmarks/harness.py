@@ -92,15 +92,15 @@ class Run(NamedTuple):
 
 
 def run_experiment(
-    name: str, run_dir: Path, *options: str, python: str = sys.executable, kill_at: str = "", **environment: str
+    name: str, run_dir: Path, *options: str, python: str = sys.executable, kill: bool = False, **environment: str
 ) -> Run:
-    """Runs an experiment file; kills it at a line that starts with `kill_at`."""
+    """Runs an experiment file; `kill` ends it at the first line that it prints after its first checkpoint."""
     command = [python, str(EXPERIMENTS / f"{name}.py"), "--run-dir", str(run_dir), *options]
     start = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT | environment) as process:
         assert process.stdout is not None
-        for line in process.stdout:
-            if kill_at and line.startswith(kill_at):
+        for _ in process.stdout:
+            if kill and any(run_dir.glob("checkpoints/*/SHA256SUMS")):
                 process.kill()
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)

@@ -2,9 +2,9 @@
 
     echo '["train_seed", 0]' | .venv/bin/python experiments/benchmarks/variants.py --variant "as it is"
 
-A variant is a recipe with one difference: XLA flags, or a change that is made before anything is compiled. The change
-is one of the configuration, or replaces a function of the package by one that computes the same in another way (or
-nearly the same, if its name says so).
+A variant is a recipe with one difference (the recipe for 96%: with several): XLA flags, or a change that is made before
+anything is compiled. The change is one of the configuration, or replaces a function of the package by one that computes
+the same in another way (or nearly the same, if its name says so).
 """
 
 import argparse
@@ -143,7 +143,7 @@ def whitening_bias_trained_throughout(config: Config) -> Config:
 
 
 def by_muon(num_epochs: int) -> Change:
-    """Trains the recipe for 96% by Muon, with the learning rates that it has for biases and the last layer."""
+    """Trains the recipe for 96% by Muon, with the recipe's learning rates for biases and last layer; not tuned yet."""
     rate = 0.15
     groups = (
         ParamGroup("^whiten/", multiplier=1.17 / rate, num_epochs=3),
@@ -239,10 +239,10 @@ def seconds_to_train(setup: Setup, seeds: Sequence[int], way: str) -> float:
         setups.append(setup._replace(config=config, train_key=train_key, augment_key=augment_key))
         states.append(init_run(init_key, image, program=setup.program))
     stack = partial(jax.tree.map, lambda *leaves: jnp.stack(leaves))
-    together = stack(*states) if way == "vmap" else None
-    jax.block_until_ready((states, together))
+    stacked = stack(*states) if way == "vmap" else None
+    jax.block_until_ready((states, stacked))
     start, step, num_steps = time.perf_counter(), 0, setup.program.num_steps
-    if together is None:
+    if way == "sequential":
         for one, state in zip(setups, states, strict=True):
             jax.block_until_ready(train(one, state, num_steps))
         return time.perf_counter() - start
@@ -251,9 +251,9 @@ def seconds_to_train(setup: Setup, seeds: Sequence[int], way: str) -> float:
         plans, augment_keys = zip(*map(next, dispatches), strict=True)
         frozen = () if jax.default_backend() == "cpu" else setup.program.frozen_names(states[0].params, step)
         program = vmapped_steps(setup.program, frozen)
-        together, _ = program(together, setup.train, stack(*plans), keys, jnp.stack(augment_keys))
+        stacked, _ = program(stacked, setup.train, stack(*plans), keys, jnp.stack(augment_keys))
         step += len(plans[0].example)
-    jax.block_until_ready(together)
+    jax.block_until_ready(stacked)
     return time.perf_counter() - start
 
 
