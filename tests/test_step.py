@@ -254,6 +254,21 @@ def test_a_network_is_initialized_from_data():
     assert_close(state, TrainState(before.step, params, {"mean": image.mean((0, 1, 2))}, tx.init(params)))
 
 
+class WhitenedInPlace(Whitened):
+    """Changes the dictionaries that it receives."""
+
+    def init_from_data(self, variables, image):
+        variables["params"]["Dense_0"] |= {"bias": jnp.ones(10)}
+        return variables
+
+
+def test_the_optimizer_sees_parameters_that_a_network_changes_in_place():
+    model, tx = WhitenedInPlace(), lookahead(TX, 2, 4)
+    state = init_from_data(make_state(model, tx), random_batch().image, model=model, tx=tx)
+    assert_close(state.opt_state, tx.init(state.params))
+    assert float(state.params["Dense_0"]["bias"].min()) == 1
+
+
 # --- train_steps ----------------------------------------------------------------------------------------------------
 
 

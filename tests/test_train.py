@@ -47,13 +47,14 @@ from cnnjax.cli.main import REQUEUE
 from cnnjax.cli.signals import Interrupted, Stop, stop_signals
 from cnnjax.data.batches import make_batch
 from cnnjax.data.order import epoch_plan, split_validation
+from cnnjax.prepare import set_up
 from cnnjax.runs.checkpoints import Checkpoints
 from cnnjax.runs.codec import encode
 from cnnjax.runs.directory import OpenRun, Record, check_run, read_record, write_record
 from cnnjax.runs.inspection import verify
 from cnnjax.runs.manifest import read_manifest
 from cnnjax.step import train_steps
-from cnnjax.train import Progress, plan_dispatches, set_up
+from cnnjax.train import Progress, plan_dispatches
 
 # Dropout, augmentation and a partial last batch: 390 training examples make 25 steps per epoch, the last with 6.
 CONFIG = Config(

@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 from importlib.machinery import SourceFileLoader
+from inspect import isabstract
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -36,7 +37,7 @@ class Experiment(NamedTuple):
         """Returns the classes that can be chosen for a part of the configuration, by their words."""
         found: dict[str, type] = {}
         for x in (*codec.built_in().values(), type(getattr(self.config, part)), *self.classes):
-            if isinstance(x, type) and issubclass(x, PARTS[part]) and x is not Optimizer:
+            if isinstance(x, type) and issubclass(x, PARTS[part]) and not isabstract(x):
                 if (other := found.get(word(x), x)) is not x and other in self.classes:
                     raise UserError(f"The classes of an experiment must have distinct words, got {word(x)!r} twice.")
                 found[word(x)] = x

@@ -35,7 +35,9 @@ class Train:
     resume: bool = False
     """Resume the run in the run directory exactly where it stopped (or train longer, at a constant learning rate)."""
     checkpoint_seconds: float = 60.0
-    """Save during an epoch, too, this long after the last save: the most that a power failure costs. Changes no bit."""
+    """Save during an epoch, too, this long after the last save: the most that a power failure costs. Changes no bit.
+
+    On an accelerator an epoch is one program, so only its end is saved."""
 
     def __post_init__(self) -> None:
         if not self.checkpoint_seconds >= 0:

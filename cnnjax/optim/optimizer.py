@@ -1,6 +1,7 @@
 """The optimizer of a `Config`: a base class with what every recipe shares."""
 
 import re
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
@@ -36,7 +37,7 @@ class ParamGroup:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Optimizer:
+class Optimizer(ABC):
     """The base class of optimizers. A subclass defines `transform`, and its fields become options."""
 
     learning_rate: float = 1e-3
@@ -73,13 +74,13 @@ class Optimizer:
         patterns = [group.pattern for group in self.groups]
         check("optim.groups", "of distinct patterns", len({*patterns}) == len(patterns), patterns)
 
+    @abstractmethod
     def transform(self, learning_rate: optax.Schedule) -> optax.GradientTransformation:
         """Returns the update rule, without what this class adds: clipping, groups, accumulation, lookahead.
 
         Args:
           learning_rate: a function of the number of updates so far.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define transform(self, learning_rate).")
 
     def make_schedule(self, num_updates: int) -> optax.Schedule:
         """Returns the learning rate as a function of the number of updates so far, for a run of `num_updates`.

@@ -33,6 +33,9 @@ class Checkpoints:
 
     Keeps the latest two and the best two by validation accuracy; of equals, the later ones. If one is damaged, an
     earlier one remains to resume from, with the best checkpoint of the epochs before it.
+
+    Attributes:
+      saved_at: when the last save, or else this object, began, as `time.perf_counter()`.
     """
 
     def __init__(self, directory: Path, *, read_only: bool = False):
@@ -46,7 +49,7 @@ class Checkpoints:
         )
         self._directory = directory.absolute()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self.saved_at = time.perf_counter()  # When the last save, or the session, began.
+        self.saved_at = time.perf_counter()
         self._pending: Future[None] | None = None
 
     def latest(self) -> int | None:

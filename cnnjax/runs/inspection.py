@@ -123,7 +123,7 @@ def _was_killed(run_dir: Path) -> bool:
 
 
 def diff(a: Path, b: Path) -> dict[str, dict[str, tuple[Any, Any]]]:
-    """Returns what differs between two runs: {"configuration" | "data" | "environment" | "outcome": {name: (a, b)}}."""
+    """Compares two runs; returns {"configuration" | "data" | "environment" | "outcome": {name: (a, b)}}."""
     x, y = (directory.read_record(run_dir) for run_dir in (a, b))
     last_a, last_b = (manifest.read_manifest(run_dir)["sessions"][-1] for run_dir in (a, b))
     return {

@@ -41,7 +41,7 @@ from typing import Any
 import harness
 import numpy as np
 from harness import HERE, run_experiment, spread, table, xla_flags
-from variants import ANY_KERNELS, MUON, VARIANTS
+from variants import ANY_KERNELS, MUON, TUTORIAL, VARIANTS
 
 from cnnjax.runs.statistics import summarize
 
@@ -195,13 +195,14 @@ def bits(args: argparse.Namespace) -> str:
             first, second = (run(Path(cache, name), *options) for name in ("first", "second"))
             run(Path(cache, "killed"), *options, kill=True)
             resumed = run(Path(cache, "killed"), *options, "--resume")
-            session = json.loads(Path(cache, "killed", "manifest.json").read_text())["sessions"][-1]
+            manifest = Path(cache, "killed", "manifest.json")
+            sessions = json.loads(manifest.read_text())["sessions"] if resumed.result else []
         cells = []
         for a, b in ((first.result, second.result), (first.result, resumed.result)):
             same = "the same bits" if a and b and a["sha256"] == b["sha256"] else "**other bits**"
             cells.append(same if a and b else "failed")
-        if session["resumed_from"] is None:
-            cells[1] = "not tested: there was no checkpoint yet"
+        if sessions and sessions[-1]["resumed_from"] is None:
+            cells[1] = "not tested: nothing was resumed"
         rows.append([label, *cells, f"{first.seconds:.1f}", f"{second.seconds:.1f}"])
         print(*rows[-1], sep=", ", flush=True)
     head = ["`cifar10_airbench94_muon`", "two processes", "killed and resumed", "s, first start", "s, second start"]
@@ -246,7 +247,8 @@ def tutorial(args: argparse.Namespace) -> str:
 def seeds(args: argparse.Namespace) -> str:
     """Training only: no whitening, no scores."""
     count, until, columns = 2 if args.small else 4, time.monotonic() + args.seconds, {}
-    for variant in ("as it is", "tutorial, 3 epochs")[: 1 if args.small else 2]:
+    titles = {"as it is": f"`{MUON}`", "tutorial, 3 epochs": f"`{TUTORIAL}`, 3 epochs"}
+    for variant, title in list(titles.items())[: 1 if args.small else 2]:
         with ExitStack() as stack, ThreadPoolExecutor(16) as threads:
             asks = [stack.enter_context(start(args, variant)) for _ in range(2 + count)]
             groups = {"sequential": asks[:1], "vmap": asks[1:2], "processes": asks[2:]}
@@ -270,7 +272,7 @@ def seeds(args: argparse.Namespace) -> str:
                     if (value := seconds(way, groups[way])) is not None:
                         values.append(value)
                         print(f"{variant}, {way}: {value:.2f} s", flush=True)
-        columns[f"`{VARIANTS[variant].recipe}`{variant.removeprefix('tutorial').removeprefix('as it is')}"] = times
+        columns[title] = times
     rows = []
     for way in ("sequential", "vmap", "processes"):
         rows.append([way])

@@ -213,8 +213,8 @@ def environment(peers: str) -> str:
 
     import jax
 
+    from cnnjax.prepare import device_name
     from cnnjax.runs.manifest import source_code
-    from cnnjax.train import device_name
 
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     model = next(iter(re.findall(r"model name\s*: (.*)", cpuinfo)), platform.processor())

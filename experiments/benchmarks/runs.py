@@ -5,8 +5,8 @@
 
 `cost`: passes with and without a save take turns, each until everything is on disk; then the manifest. The share of a
 run assumes a save per epoch and one per minute. `seeds`: each way is a process, or one per seed. They take turns; a
-turn is a warm pass over the same images for every seed, synchronized at both ends. On a GPU all share its memory.
-Each part writes its table into BENCHMARKS.md.
+turn is a warm pass over the same images for every seed, synchronized at both ends. Each part writes its table into
+BENCHMARKS.md. gpu.py compares such ways on a GPU, where an epoch is one program.
 """
 
 import argparse

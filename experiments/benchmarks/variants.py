@@ -35,10 +35,11 @@ from cnnjax.layers import conv, norm, ops
 from cnnjax.models import speednet
 from cnnjax.models.speednet import SpeedConv
 from cnnjax.optim import transforms
+from cnnjax.prepare import INIT_IMAGES, Setup, set_up
 from cnnjax.runs.directory import OpenRun
 from cnnjax.runs.files import tree_sha256
 from cnnjax.step import Program, TrainState, evaluate, init_run
-from cnnjax.train import INIT_IMAGES, Setup, plan_dispatches, set_up
+from cnnjax.train import plan_dispatches
 
 MUON, NINETY_SIX, TUTORIAL = "cifar10_airbench94_muon", "cifar10_airbench96", "cifar10_tutorial"
 ANY_KERNELS = "--xla_gpu_deterministic_ops=false"
@@ -191,12 +192,19 @@ VARIANTS = {
 # --- The process ----------------------------------------------------------------------------------------------------
 
 
+def of_seed(setup: Setup, seed: int) -> tuple[Setup, TrainState]:
+    """Returns the setup of another seed, and its initial state without what depends on data."""
+    init_key, train_key, augment_key = jax.random.split(jax.random.key(seed), 3)
+    config = replace(setup.config, seed=seed)
+    setup = setup._replace(config=config, train_key=train_key, augment_key=augment_key)
+    image = jnp.zeros((1, *setup.train.image.shape[1:]))
+    return setup, jax.block_until_ready(init_run(init_key, image, program=setup.program))
+
+
 def timed_run(setup: Setup, seed: int, test: Pixels, one_program: bool) -> dict[str, Any]:
     """Trains a seed. The seconds are those in total, of the initialization from data, of training and of scoring."""
-    init_key, train_key, augment_key = jax.random.split(jax.random.key(seed), 3)
-    config, program, pixels = replace(setup.config, seed=seed), setup.program, setup.train
-    setup = setup._replace(config=config, train_key=train_key, augment_key=augment_key)
-    state = jax.block_until_ready(init_run(init_key, jnp.zeros((1, *pixels.image.shape[1:])), program=program))
+    setup, state = of_seed(setup, seed)
+    config, program, pixels = setup.config, setup.program, setup.train
     times = [time.perf_counter()]
     if hasattr(config.model, "init_from_data"):
         image = standardize(pixels.image[:INIT_IMAGES], pixels.standardization)
@@ -232,15 +240,9 @@ def seconds_to_train(setup: Setup, seeds: Sequence[int], way: str) -> float:
     Args:
       way: "sequential", or "vmap": one program for all of them.
     """
-    image, setups, states = jnp.zeros((1, *setup.train.image.shape[1:])), [], []
-    for seed in seeds:
-        init_key, train_key, augment_key = jax.random.split(jax.random.key(seed), 3)
-        config = replace(setup.config, seed=seed)
-        setups.append(setup._replace(config=config, train_key=train_key, augment_key=augment_key))
-        states.append(init_run(init_key, image, program=setup.program))
+    setups, states = zip(*(of_seed(setup, seed) for seed in seeds), strict=True)
     stack = partial(jax.tree.map, lambda *leaves: jnp.stack(leaves))
-    stacked = stack(*states) if way == "vmap" else None
-    jax.block_until_ready((states, stacked))
+    stacked = jax.block_until_ready(stack(*states)) if way == "vmap" else None
     start, step, num_steps = time.perf_counter(), 0, setup.program.num_steps
     if way == "sequential":
         for one, state in zip(setups, states, strict=True):

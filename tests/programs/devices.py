@@ -25,11 +25,12 @@ from cnnjax.cli.console import Report
 from cnnjax.cli.signals import Stop
 from cnnjax.data.batches import make_batch
 from cnnjax.layers.modules import Dropout
+from cnnjax.prepare import set_up
 from cnnjax.runs.directory import OpenRun
 from cnnjax.runs.files import tree_sha256
 from cnnjax.sharding import place
 from cnnjax.step import train_steps
-from cnnjax.train import plan_dispatches, set_up
+from cnnjax.train import plan_dispatches
 
 CONFIG = Config(
     dataset="generated",

@@ -59,6 +59,9 @@ class Lion(Optimizer):
     b1: float = 0.9
     decay: Schedule = Schedule()
 
+    def transform(self, learning_rate):
+        return optax.lion(learning_rate, self.b1)
+
 
 @dataclass(frozen=True)
 class Noise(Augment):
