@@ -39,12 +39,17 @@ ifneq ($(NVIDIA),)
 endif
 	@touch $@
 
-# An experiment file if there is one, else the defaults with the network that MODEL names.
+# Which variables are the user's, for the command that resumes; -C: make was started in another folder.
+OWN = $(foreach name,DATASET MODEL SEED EXPERIMENT PYTHON BIN NVIDIA,$(if $(filter-out file,$(origin $(name))),$(name)))
+train: export CNNJAX_MAKE = $(OWN)$(if $(filter-out $(CURDIR),$(realpath $(PWD))), -C)
+
+# An experiment file if there is one, else the defaults with the network that MODEL names. With `exec` a signal
+# to make reaches the training from any shell.
 train: setup
 ifneq ($(if $(filter file,$(origin EXPERIMENT)),$(wildcard experiments/$(EXPERIMENT).py),named),)
-	@$(BIN)/cnnjax train $(EXPERIMENT) --seed $(SEED) $(ARGS)
+	@exec $(BIN)/cnnjax train $(EXPERIMENT) --seed $(SEED) $(ARGS)
 else
-	@$(BIN)/cnnjax train --dataset $(DATASET) --model $(MODEL) --seed $(SEED) $(ARGS)
+	@exec $(BIN)/cnnjax train --dataset $(DATASET) --model $(MODEL) --seed $(SEED) $(ARGS)
 endif
 
 eval: setup

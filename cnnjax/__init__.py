@@ -27,3 +27,34 @@ with _epy.lazy_api_imports(globals()):  # `cnnjax --help` does not wait for jax.
     from cnnjax.step import Metrics, TrainState, eval_step, init_from_data, init_state, train_step
     from cnnjax.train import train_and_evaluate
     from cnnjax.typing import Batch
+
+__all__ = [
+    "CNN",
+    "MLP",
+    "SGD",
+    "Adam",
+    "Augment",
+    "Batch",
+    "Config",
+    "CrossEntropy",
+    "CutMix",
+    "Interrupted",
+    "Metrics",
+    "Mixup",
+    "Muon",
+    "NonFiniteLossError",
+    "Optimizer",
+    "ParamGroup",
+    "SpeedNet",
+    "TrainState",
+    "UserError",
+    "eval_step",
+    "init_from_data",
+    "init_state",
+    "load_dataset",
+    "load_trained",
+    "run_experiment",
+    "softmax_cross_entropy",
+    "train_and_evaluate",
+    "train_step",
+]

@@ -10,6 +10,7 @@ import flax.linen as nn
 from cnnjax.data.augment import Augment
 from cnnjax.data.tta import TTA
 from cnnjax.errors import UserError, check, check_name
+from cnnjax.fields import check_fields
 from cnnjax.losses import CrossEntropy
 from cnnjax.models.cnn import CNN
 from cnnjax.optim.optimizer import Optimizer
@@ -50,6 +51,7 @@ class Config:
     """The training loss, (logits [B K], label) -> loss [B]. Validation and test report the cross-entropy."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check(
             "name",
             "letters, digits, '.', '_' and '-' that begin with a letter or digit",
@@ -59,26 +61,24 @@ class Config:
         if isinstance(self.dataset, str):
             valid = re.fullmatch(r"\w[\w-]*(/\w[\w.-]*)?/?", self.dataset, re.ASCII) is not None
             check("dataset", "a tfds name, such as cifar10 or name/config", valid, repr(self.dataset))
-        valid = isinstance(self.dataset, (str, tuple)) or callable(self.dataset)
-        check("dataset", "a name, a tuple of four arrays, or a function that returns them", valid, type(self.dataset))
         check("seed", "between 0 and 2**32 - 1", 0 <= self.seed < 2**32, self.seed)
-        check("num_epochs", "at least 1", self.num_epochs >= 1, self.num_epochs)
-        check("batch_size", "at least 1", self.batch_size >= 1, self.batch_size)
+        for name in ("num_epochs", "batch_size"):
+            check(name, "at least 1", getattr(self, name) >= 1, getattr(self, name))
+            check(name, "below 2**31", getattr(self, name) < 2**31, getattr(self, name))
         fraction = self.validation_fraction
         check("validation_fraction", "at least 0 and below 1", 0 <= fraction < 1, fraction)
         check_name("tta", self.tta, TTA)
-        for name, base in (("model", nn.Module), ("optim", Optimizer), ("augment", Augment)):
-            value = getattr(self, name)
-            hint = f"an instance of a subclass of {base.__module__.partition('.')[0]}'s {base.__name__}"
-            check(name, hint, isinstance(value, base), repr(value))
         check("loss", "a function of logits and labels", callable(self.loss), repr(self.loss))
         for name in ("model", "optim", "augment", "loss"):
+            value = getattr(self, name)
             try:
-                hash(value := getattr(self, name))  # `jit` compiles once for equal values.
+                hash(value)  # `jit` compiles once for equal values.
             except TypeError as error:
                 raise UserError(
                     f"`{name}` must be hashable, got {value!r} ({error}). Use @dataclass(frozen=True), and tuples."
                 ) from error
+        # A run directory may get a suffix, and a file name has at most 255 bytes.
+        check("name", "short: at most 200 characters with the seed", len(self.run_name) <= 200, repr(self.run_name))
 
     @property
     def run_name(self) -> str:

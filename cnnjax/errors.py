@@ -4,8 +4,10 @@ import difflib
 from collections.abc import Iterable
 
 
-class UserError(ValueError):
+class UserError(Exception):
     """An error whose message says how to fix it. The command line prints it without a traceback."""
+
+    # Not a ValueError: tyro would catch it, and print it as an error of parsing.
 
 
 class StorageError(UserError, OSError):

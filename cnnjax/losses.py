@@ -7,6 +7,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from cnnjax.errors import check
+from cnnjax.fields import check_fields
 from cnnjax.typing import AnyArray
 
 
@@ -27,6 +28,7 @@ class CrossEntropy:
     """Fraction of the target probability that is spread evenly over all classes, in training only."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "loss")
         check("loss.label_smoothing", "at least 0 and below 1", 0 <= self.label_smoothing < 1, self.label_smoothing)
 
     def __call__(

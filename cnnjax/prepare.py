@@ -1,23 +1,32 @@
 """What a run sets up before its first step: the data on the device, the initial state, and checks of user code."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Key
 
+from cnnjax.cli.process import device_memory
 from cnnjax.config import Config, word
 from cnnjax.data.batches import Pixels, make_batch, pixel_statistics, standardize
 from cnnjax.data.datasets import ImageDataset
 from cnnjax.data.order import plain_plan, split_validation, steps_per_epoch
 from cnnjax.data.tfds_format import Examples
-from cnnjax.errors import UserError
+from cnnjax.errors import UserError, check
+from cnnjax.memory import explain_out_of_memory, gib, largest_result, num_bytes
 from cnnjax.runs import manifest
-from cnnjax.runs.directory import DataFacts, OpenRun, make_facts
+from cnnjax.runs.checkpoints import all_finite
+from cnnjax.runs.directory import OpenRun
+from cnnjax.runs.files import changes
+from cnnjax.runs.records import make_facts
+from cnnjax.runs.schema import DataFacts
 from cnnjax.sharding import Placement, place
-from cnnjax.step import Program, TrainState, init_from_data, init_run
+from cnnjax.step import Program, TrainState, init_from_data, init_run, train_steps
 from cnnjax.typing import Batch
+from cnnjax.user_code import describe, user_code
 
 INIT_IMAGES = 5000  # Number of training images that a network may be initialized from.
 
@@ -40,19 +49,26 @@ class Setup(NamedTuple):
 
 def set_up(run: OpenRun, dataset: ImageDataset, devices: Sequence[Any] | None) -> tuple[Setup, TrainState]:
     """Loads the training split, resolves what the data determine, and makes the initial state."""
-    config = run.config.with_num_classes(dataset.num_classes)
-    examples = dataset.load("train")
+    with user_code("The configuration"):
+        config = run.config.with_num_classes(dataset.num_classes)
+    placement, examples = place(config.batch_size, devices), dataset.load("train")
+    size, available = num_bytes(examples), device_memory(placement.devices[0])
+    if available is not None and size > available:  # Arrays in memory may be files that are mapped.
+        raise UserError(f"`dataset` must fit into the {gib(available)} of memory, got training images of {gib(size)}.")
     kept, held_out = split_validation(config.seed, examples.label, config.validation_fraction)
     validation = Examples(examples.image[held_out], examples.label[held_out])
     train = Examples(examples.image[kept], examples.label[kept]) if len(held_out) else examples
     del examples  # The copy replaces it.
     image_shape, standardization = train.image.shape[1:], pixel_statistics(train.image)
-    config.augment.check_size(image_shape[:2])
+    with user_code("`augment`"):
+        config.augment.check_size(image_shape[:2])
+    for line in oddities(train, dataset.num_classes):
+        run.report.say(line)
     steps = steps_per_epoch(len(train.label), config.batch_size)
+    check("num_epochs", "less than 2**31 steps", steps * config.num_epochs < 2**31, f"{config.num_epochs} × {steps}")
     program = Program(
         config.model, config.optim, config.augment, config.loss, steps * config.num_epochs, config.num_epochs
     )
-    placement = place(config.batch_size, devices)
     init_key, train_key, augment_key = jax.random.split(jax.random.key(config.seed), 3)
     setup = Setup(
         config=config,
@@ -67,11 +83,13 @@ def set_up(run: OpenRun, dataset: ImageDataset, devices: Sequence[Any] | None) -
         augment_key=augment_key,
         placement=placement,
     )
+    check_step(setup, check_parts(setup))
     state = init_run(init_key, jnp.zeros((1, *image_shape)), program=program)
-    check_shapes(setup, state)
     if hasattr(config.model, "init_from_data"):
         images = standardize(setup.train.image[:INIT_IMAGES], standardization)
-        state = init_from_data(state, images, model=config.model, tx=program.make_tx())
+        with user_code("`model.init_from_data`"), explain_out_of_memory():
+            state = init_from_data(state, images, model=config.model, tx=program.make_tx())
+    check("model", "initialized with finite parameters", all_finite(state.params), "an infinite one or nan")
     shared = f" ({placement.num_devices} share a batch)" if placement.num_devices > 1 else ""
     run.report.say(
         f"{run.run_dir}: {word(type(config.model))} ({count_params(state):,} parameters) on {dataset.name} "
@@ -81,41 +99,111 @@ def set_up(run: OpenRun, dataset: ImageDataset, devices: Sequence[Any] | None) -
     return setup, jax.device_put(state, placement.state_sharding)
 
 
-def check_shapes(setup: Setup, state: TrainState) -> None:
-    """Checks the shapes that network, augmentation and loss return, without computing anything.
+def oddities(examples: Examples, num_classes: int) -> Iterator[str]:
+    """Yields a line about each property of training examples that is allowed, but is probably a mistake."""
+    _, height, width, channels = examples.image.shape
+    if height in (1, 3) and width == channels:
+        size = f"{height}×{width} pixels with {channels} channels"
+        yield f"The images have {size}: is their layout [N C H W] instead of [N H W C]?"
+    if missing := np.flatnonzero(np.bincount(examples.label, minlength=num_classes) == 0).tolist():
+        shown = ", ".join(map(str, missing[:10])) + (", ..." if missing[10:] else "")
+        yield f"No training image has the label {shown}, of 0 to {num_classes - 1}."
+
+
+def check_parts(setup: Setup) -> TrainState:
+    """Checks what network, optimizer, augmentation and loss return, without computing anything.
+
+    Returns:
+      The shapes of the state.
 
     Raises:
-      UserError: one of them is wrong.
+      UserError: a shape is wrong, or a part raised an exception.
     """
-    config, batch_size = setup.config, setup.config.batch_size
+    config, batch_size, key = setup.config, setup.config.batch_size, setup.augment_key
 
     def check(name: str, rule: str, expected: tuple[int, ...], got: Any) -> None:
         if getattr(got, "shape", None) != expected:
             raise UserError(f"`{name}` must return {rule} of shape {expected}, got {got}.")
 
     plan = plain_plan(batch_size, batch_size).row(0)
-    batch = jax.eval_shape(lambda plan: make_batch(setup.train, plan, config.augment, setup.augment_key), plan)
+    with user_code("`augment.transform`"):
+        batch = jax.eval_shape(lambda plan: make_batch(setup.train, plan, config.augment, key), plan)
     if not isinstance(batch, Batch):
         raise UserError(f"`augment.transform` must return a Batch, got {type(batch).__name__}. Use batch._replace.")
     check("augment.transform", "images", (batch_size, *setup.facts.image_shape), batch.image)
     check("augment.transform", "a mask", (batch_size,), batch.mask)
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    logits = jax.eval_shape(lambda image: config.model.apply(variables, image, train=False), batch.image)
-    check("model", "logits", (batch_size, setup.dataset.num_classes), logits)
+    if getattr(batch.label, "ndim", 1) == 1:
+        check("augment.transform", "labels", (batch_size,), batch.label)
+    else:
+        check("augment.transform", "class probabilities", (batch_size, setup.dataset.num_classes), batch.label)
+    with user_code("`model`"):
+        image = jax.ShapeDtypeStruct((1, *setup.facts.image_shape), jnp.float32)
+        variables = jax.eval_shape(lambda image: config.model.init(key, image, train=False), image)
+    if not variables.get("params"):
+        raise UserError(f"`model` must have parameters to train, got {type(config.model).__name__} without any.")
+    variables = {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+    with user_code("`optim`"):
+        opt_state = jax.eval_shape(setup.program.make_tx().init, variables["params"])
+    with user_code("`model`"):
+        logits = jax.eval_shape(lambda *args: config.model.apply(*args, train=False), variables, batch.image)
+        options: Any = {"train": True, "rngs": {"dropout": key}, "mutable": ["batch_stats"]}
+        trained, _ = jax.eval_shape(lambda *args: config.model.apply(*args, **options), variables, batch.image)
+    for got in (logits, trained):
+        check("model", "logits", (batch_size, setup.dataset.num_classes), got)
     try:
         loss = jax.eval_shape(config.loss, logits, batch.label)
-    except (TypeError, ValueError) as error:
+    except Exception as error:
         raise UserError(
-            f"`loss` must accept logits {logits} and labels {batch.label}, as the augmentation makes them: {error}"
+            f"`loss` must accept logits {logits} and labels {batch.label}, as the augmentation makes them, got "
+            f"{describe(error)}"
         ) from error
     check("loss", "one value per example", (batch_size,), loss)
     if not jnp.issubdtype(loss.dtype, jnp.floating):
         raise UserError(f"`loss` must return floating-point values, which have gradients, got {loss.dtype}.")
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    return TrainState(step, **variables, opt_state=opt_state)
+
+
+def check_step(setup: Setup, state: TrainState) -> None:
+    """Checks that the training step can be traced, keeps the shapes of `state`, and fits into memory.
+
+    The trace is not lost: the first step uses it.
+
+    Raises:
+      UserError: it does not, or the network or the optimizer raised an exception.
+    """
+    device, config, placement = setup.placement.devices[0], setup.config, setup.placement
+    plan = plain_plan(setup.steps_per_dispatch * config.batch_size, config.batch_size)
+    plan = jax.device_put(plan, placement.plan_sharding)
+    frozen = () if device.platform == "cpu" else setup.program.frozen_names(state.params, 0)
+    keys = jax.device_put((setup.train_key, setup.augment_key), placement.state_sharding)
+    placed: Any = jax.tree.map(lambda x: x.update(sharding=placement.state_sharding), state)
+    with user_code("The training step of `model`, `loss` and `optim`"):
+        step = train_steps.trace(placed, setup.train, plan, *keys, program=setup.program, frozen=frozen)
+    after, _ = step.out_info
+    old, new = (
+        {jax.tree_util.keystr(path): f"{x.dtype}{list(x.shape)}" for path, x in jax.tree.leaves_with_path(tree)}
+        for tree in (state, after)
+    )
+    for name, (before, now) in changes(old, new).items():
+        raise UserError(f"A step must keep the shapes and dtypes of the state, got {name} {now} after {before}.")
+    sizes, intermediate = num_bytes(state), largest_result(step.jaxpr.jaxpr) // placement.num_devices
+    data = num_bytes(setup.train) + num_bytes(setup.validation)
+    # Each epoch ends with a copy of the state. The devices of a CPU share its memory.
+    copies = placement.num_devices if device.platform == "cpu" else 1
+    needed, available = data + copies * (sizes + max(sizes, intermediate)), device_memory(device)
+    if available is not None and needed > available:
+        fix = "the size of the network" if sizes > intermediate else f"`batch_size` (now {config.batch_size})"
+        raise UserError(
+            f"`model` must fit into the {gib(available)} of memory, got {count_params(state):,} parameters. Training "
+            f"needs at least {gib(needed)}: {gib(sizes)} for parameters and optimizer state, {gib(intermediate)} for "
+            f"the largest result of a layer, and {gib(data)} for the data. Lower {fix}."
+        )
 
 
 def count_params(state: TrainState) -> int:
     """Returns the number of trainable parameters."""
-    return sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
 
 
 def device_name(device: Any) -> str:

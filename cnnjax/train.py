@@ -10,29 +10,33 @@ import jax
 from jaxtyping import Array, Key
 
 from cnnjax.cli.console import Report
+from cnnjax.cli.process import start_jax
 from cnnjax.cli.signals import Interrupted, Stop
 from cnnjax.config import Config
 from cnnjax.data.batches import Pixels
 from cnnjax.data.datasets import ImageDataset, load_dataset
 from cnnjax.data.order import Plan, epoch_plan
 from cnnjax.errors import NonFiniteLossError, UserError
+from cnnjax.memory import explain_out_of_memory
 from cnnjax.prepare import Setup, count_params, device_name, set_up
 from cnnjax.runs import manifest
 from cnnjax.runs.checkpoints import all_finite
-from cnnjax.runs.directory import OpenRun, open_run, write_rows
+from cnnjax.runs.directory import OpenRun, open_run
 from cnnjax.runs.files import file_sha256, tree_sha256, write_json
+from cnnjax.runs.records import data_version, write_rows
+from cnnjax.runs.schema import Result, Row, Timing
 from cnnjax.step import Scores, Totals, TrainState, copy_state, evaluate, train_steps
 
 
 class Progress(NamedTuple):
     """Progress on the host; saved in every checkpoint."""
 
-    rows: list[dict[str, Any]]  # Of metrics.jsonl: one per epoch, the same bits for the same seed.
-    timing: list[dict[str, Any]]  # Of timing.jsonl.
+    rows: list[Row]  # Of metrics.jsonl: one per epoch, the same bits for the same seed.
+    timing: list[Timing]
     totals: Totals = Totals()  # Of the current epoch.
     seconds: float = 0.0  # Of training, in all sessions.
 
-    def best(self) -> dict[str, Any] | None:
+    def best(self) -> Row | None:
         """Returns the row with the best validation accuracy, the latest of equals; without validation, the latest."""
         return max(self.rows, key=lambda row: (row.get("validation_accuracy", 0.0), row["epoch"]), default=None)
 
@@ -44,7 +48,7 @@ class EndedEpoch(NamedTuple):
     steps: tuple[int, int]  # Before and after the last dispatch.
     train: Scores
     validation: Scores | None
-    timing: dict[str, Any]  # A row of timing.jsonl.
+    timing: Timing
 
 
 def train_and_evaluate(
@@ -58,7 +62,7 @@ def train_and_evaluate(
     report: Report | None = None,
     stop: Stop | None = None,
     dataset: ImageDataset | None = None,
-) -> dict[str, Any]:
+) -> Result:
     """Trains a network and scores it on the test set, in one run directory.
 
     Args:
@@ -80,14 +84,16 @@ def train_and_evaluate(
     Raises:
       UserError: the user has to fix something; see its message.
       NonFiniteLossError: the loss became infinite or nan; earlier checkpoints are kept.
-      Interrupted: SIGINT or SIGTERM arrived; the run can be resumed.
+      Interrupted: SIGINT, SIGTERM or SIGHUP arrived; the run can be resumed.
     """
+    start_jax()
     report = report or Report(quiet=True)
     run_dir = Path(run_dir or Path("runs") / config.run_name)
-    with open_run(run_dir, config, report, resume=resume, stop=stop) as run:
+    with explain_out_of_memory(), open_run(run_dir, config, report, resume=resume, stop=stop) as run:
         if (result := run.finished()) is None:
-            dataset = dataset or load_dataset(config.dataset, data_dir, report.say)
-            setup, state = set_up(run, dataset, devices)
+            dataset = dataset or load_dataset(config.dataset, data_dir, report.say, version=data_version(run_dir))
+            with run.stop.held():  # An exception that interrupts XLA's compiler crashes the process when it ends.
+                setup, state = set_up(run, dataset, devices)
             run.begin(setup.facts, manifest.environment(setup.placement.devices))
             state, progress = restore(setup, state, run)
             if run.checkpoints.latest() is not None:
@@ -97,6 +103,7 @@ def train_and_evaluate(
             state, progress = fit(setup, state, progress, run, checkpoint_seconds)
             result = score_test_set(setup, state, progress, run)
             write_json(run_dir / "result.json", result)
+        run.stop.finished = stop is None
     report.result(result, run_dir)
     return result
 
@@ -159,7 +166,7 @@ def fit(
             if len(setup.validation.label):
                 scores = evaluate(state, setup.validation, model=config.model, placement=setup.placement)
             seconds = time.perf_counter() - start
-            timing = {"epoch": epoch + 1, "images_per_second": images_per_second, "seconds": seconds}
+            timing: Timing = {"epoch": epoch + 1, "images_per_second": images_per_second, "seconds": seconds}
             ended = EndedEpoch(copy_state(state), (first, step), progress.totals.means(), scores, timing)
             progress = progress._replace(totals=Totals(), seconds=seconds)
             if run.stop.signum is not None or epoch + 1 == config.num_epochs:
@@ -177,6 +184,8 @@ def end_epoch(run: OpenRun, progress: Progress, ended: EndedEpoch, *, must_save:
         does not wait for a slow disk: without validation only the latest checkpoint matters.
     """
     check_finite(run, ended.state, ended.steps)
+    if ended.validation is not None and not math.isfinite(ended.validation.loss):
+        raise make_non_finite_error(f"the validation loss became {ended.validation.loss}", ended.steps, run)
     rows, timing = [*progress.rows, metrics_row(ended)], [*progress.timing, ended.timing]
     progress = progress._replace(rows=rows, timing=timing)
     if must_save or ended.validation is not None or not run.checkpoints.is_saving():
@@ -240,9 +249,9 @@ def make_non_finite_error(problem: str, steps: tuple[int, int], run: OpenRun) ->
     )
 
 
-def metrics_row(ended: EndedEpoch) -> dict[str, Any]:
+def metrics_row(ended: EndedEpoch) -> Row:
     """Returns a row of metrics.jsonl."""
-    row = {"epoch": ended.timing["epoch"], "step": ended.steps[1]}
+    row: Any = {"epoch": ended.timing["epoch"], "step": ended.steps[1]}
     row |= {"train_loss": ended.train.loss, "train_accuracy": ended.train.accuracy}
     if ended.validation is not None:
         row |= {"validation_loss": ended.validation.loss, "validation_accuracy": ended.validation.accuracy}
@@ -255,7 +264,7 @@ def write_progress(run_dir: Path, progress: Progress) -> None:
     write_rows(run_dir / "timing.jsonl", progress.timing)
 
 
-def score_test_set(setup: Setup, last: TrainState, progress: Progress, run: OpenRun) -> dict[str, Any]:
+def score_test_set(setup: Setup, last: TrainState, progress: Progress, run: OpenRun) -> Result:
     """Scores the best checkpoint on the test split; returns the content of result.json."""
     best, config = progress.best(), setup.config
     if best is None:
@@ -263,6 +272,8 @@ def score_test_set(setup: Setup, last: TrainState, progress: Progress, run: Open
     state, _ = run.checkpoints.restore(best["step"], last, setup.placement.state_sharding)
     pixels = Pixels(*setup.dataset.load("test"), setup.train.standardization)
     scores = evaluate(state, pixels, model=config.model, tta=config.tta, placement=setup.placement)
+    if not math.isfinite(scores.loss):
+        raise NonFiniteLossError(f"The test loss must be finite, got {scores.loss}. Try a lower `optim.learning_rate`.")
     return {
         "test_accuracy": scores.accuracy,
         "test_loss": scores.loss,

@@ -3,6 +3,7 @@
 import os
 
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -52,3 +53,12 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def no_type_checks():
+    """Disables the type checks of the tests, which users do not have."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)

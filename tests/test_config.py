@@ -1,13 +1,27 @@
 """The ranges of the options are tested in cli/test_train.py."""
 
 from dataclasses import FrozenInstanceError, dataclass, replace
+from typing import Annotated
 
 import flax.linen as nn
-import jaxtyping
 import numpy as np
 import pytest
 
-from cnnjax import CNN, MLP, Adam, Augment, Config, CutMix, Mixup, SpeedNet, UserError, softmax_cross_entropy
+from cnnjax import (
+    CNN,
+    MLP,
+    SGD,
+    Adam,
+    Augment,
+    Config,
+    CrossEntropy,
+    CutMix,
+    Mixup,
+    ParamGroup,
+    SpeedNet,
+    UserError,
+    softmax_cross_entropy,
+)
 
 
 @dataclass(frozen=True)
@@ -24,18 +38,18 @@ class Net(nn.Module):
     sizes: list[int]
 
 
+class Sized(nn.Module):
+    width: Annotated[int, "channels"] = 4
+
+
+@dataclass(frozen=True)
+class Decaying(SGD):
+    decay: float = 0.5
+
+
 def arrays():
     x, y = np.zeros((2, 4, 4), np.uint8), np.arange(2)
     return x, y, x, y
-
-
-@pytest.fixture
-def no_type_checks():
-    """Disables the type checks of the tests, which users do not have."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 def test_a_configuration_cannot_be_changed_and_is_compared_by_value():
@@ -49,10 +63,20 @@ def test_a_configuration_cannot_be_changed_and_is_compared_by_value():
     ("values", "message"),
     [
         ({"batch_size": -5}, r"`batch_size` must be at least 1, got -5\."),
-        ({"model": MLP}, r"`model` must be an instance of a subclass of flax's Module, got <class .*MLP'>\."),
-        ({"model": "mlp"}, r"`model` must be an instance of a subclass of flax's Module, got 'mlp'\."),
-        ({"optim": MLP()}, r"`optim` must be an instance of a subclass of cnnjax's Optimizer, got MLP"),
-        ({"augment": "mixup"}, r"`augment` must be an instance of a subclass of cnnjax's Augment, got 'mixup'\."),
+        ({"num_epochs": "3"}, r"`num_epochs` must be an int, got '3'\."),
+        ({"seed": 0.5}, r"`seed` must be an int, got 0\.5\."),
+        ({"seed": 2**32}, r"`seed` must be between 0 and 2\*\*32 - 1, got 4294967296\."),
+        ({"batch_size": True}, r"`batch_size` must be an int, got True\."),
+        ({"num_epochs": 2**31}, r"`num_epochs` must be below 2\*\*31, got 2147483648\."),
+        ({"dataset": (1, 2, 3)}, r"`dataset` must be a str or a tuple of 4 or a function, got \(1, 2, 3\)\."),
+        ({"dataset": [*arrays()]}, r"`dataset` must be a str or a tuple or a function, got \[array"),
+        ({"name": "a" * 195}, r"`name` must be short: at most 200 characters with the seed, got 'a+-seed0'\."),
+        ({"model": Sized(width="4")}, r"`model\.width` must be an int, got '4'\."),
+        ({"loss": Weighted("2")}, r"`loss\.num_classes` must be an int, got '2'\."),
+        ({"model": MLP}, r"`model` must be an instance of flax's Module, got <class .*MLP'>\."),
+        ({"model": "mlp"}, r"`model` must be an instance of flax's Module, got 'mlp'\."),
+        ({"optim": MLP()}, r"`optim` must be an instance of cnnjax's Optimizer, got MLP"),
+        ({"augment": "mixup"}, r"`augment` must be an instance of cnnjax's Augment, got 'mixup'\."),
         ({"loss": 0.1}, r"`loss` must be a function of logits and labels, got 0\.1\."),
         ({"model": Net([1, 2])}, r"`model` must be hashable, got Net\(.* Use @dataclass\(frozen=True\), and tuples\."),
     ],
@@ -60,6 +84,28 @@ def test_a_configuration_cannot_be_changed_and_is_compared_by_value():
 def test_values_that_are_no_configuration(values, message, no_type_checks):
     with pytest.raises(UserError, match=rf"(?s){message}"):
         Config(**values)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Adam(learning_rate="1e-3"), "`optim.learning_rate` must be a float, got '1e-3'"),
+        (lambda: SGD(groups=(3,)), "`optim.groups.0` must be an instance of cnnjax's ParamGroup, got 3"),
+        (lambda: Decaying(decay="0.5"), "`optim.decay` must be a float, got '0.5'"),
+        (lambda: ParamGroup("a", num_epochs=1.5), "`num_epochs` must be an int or None, got 1.5"),
+        (lambda: SpeedNet(widths=(1, 2, "3")), "`model.widths.2` must be an int, got '3'"),
+        (lambda: SpeedNet(widths=(1, 2, 2**31)), "`model.widths` must be below 2**31, got (1, 2, 2147483648)"),
+        (lambda: CNN(conv_dropout="a"), "`model.conv_dropout` must be a float, got 'a'"),
+        (lambda: MLP(dtype=np.float32), "`model.dtype` must be a str, got <class 'numpy.float32'>"),
+        (lambda: Augment(translate=1.0), "`augment.translate` must be an int, got 1.0"),
+        (lambda: CrossEntropy("a"), "`loss.label_smoothing` must be a float, got 'a'"),
+    ],
+)
+def test_the_parts_check_their_own_fields(make, message, no_type_checks):
+    """Before they compare them, which would end in a `TypeError`."""
+    with pytest.raises(UserError) as error:
+        make()
+    assert str(error.value) == f"{message}."
 
 
 def test_the_name_of_a_run_is_that_of_the_experiment_or_of_data_and_network():

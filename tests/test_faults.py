@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from stress import AS_USER
 
 from cnnjax.cli.main import main
 from cnnjax.runs.manifest import read_manifest
@@ -16,6 +17,8 @@ from cnnjax.runs.manifest import read_manifest
 PROGRAMS = Path(__file__).with_name("programs")
 # Linux shows a process its own file systems.
 MOUNTS = subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "/mnt"], check=False, capture_output=True)
+CAN_DROP = os.geteuid() != 0 or shutil.which("setpriv") is not None
+needs_capabilities = pytest.mark.skipif(not CAN_DROP, reason="permissions do not hold for root without setpriv")
 needs_mount = pytest.mark.skipif(MOUNTS.returncode != 0, reason="needs unshare -rm")
 
 
@@ -58,6 +61,31 @@ def test_a_full_disk_stops_the_run_which_resumes_when_there_is_room(whole, optio
     assert "test accuracy" in done.stdout.split("status 0")[0]  # The earlier checkpoints can be read.
     assert "resuming at step" in done.stdout
     assert json.loads(done.stdout[done.stdout.rindex("\n{") :])["sha256"] == digests(whole)
+
+
+@needs_capabilities
+def test_a_folder_that_cannot_be_written_or_read_ends_the_process_at_once(whole, options, tmp_path):
+    """Orbax's threads once waited for minutes after the message."""
+    run_dir = Path(shutil.copytree(whole, tmp_path / "run"))
+    (run_dir / "result.json").unlink()
+    shutil.rmtree(run_dir / "checkpoints" / "39")
+    command = [*AS_USER, sys.executable, "-m", "cnnjax", "train", *options, "--run-dir", str(run_dir), "--resume"]
+    for path, mode, status, message in (
+        (run_dir / "checkpoints", 0o555, 1, "could not be written in .* \\(Permission denied\\)"),
+        (run_dir / "checkpoints" / "26" / "SHA256SUMS", 0, 2, "26 must be readable, but SHA256SUMS is unreadable"),
+        (run_dir / "checkpoints", 0, 1, "Permission denied"),
+        (run_dir / "config.json", 0, 2, "config.json must be a readable JSON file, got .*Permission denied"),
+    ):
+        before = path.stat().st_mode
+        path.chmod(mode)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+        path.chmod(before)
+        assert done.returncode == status, done.stdout + done.stderr
+        assert re.search(message, done.stderr), done.stderr
+        assert "Traceback" not in done.stderr
+    done = run(command)
+    assert "resuming at step 26 of 39" in done.stdout
+    assert digests(run_dir) == digests(whole)
 
 
 def test_a_second_start_uses_compiled_programs_unless_they_are_damaged(options, tmp_path):

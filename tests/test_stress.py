@@ -21,12 +21,12 @@ def expected(arguments, tmp_path_factory):
 
 def test_a_run_that_is_killed_twice_ends_in_the_same_bits(arguments, expected, tmp_path):
     moments = {"end of an epoch": Moment(1, 0.2), "checkpoint write": Moment(1, 0.1)}
-    hits, _ = stress(2, [*arguments, "--checkpoint-seconds", "0.1"], expected, tmp_path, seed=5, moments=moments)
+    hits, _, _ = stress(2, [*arguments, "--checkpoint-seconds", "0.1"], expected, tmp_path, seed=5, moments=moments)
     assert sum(hits.values()) == 2
 
 
 @pytest.mark.slow
 def test_runs_that_are_killed_at_random_moments_end_in_the_same_bits(arguments, expected, tmp_path):
-    hits, _ = stress(20, [*arguments, "--checkpoint-seconds", "0.1"], expected, tmp_path, seed=2)
+    hits, _, _ = stress(20, [*arguments, "--checkpoint-seconds", "0.1"], expected, tmp_path, seed=2)
     assert sum(hits.values()) == 20
     assert {moment for moment, _ in hits} == {*MOMENTS}

@@ -46,13 +46,18 @@ from cnnjax.cli.console import Report
 from cnnjax.cli.main import REQUEUE
 from cnnjax.cli.signals import Interrupted, Stop, stop_signals
 from cnnjax.data.batches import make_batch
+from cnnjax.data.named import NAMED_SETS
 from cnnjax.data.order import epoch_plan, split_validation
+from cnnjax.data.sources import RawSet, RawSplit
+from cnnjax.data.tfds_format import write_tfds
 from cnnjax.prepare import set_up
 from cnnjax.runs.checkpoints import Checkpoints
 from cnnjax.runs.codec import encode
-from cnnjax.runs.directory import OpenRun, Record, check_run, read_record, write_record
-from cnnjax.runs.inspection import verify
+from cnnjax.runs.directory import OpenRun, check_run
+from cnnjax.runs.inspection import reproduce, verify
 from cnnjax.runs.manifest import read_manifest
+from cnnjax.runs.records import Record, read_record, write_record
+from cnnjax.runs.trained import score
 from cnnjax.step import train_steps
 from cnnjax.train import Progress, plan_dispatches
 
@@ -96,7 +101,7 @@ def read_rows(run_dir, name="metrics.jsonl"):
 
 
 def saved_steps(run_dir):
-    return sorted(int(path.name) for path in (run_dir / "checkpoints").iterdir())
+    return sorted(int(path.name) for path in (run_dir / "checkpoints").glob("*"))
 
 
 @pytest.fixture(scope="module")
@@ -584,8 +589,30 @@ def test_resuming_with_other_data(whole_research, tmp_path):
     run_dir = shutil.copytree(whole_research[0], tmp_path / "run")
     (run_dir / "result.json").unlink()
     other = replace(RESEARCH, dataset=make_arrays(num_test=20))
-    with pytest.raises(UserError, match=r"must be resumed with its own data, SHA-256 {'train'"):
+    with pytest.raises(UserError, match=r"must be resumed with its own data, version .*sha256.t"):
         train_and_evaluate(other, run_dir=run_dir, resume=True)
+
+
+def test_a_run_continues_with_its_version_of_a_set_beside_a_newer_one(whole, prepared_dir, tmp_path):
+    _, expected = whole
+    data_dir = shutil.copytree(prepared_dir, tmp_path / "data")
+    with pytest.raises(Interrupted):
+        train_and_evaluate(CONFIG, run_dir=tmp_path / "run", data_dir=data_dir, report=Watch(stop_at=10))
+    old = load_dataset("generated", data_dir)
+    splits = {split: old.load(split) for split in ("train", "test")}
+    inverted = {split: RawSplit(255 - x.image, {"label": x.label}) for split, x in splits.items()}
+    newer = replace(NAMED_SETS["fashion_mnist"], version="3.1.0")
+    folder = write_tfds(newer, RawSet(inverted, {}), tmp_path / "newer", say=lambda line: None)
+    shutil.copytree(folder, data_dir / "generated" / "3.1.0")
+    assert load_dataset("generated", data_dir).version == "3.1.0"
+    result = train_and_evaluate(CONFIG, run_dir=tmp_path / "run", data_dir=data_dir, resume=True)
+    assert result["sha256"] == expected["sha256"]
+    trained = load_trained(tmp_path / "run")
+    assert score(trained, "test", data_dir).accuracy == expected["test_accuracy"]
+    config = read_record(tmp_path / "run").decode({})
+    into = tmp_path / "again"
+    assert reproduce(tmp_path / "run", config, into=into, data_dir=data_dir).same
+    assert read_record(into).data.version == old.version
 
 
 def test_a_run_directory_that_is_locked(whole):

@@ -1,7 +1,8 @@
 """Console output: lines on standard output, and a progress bar on standard error if it is a terminal."""
 
+import copy
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,17 +11,21 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.progress import track as rich_track
 
+from cnnjax.cli.streams import Output, reason
+
 T = TypeVar("T")
 
 
 def track(items: Iterable[T], description: str, total: int | float) -> Iterable[T]:
     """Yields `items`, with a progress bar on standard error if it is a terminal."""
-    hidden = not sys.stderr.isatty()
-    return rich_track(items, description, total, console=Console(stderr=True), transient=True, disable=hidden)
+    err = _console(Output(sys.stderr))
+    return rich_track(items, description, total, console=err, transient=True, disable=not err.file.isatty())
 
 
 class Report:
     """Prints the progress and the result of a run.
+
+    If standard output cannot be written, it says so once on standard error, and the run continues.
 
     Args:
       quiet: whether to print nothing, for use as a library.
@@ -28,10 +33,9 @@ class Report:
     """
 
     def __init__(self, quiet: bool = False, prefix: str = ""):
-        self._quiet = quiet
         self._prefix = prefix
-        self._out = Console(quiet=quiet, highlight=False, soft_wrap=True)
-        self._err = Console(quiet=quiet, stderr=True, highlight=False, soft_wrap=True)
+        self._out = _console(Output(sys.stdout, self._lose), quiet=quiet)
+        self._err = _console(Output(sys.stderr), quiet=quiet)
         self._bar: Progress | None = None
 
     def say(self, line: str) -> None:
@@ -40,7 +44,12 @@ class Report:
 
     def of(self, prefix: str) -> "Report":
         """Returns a report with this prefix, for one of several simultaneous runs."""
-        return Report(self._quiet, prefix)
+        report = copy.copy(self)
+        report._prefix = prefix
+        return report
+
+    def _lose(self, error: Exception) -> None:
+        self._err.print(f"Standard output cannot be written ({reason(error)}): the run continues without it.")
 
     @contextmanager
     def progress(self, num_epochs: int, steps_per_epoch: int, start: int) -> Iterator[None]:
@@ -56,8 +65,8 @@ class Report:
             TimeRemainingColumn(),
         )
         # Lines must scroll above the bar, so both use the same console if both streams are terminals.
-        out, shown = self._out, sys.stderr.isatty() and not self._err.quiet and not self._prefix
-        if shown and sys.stdout.isatty():
+        out, shown = self._out, self._err.file.isatty() and not self._err.quiet and not self._prefix
+        if shown and out.file.isatty():
             self._out = self._err
         fields = {"epoch": "compiling", "loss": float("nan"), "accuracy": 0.0, "images_per_second": 0.0}
         fields |= {"num_epochs": num_epochs, "steps_per_epoch": steps_per_epoch}
@@ -84,7 +93,7 @@ class Report:
             images_per_second=(task.speed or 0.0) * means.num_examples / (index + 1),
         )
 
-    def epoch(self, row: dict[str, Any], num_epochs: int) -> None:
+    def epoch(self, row: Mapping[str, Any], num_epochs: int) -> None:
         """Prints the metrics and the timing of an epoch."""
         validation = ""
         if "validation_loss" in row:
@@ -95,7 +104,7 @@ class Report:
             f"{row['images_per_second']:,.0f} images/s  {row['seconds']:.0f} s"
         )
 
-    def result(self, result: dict[str, Any], run_dir: Path) -> None:
+    def result(self, result: Mapping[str, Any], run_dir: Path) -> None:
         """Prints the content of result.json as a sentence."""
         best = result["best_validation_accuracy"]
         validation = "no validation" if best is None else f"validation accuracy {best:.2%}"
@@ -105,3 +114,7 @@ class Report:
             f"{result['num_epochs']} ({validation}); seed {result['seed']}, {result['num_params']:,} parameters, "
             f"{result['training_seconds']:.0f} s of training on {result['device']}. All of it is in {run_dir}."
         )
+
+
+def _console(file: Any, quiet: bool = False) -> Console:
+    return Console(file=file, quiet=quiet, highlight=False, soft_wrap=True)

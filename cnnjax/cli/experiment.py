@@ -1,8 +1,13 @@
 """Experiment files: Python files with a CONFIG, perhaps with classes and functions of their own."""
 
 import dataclasses
+import os
+import re
 import sys
-from importlib.machinery import SourceFileLoader
+import sysconfig
+import traceback
+from contextlib import suppress
+from importlib.util import decode_source
 from inspect import isabstract
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +20,8 @@ from cnnjax.data.augment import Augment
 from cnnjax.errors import UserError, unknown_name
 from cnnjax.optim.optimizer import Optimizer
 from cnnjax.runs import codec
+from cnnjax.runs.files import open_regular
+from cnnjax.user_code import describe
 
 # The parts of a configuration that can be chosen by a word, and their base classes.
 PARTS = {"model": nn.Module, "optim": Optimizer, "augment": Augment}
@@ -50,31 +57,61 @@ def find_experiment(name: str) -> Path:
     Raises:
       UserError: there is no such file.
     """
-    path = Path(name) if name.endswith(".py") else Path("experiments", f"{name}.py")
-    if not path.is_file():
-        files = [
-            path
-            for path in (*Path("experiments").glob("*.py"), *Path().glob("*.py"))
-            if "CONFIG = " in path.read_text()
-        ]
-        known = [path.stem if path.parent.name else path.name for path in files]
-        raise unknown_name("EXPERIMENT", name, known or ["(there is no file with a CONFIG in experiments/)"])
-    return path
+    path, folder = Path(name) if name.endswith(".py") else Path("experiments", f"{name}.py"), Path("experiments")
+    if os.path.lexists(path):
+        return path
+    if not name.endswith(".py") and not folder.is_dir():
+        raise UserError(
+            f"`EXPERIMENT` must be the path of a file, or a name in the folder experiments, got {name!r}, and there is "
+            f"no such folder in {Path.cwd()}. Change to the project's folder, or pass the path: cnnjax train FILE.py"
+        )
+    files = [path for path in (*folder.glob("*.py"), *Path().glob("*.py")) if _has_config(path)]
+    known = [path.stem if path.parent.name else path.name for path in files]
+    raise unknown_name("EXPERIMENT", name, known or ["(there is no file with a CONFIG in experiments/)"])
+
+
+def _has_config(path: Path) -> bool:
+    with suppress(OSError), open_regular(path) as file:
+        return re.search(rb"^CONFIG\b", file.read(), re.MULTILINE) is not None
+    return False
 
 
 def load_experiment(name: str) -> Experiment:
     """Runs an experiment file as a Python program.
 
     Raises:
-      UserError: there is no such file, or it has no CONFIG.
+      UserError: there is no such file, it cannot be read, it fails, or it has no CONFIG. The message names the line.
     """
     path = find_experiment(name)
+    try:
+        with open_regular(path) as file:
+            source = file.read()
+    except OSError as error:
+        raise UserError(f"`EXPERIMENT` must be a file that can be read, got {path} ({error.strerror}).") from error
     module = ModuleType(f"cnnjax_experiment_{path.stem}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # `inspect` finds the docstrings of options there.
-    sys.path.insert(0, str(path.resolve().parent))  # As Python does for a file that it runs.
-    SourceFileLoader(module.__name__, str(path)).exec_module(module)
+    _add_to_path(str(path.resolve().parent))
+    try:
+        exec(compile(decode_source(source), str(path), "exec", dont_inherit=True), vars(module))
+    except SystemExit as error:
+        if Path(traceback.extract_tb(error.__traceback__)[-1].filename) == Path(__file__).with_name("main.py"):
+            raise  # `run_experiment` has printed why.
+        raise UserError(f"{describe(error)} An experiment file must define CONFIG and not exit.") from error
+    except Exception as error:
+        raise UserError(describe(error, str(path))) from error
     return experiment_of(module, getattr(module, "CONFIG", None))
+
+
+def _add_to_path(folder: str) -> None:
+    """Lets an experiment import the files next to it, as Python does for a file that it runs.
+
+    The standard library stays in front, so that an experiment named random.py does not replace a module of it.
+    """
+    if folder not in sys.path:
+        standard = sysconfig.get_path("stdlib")
+        last = [i for i, entry in enumerate(sys.path) if entry in (standard, os.path.join(standard, "lib-dynload"))]
+        sys.path.insert(max(last, default=-1) + 1, folder)
 
 
 def experiment_of(module: ModuleType, config: Any) -> Experiment:
@@ -84,10 +121,16 @@ def experiment_of(module: ModuleType, config: Any) -> Experiment:
       UserError: `config` is not a `Config`.
     """
     path = Path(getattr(module, "__file__", None) or "")
+    loading = any(frame.f_code.co_name == load_experiment.__name__ for frame, _ in traceback.walk_stack(None))
+    if loading and module.__name__ == "__main__":  # `run_experiment` was called by the file that is being loaded.
+        raise UserError('`run_experiment` must be called below `if __name__ == "__main__":`, got a call without it.')
     if not isinstance(config, Config):
         raise UserError(f"`EXPERIMENT` must be a file with a CONFIG of type Config, got {path}.")
     if not config.name and path.suffix == ".py":
-        config = dataclasses.replace(config, name=path.stem)
+        try:
+            config = dataclasses.replace(config, name=path.stem)
+        except UserError as error:
+            raise UserError(f"{error} Rename the file, or set `name` in its CONFIG.") from error
     values = vars(module).values()
     classes = tuple(x for x in values if isinstance(x, type) and x.__module__ == module.__name__)
     return Experiment(config, codec.collect_names(config, values), classes)

@@ -1,15 +1,17 @@
 """The commands about runs: cnnjax runs | verify | reproduce | diff | compare. Imports jax only if a command runs."""
 
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rich.console import Console
-from rich.table import Table
+from rich.cells import cell_len
 from tyro.conf import Positional
 
+from cnnjax.cli.streams import reason
 from cnnjax.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,8 +26,8 @@ def config_of(run_dir: Path, experiment: str | None) -> "Config":
     """
     from cnnjax.cli.experiment import load_experiment
     from cnnjax.runs.codec import source_files
-    from cnnjax.runs.directory import read_record
     from cnnjax.runs.files import changes
+    from cnnjax.runs.records import read_record
 
     record = read_record(run_dir)
     config = record.decode({} if experiment is None else load_experiment(experiment).names)
@@ -38,43 +40,66 @@ def config_of(run_dir: Path, experiment: str | None) -> "Config":
     return config
 
 
+def printable(text: object) -> str:
+    """Returns `text` with the characters escaped that would break a line or control a terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
+def expand(path: Path | None) -> Path | None:
+    """Replaces ~ by the home directory, which most shells do not do in --run-dir=~/runs."""
+    return None if path is None else Path(os.path.expanduser(path))
+
+
 @dataclass(frozen=True)
 class Runs:
-    """List the runs of a folder: state, seed, epochs, accuracy, time."""
+    """List the runs of a folder: state, seed, epochs, accuracy, time.
+
+    A run that cannot be read has a line on standard error, and does not change the exit code.
+    """
 
     folder: Positional[Path] = Path("runs")
-    """The folder of the run directories."""
+    """The folder of the run directories, or one of them."""
 
     def __call__(self) -> None:
         """Prints the table."""
         from cnnjax.runs.inspection import find_runs, read_info
 
-        table = Table("run", "state", "seed", "epoch", "validation", "test", "time", box=None)
-        found, others = find_runs(self.folder), []
+        try:
+            folders = [path for path in sorted(self.folder.iterdir()) if path.is_dir() and not path.is_symlink()]
+        except OSError as error:
+            raise UserError(
+                f"`folder` must be a folder of runs that can be read, got {self.folder} ({reason(error)})."
+            ) from error
+        found = [self.folder] if os.path.exists(self.folder / "config.json") else find_runs(self.folder)
+        rows, others = [], [f"{path} cannot be read." for path in folders if not os.access(path, os.R_OK | os.X_OK)]
         for run_dir in found:
+            name = self.folder.resolve().name if run_dir == self.folder else str(run_dir.relative_to(self.folder))
             try:
                 info = read_info(run_dir)
-            except UserError as error:
-                others.append(str(error))
+            except (UserError, OSError) as error:  # OSError: it was moved away a moment ago.
+                others.append(str(error) if str(run_dir) in str(error) else f"{run_dir}: {error}")
                 continue
             validation = max(
                 (row["validation_accuracy"] for row in info.rows if "validation_accuracy" in row), default=None
             )
             test = info.result["test_accuracy"] if info.result else None
-            table.add_row(
-                str(run_dir.relative_to(self.folder)),
-                info.state,
-                str(info.config["seed"]),
-                f"{len(info.rows)}/{info.config['num_epochs']}",
-                *("" if value is None else f"{value:.2%}" for value in (validation, test)),
-                f"{info.seconds:.0f} s",
-            )
-        if found:
-            Console(highlight=False, soft_wrap=True).print(table)
-        else:
-            print(f"There are no runs in {self.folder}.")
-        for line in others:
-            print(line)
+            scores = ("" if value is None else f"{value:.2%}" for value in (validation, test))
+            epochs = f"{len(info.rows)}/{info.config['num_epochs']}"
+            rows.append([name, info.state, str(info.config["seed"]), epochs, *scores, f"{info.seconds:.0f} s"])
+        if rows:
+            for line in table([["run", "state", "seed", "epoch", "validation", "test", "time"], *rows]):
+                print(line)
+        for line in others if found or others else [f"There are no runs in {self.folder} yet."]:
+            print(printable(line), file=sys.stderr)
+
+
+def table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Yields `rows` as lines with aligned columns, however wide they are."""
+    rows = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (cell + " " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True))
+        yield "  ".join(cells).rstrip()
 
 
 @dataclass(frozen=True)
@@ -95,8 +120,21 @@ class Verify:
                 print(f"{self.run / name}: {what}")
         print(f"{sum(what == 'ok' for what in found.values())} of {len(found)} files agree with their checksums.")
         if wrong:
-            print("An unfinished run resumes from an earlier checkpoint: --resume. A finished one: cnnjax reproduce.")
+            print(_advice({*wrong}, finished=found.get("result.json") == "ok"))
         return int(bool(wrong))
+
+
+def _advice(wrong: set[str], finished: bool) -> str:
+    """Returns what to do about wrong files."""
+    checkpoints = {name for name in wrong if name.startswith("checkpoints/")}
+    rewritten = wrong & {"metrics.jsonl", "timing.jsonl", "result.json", "SHA256SUMS"}
+    if lost := wrong - checkpoints - rewritten:
+        return f"Only a backup has {', '.join(sorted(lost))}. Restore it, or train again in another directory."
+    if rewritten:
+        return f"Resume the run with --resume, which writes {', '.join(sorted(rewritten))} again."
+    if finished:
+        return "The result of the run is intact. Train it again for its checkpoints: cnnjax reproduce."
+    return "Resume the run with --resume: it starts from the latest intact checkpoint."
 
 
 @dataclass(frozen=True)
@@ -120,8 +158,9 @@ class Reproduce:
         from cnnjax.cli.process import use_compilation_cache
         from cnnjax.runs.inspection import reproduce
 
-        use_compilation_cache(print)
-        into = self.run_dir or self.run.with_name(self.run.name + "-reproduced")
+        use_compilation_cache(Report().say)
+        run = self.run if self.run.name not in ("", "..") else self.run.resolve()
+        into = expand(self.run_dir) or run.parent / f"{run.name}-reproduced"
         config = config_of(self.run, self.experiment)
         found = reproduce(self.run, config, into=into, data_dir=self.data_dir, resume=self.resume, report=Report())
         verdict = "the same, bit for bit" if found.same else "not the same"
@@ -143,20 +182,22 @@ class Reproduce:
 
 @dataclass(frozen=True)
 class Diff:
-    """Show the differences between two runs: configuration, data, environment and outcome."""
+    """Show the differences between two runs: configuration, data, environment and outcome. Exits with 1 if any."""
 
     a: Positional[Path]
     """A run directory."""
     b: Positional[Path]
     """Another."""
 
-    def __call__(self) -> None:
+    def __call__(self) -> int:
         """Prints the differences."""
         from cnnjax.runs.inspection import diff
 
-        for part, changes in diff(self.a, self.b).items():
+        found = diff(self.a, self.b)
+        for part, changes in found.items():
             print(f"{part}:" if changes else f"{part}: the same")
             _print_changes(changes)
+        return int(any(found.values()))
 
 
 @dataclass(frozen=True)
@@ -178,10 +219,14 @@ class Compare:
         from cnnjax.runs.inspection import scores
         from cnnjax.runs.statistics import compare
 
-        found = [scores(target, self.metric) for target in (self.a, self.b)]
-        for name, score in found:
-            print(f"{name}: {describe(list(score.values()), self.metric)}")
-        c = compare(found[0][1], found[1][1])
+        found = []
+        for target in (self.a, self.b):
+            score, unfinished = scores(target, self.metric)
+            if unfinished:
+                print(f"Not finished, so left out: {', '.join(map(str, unfinished))}", file=sys.stderr)
+            print(f"{target}: {describe(list(score.values()), self.metric)}")
+            found.append(score)
+        c = compare(*found, bounds=_bounds(self.metric))
         test = "paired t test, the same seeds" if c.paired else "Welch's t test"
         low, high = (_show(value, self.metric, sign=True) for value in (c.low, c.high))
         print(
@@ -191,14 +236,20 @@ class Compare:
         if c.resolved:
             better = (c.difference > 0) == (self.metric != "test_loss")
             print(f"The difference is resolved: {self.b if better else self.a} is better.")
-        elif c.more_seeds is None:
+        elif c.difference == 0:
+            print("The means are equal.")
+        elif c.more is None:
             print(
                 "The difference is not resolved, and more than 10,000 seeds of each would not resolve one of its size."
             )
         else:
+            counts = zip(c.more, (self.a, self.b), strict=True)
+            more = " and ".join(
+                f"{count} more {'seed' if count == 1 else 'seeds'} of {x}" for count, x in counts if count
+            )
             print(
-                f"The difference is not resolved. One of this size would take about {c.more_seeds} more seeds of each "
-                "(for a probability of 80% of detecting it)."
+                f"The difference is not resolved. One of this size would take about {more} (for a probability of 80% "
+                "of detecting it)."
             )
 
 
@@ -206,13 +257,17 @@ def describe(values: list[float], metric: str = "test_accuracy") -> str:
     """Returns mean, deviation, 95% interval and n, in words."""
     from cnnjax.runs.statistics import summarize
 
-    s = summarize(values)
+    s = summarize(values, bounds=_bounds(metric))
     if s.n == 1:
         return f"{metric} {_show(s.mean, metric)} (one seed)"
     return (
         f"{metric} {_show(s.mean, metric)} ± {_show(s.deviation, metric)} (sample deviation), 95% interval of the mean "
         f"{_show(s.low, metric)} to {_show(s.high, metric)}, n = {s.n}"
     )
+
+
+def _bounds(metric: str) -> tuple[float, float]:
+    return (0.0, inf) if metric == "test_loss" else (0.0, 1.0)
 
 
 def _show(value: float, metric: str, *, sign: bool = False) -> str:

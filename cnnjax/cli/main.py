@@ -1,23 +1,28 @@
 """The command line: train | eval | predict | data, and those of `inspection`. Imports jax only if needed."""
 
+import atexit
+import errno
 import logging
-import shlex
+import os
+import re
+import signal
 import sys
-import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 from tyro.conf import Positional
 
-from cnnjax.cli.inspection import Compare, Diff, Reproduce, Runs, Verify, config_of
-from cnnjax.cli.signals import Interrupted
-from cnnjax.errors import StorageError, UserError
+from cnnjax.cli.inspection import Compare, Diff, Reproduce, Runs, Verify, config_of, printable
+from cnnjax.cli.signals import Interrupted, ignore_signals, stop_signals
+from cnnjax.cli.streams import OutputError, guarded_streams, quote
+from cnnjax.errors import UserError, check
 
 if TYPE_CHECKING:
-    from cnnjax.cli.train_command import Train
     from cnnjax.config import Config
 
 # The exit code of a run that a signal stopped and --resume continues: EX_TEMPFAIL of sysexits.h, for schedulers.
@@ -51,12 +56,16 @@ class Eval:
 
 @dataclass(frozen=True)
 class Predict:
-    """Print the most probable classes of image files of any size and format."""
+    """Print the most probable classes of image files of any size and format.
+
+    A file that cannot be read has a line on standard error. The others are classified all the same, and the exit code
+    is 2. The first frame of an animation counts.
+    """
 
     run: Positional[Path]
     """The run directory."""
     images: Positional[tuple[Path, ...]]
-    """The image files."""
+    """The image files; -- before a name that begins with a hyphen."""
     top: int = 3
     """Number of classes to print."""
     invert: bool = False
@@ -64,23 +73,32 @@ class Predict:
     experiment: str | None = None
     """The experiment file, if the run has classes or data of its own."""
 
-    def __call__(self) -> None:
+    def __call__(self) -> int:
         """Prints one line per file."""
         from cnnjax.runs.trained import classify, load_trained, read_image
 
-        if not self.images or self.top < 1:
-            raise UserError(
-                f"`images` must name a file and `top` be at least 1, got {len(self.images)} files and {self.top}."
-            )
+        check("images", "at least one file", bool(self.images), "none")
+        check("top", "at least 1", self.top >= 1, self.top)
+        logging.getLogger("PIL").setLevel(logging.CRITICAL)  # Its lines do not name the file; the exception does.
         trained = load_trained(self.run, config_of(self.run, self.experiment))
+        status = 0
         for path in self.images:
-            image = read_image(path, trained.facts.image_shape)
-            image = 255 - image if self.invert else image
-            if image.mean() > 2 * max(trained.facts.mean) and not self.invert:
-                print(f"{path} is much brighter than the training images; try --invert", file=sys.stderr)
+            try:
+                image = read_image(path, trained.facts.image_shape)
+            except UserError as error:
+                print(printable(error), file=sys.stderr)
+                status = 2
+                continue
+            color = image[..., : 1 if image.shape[-1] < 3 else 3]  # Without the alpha channel.
+            if self.invert:
+                color ^= 255
+            elif color.mean() > 2 * max(trained.facts.mean[: color.shape[-1]]):
+                print(f"{printable(path)} is much brighter than the training images; try --invert", file=sys.stderr)
             probability = classify(trained, image)
             top = (-probability).argsort(kind="stable")[: self.top]
-            print(f"{path}: " + ", ".join(f"{trained.facts.class_names[k]} {probability[k]:.1%}" for k in top))
+            classes = ", ".join(f"{trained.facts.class_names[k]} {probability[k]:.1%}" for k in top)
+            print(f"{printable(path)}: {classes}")
+        return status
 
 
 @dataclass(frozen=True)
@@ -129,7 +147,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             commands, args=arguments, prog="cnnjax", description="Train image classifiers with JAX and Flax."
         )
 
-    _run(parse)
+    resumable = arguments[:1] in (["train"], ["reproduce"])
+    _run(parse, resumable, process_ends=argv is None)
 
 
 def run_experiment(config: "Config") -> None:
@@ -141,30 +160,64 @@ def run_experiment(config: "Config") -> None:
     from cnnjax.cli.experiment import experiment_of
     from cnnjax.cli.train_command import parse_train
 
-    _run(lambda: parse_train(experiment_of(sys.modules["__main__"], config), sys.argv[1:]))
+    atexit.register(ignore_signals)  # At the end of the process they would hide its exit code.
+    _run(lambda: parse_train(experiment_of(sys.modules["__main__"], config), sys.argv[1:]), resumable=True)
 
 
-def _run(parse: "Callable[[], Train | Any]") -> None:
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Messages of tfds and Orbax that do not help users.
-    # An error in a thread of Orbax is raised again where the loop waits for it.
-    threading.excepthook = lambda args: None
-    try:
-        status = parse()()
-    except Interrupted as stop:
-        again = [*sys.orig_argv, *([] if "--resume" in sys.orig_argv else ["--resume"])]
-        _fail(f"{stop} Resume with:\n  {shlex.join(again)}", REQUEUE)
-    except StorageError as error:
-        _fail(str(error), 1)
-    except UserError as error:
-        _fail(str(error), 2)
-    except OSError as error:  # A full disk, a missing permission: the system's message names the file.
-        _fail(str(error), 1)
-    except KeyboardInterrupt:
-        _fail("Stopped at once; everything since the last checkpoint is lost.", 130)
+def _run(parse: Callable[[], Any], resumable: bool, process_ends: bool = False) -> None:
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Messages of tfds that do not help users.
+    with guarded_streams(), stop_signals(process_ends) if resumable else nullcontext() as stop:
+
+        def run() -> Any:
+            if stop is None:
+                return parse()()
+            with stop.held():  # An exception while an extension module is imported can crash the process.
+                command = parse()
+                import_module("cnnjax.train")
+            return command()
+
+        status = _status(run) or _status(sys.stdout.flush)
     if status:
         raise SystemExit(status)
 
 
-def _fail(message: str, status: int) -> NoReturn:
+def _status(run: Callable[[], Any]) -> Any:
+    """Returns the exit status of `run`, or prints why it failed, and returns the status for that."""
+    try:
+        return run()
+    except SystemExit as stopped:  # Of tyro.
+        return stopped.code
+    except Interrupted as stop:
+        message, status = f"{stop} Resume with:\n  {_resume_command()}", REQUEUE
+    except OutputError as error:
+        if error.errno == errno.EPIPE:  # As in `cnnjax runs | head -1`.
+            return 128 + signal.SIGPIPE  # The status of programs that it ends.
+        message, status = f"Standard output cannot be written: {error.strerror}.", 1
+    except UserError as error:
+        message, status = str(error), 1 if isinstance(error, OSError) else 2
+    except OSError as error:  # A full disk, a missing permission: the system's message names the file.
+        message, status = str(error), 1
+    except ValueError as error:  # jax reads its environment variables when it is imported.
+        if "jax" in sys.modules:
+            raise
+        message, status = f"The environment variables of jax must be valid, got {str(error).rstrip('.')}. Change it.", 2
+    except (ImportError, MemoryError, RuntimeError) as error:  # The limits of `ulimit -v` and `ulimit -u`.
+        if not re.search("failed to map segment|allocate memory|start new thread|MemoryError", repr(error)):
+            raise
+        message, status = f"Memory and threads must suffice, got {error!r}. Raise the limits of this process.", 1
+    except KeyboardInterrupt:
+        message, status = "Stopped at once; everything since the last checkpoint is lost.", 130
     print(message, file=sys.stderr)
-    raise SystemExit(status)
+    return status
+
+
+def _resume_command() -> str:
+    """Returns the command of this process with --resume, or that of make if it was started by the Makefile."""
+    encoding, resume = sys.stderr.encoding, [] if "--resume" in sys.orig_argv else ["--resume"]
+    if (own := os.environ.get("CNNJAX_MAKE")) is None:
+        return " ".join(quote(argument, encoding) for argument in [*sys.orig_argv, *resume])
+    folder = ["-C", os.getcwd()] if "-C" in own.split() else []
+    values = {name: os.environ.get(name, "") for name in (*own.split(), "ARGS") if name != "-C"}
+    values["ARGS"] = " ".join(filter(None, [values["ARGS"], *resume]))
+    variables = [f"{name}={quote(value.replace('$', '$$'), encoding)}" for name, value in values.items()]
+    return " ".join(["make", *(quote(word, encoding) for word in folder), "train", *variables])

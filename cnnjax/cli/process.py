@@ -5,10 +5,14 @@ import hashlib
 import os
 import platform
 import re
+import resource
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+from cnnjax.errors import UserError
 
 
 def set_flags() -> None:
@@ -48,6 +52,28 @@ def keep_memory() -> None:
     mallopt(m_top_pad, 2**26)
 
 
+def start_jax() -> None:
+    """Starts jax on its devices. Run before anything else uses them, because jax's own errors are long tracebacks.
+
+    Raises:
+      UserError: jax cannot start, or the environment forbids conversions or transfers that the package relies on.
+    """
+    import jax
+
+    config: Any = jax.config
+    for option, valid in (("jax_numpy_dtype_promotion", ("standard",)), ("jax_transfer_guard", (None, "log", "allow"))):
+        if (value := getattr(config, option)) not in valid:
+            raise UserError(f"`{option.upper()}` must be {valid[-1]}, got {value}. Unset it.")
+    try:
+        jax.local_devices()
+    except (RuntimeError, AssertionError) as error:  # AssertionError: there is no plugin for JAX_PLATFORMS.
+        name = "JAX_PLATFORM_NAME" if os.environ.get("JAX_PLATFORM_NAME") else "JAX_PLATFORMS"
+        got = repr(os.environ.get(name, "")) + (f": {error}" if str(error) else "")
+        raise UserError(
+            f"`{name}` must name a kind of device that jax finds here, such as cpu, got {got.rstrip('.')}. Change it."
+        ) from error
+
+
 def use_compilation_cache(say: Callable[[str], None]) -> None:
     """Caches compiled programs in ~/.cache/cnnjax (or $XDG_CACHE_HOME), unless $JAX_COMPILATION_CACHE_DIR is set.
 
@@ -60,6 +86,7 @@ def use_compilation_cache(say: Callable[[str], None]) -> None:
 
     from cnnjax.layers import onednn
 
+    start_jax()
     with_onednn = jax.default_backend() == "cpu" and onednn.available()
     graphs = re.search(r"command_buffer=\S*(?<![-\w])CONVOLUTION", os.environ.get("XLA_FLAGS", "")) is not None
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
@@ -70,7 +97,11 @@ def use_compilation_cache(say: Callable[[str], None]) -> None:
         return
     if with_onednn or graphs:
         return
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # The user is unknown to the system and has no $HOME.
+        say("There is no home directory, so compiled programs are not kept: each start compiles again. Set HOME.")
+        return
     cache = home / "cnnjax" / f"xla-{processor()}"
     with suppress(OSError):
         cache.mkdir(parents=True, exist_ok=True)
@@ -87,3 +118,33 @@ def processor() -> str:
 
     flags = processor_flags() or platform.processor()
     return f"{platform.machine()}-{hashlib.sha256(flags.encode()).hexdigest()[:8]}"
+
+
+def device_memory(device: Any) -> int | None:
+    """Returns the bytes of memory that this process may use on a device of jax, or None if they are unknown.
+
+    On a CPU this is the least of the machine's memory, the limits of its control groups, and `ulimit -v`.
+    """
+    if device.platform != "cpu":
+        with suppress(RuntimeError):  # Not every backend knows.
+            return (device.memory_stats() or {}).get("bytes_limit")
+        return None
+    limits = [resource.getrlimit(resource.RLIMIT_AS)[0]]
+    with suppress(OSError, ValueError):
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            root, name = Path("/sys/fs/cgroup"), "memory.max"  # Version 2.
+            if controllers:
+                root, name = root / "memory", "memory.limit_in_bytes"
+            if controllers == "" or "memory" in controllers.split(","):
+                # In a container `group` may be a path of the host, of which only the root is visible.
+                limits += [_read_int(root / folder / name) for folder in (group[1:], *Path(group[1:]).parents)]
+    return min((limit for limit in limits if limit > 0), default=None)
+
+
+def _read_int(path: Path) -> int:
+    with suppress(OSError, ValueError):  # "max": no limit.
+        return int(path.read_text())
+    return -1

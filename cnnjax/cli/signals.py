@@ -1,9 +1,11 @@
-"""Turns SIGINT and SIGTERM into an exception, or into a flag that the training loop checks."""
+"""Turns SIGINT, SIGTERM and SIGHUP into an exception, or into a flag that the training loop checks."""
 
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -27,12 +29,13 @@ class Stop:
     """A request to stop, made by a signal.
 
     A signal raises `Interrupted` immediately, except inside `held`, where the training loop checks `signum` whenever it
-    can save.
+    can save. Once all results are written and `finished` is set, signals are ignored.
     """
 
     def __init__(self) -> None:
         self.signum: int | None = None
         self._held = False
+        self.finished = False
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -42,28 +45,58 @@ class Stop:
             yield
         finally:
             self._held = before
-        if self.signum is not None and not self._held:
+        if self.signum is not None and not self._held and not self.finished:
             raise Interrupted(self.signum)
 
     def receive(self, signum: int, frame: object) -> None:
-        """Handles a signal. The second one raises `KeyboardInterrupt` immediately."""
+        """Handles a signal. A second one raises `KeyboardInterrupt` immediately if it is Ctrl-C.
+
+        Others often come twice: make, timeout and shells pass them on to processes that have received them already.
+        """
+        if self.finished:
+            return
         if self.signum is not None:
-            raise KeyboardInterrupt
+            if signum == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
         self.signum = signum
         if not self._held:
             raise Interrupted(signum)
 
 
 @contextmanager
-def stop_signals() -> Iterator[Stop]:
-    """Handles SIGINT and SIGTERM with a `Stop` inside the context."""
-    stop = Stop()
+def stop_signals(process_ends: bool = False) -> Iterator[Stop]:
+    """Handles SIGINT, SIGTERM and SIGHUP with a `Stop` inside the context.
+
+    Contexts nest, and share the `Stop` of the outermost one. A signal that was ignored before, by nohup or because a
+    shell started the process in the background, stays ignored.
+
+    Args:
+      process_ends: whether signals are ignored after the context if the run is finished or stopped, so that the exit
+        code says so.
+    """
     if threading.current_thread() is not threading.main_thread():  # Only it can handle signals.
-        yield stop
+        yield Stop()
         return
-    before = {signum: signal.signal(signum, stop.receive) for signum in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    outer = [stop for handler in handlers.values() if isinstance(stop := getattr(handler, "__self__", None), Stop)]
+    if outer:
+        yield outer[0]
+        return
+    stop = Stop()
+    # None: a handler that is not of Python and could not be set again.
+    before = {signum: handler for signum, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
+    for signum in before:
+        signal.signal(signum, stop.receive)
     try:
         yield stop
     finally:
+        ignored = process_ends and (stop.finished or stop.signum is not None)
         for signum, handler in before.items():
-            signal.signal(signum, handler)
+            signal.signal(signum, signal.SIG_IGN if ignored else handler)
+
+
+def ignore_signals() -> None:
+    """Ignores SIGINT, SIGTERM and SIGHUP."""
+    for signum in SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)

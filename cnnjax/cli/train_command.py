@@ -14,15 +14,15 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Str
 from cnnjax.cli.experiment import PARTS, Experiment
 from cnnjax.cli.process import use_compilation_cache
 from cnnjax.config import Config
-from cnnjax.errors import UserError, unknown_name
+from cnnjax.errors import UserError, check, unknown_name
 
 
 @dataclass(frozen=True)
 class Train:
     """Train a network, validate each epoch, and score it on the test set once at the end.
 
-    `cnnjax train EXPERIMENT` takes the defaults from experiments/EXPERIMENT.py, or from a file EXPERIMENT.py. Ctrl-C
-    and SIGTERM save, print the command that resumes, and exit with 75.
+    `cnnjax train EXPERIMENT` takes the defaults from experiments/EXPERIMENT.py, or from a file EXPERIMENT.py. Ctrl-C,
+    SIGTERM and a closed terminal (SIGHUP) save, print the command that resumes, and exit with 75.
     """
 
     config: Annotated[Config, arg(name="")] = field(default_factory=Config)
@@ -46,21 +46,22 @@ class Train:
     def __call__(self) -> None:
         """Trains, and prints the result."""
         from cnnjax.cli.console import Report
-        from cnnjax.cli.inspection import describe
+        from cnnjax.cli.inspection import describe, expand
         from cnnjax.runs.seeds import parse_seeds, train_seeds, use_cores
         from cnnjax.train import train_and_evaluate
 
         seeds = None if self.seeds is None else parse_seeds(self.seeds)
         if seeds is not None:
             use_cores(len(seeds))
-        use_compilation_cache(print)
-        options: Any = {"data_dir": self.data_dir, "resume": self.resume, "report": Report()}
+        report = Report()
+        use_compilation_cache(report.say)
+        options: Any = {"data_dir": self.data_dir, "resume": self.resume, "report": report}
         options["checkpoint_seconds"] = self.checkpoint_seconds
         if seeds is None:
-            train_and_evaluate(self.config, run_dir=self.run_dir, **options)
+            train_and_evaluate(self.config, run_dir=expand(self.run_dir), **options)
             return
-        results = train_seeds(self.config, seeds, folder=self.run_dir, **options)
-        print(f"{len(results)} seeds, {self.seeds}: {describe([result['test_accuracy'] for result in results])}")
+        results = train_seeds(self.config, seeds, folder=expand(self.run_dir), **options)
+        report.say(f"{len(results)} seeds, {self.seeds}: {describe([result['test_accuracy'] for result in results])}")
 
 
 def parse_train(experiment: Experiment, arguments: Sequence[str], prog: str | None = None) -> Train:
@@ -87,6 +88,8 @@ def _choose(config: Config, part: str, words: dict[str, type], arguments: list[s
     The fields of the base class (a learning rate, flips) keep their values.
     """
     option = f"--{part}"
+    given = [argument for argument in arguments if argument.partition("=")[0] == option]
+    check(option, "given once", len(given) < 2, f"it {len(given)} times")
     for i, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         if name != option:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from cnnjax.errors import UserError, check, check_name
+from cnnjax.fields import check_fields
 from cnnjax.typing import AnyArray, Batch
 
 
@@ -23,6 +24,7 @@ class Augment:
     """Side of a random square that is set to the mean (DeVries and Taylor 2017), inside the image; 0: none."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "augment")
         check_name("augment.flip", self.flip, ("none", "random", "alternating"))
         check("augment.translate", "at least 0", self.translate >= 0, self.translate)
         check("augment.cutout", "at least 0", self.cutout >= 0, self.cutout)

@@ -1,27 +1,38 @@
 """Image classification sets, identified by their digests: tfds sets (decoded once and cached) and arrays in memory."""
 
 import hashlib
-import importlib.util
-import json
-import os
-import re
-import shutil
-import tokenize
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cnnjax.data.cache import (
+    CACHE,
+    Facts,
+    read_arrays,
+    read_facts,
+    remove_partial_files,
+    write_arrays,
+    write_cache,
+)
+from cnnjax.data.folders import absolute, check_free, default_data_dir, exclusive, prepared_folder, publish, staging
 from cnnjax.data.named import NAMED_SETS
 from cnnjax.data.sources import NamedSet, fetch
-from cnnjax.data.tfds_format import Examples, class_names, decode, write_tfds
-from cnnjax.errors import UserError, check, unknown_name
-from cnnjax.runs.files import atomic_write
+from cnnjax.data.tfds_format import (
+    Examples,
+    check_tensorflow,
+    class_names,
+    decode,
+    prepare_with_tensorflow,
+    write_tfds,
+)
+from cnnjax.errors import UserError, check
 from cnnjax.typing import AnyArray
+from cnnjax.user_code import user_code
 
-CACHE = "cnnjax_arrays"  # The folder of the decoded arrays, next to the shards of the prepared version.
 MAX_CLASSES = 1 << 20  # A label that exceeds this is an identifier, not a class.
 
 
@@ -33,6 +44,7 @@ class ImageDataset:
       name: the tfds name; for arrays in memory "arrays", or the name of the function that returned them.
       source: where the pixels came from, in words.
       class_names: the name of each label, in order.
+      image_shape: (H, W, C), of both splits.
       sha256: for each split, the `digest` of its images and labels.
       folder: the prepared tfds directory, or None.
       arrays: the splits of a set in memory; a tfds set is read by `load`.
@@ -41,6 +53,7 @@ class ImageDataset:
     name: str
     source: str
     class_names: tuple[str, ...]
+    image_shape: tuple[int, ...]
     sha256: dict[str, str]
     folder: Path | None = None
     arrays: dict[str, Examples] = field(default_factory=dict, repr=False, compare=False)
@@ -67,25 +80,24 @@ class ImageDataset:
         """
         if self.folder is None:
             return self.arrays[split]
-        examples = _read_arrays(self.folder, split, self.sha256[split])
-        if examples is None:
+        examples = read_arrays(self.folder, split)
+        if examples is None or digest(examples) != self.sha256[split]:
             examples = decode(self.folder, split)
             got = digest(examples)
             if got != self.sha256[split]:
                 raise _mismatch(self.name, split, f"{self.folder}, from {self.source}", self.sha256[split], got)
-            _write_arrays(self.folder, split, examples)
+            if read_facts(self.folder) is not None:  # Without them, the arrays would not be used.
+                with suppress(OSError):
+                    write_arrays(self.folder, split, examples)
         return examples
-
-
-def default_data_dir() -> Path:
-    """Returns the folder that tfds uses: $TFDS_DATA_DIR, or ~/tensorflow_datasets."""
-    return Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
 
 
 def load_dataset(
     dataset: str | tuple[Any, ...] | Callable[[], Any],
     data_dir: Path | None = None,
     say: Callable[[str], None] = print,
+    *,
+    version: str | None = None,
 ) -> ImageDataset:
     """Finds a tfds set in `data_dir`, downloading and preparing it if necessary, or wraps arrays.
 
@@ -97,41 +109,27 @@ def load_dataset(
       dataset: a tfds name such as "cifar10" or "name/config"; or the arrays `(x_train, y_train, x_test, y_test)` with
         images uint8 [N H W C] or [N H W] and integer labels [N] from 0 to K - 1; or a function that returns them. K is
         the largest label + 1. The arrays are not copied.
-      data_dir: the tfds directory; `default_data_dir()` if None.
+      data_dir: the tfds directory; `default_data_dir()` if None. Created only for a set that can be fetched.
       say: receives progress messages, one line each.
+      version: the version of a tfds set to use if it is prepared; the newest one otherwise.
 
     Raises:
       UserError: the name is unknown, no source is available, a digest does not match, the set does not consist of
-        labeled images, or `data_dir` cannot be written.
+        labeled images of one shape, or `data_dir` is no local directory, or cannot be read or written.
     """
-    if not isinstance(dataset, str):
-        if not callable(dataset):
-            return _from_arrays("arrays", dataset)
-        return _from_arrays(getattr(dataset, "__name__", type(dataset).__name__), dataset())
-    name = dataset.strip("/")
-    data_dir = default_data_dir() if data_dir is None else data_dir.expanduser().absolute()
-    named = NAMED_SETS.get(name)
-    folder, source = prepared_folder(name, data_dir), None
-    if folder is None:
-        folder, source = _prepare(name, named, data_dir, say)
-    elif (cached := _read_facts(name, folder)) and (named is None or named.sha256 in ({}, cached.sha256)):
-        return cached
-    try:
-        return _decode_all(name, named, folder, source or f"the prepared tfds directory {folder}", say)
-    except UserError:
-        if named is not None and source is not None:  # Remove what this call fetched.
-            shutil.rmtree(folder)
-        raise
-
-
-def prepared_folder(name: str, data_dir: Path) -> Path | None:
-    """Returns the newest prepared version of `name` in `data_dir`, or None."""
-    versions = [
-        (tuple(map(int, info.parent.name.split("."))), info.parent)
-        for info in (data_dir / name).glob("*/dataset_info.json")
-        if re.fullmatch(r"\d+\.\d+\.\d+", info.parent.name)
-    ]
-    return max(versions)[1] if versions else None
+    if isinstance(dataset, str):
+        found = _load_tfds(
+            dataset.strip("/"), default_data_dir() if data_dir is None else absolute(data_dir), version, say
+        )
+    elif callable(dataset):
+        with user_code("`dataset`"):
+            arrays = dataset()
+        found = _from_arrays(getattr(dataset, "__name__", type(dataset).__name__), arrays)
+    else:
+        found = _from_arrays("arrays", dataset)
+    if (channels := found.image_shape[-1]) > 4:
+        say(f"{found.name} has images of {channels} channels: `cnnjax predict` cannot read such images from files")
+    return found
 
 
 def digest(examples: Examples) -> str:
@@ -158,6 +156,7 @@ def _from_arrays(name: str, arrays: Any) -> ImageDataset:
         name=name,
         source="arrays in memory",
         class_names=tuple(map(str, range(num_classes))),
+        image_shape=train,
         sha256={split: digest(examples) for split, examples in splits.items()},
         arrays=splits,
     )
@@ -183,65 +182,90 @@ def _examples(split: str, x: Any, y: Any) -> Examples:
     return Examples(np.ascontiguousarray(image), label.astype(np.int32))
 
 
-# --- Preparing ------------------------------------------------------------------------------------------------------
+# --- tfds sets ------------------------------------------------------------------------------------------------------
 
 
-def _prepare(name: str, named: NamedSet | None, data_dir: Path, say: Callable[[str], None]) -> tuple[Path, str]:
-    """Prepares a set in `data_dir`; returns its folder and the source that served it."""
-    if named is None:
-        return _prepare_with_tensorflow(name, data_dir, say), "tfds's own download"
+def _load_tfds(name: str, data_dir: Path, version: str | None, say: Callable[[str], None]) -> ImageDataset:
+    named = NAMED_SETS.get(name)
+    folder = prepared_folder(name, data_dir, version)
+    if folder is not None and (cached := _cached(name, named, folder)):
+        return cached
+    if folder is None:
+        if named is None:
+            check_tensorflow(name, data_dir)
+        try:
+            data_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _not_writable(data_dir, error) from error
+    with exclusive(name, data_dir, say) as locked:
+        folder = prepared_folder(name, data_dir, version)  # Perhaps by the process that had the lock.
+        if folder is None:
+            return _prepare(name, named, data_dir, locked, say)
+        if cached := _cached(name, named, folder):
+            return cached
+        if locked:
+            remove_partial_files(folder / CACHE)
+        return _decode_all(name, named, folder, f"the prepared tfds directory {folder}", say)
+
+
+def _cached(name: str, named: NamedSet | None, folder: Path) -> ImageDataset | None:
+    """Returns a set whose splits have been decoded and checked, or None."""
+    if (facts := read_facts(folder)) is None:
+        return None
+    if named is not None and named.sha256 not in ({}, facts.sha256):
+        return None
+    return ImageDataset(name, facts.source, facts.class_names, facts.image_shape, facts.sha256, folder)
+
+
+def _prepare(
+    name: str, named: NamedSet | None, data_dir: Path, locked: bool, say: Callable[[str], None]
+) -> ImageDataset:
+    """Prepares a set in `data_dir`; what was fetched gets its place there after its digests are verified."""
     try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        raw, source = fetch(named, data_dir / "downloads" / "cnnjax" / name, say)
-        folder = write_tfds(named, raw, data_dir, say)
+        with staging(name, data_dir, locked) as stage:
+            if named is None:
+                folder = prepare_with_tensorflow(name, data_dir, stage, say)
+                return _cached(name, None, folder) or _decode_all(name, None, folder, "tfds's own download", say)
+            check_free(data_dir / name / named.version)
+            downloads = data_dir / "downloads" / "cnnjax" / name
+            if locked:
+                remove_partial_files(downloads)
+            raw, source = fetch(named, downloads, say)
+            folder = write_tfds(named, raw, stage, say)
+            del raw
+            say(f"{name} was served by {source}")
+            dataset = _decode_all(name, named, folder, source, say)
+            return replace(dataset, folder=publish(folder, stage, data_dir))
     except OSError as error:
-        raise UserError(
-            f"`data_dir` must be a directory that can be written, got {data_dir} ({error}). "
-            "Fix this, or choose another one with --data-dir DIR."
-        ) from error
-    say(f"{name} was served by {source}")
-    return folder, source
+        raise _not_writable(data_dir, error) from error
 
 
-def _prepare_with_tensorflow(name: str, data_dir: Path, say: Callable[[str], None]) -> Path:
-    import tensorflow_datasets as tfds
-
-    known = tfds.list_builders(with_community_datasets=False)  # Listing the community sets needs the network.
-    if name.split("/", 1)[0] not in known:
-        prepared = {info.parent.parent.name for info in data_dir.glob("*/*/dataset_info.json")}
-        raise unknown_name("dataset", name, {*NAMED_SETS, *prepared, *known})
-    if importlib.util.find_spec("tensorflow") is None:
-        raise UserError(
-            f"`dataset` {name!r} is not prepared in {data_dir}, and only TensorFlow can prepare it. Either run "
-            f"`pip install tensorflow` and repeat the command, or copy a directory that was prepared elsewhere to "
-            f"{data_dir / name}."
-        )
-    say(f"tfds is preparing {name} in {data_dir}")
-    try:
-        builder = tfds.builder(name, data_dir=data_dir)
-        builder.download_and_prepare(file_format="array_record")
-    except Exception as error:  # tfds raises many types: no network, files to download manually, a full disk.
-        raise UserError(f"tfds could not prepare {name!r} in {data_dir}: {error}") from error
-    return Path(builder.data_dir)
+def _not_writable(data_dir: Path, error: OSError) -> UserError:
+    return UserError(
+        f"`data_dir` must be a directory that can be written, got {data_dir} ({error}). "
+        "Fix this, or choose another one with --data-dir DIR."
+    )
 
 
 def _decode_all(
     name: str, named: NamedSet | None, folder: Path, source: str, say: Callable[[str], None]
 ) -> ImageDataset:
     """Decodes and verifies both splits, and caches the arrays and the facts next to the shards."""
-    say(f"decoding {name} from {folder} (once)")
-    sha256, cached = {}, True
-    for split in ("train", "test"):
-        examples = decode(folder, split)
-        sha256[split] = digest(examples)
-        pinned = named.sha256.get(split) if named else None
-        if pinned not in (None, sha256[split]):
+    say(f"decoding {name} {folder.name} (once)")
+    splits = {split: decode(folder, split) for split in ("train", "test")}
+    sha256 = {split: digest(examples) for split, examples in splits.items()}
+    for split, pinned in (named.sha256 if named else {}).items():
+        if sha256[split] != pinned:
             raise _mismatch(name, split, source, pinned, sha256[split])
-        cached = _write_arrays(folder, split, examples) and cached
-    dataset = ImageDataset(name, source, class_names(folder), sha256, folder)
-    if not (cached and _write_facts(dataset, folder)):
-        say(f"{folder} cannot be written, so the decoded arrays are not cached: every start will decode {name} again")
-    return dataset
+    train, test = (examples.image.shape[1:] for examples in splits.values())
+    if test != train:
+        raise UserError(f"{folder} must hold test images of the same shape {train} as its training images, got {test}.")
+    facts = Facts(source, class_names(folder), train, sha256)
+    try:
+        write_cache(folder, splits, facts)
+    except OSError as error:
+        say(f"the decoded arrays cannot be cached ({error}): every start will decode {name} again")
+    return ImageDataset(name, source, facts.class_names, train, sha256, folder)
 
 
 def _mismatch(name: str, split: str, source: str, expected: str | None, got: str) -> UserError:
@@ -250,46 +274,3 @@ def _mismatch(name: str, split: str, source: str, expected: str | None, got: str
         f"must be {expected}, got {got}. Move the prepared directory away if it exists, and run the command again to "
         "fetch the set again."
     )
-
-
-# --- The cache ------------------------------------------------------------------------------------------------------
-
-
-def _read_facts(name: str, folder: Path) -> ImageDataset | None:
-    try:
-        facts = json.loads((folder / CACHE / "facts.json").read_text())
-        return ImageDataset(name, facts["source"], tuple(facts["class_names"]), facts["sha256"], folder)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _read_arrays(folder: Path, split: str, sha256: str) -> Examples | None:
-    """Returns the decoded arrays, or None if they are missing or have another digest."""
-    try:
-        examples = Examples(*(np.load(folder / CACHE / f"{split}_{name}.npy") for name in Examples._fields))
-    except (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError):  # The last two: a damaged header.
-        return None
-    return examples if digest(examples) == sha256 else None
-
-
-def _write_facts(dataset: ImageDataset, folder: Path) -> bool:
-    facts = {name: getattr(dataset, name) for name in ("name", "source", "class_names", "sha256")}  # Folders may move.
-    return _write(folder / CACHE / "facts.json", lambda file: file.write(json.dumps(facts, indent=2).encode()))
-
-
-def _write_arrays(folder: Path, split: str, examples: Examples) -> bool:
-    return all(
-        _write(folder / CACHE / f"{split}_{name}.npy", lambda file, array=array: np.save(file, array))
-        for name, array in examples._asdict().items()
-    )
-
-
-def _write(path: Path, write: Callable[[Any], object]) -> bool:
-    """Writes a file of the cache; returns whether this succeeded."""
-    try:
-        path.parent.mkdir(exist_ok=True)
-        with atomic_write(path, shared=True) as file:
-            write(file)
-    except OSError:
-        return False
-    return True

@@ -146,7 +146,8 @@ def _stream(url: str, path: Path, say: Callable[[str], None]) -> None:
     try:
         with requests.get(url, stream=True, timeout=(CONNECT_TIMEOUT, READ_TIMEOUT)) as response:
             response.raise_for_status()
-            total = int(response.headers.get("Content-Length", 0))
+            length = response.headers.get("Content-Length", "")
+            total = int(length) if length.isdecimal() else 0
             size = f" ({total / 1e6:.0f} MB)" if total else ""
             say(f"downloading {url}{size}")
             with atomic_write(path, shared=True) as file:

@@ -5,7 +5,9 @@ features and integer keys that is given PNG bytes writes the same records in the
 """
 
 import contextlib
+import importlib.util
 import io
+import os
 import struct
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,8 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cnnjax.cli.console import track
+from cnnjax.cli.streams import Output
+from cnnjax.data.folders import check_free, describe, publish, unknown_set
 from cnnjax.data.sources import NamedSet, RawSet
 from cnnjax.errors import UserError
+from cnnjax.runs.files import open_regular
 
 # The functions import tfds, which takes 1.1 s: a set whose arrays are cached does not need it.
 
@@ -40,7 +45,8 @@ def decode(folder: Path, split: str) -> Examples:
     import tensorflow_datasets as tfds
 
     builder = _builder(folder)
-    features, splits = builder.info.features, builder.info.splits
+    splits, features = builder.info.splits, builder.info.features
+    features: Any = features if isinstance(features, tfds.features.FeaturesDict) else {"": features}
     if split not in splits:
         raise UserError(f"{folder} must have a split {split!r}, got {sorted(splits)}.")
     image_name, label_name = _image_and_label(builder)
@@ -50,11 +56,17 @@ def decode(folder: Path, split: str) -> Examples:
     if features[image_name].np_dtype != np.uint8:
         raise UserError(f"{folder} must hold 8-bit images, got {np.dtype(features[image_name].np_dtype)}.")
 
+    num_classes = features[label_name].num_classes
+    if not num_classes:
+        raise UserError(f"{folder} must state the number of its classes, got {num_classes}.")
+
     count = splits[split].num_examples
-    image, label, read = None, np.empty(count, np.int32), 0
+    image, label, read = None, _empty(folder, (count,), np.int32), 0
     for row in track(_rows(builder, split), f"decoding {split}", total=count):
         if image is None:
-            image = np.empty((count, *row[image_name].shape), np.uint8)
+            image = _empty(folder, (count, *row[image_name].shape), np.uint8)
+            if 0 in image.shape[1:]:
+                raise UserError(f"{folder} must hold images of at least one pixel, got {image.shape[1:]}.")
         if row[image_name].shape != image.shape[1:]:
             raise UserError(
                 f"{folder} must hold images of one shape, got {image.shape[1:]} and {row[image_name].shape} "
@@ -65,7 +77,6 @@ def decode(folder: Path, split: str) -> Examples:
         read += 1
     if image is None or read != count:
         raise UserError(f"{folder} must hold {count or 'some'} examples in its split {split!r}, got {read}.")
-    num_classes = features[label_name].num_classes
     if label.min() < 0 or label.max() >= num_classes:
         raise UserError(
             f"{folder} must label each image of its split {split!r} with one of {num_classes} classes, got labels from "
@@ -75,9 +86,30 @@ def decode(folder: Path, split: str) -> Examples:
 
 
 def class_names(folder: Path) -> tuple[str, ...]:
-    """Returns the name of each label of a prepared tfds directory, in order."""
+    """Returns the name of each label of a prepared tfds directory, in order: a number if the set names none.
+
+    Raises:
+      UserError: the file of the names is damaged.
+    """
     builder = _builder(folder)
-    return tuple(builder.info.features[_image_and_label(builder)[1]].names)
+    label_name = _image_and_label(builder)[1]
+    num_classes = builder.info.features[label_name].num_classes
+    path = folder / f"{label_name}.labels.txt"
+    if not path.exists():
+        return tuple(map(str, range(num_classes)))
+    with _damage_as_user_error(folder, path.name):  # tfds would ignore an error.
+        with open_regular(path) as file:
+            names = tuple(name.strip() for name in file.read().decode().split("\n") if name.strip())
+        if len(names) != num_classes:
+            raise ValueError(f"{len(names)} names for {num_classes} classes")
+    return names
+
+
+def _empty(folder: Path, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    try:
+        return np.empty(shape, dtype)
+    except (MemoryError, ValueError) as error:
+        raise UserError(f"{folder} must fit into memory, got arrays of shape {shape} ({error}).") from error
 
 
 @contextlib.contextmanager
@@ -85,8 +117,10 @@ def _damage_as_user_error(folder: Path, part: str) -> Iterator[None]:
     """Turns the errors of the parsers into one that names the damaged part of a prepared directory."""
     try:
         yield
-    except (MemoryError, PermissionError, UserError):
+    except UserError:
         raise
+    except PermissionError as error:
+        raise UserError(f"{folder} must be readable, got {error}. Fix its permissions.") from error
     except Exception as error:  # JSON, protocol buffers, each record format and Pillow raise their own types.
         raise UserError(
             f"{folder} is damaged: {part} cannot be read ({error}). Move it away, and run the command again to prepare "
@@ -98,13 +132,19 @@ def _builder(folder: Path) -> Any:
     import tensorflow_datasets as tfds
 
     with _damage_as_user_error(folder, "its description"):
+        for path in folder.iterdir():  # tfds would wait for a pipe, and do without class names that it cannot read.
+            if not path.is_dir() and not path.name.startswith("."):
+                open_regular(path).close()
         return tfds.builder_from_directory(folder)
 
 
 def _image_and_label(builder: Any) -> tuple[str, str]:
     """Returns the names of the input feature and the target feature."""
-    keys = builder.info.supervised_keys
-    return keys if keys is not None and len(keys) == 2 else ("image", "label")
+    match builder.info.supervised_keys:
+        case (str(image), str(label)):
+            return image, label
+        case _:
+            return "image", "label"
 
 
 def _rows(builder: Any, split: str) -> Iterator[dict[str, Any]]:
@@ -115,6 +155,11 @@ def _rows(builder: Any, split: str) -> Iterator[dict[str, Any]]:
             case "tfrecord":
                 yield from map(info.features.deserialize_example_np, _tfrecords(info.splits[split].filepaths))
             case "array_record":
+                from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+                with ArrayRecordDataSource(list(map(str, info.splits[split].filepaths))) as shards:
+                    if len(shards) != info.splits[split].num_examples:  # tfds would ignore the rest.
+                        raise ValueError(f"{len(shards)} examples in place of {info.splits[split].num_examples}")
                 yield from builder.as_data_source(split=split)
             case other:
                 raise UserError(f"{builder.data_dir} must be in the format tfrecord or array_record, got {other}.")
@@ -127,9 +172,12 @@ def _tfrecords(paths: Sequence[Any]) -> Iterator[bytes]:
     (4 bytes). The checksums are ignored: PNG has its own, and the digest of the decoded set is verified on later loads.
     """
     for path in paths:
-        with Path(path).open("rb") as file:
+        with open_regular(Path(path)) as file:
+            size = os.fstat(file.fileno()).st_size
             while header := file.read(12):
                 (length,) = struct.unpack("<Q", header[:8])
+                if length > size - file.tell():
+                    raise ValueError(f"a record of {length} bytes in a file of {size}")
                 yield file.read(length)
                 file.read(4)
 
@@ -142,11 +190,14 @@ def write_tfds(named: NamedSet, raw: RawSet, data_dir: Path, say: Callable[[str]
 
     Returns:
       The folder of the prepared version, `data_dir/name/version`.
+
+    Raises:
+      OSError: the disk is full or cannot be written.
     """
     import tensorflow_datasets as tfds
 
     stock = tfds.builder_cls(named.name)
-    say(f"writing {named.name} in the format of TensorFlow Datasets to {data_dir}")
+    say(f"writing {named.name} in the format of TensorFlow Datasets")
 
     class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         name = named.name
@@ -171,14 +222,17 @@ def write_tfds(named: NamedSet, raw: RawSet, data_dir: Path, say: Callable[[str]
                     example["id"] = f"{split}_{key:05d}"
                 yield key, {**example, "image": _png(image)}
 
-    if not sys.stderr.isatty():
+    if not Output(sys.stderr).isatty():
         tfds.disable_progress_bar()
     builder = Builder(data_dir=data_dir)
     with contextlib.redirect_stdout(io.StringIO()):  # tfds announces a download, but nothing is downloaded.
-        builder.download_and_prepare(
-            file_format="array_record",
-            download_config=tfds.download.DownloadConfig(try_download_gcs=False),
-        )
+        try:
+            builder.download_and_prepare(
+                file_format="array_record",
+                download_config=tfds.download.DownloadConfig(try_download_gcs=False),
+            )
+        except RuntimeError as error:  # From the writer of array_record.
+            raise OSError(error) from error
     return Path(builder.data_dir)
 
 
@@ -189,3 +243,51 @@ def _png(image: np.ndarray) -> io.BytesIO:
     Image.fromarray(image if image.shape[-1] == 3 else image[..., 0]).save(file, "PNG", compress_level=1)
     file.seek(0)
     return file
+
+
+# --- Preparing with TensorFlow ---------------------------------------------------------------------------------------
+
+
+def check_tensorflow(name: str, data_dir: Path) -> None:
+    """Checks that tfds knows a set that is not prepared, and could prepare it.
+
+    Raises:
+      UserError: it does not, or needs TensorFlow.
+    """
+    import tensorflow_datasets as tfds
+
+    known = tfds.list_builders(with_community_datasets=False)  # Listing the community sets needs the network.
+    if name.split("/", 1)[0] not in known:
+        raise unknown_set(name, data_dir, known)
+    if importlib.util.find_spec("tensorflow") is None:
+        raise UserError(
+            f"`dataset` {name!r} is not prepared in {data_dir}, and only TensorFlow can prepare it. Either run "
+            f"`pip install tensorflow` and repeat the command, or copy a directory that was prepared elsewhere to "
+            f"{data_dir / name}. {describe(name, data_dir)}"
+        )
+
+
+def prepare_with_tensorflow(name: str, data_dir: Path, stage: Path, say: Callable[[str], None]) -> Path:
+    """Lets tfds prepare a set in `stage`, and moves it to `data_dir`.
+
+    Returns:
+      The folder of the prepared version. It may lie deeper than `name`: below the name of the default config.
+
+    Raises:
+      UserError: tfds could not prepare it.
+    """
+    import tensorflow_datasets as tfds
+
+    try:
+        target = Path(tfds.builder(name, data_dir=data_dir).data_dir)
+        if (target / "dataset_info.json").exists():
+            return target
+        check_free(target)
+        say(f"tfds is preparing {name} in {data_dir}")
+        builder = tfds.builder(name, data_dir=stage)
+        builder.download_and_prepare(file_format="array_record", download_dir=data_dir / "downloads")
+        return publish(Path(builder.data_dir), stage, data_dir)
+    except UserError:
+        raise
+    except Exception as error:  # tfds raises many types: no network, files to download manually, a full disk.
+        raise UserError(f"tfds could not prepare {name!r} in {data_dir}: {error}") from error

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from cnnjax.errors import UserError, check, check_name
+from cnnjax.fields import check_fields
 from cnnjax.layers.modules import Conv, Dense, Dropout
 from cnnjax.layers.ops import max_pool_2x2
 from cnnjax.models.mlp import DTYPES, INITIALIZERS
@@ -29,6 +30,7 @@ class CNN(nn.Module):
     """float32, bfloat16 or float16: dtype of the activations. Parameters, sums and logits are float32."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "model")
         check_name("model.dtype", self.dtype, DTYPES)
         check_name("model.kernel_init", self.kernel_init, INITIALIZERS)
         check("model.conv_dropout", "between 0 and 0.99", 0 <= self.conv_dropout <= 0.99, self.conv_dropout)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from cnnjax.errors import check, check_name
+from cnnjax.fields import check_fields
 from cnnjax.layers.modules import GLOROT_UNIFORM, Dense, Dropout
 from cnnjax.typing import AnyArray
 
@@ -29,6 +30,7 @@ class MLP(nn.Module):
     """float32, bfloat16 or float16: dtype of the activations. Parameters, sums and logits are float32."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "model")
         check_name("model.dtype", self.dtype, DTYPES)
         check_name("model.kernel_init", self.kernel_init, INITIALIZERS)
         check("model.dense_dropout", "between 0 and 0.99", 0 <= self.dense_dropout <= 0.99, self.dense_dropout)

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from cnnjax.errors import UserError, check, check_name
+from cnnjax.fields import check_fields
 from cnnjax.layers.conv import conv2d
 from cnnjax.layers.modules import Conv
 from cnnjax.layers.norm import NormGelu
@@ -42,9 +43,11 @@ class SpeedNet(nn.Module):
     """float32, bfloat16 or float16: dtype of the activations. Parameters, statistics and logits are float32."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "model")
         check_name("model.dtype", self.dtype, DTYPES)
         valid = len(self.widths) == 3 and min(self.widths) >= 1
         check("model.widths", "3 numbers of at least 1", valid, self.widths)
+        check("model.widths", "below 2**31", max(self.widths) < 2**31, self.widths)
         check("model.depth", "2 or 3", self.depth in (2, 3), self.depth)
         super().__post_init__()
 

@@ -13,6 +13,7 @@ import optax
 from jaxtyping import PyTree
 
 from cnnjax.errors import UserError, check, check_name
+from cnnjax.fields import check_fields
 from cnnjax.optim.transforms import lookahead
 
 
@@ -28,6 +29,7 @@ class ParamGroup:
     """Number of epochs after which the learning rate is 0; 0: frozen from the start, None: never."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         try:
             re.compile(self.pattern)
         except re.error as error:
@@ -62,6 +64,7 @@ class Optimizer(ABC):
     """Parameters with another learning rate, or frozen after some epochs."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "optim")
         check_name("optim.schedule", self.schedule, ("constant", "one_cycle"))
         check("optim.learning_rate", "above 0 and finite", 0 < self.learning_rate < inf, self.learning_rate)
         check("optim.warmup", "at least 0 and below 1", 0 <= self.warmup < 1, self.warmup)

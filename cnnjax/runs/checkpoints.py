@@ -1,17 +1,21 @@
 """Checkpoints: the latest and the best of a run, written by Orbax in the background, with checksums.
 
 This is the only module that uses Orbax, whose v1 interface is still marked experimental. Orbax silently loads corrupted
-files, so every finished checkpoint gets a SHA256SUMS file, and it is loaded only if all of its files match.
+files, so a checkpoint has a SHA256SUMS file, and is loaded only if it names every file and all of them match:
+
+    checkpoints/120/            of step 120, which plain Orbax loads, too
+    checkpoints/120/progress.json, SHA256SUMS
+    checkpoints/160.partial/    being written; renamed when it is complete
+    checkpoints/40.removed/     being deleted
 """
 
-import itertools
 import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +25,11 @@ from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
 from cnnjax.errors import StorageError, UserError
-from cnnjax.runs.files import SUMS, check_sums, write_sums
+from cnnjax.runs.files import check_sums, move_into, read_json, tree_sha256, write_json, write_sums
+from cnnjax.runs.schema import SavedProgress
 from cnnjax.step import TrainState
 
+PROGRESS = "progress.json"
 # Orbax's threads synchronize through state of the process. Without this lock, simultaneous saves of two seeds deadlock.
 _ORBAX = threading.Lock()
 
@@ -36,58 +42,74 @@ class Checkpoints:
 
     Attributes:
       saved_at: when the last save, or else this object, began, as `time.perf_counter()`.
+
+    Raises:
+      UserError: the progress.json of a checkpoint is damaged; see `recover`.
     """
 
-    def __init__(self, directory: Path, *, read_only: bool = False):
-        policies = ocp.training.preservation_policies
-        best = policies.BestN(get_metric_fn=_accuracy, n=2, keep_checkpoints_without_metrics=False)
-        preserved: Any = policies.AnyPreservationPolicy([policies.LatestN(2), best])
-        self._checkpointer = ocp.training.Checkpointer(
-            str(directory.absolute()),
-            preservation_policy=preserved,
-            cleanup_tmp_directories=not read_only,  # A killed save leaves them.
-        )
+    def __init__(self, directory: Path):
         self._directory = directory.absolute()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self.saved_at = time.perf_counter()
+        # The accuracy of each checkpoint; None within an epoch.
+        self._accuracy = {step: _accuracy(_read_progress(directory / str(step))) for step in _steps(directory)}
+        self._has_read_back = False
         self._pending: Future[None] | None = None
+        self.saved_at = time.perf_counter()
+
+    def steps(self) -> list[int]:
+        """Returns the steps of all checkpoints, in order."""
+        return sorted(self._accuracy)
 
     def latest(self) -> int | None:
         """Returns the step of the latest checkpoint, or None."""
-        latest = self._checkpointer.latest
-        return None if latest is None else latest.step
+        return max(self._accuracy, default=None)
 
     def best(self) -> int | None:
         """Returns the step of the checkpoint with the best validation accuracy (the latest of equals), or None."""
-        scored = [(_accuracy(c.metrics), c.step) for c in self._checkpointer.checkpoints if c.metrics is not None]
-        return max(scored)[1] if scored else None
+        return next(iter(self._ranked()), None)
 
-    def save(self, state: TrainState, progress: dict[str, Any], validation: dict[str, Any] | None = None) -> None:
+    def _ranked(self) -> list[int]:
+        scored = [(accuracy, step) for step, accuracy in self._accuracy.items() if accuracy is not None]
+        return [step for _, step in sorted(scored, reverse=True)]
+
+    def save(self, state: TrainState, progress: Mapping[str, Any], validation: dict[str, Any] | None = None) -> None:
         """Starts to save a checkpoint. Waits for the previous save and for `state`.
 
         Args:
           state: must not be donated afterwards; see `copy_state`.
-          progress: what `restore` returns with the state, as JSON. "best_step" is the step of the best checkpoint.
-          validation: the scores at the end of an epoch, ranked by "accuracy" if present; None within an epoch.
+          progress, validation: the content of `SavedProgress`.
 
         Raises:
           StorageError: if the previous checkpoint could not be written.
         """
         self.wait()
         self.saved_at = time.perf_counter()
-        self._pending = self._thread.submit(self._save, int(state.step), state, progress, validation)
+        saved: Any = {**progress, "validation": validation}
+        self._pending = self._thread.submit(self._save, int(state.step), state, saved)
 
     def is_saving(self) -> bool:
         """Returns whether the last save is still being written."""
         return self._pending is not None and not self._pending.done()
 
-    def _save(self, step: int, state: TrainState, progress: dict[str, Any], validation: dict[str, Any] | None) -> None:
-        with _ORBAX:
-            self._checkpointer.save_checkpointables(
-                step, {"state": state}, force=True, metrics=validation, custom_metadata=progress
-            )
-        folder = self._directory / str(step)
-        write_sums(folder, (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()))
+    def _save(self, step: int, state: TrainState, saved: SavedProgress) -> None:
+        folder, partial = self._directory / str(step), self._directory / f"{step}.partial"
+        context = ocp.Context()
+        # Else, if a directory cannot be made, its threads wait for it for minutes, also when the process ends.
+        context.asynchronous.create_directories_asynchronously = False
+        with _ORBAX, context:
+            ocp.save_checkpointables(str(partial), {"state": state}, overwrite=True)
+        if not self._has_read_back:  # Once per run: it would be too late at the end of training.
+            _read_back(partial, state)
+            self._has_read_back = True
+        write_json(partial / PROGRESS, saved)
+        write_sums(partial, (path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file()))
+        if folder.exists():
+            _remove(folder)
+        partial.rename(folder)
+        self._accuracy[step] = _accuracy(saved)
+        for old in {*self._accuracy} - {*self.steps()[-2:], *self._ranked()[:2]}:
+            _remove(self._directory / str(old))
+            del self._accuracy[old]
 
     def wait(self) -> None:
         """Waits until the last save is on disk.
@@ -107,7 +129,7 @@ class Checkpoints:
 
     def restore(
         self, step: int, abstract_state: TrainState, sharding: jax.sharding.Sharding | None = None
-    ) -> tuple[TrainState, dict[str, Any]]:
+    ) -> tuple[TrainState, SavedProgress]:
         """Restores a checkpoint after verifying its checksums.
 
         Args:
@@ -116,11 +138,12 @@ class Checkpoints:
           sharding: where to put the arrays; the first device if None.
 
         Returns:
-          The state and the `progress` that was saved with it.
+          The state, and the progress that was saved with it.
 
         Raises:
           UserError: if the checkpoint is damaged, or belongs to another model, optimizer or version.
         """
+        check_characters("run", self._directory.parent)
         path = self._directory / str(step)
         if faults := _faults(path):
             raise UserError(
@@ -132,13 +155,13 @@ class Checkpoints:
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract_state
         )
         with _reading(path):
-            metadata: Any = self._checkpointer.checkpointables_metadata(step)
-            _check_leaves(path, metadata.metadata["state"], target)
-            state = self._checkpointer.load_checkpointables(step, {"state": target})["state"]
-        return state, metadata.custom_metadata
+            metadata: Any = ocp.checkpointables_metadata(str(path)).metadata
+            _check_leaves(path, metadata["state"], target)
+            state = ocp.load_checkpointables(str(path), {"state": target})["state"]
+        return state, _read_progress(path)
 
     def close(self) -> None:
-        """Waits for the last save and ends the threads.
+        """Waits for the last save and ends the thread.
 
         Raises:
           StorageError: if the last save failed and `wait` has not raised it yet.
@@ -147,37 +170,45 @@ class Checkpoints:
             self.wait()
         finally:
             self._thread.shutdown()
-            with suppress(Exception):  # Orbax raises the error of a failed save again.
-                self._checkpointer.close()
+
+
+def check_characters(parameter: str, run_dir: Path) -> None:
+    """Checks that Orbax, which takes the path of a checkpoint for a pattern, can read it back.
+
+    Raises:
+      UserError: it cannot.
+    """
+    path = str(run_dir.absolute())
+    if found := re.search(r"\[[^/]*\]|[\\\udc80-\udcff]", path):
+        raise UserError(
+            f"`{parameter}` must be a path in UTF-8 without [...] and \\, which Orbax cannot read back, got "
+            f"{found[0]!r} in {path!r}. Use another directory."
+        )
 
 
 def recover(directory: Path, say: Callable[[str], None]) -> None:
     """Leaves only those checkpoints in `directory` that a run can resume from.
 
-    These are the latest intact checkpoint whose best checkpoint is also intact, and the intact ones before it.
-    Checkpoints that a killed process left incomplete are deleted. Damaged ones, and those without their best
-    checkpoint, are moved to `directory`/../damaged. `say` receives a line for each of them.
+    These are the latest intact checkpoint whose best checkpoint is also intact, and the intact ones before it. Damaged
+    ones, and those without their best checkpoint, are moved to `directory`/../damaged; `say` receives a line for each.
+    What a killed process was writing or deleting is deleted.
 
     Raises:
-      UserError: if an intact checkpoint was written by another version of the package or of Orbax.
+      UserError: if a file cannot be read, or if an intact checkpoint was written by another version of the package.
     """
-    steps = sorted((int(path.name) for path in directory.glob("*") if path.name.isdecimal()), reverse=True)
+    for path in directory.iterdir() if directory.exists() else ():
+        if re.fullmatch(r"\d+\.(partial.*|removed)", path.name) and not path.is_symlink():
+            shutil.rmtree(path)
+    steps = _steps(directory)[::-1]
     faults = {step: _faults(directory / str(step)) for step in steps}
-    best = {step: _best_step(directory / str(step)) for step in steps if not faults[step]}
+    best = {step: _read_progress(directory / str(step))["best_step"] for step in steps if not faults[step]}
     usable = next((step for step in best if best[step] in (None, *best)), None)
     start = "Training starts again from step 0." if usable is None else f"Training resumes from step {usable}."
     for step in steps:
-        path, wrong = directory / str(step), faults[step]
-        older = usable is not None and step <= usable
-        if older and not wrong:
-            continue
-        # SHA256SUMS is written last. Orbax deletes the files of an old checkpoint one by one.
-        if f"{SUMS} is missing" in wrong or (older and all(fault.endswith("is missing") for fault in wrong)):
-            shutil.rmtree(path)
-            say(f"The checkpoint of step {step} was incomplete and has been deleted. {start}")
-        else:
+        wrong = faults[step]
+        if wrong or usable is None or step > usable:
             reason = wrong[0] if wrong else f"its best checkpoint, of step {best[step]}, is missing or damaged"
-            moved = _move_to(directory.parent / "damaged", path)
+            moved = move_into(directory.parent / "damaged", directory / str(step))
             say(f"The checkpoint of step {step} cannot be used: {reason}. It has been moved to {moved}. {start}")
 
 
@@ -186,22 +217,56 @@ def all_finite(params: PyTree) -> bool:
     return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(params)))
 
 
-def _accuracy(metrics: Any) -> float:
-    return metrics.get("accuracy", 0.0)  # Without validation all are equal, and the latest is the best.
+def _steps(directory: Path) -> list[int]:
+    """Returns the steps of the checkpoints in a directory, which may be damaged, in order."""
+    names = [path.name for path in directory.iterdir()] if directory.exists() else []
+    return sorted(int(name) for name in names if re.fullmatch(r"\d+", name, re.ASCII))
+
+
+def _read_progress(path: Path) -> SavedProgress:
+    return read_json(path / PROGRESS, SavedProgress)
+
+
+def _accuracy(saved: SavedProgress) -> float | None:
+    """Returns what ranks a checkpoint. Without validation all are equal, and the latest is the best."""
+    return None if saved["validation"] is None else saved["validation"].get("accuracy", 0.0)
+
+
+def _remove(path: Path) -> None:
+    """Deletes a checkpoint. If the process is killed meanwhile, its name says that it is incomplete."""
+    removed = path.with_name(f"{path.name}.removed")
+    path.rename(removed)
+    shutil.rmtree(removed)
+
+
+def _read_back(path: Path, state: TrainState) -> None:
+    """Checks that Orbax loads the bits that it has just written."""
+    target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), state)
+    with _ORBAX:
+        loaded = ocp.load_checkpointables(str(path), {"state": target})["state"]
+    if tree_sha256(loaded) != tree_sha256(state):
+        raise OSError("it was read back with other values")
 
 
 def _faults(path: Path) -> list[str]:
-    """Describes each file of a checkpoint that does not match its checksum."""
+    """Describes each file of a checkpoint that does not match its checksum, or has none.
+
+    Raises:
+      UserError: if a file cannot be read: nothing is known about it.
+    """
     if path.is_symlink():
         return [f"{path.name} is outside the folder"]
-    return [f"{name} is {status}" for name, status in check_sums(path).items() if status not in ("ok", "no checksum")]
-
-
-def _best_step(path: Path) -> int | None:
-    """Returns the step of the best checkpoint at the time when `path` was saved."""
-    with _reading(path):
-        progress: Any = ocp.checkpointables_metadata(str(path.absolute())).custom_metadata
-        return progress["best_step"]
+    found = {name: status for name, status in check_sums(path).items() if status != "ok"}
+    for name, status in found.items():
+        if status.startswith("unreadable"):
+            raise UserError(
+                f"The checkpoint {path} must be readable, but {name} is {status}. Allow reading it, or move the "
+                "checkpoint to another folder: a run then resumes from an earlier one."
+            )
+    return [
+        f"{name} is {status}" if status != "no checksum" else f"{name} has no checksum"
+        for name, status in found.items()
+    ]
 
 
 @contextmanager
@@ -226,13 +291,6 @@ def _reason(error: BaseException) -> str:
     return found[0] if found else f"{type(error).__name__}: {str(error)[:200]}"
 
 
-def _move_to(folder: Path, path: Path) -> Path:
-    """Moves `path` into `folder`, under a name that is free."""
-    folder.mkdir(exist_ok=True)
-    targets = (folder / (f"{path.name}.{i}" if i else path.name) for i in itertools.count())
-    return path.rename(next(target for target in targets if not target.exists()))
-
-
 def _check_leaves(path: Path, saved: PyTree, target: PyTree) -> None:
     there, here = (  # By path alone: Orbax's metadata has dicts instead of our named tuples.
         {
@@ -243,8 +301,12 @@ def _check_leaves(path: Path, saved: PyTree, target: PyTree) -> None:
     )
     if different := sorted(there.items() ^ here.items()):
         name = different[0][0]
+        saved_as, expected = there.get(name, "no value"), here.get(name, "no value")
+        fix = "If they are the same, another version of cnnjax wrote it: manifest.json names its commit."
+        if len({re.sub(r"(32|64)\)$", ")", text) for text in (saved_as, expected)}) == 1:
+            now = "on" if jax.dtypes.canonicalize_dtype(float) == np.float64 else "off"
+            fix = f"JAX_ENABLE_X64 must be as it was in training, and is {now} now."
         raise UserError(
-            f"The checkpoint {path} must match the model and the optimizer, but `{name}` has "
-            f"{there.get(name, 'no value')} there and {here.get(name, 'no value')} here. If they are the same, another "
-            "version of cnnjax wrote it: manifest.json names its commit."
+            f"The checkpoint {path} must match the model and the optimizer, but `{name}` has {saved_as} there and "
+            f"{expected} here. {fix}"
         )

@@ -104,12 +104,14 @@ def decode(content: Mapping[str, Any], names: Mapping[str, Any], files: Iterable
       UserError: a name is missing, or the content is of another version.
     """
     try:
+        if missing := [f.name for f in dataclasses.fields(Config) if f.name not in content]:
+            raise UserError(f"config.json: `{missing[0]}` must be there, got nothing.")
         values = {key: _decode(value, key, names, tuple(files)) for key, value in content.items()}
         if values["dataset"] == ARRAYS:
             if ARRAYS not in names:
                 raise _missing("dataset", ARRAYS, tuple(files))
             values["dataset"] = names[ARRAYS]
-        config = Config(**values)
+        config = _build(Config, values)
     except (TypeError, KeyError, AttributeError) as error:
         raise UserError(f"`config` must fit this version of cnnjax and its own classes, got {error}.") from error
     if different := changes(content, encode(config)):  # For example, a field that is missing.
@@ -143,8 +145,15 @@ def _decode(value: Any, path: str, names: Mapping[str, Any], files: tuple[str, .
     if found is None or (kind == "class" and not _is_dataclass(found)):
         raise _missing(path, name, files)
     if kind == "class":
-        return found(**arguments)
+        return _build(found, arguments)
     return partial(found, *arguments["args"], **arguments["keywords"]) if kind == "partial" else found
+
+
+def _build(cls: Any, values: Mapping[str, Any]) -> Any:
+    try:
+        return cls(**values)
+    except UserError as error:
+        raise UserError(f"config.json: {error}") from error
 
 
 def _missing(path: str, name: str, files: tuple[str, ...]) -> UserError:

@@ -2,111 +2,32 @@
 `manifest`) and, at the end, result.json. Its content is data; none of it is executed.
 """
 
+import errno
 import fcntl
-import json
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from filelock import FileLock, Timeout
 
 from cnnjax.cli.console import Report
 from cnnjax.cli.signals import Stop, stop_signals
 from cnnjax.config import Config
-from cnnjax.data.batches import Standardization
-from cnnjax.data.datasets import ImageDataset
 from cnnjax.errors import UserError
 from cnnjax.runs import manifest
-from cnnjax.runs.checkpoints import Checkpoints, recover
-from cnnjax.runs.codec import decode, encode, source_files
-from cnnjax.runs.files import changes, read_json, write_file, write_json
+from cnnjax.runs.checkpoints import Checkpoints, check_characters, recover
+from cnnjax.runs.codec import encode, source_files
+from cnnjax.runs.files import changes, check_local, check_sums, move_into, open_regular, read_json
+from cnnjax.runs.records import Record, read_record, write_record
+from cnnjax.runs.schema import DataFacts, Result
+from cnnjax.runs.source import source_code
 
 FILES = ("config.json", "metrics.jsonl", "timing.jsonl", "result.json")  # Besides manifest.json and its diffs.
 LOCK = "lock"
 _BEGUN = rf"{LOCK}|manifest\.json|session-\d+\.diff|.*\.partial"  # What a kill leaves before config.json is written.
-
-
-@dataclass(frozen=True)
-class DataFacts:
-    """What a trained network has to know about its data.
-
-    Attributes:
-      image_shape: (H, W, C).
-      class_names: the name of each label, in order.
-      sha256: for each split, see `data.datasets.digest`.
-      version: the tfds version.
-      source: where the pixels came from, in words.
-      mean, std: of the training images' channels, in pixel units (0 to 255).
-    """
-
-    image_shape: tuple[int, ...]
-    class_names: tuple[str, ...]
-    sha256: dict[str, str]
-    version: str
-    source: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    @property
-    def standardization(self) -> Standardization:
-        """Mean and standard deviation as arrays."""
-        return Standardization(np.array(self.mean, np.float32), np.array(self.std, np.float32))
-
-
-def make_facts(dataset: ImageDataset, image_shape: tuple[int, ...], standardization: Standardization) -> DataFacts:
-    """Returns the facts of a data set and of its training images' statistics."""
-    return DataFacts(
-        image_shape=image_shape,
-        class_names=dataset.class_names,
-        sha256=dataset.sha256,
-        version=dataset.version,
-        source=dataset.source,
-        mean=tuple(standardization.mean.tolist()),
-        std=tuple(standardization.std.tolist()),
-    )
-
-
-@dataclass(frozen=True)
-class Record:
-    """The content of config.json.
-
-    Attributes:
-      config: the configuration as JSON, see `codec.encode`.
-      data: what a trained network has to know about its data.
-      files: the SHA-256 of each file that defines classes or functions of the configuration.
-    """
-
-    config: dict[str, Any]
-    data: DataFacts
-    files: dict[str, str] = field(default_factory=dict)
-
-    def decode(self, names: Mapping[str, Any]) -> Config:
-        """Returns the configuration; `names` are the user's classes and functions, see `codec.decode`."""
-        return decode(self.config, names, self.files)
-
-
-def read_record(run_dir: Path) -> Record:
-    """Reads config.json.
-
-    Raises:
-      UserError: it is missing or of another version, or a link leads out of the directory.
-    """
-    check_links(run_dir)
-    try:
-        content = json.loads((run_dir / "config.json").read_bytes())
-        data: Any = {name: tuple(x) if isinstance(x, list) else x for name, x in content["data"].items()}
-        record = Record(content["config"], DataFacts(**data), content["files"])
-        if not {"seed", "num_epochs", "dataset"} <= record.config.keys():
-            raise KeyError("seed, num_epochs or dataset")
-        return record
-    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"`run` must be the directory of a run of this version, with a config.json, got {run_dir} ({error!r})."
-        ) from error
 
 
 @dataclass
@@ -128,11 +49,30 @@ class OpenRun:
     checkpoints: Checkpoints = field(init=False)
     _stack: ExitStack = field(default_factory=ExitStack)
 
-    def finished(self) -> dict[str, Any] | None:
-        """Returns the content of result.json if nothing is left to do."""
-        result = read_result(self.run_dir)
-        done = result is not None and result["num_epochs"] >= self.config.num_epochs
-        return result if done and manifest.is_closed(self.run_dir) else None
+    def finished(self) -> Result | None:
+        """Returns the content of result.json if nothing is left to do.
+
+        A damaged result.json is moved to damaged/: the last checkpoint gives the same one.
+        """
+        path = self.run_dir / "result.json"
+        if not path.exists():
+            return None
+        try:
+            result = read_json(path, Result)
+        except UserError:
+            moved = move_into(self.run_dir / "damaged", path)
+            self.report.say(f"{path} was damaged. It has been moved to {moved}, and is computed again.")
+            return None
+        status = check_sums(self.run_dir)
+        intact = all(status.get(name) == "ok" for name in FILES)  # A kill can come before the checksums.
+        if result["num_epochs"] < self.config.num_epochs or not intact or not manifest.is_finished(self.run_dir):
+            return None
+        if not any((self.run_dir / "checkpoints").glob("*")):
+            self.report.say(
+                f"{self.run_dir} has a result but no checkpoints, which `eval` and `predict` need. `cnnjax reproduce` "
+                "trains it again."
+            )
+        return result
 
     def begin(self, facts: DataFacts, environment: dict[str, Any]) -> None:
         """Begins a session: checks the data, writes manifest.json and config.json, and sets damaged checkpoints aside.
@@ -145,15 +85,18 @@ class OpenRun:
         """
         check_data(self.run_dir, facts)
         files = source_files(self.config)
-        environment = environment | {"files": files}
-        for line in manifest.changes_since_last_session(self.run_dir, environment):
+        code = source_code(self.run_dir)
+        environment = environment | {"files": files} | code.facts
+        for line in (*manifest.changes_since_last_session(self.run_dir, environment), *code.warnings()):
             self.report.say(line)
         self._stack.enter_context(self.stop.held())
         about = environment | {"seed": self.config.seed, "resumed_from": None}
-        session = self._stack.enter_context(manifest.session(self.run_dir, about, FILES))
+        session = self._stack.enter_context(manifest.session(self.run_dir, about, FILES, code.diff))
         write_record(self.run_dir, Record(encode(self.config), facts, files))
         recover(self.run_dir / "checkpoints", self.report.say)
-        self.checkpoints = self._stack.enter_context(closing(Checkpoints(self.run_dir / "checkpoints")))
+        self.checkpoints = Checkpoints(self.run_dir / "checkpoints")
+        self._stack.callback(lambda: session.update(checkpoints=self.checkpoints.steps()))
+        self._stack.enter_context(closing(self.checkpoints))
         session["resumed_from"] = self.checkpoints.latest()
 
 
@@ -161,7 +104,7 @@ class OpenRun:
 def open_run(
     run_dir: Path, config: Config, report: Report, *, resume: bool, stop: Stop | None = None
 ) -> Iterator[OpenRun]:
-    """Locks a run directory, which is created, and turns SIGINT and SIGTERM into `Interrupted`.
+    """Locks a run directory, which is created, and turns SIGINT, SIGTERM and SIGHUP into `Interrupted`.
 
     The system releases the lock when the process ends, however it ends. A directory that stayed empty is removed.
 
@@ -171,39 +114,67 @@ def open_run(
     Raises:
       UserError: another process trains in the directory, it cannot be written, or `check_run` fails.
     """
-    if not run_dir.is_dir() and run_dir.exists():
-        raise UserError(f"`run_dir` must be a directory, got the file {run_dir}.")
+    check_path(run_dir)
     encode(config)  # Nothing is written for a configuration that cannot be.
+    if run_dir.is_dir():
+        check_run(run_dir, config, resume)
     lock = FileLock(run_dir / LOCK, timeout=1, fallback_to_soft=False)  # `is_locked` holds it for an instant.
+    new = [path for path in (run_dir, *run_dir.parents) if not path.exists()]
+    is_new = not (run_dir / LOCK).exists()
     with ExitStack() as stack:
+        stack.callback(_remove_empty, new)
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             lock.acquire()
-        except OSError as error:
-            in_use = "is in use by another process" if isinstance(error, Timeout) else f"cannot be written ({error})"
-            raise UserError(f"`run_dir` {run_dir} {in_use}. Choose another: --run-dir DIR.") from error
-        stack.callback(_release, lock, run_dir)
+        except (OSError, NotImplementedError) as error:
+            raise UserError(f"`run_dir` {run_dir} {_why_not(error)}. Choose another: --run-dir DIR.") from error
+        stack.callback(_release, lock, run_dir, is_new)
         stop = stop or stack.enter_context(stop_signals())
         check_run(run_dir, config, resume)
         yield OpenRun(run_dir, config, report, stop, stack)
 
 
-def _release(lock: FileLock, run_dir: Path) -> None:
-    if [path.name for path in run_dir.iterdir()] in ([], [LOCK]):
+def check_path(run_dir: Path) -> None:
+    """Checks that a run can be written to, and read from, a path.
+
+    Raises:
+      UserError: it is a URL or a file, or Orbax could not read its checkpoints there.
+    """
+    check_local("run_dir", run_dir)
+    if not run_dir.is_dir() and run_dir.exists():
+        raise UserError(f"`run_dir` must be a directory, got the file {run_dir}.")
+    check_characters("run_dir", run_dir)
+
+
+def _why_not(error: Exception) -> str:
+    if isinstance(error, Timeout):
+        return "is in use by another process"
+    if isinstance(error, NotImplementedError) or getattr(error, "errno", None) in (errno.ENOLCK, errno.EOPNOTSUPP):
+        return f"must be on a file system that can lock files, against a second process in the same run, got: {error}"
+    return f"cannot be written ({error})"
+
+
+def _release(lock: FileLock, run_dir: Path, is_new: bool) -> None:
+    if is_new and not (run_dir / "manifest.json").exists():  # The run has not begun: nothing remains of it.
         (run_dir / LOCK).unlink(missing_ok=True)
-        run_dir.rmdir()
     lock.release()
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    with suppress(OSError):  # It is not empty, or was never created.
+        for folder in folders:
+            folder.rmdir()
 
 
 def is_locked(run_dir: Path) -> bool:
     """Returns whether a process trains in the directory now."""
-    if not (run_dir / LOCK).exists():
+    try:
+        with open_regular(run_dir / LOCK) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # Shared: it works in a directory that is not ours.
+    except BlockingIOError:
+        return True
+    except OSError:  # There is no lock, or the file system has none.
         return False
-    with (run_dir / LOCK).open() as file:  # Shared, so that it works in a directory that is not ours.
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
     return False
 
 
@@ -255,57 +226,10 @@ def check_data(run_dir: Path, facts: DataFacts) -> None:
       UserError: it was on other data.
     """
     if (run_dir / "config.json").exists():
-        old = read_record(run_dir).data
-        if (old.sha256, old.mean, old.std) != (facts.sha256, facts.mean, facts.std):
+        ours = {"version": "", "source": ""}  # The same data may come from elsewhere.
+        if changed := changes(asdict(read_record(run_dir).data) | ours, asdict(facts) | ours):
+            listed = "; ".join(f"`{name}` is {old!r} there and {new!r} here" for name, (old, new) in changed.items())
             raise UserError(
-                f"{run_dir} must be resumed with its own data, SHA-256 {old.sha256}, mean {old.mean} and deviation "
-                f"{old.std}, got {facts.sha256}, {facts.mean} and {facts.std} from {facts.source}. Pass the same "
-                "--data-dir."
+                f"{run_dir} must be resumed with its own data, version {facts.version} from {facts.source} differs: "
+                f"{listed}. Pass the same --data-dir, or restore config.json."
             )
-
-
-def write_record(run_dir: Path, record: Record) -> None:
-    """Writes config.json, or renews that of a shorter run. The directory must be locked."""
-    path = run_dir / "config.json"
-    if path.exists():
-        if read_record(run_dir).config == record.config:
-            return
-        (run_dir / "result.json").unlink(missing_ok=True)  # Of the shorter run.
-    write_json(path, asdict(record))
-
-
-def check_links(run_dir: Path) -> None:
-    """Checks that nothing in a run directory leads out of it.
-
-    Raises:
-      UserError: a link does.
-    """
-    for path in run_dir.glob("*"):
-        if path.is_symlink() and not path.resolve().is_relative_to(run_dir.resolve()):
-            raise UserError(f"A run directory must not contain a link that leads out of it, got {path}. Remove it.")
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Returns the rows of metrics.jsonl or timing.jsonl, one per epoch (none before the first).
-
-    Raises:
-      UserError: a line is not JSON.
-    """
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    except ValueError as error:
-        raise UserError(
-            f"{path} must hold one JSON object per line, got {error}. An unfinished run rewrites it: resume it with "
-            "--resume. Train a finished one again: cnnjax reproduce."
-        ) from error
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Writes all of metrics.jsonl or timing.jsonl: an epoch that is trained again must not appear twice."""
-    write_file(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def read_result(run_dir: Path) -> dict[str, Any] | None:
-    """Returns the content of result.json, or None if the run has not finished."""
-    path = run_dir / "result.json"
-    return read_json(path) if path.exists() else None

@@ -3,15 +3,20 @@
 SHA256SUMS has the format of coreutils: `sha256sum -c SHA256SUMS` in the same folder checks the files without cnnjax.
 """
 
+import errno
 import hashlib
+import itertools
 import json
 import os
 import re
+import reprlib
+import stat
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import jax
 import numpy as np
@@ -20,6 +25,8 @@ from jaxtyping import PyTree
 from cnnjax.errors import UserError
 
 SUMS = "SHA256SUMS"
+RESTORE = "Restore the file, or train again."
+T = TypeVar("T")
 
 
 @contextmanager
@@ -55,20 +62,72 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file atomically."""
-    write_file(path, json.dumps(content, indent=2) + "\n")
+    """Writes a JSON file atomically. Lone surrogates, as in file names that are not UTF-8, become escapes."""
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    write_file(path, re.sub("[\ud800-\udfff]", lambda found: f"\\\\u{ord(found[0]):x}", text))
 
 
-def read_json(path: Path) -> Any:
-    """Reads a JSON file.
+def check_local(parameter: str, path: Path) -> None:
+    """Checks that a path is not a URL such as gs://bucket/folder, of which `Path` makes a folder "gs:".
 
     Raises:
-      UserError: if it is missing or damaged.
+      UserError: it is one.
+    """
+    scheme = path.parts[0] if path.parts else ""
+    if re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]+:", scheme) and not Path(scheme).exists():
+        raise UserError(f"`{parameter}` must be a local folder, got {path}. Mount it, or copy the files.")
+
+
+def open_regular(path: Path) -> BufferedReader:
+    """Opens a regular file for reading. Does not wait for a pipe or a device.
+
+    Raises:
+      OSError: if it cannot be read, or is not a regular file.
+    """
+    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")  # noqa: SIM115  The caller closes it.
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
+    return file
+
+
+def read_json(path: Path, schema: type[T], fix: str = RESTORE) -> T:
+    """Reads a JSON file, and checks the types and bounds of its content.
+
+    Args:
+      path: the file.
+      schema: a dataclass or `TypedDict`, perhaps with pydantic's annotations. An int may stand for a float; apart from
+        that nothing is converted.
+      fix: the end of an error message.
+
+    Raises:
+      UserError: if it cannot be read, or has another content; the message names the key, the rule and the value.
     """
     try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} must be a readable JSON file, got {error}. Restore it or train again.") from error
+        with open_regular(path) as file:
+            return parse_json(file.read(), schema, path, fix)
+    except OSError as error:
+        raise UserError(f"{path} must be a readable JSON file, got {error}. {fix}") from error
+
+
+def parse_json(content: str | bytes, schema: type[T], source: object, fix: str = RESTORE) -> T:
+    """Returns the JSON value in `content`; see `read_json`. The message of an error begins with `source`."""
+    from pydantic import TypeAdapter, ValidationError  # `cnnjax --help` does not need it.
+
+    try:
+        return TypeAdapter(schema).validate_json(content, strict=True)
+    except UserError as error:  # Of a dataclass.
+        raise UserError(f"{source}: {error} {fix}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        rule, got = first["msg"].partition(" should ")[2] or first["msg"], reprlib.repr(first["input"])
+        if first["type"] == "missing":
+            rule, got = "be there", "nothing"
+        elif first["type"] == "json_invalid":
+            rule, got = "be JSON", first["msg"].removeprefix("Invalid JSON: ")
+        subject = f"`{key}` in {source}" if key else str(source)
+        raise UserError(f"{subject} must {rule}, got {got}. {fix}") from error
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -88,8 +147,8 @@ def changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, 
 
 
 def file_sha256(path: Path) -> str:
-    """Returns the SHA-256 of the content of a file."""
-    with path.open("rb") as file:
+    """Returns the SHA-256 of the content of a regular file."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -112,26 +171,51 @@ def check_sums(folder: Path) -> dict[str, str]:
     """Compares every file below `folder` with SHA256SUMS.
 
     Returns:
-      The status of each file, by its relative path: "ok", "missing", "damaged", "no checksum", or "outside the folder"
-      (a link, or a name with ..). SHA256SUMS is "missing" if it cannot be read, and "damaged" if a line is malformed.
+      The status of each file, by its relative path: "ok", "missing", "damaged", "no checksum", "outside the folder" (a
+      link, or a name with ..), or "unreadable" with the reason. SHA256SUMS is "damaged" if a line is malformed. If it
+      is not "ok" itself, the status of other files may be unknown.
     """
     try:
-        lines = [re.fullmatch(r"([0-9a-f]{64})  (.+)", line) for line in (folder / SUMS).read_text().splitlines()]
-    except (OSError, ValueError):
-        return {SUMS: "missing"}
-    sums = {line[2]: line[1] for line in lines if line}
-    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or path.is_file()}
+        with open_regular(folder / SUMS) as file:
+            lines = file.read().decode().split("\n")
+    except UnicodeDecodeError:
+        return {SUMS: "damaged"}
+    except OSError as error:
+        return {SUMS: _status_of(error)}
+    parsed = [re.fullmatch(r"([0-9a-f]{64})  ([^\0]+)", line) for line in lines]
+    sums = {line[2]: line[1] for line in parsed if line}
+    present = set()
+    for root, folders, names in os.walk(folder):
+        names += [name for name in folders if Path(root, name).is_symlink()]
+        present |= {Path(root, name).relative_to(folder).as_posix() for name in names}
     status = {name: _status(folder, name, sums.get(name)) for name in [*sums, *sorted(present - {*sums, SUMS})]}
-    return status | ({} if all(lines) else {SUMS: "damaged"})
+    return status | ({} if all(parsed[:-1]) and not lines[-1] else {SUMS: "damaged"})
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Returns whether a path stays in a folder when all links are followed."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def _status(folder: Path, name: str, sha256: str | None) -> str:
     path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
+    if not is_inside(path, folder):
         return "outside the folder"
     if sha256 is None:
         return "no checksum"
     try:
         return "ok" if file_sha256(path) == sha256 else "damaged"
-    except OSError:
-        return "missing"
+    except OSError as error:
+        return _status_of(error)
+
+
+def _status_of(error: OSError) -> str:
+    missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
+    return "missing" if missing else f"unreadable ({error.strerror})"
+
+
+def move_into(folder: Path, path: Path) -> Path:
+    """Moves `path` into `folder`, under a name that is free; returns the new path."""
+    folder.mkdir(exist_ok=True)
+    targets = (folder / (f"{path.name}.{i}" if i else path.name) for i in itertools.count())
+    return path.rename(next(target for target in targets if not os.path.lexists(target)))

@@ -16,12 +16,17 @@ import numpy as np
 
 from cnnjax.cli.console import Report
 from cnnjax.config import Config
-from cnnjax.errors import UserError
-from cnnjax.runs import directory, manifest
+from cnnjax.data.datasets import load_dataset
+from cnnjax.errors import UserError, unknown_name
+from cnnjax.runs import directory, manifest, records
 from cnnjax.runs.codec import source_files
-from cnnjax.runs.files import SUMS, changes, check_sums, file_sha256
+from cnnjax.runs.files import SUMS, changes, check_sums, file_sha256, is_inside
+from cnnjax.runs.schema import Result, Row, Session
+from cnnjax.runs.source import source_code
 from cnnjax.runs.trained import restore_best
 from cnnjax.train import train_and_evaluate
+
+NOT_LISTED = "not listed in SHA256SUMS"  # A file that we list when we write it.
 
 
 class RunInfo(NamedTuple):
@@ -38,8 +43,8 @@ class RunInfo(NamedTuple):
     folder: Path
     state: str
     config: dict[str, Any]
-    rows: list[dict[str, Any]]
-    result: dict[str, Any] | None
+    rows: list[Row]
+    result: Result | None
     seconds: float
 
 
@@ -63,7 +68,7 @@ class Reproduction(NamedTuple):
 def find_runs(folder: Path) -> list[Path]:
     """Returns the run directories in `folder` and its subfolders by name, without following links."""
     found = (path.parent for pattern in ("*/config.json", "*/*/config.json") for path in folder.glob(pattern))
-    return sorted(path for path in found if path.resolve().is_relative_to(folder.resolve()))
+    return sorted(path for path in found if is_inside(path, folder))
 
 
 def read_info(run_dir: Path) -> RunInfo:
@@ -72,14 +77,14 @@ def read_info(run_dir: Path) -> RunInfo:
     Raises:
       UserError: it holds no run, or one of another version.
     """
-    config = directory.read_record(run_dir).config
+    config = records.read_record(run_dir).config
     sessions = manifest.read_manifest(run_dir)["sessions"]
     state = sessions[-1]["state"]
     if state == "running" and not directory.is_locked(run_dir):
         state = "killed"
     seconds = sum(session.get("seconds", 0.0) for session in sessions)
-    rows = directory.read_rows(run_dir / "metrics.jsonl")
-    return RunInfo(run_dir, state, config, rows, directory.read_result(run_dir), seconds)
+    rows = records.read_rows(run_dir)
+    return RunInfo(run_dir, state, config, rows, records.read_result(run_dir), seconds)
 
 
 def verify(run_dir: Path) -> dict[str, str]:
@@ -92,39 +97,45 @@ def verify(run_dir: Path) -> dict[str, str]:
     Raises:
       UserError: `run_dir` holds no run, or a process is training in it.
     """
-    names = [name for name in (*directory.FILES, "manifest.json") if (run_dir / name).exists()]
+    own = (*directory.FILES, "manifest.json")
+    names = [name for name in own if os.path.lexists(run_dir / name)]
     if not names:
         raise UserError(f"`run` must be the directory of a run, got {run_dir}.")
     if directory.is_locked(run_dir):
         raise UserError(f"`run` must not be training while it is verified, got {run_dir}. Wait until it ends.")
-    directory.check_links(run_dir)
-    killed = _was_killed(run_dir)
-    own = ("checkpoints/", "damaged/", directory.LOCK)
-    found = {name: what for name, what in check_sums(run_dir).items() if not name.startswith(own)}
+    records.check_links(run_dir)
+    last = _last_session(run_dir)
+    killed = last is not None and last["state"] == "running"
+    others = ("checkpoints/", "damaged/", directory.LOCK)
+    found = {name: what for name, what in check_sums(run_dir).items() if not name.startswith(others)}
     if killed and found == {SUMS: "missing"}:
         found = dict.fromkeys(names, "no checksum")
-    for path in sorted((run_dir / "checkpoints").glob("*")):
+    elif found.get(SUMS) != "missing":
+        found |= {name: NOT_LISTED for name in names if found.get(name) == "no checksum"}
+    folder = run_dir / "checkpoints"
+    steps = [] if last is None else last.get("checkpoints", [])
+    found |= {f"checkpoints/{step}": "missing" for step in steps if not os.path.lexists(folder / str(step))}
+    for path in sorted(folder.iterdir()) if folder.exists() else ():
         name = f"checkpoints/{path.name}"
         if path.is_symlink():
             found[name] = "outside the folder"
-        elif path.name.isdecimal() and killed and not (path / SUMS).exists():
-            found[name] = "no checksum"
         elif path.name.isdecimal():
-            found |= {f"{name}/{file}": what for file, what in check_sums(path).items()}
+            status = check_sums(path)
+            found |= {f"{name}/{file}": NOT_LISTED if x == "no checksum" else x for file, x in status.items()}
     return found
 
 
-def _was_killed(run_dir: Path) -> bool:
-    """Returns whether the last session ended without a record; False if the manifest cannot tell."""
+def _last_session(run_dir: Path) -> Session | None:
+    """Returns the last session, or None if the manifest cannot tell."""
     try:
-        return manifest.read_manifest(run_dir)["sessions"][-1]["state"] == "running"
+        return manifest.read_manifest(run_dir)["sessions"][-1]
     except UserError:
-        return False
+        return None
 
 
 def diff(a: Path, b: Path) -> dict[str, dict[str, tuple[Any, Any]]]:
     """Compares two runs; returns {"configuration" | "data" | "environment" | "outcome": {name: (a, b)}}."""
-    x, y = (directory.read_record(run_dir) for run_dir in (a, b))
+    x, y = (records.read_record(run_dir) for run_dir in (a, b))
     last_a, last_b = (manifest.read_manifest(run_dir)["sessions"][-1] for run_dir in (a, b))
     return {
         "configuration": changes(x.config, y.config),
@@ -155,23 +166,24 @@ def reproduce(
       UserError: the run is not finished; see also `train_and_evaluate`.
     """
     report = report or Report(quiet=True)
-    old = directory.read_result(run_dir)
+    old = records.read_result(run_dir)
     if old is None:
         raise UserError(f"`run` must be finished, got {run_dir}. Resume it with --resume first.")
     metrics = run_dir / "metrics.jsonl"
     if not metrics.exists() or file_sha256(metrics) != old["sha256"]["metrics"]:
         raise UserError(
-            f"{metrics} must be the one that result.json names, SHA-256 {old['sha256']['metrics']}. Restore it."
+            f"{metrics} must be the one that result.json names, SHA-256 {old['sha256']['metrics']}. {records.REWRITE}"
         )
     sessions = manifest.read_manifest(run_dir)["sessions"]
     _take_cores(sessions[-1]["cores"])
     devices = jax.local_devices()[: sessions[-1]["num_devices"]]
-    now = manifest.environment(devices) | {"files": source_files(config)}
+    now = manifest.environment(devices) | {"files": source_files(config)} | source_code().facts
     environment = manifest.environment_changes(sessions, now)
     for name, (there, here) in environment.items():
         report.say(f"{name} is {there} there and {here} here: the bits may differ")
-    new = train_and_evaluate(config, run_dir=into, data_dir=data_dir, resume=resume, devices=devices, report=report)
-    rows = list(zip(*(directory.read_rows(folder / "metrics.jsonl") for folder in (run_dir, into)), strict=True))
+    dataset = load_dataset(config.dataset, data_dir, report.say, version=records.data_version(run_dir))
+    new = train_and_evaluate(config, run_dir=into, resume=resume, devices=devices, report=report, dataset=dataset)
+    rows = list(zip(*(records.read_rows(folder) for folder in (run_dir, into)), strict=True))
     epochs = [x["epoch"] for x, y in rows if x["params_sha256"] != y["params_sha256"]]
     moved = {}
     if new["sha256"] != old["sha256"]:
@@ -192,29 +204,35 @@ def reproduce(
     )
 
 
-def scores(target: str, metric: str) -> tuple[str, dict[int, float]]:
-    """Returns the name of an experiment, and the score of each of its finished seeds.
+def scores(target: str, metric: str) -> tuple[dict[int, float], list[Path]]:
+    """Returns the score of each finished seed of an experiment, and the runs that have not finished.
 
     Args:
       target: a folder of runs, or the name (or path) before -seed<k>.
       metric: a key of result.json.
 
     Raises:
-      UserError: there is no such run, they differ in more than the seed, or a seed occurs twice.
+      UserError: there is no such run, none has finished, they differ in more than the seed, or a seed occurs twice.
     """
     path = Path(target)
-    if path.is_dir():
-        folders = find_runs(path) if not (path / "config.json").exists() else [path]
-    else:
+    is_folder = target != "" and os.path.isdir(path)
+    folders = [path] if os.path.exists(path / "config.json") else find_runs(path) if is_folder else []
+    if not folders:
         base = path if path.parent.name else Path("runs") / path
-        named = re.compile(rf"{re.escape(base.name)}-seed\d+")
-        folders = sorted(p.parent for p in base.parent.glob("*/config.json") if named.fullmatch(p.parent.name))
+        of_name: dict[str, list[Path]] = {}
+        for folder in sorted(p.parent for p in base.parent.glob("*/config.json")):
+            if match := re.fullmatch(r"(.+)-seed\d+", folder.name, re.DOTALL):
+                of_name.setdefault(match[1], []).append(folder)
+        if base.name not in of_name and of_name and not is_folder:
+            raise unknown_name("experiment", base.name, of_name)
+        folders = of_name.get(base.name, [])
     found: dict[int, float] = {}
     of_seed: dict[int, Path] = {}
+    unfinished = []
     first: dict[str, Any] | None = None
     for folder in folders:
-        config = directory.read_record(folder).config
-        result = directory.read_result(folder)
+        config = records.read_record(folder).config
+        result = records.read_result(folder)
         first, seed = first or config, config["seed"]
         if changed := changes({**first, "seed": seed}, config):
             name, (x, y) = next(iter(changed.items()))
@@ -222,7 +240,9 @@ def scores(target: str, metric: str) -> tuple[str, dict[int, float]]:
                 f"The runs of {target} must differ only in their seed, got `{name}` {x!r} and {y!r}. Pass a folder or "
                 "a name that only the runs of one configuration share."
             )
-        if result is not None:
+        if result is None:
+            unfinished.append(folder)
+        else:
             if seed in found:
                 raise UserError(
                     f"The runs of {target} must have different seeds, got seed {seed} in {of_seed[seed]} and "
@@ -232,10 +252,14 @@ def scores(target: str, metric: str) -> tuple[str, dict[int, float]]:
                 raise UserError(f"`metric` must be one that every run has, got {metric}, which {folder} lacks.")
             found[seed], of_seed[seed] = result[metric], folder
     if not found:
-        raise UserError(
-            f"`experiment` must be a folder of finished runs, or the name before -seed<k> in runs/, got {target!r}."
+        lacking = (
+            f" with {len(unfinished)} unfinished runs. Resume them with --resume" if unfinished else " without a run"
         )
-    return target, found
+        raise UserError(
+            "`experiment` must be a folder of finished runs, or the name before -seed<k> in runs/, got "
+            f"{target!r}{lacking}."
+        )
+    return found, unfinished
 
 
 def _take_cores(count: int) -> None:
@@ -255,7 +279,7 @@ def _outcome(run_dir: Path) -> dict[str, Any]:
 
 def _distance(a: Path, b: Path, config: Config) -> float:
     """Returns the norm of the difference of the best parameters, relative to the norm of those of `a`."""
-    facts = directory.read_record(a).data
+    facts = records.read_record(a).data
     x, y = (jax.tree.leaves(restore_best(run_dir, config, facts).state.params) for run_dir in (a, b))
     square = sum(float(np.sum((np.asarray(p, np.float64) - q) ** 2)) for p, q in zip(x, y, strict=True))
     return float(np.sqrt(square / sum(float(np.sum(np.asarray(p, np.float64) ** 2)) for p in x)))

@@ -2,6 +2,8 @@
 
 import os
 import re
+import reprlib
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import replace
@@ -12,29 +14,35 @@ from typing import Any
 import jax
 
 from cnnjax.cli.console import Report
+from cnnjax.cli.process import start_jax
 from cnnjax.cli.signals import Interrupted, stop_signals
 from cnnjax.config import Config
 from cnnjax.data.datasets import load_dataset
-from cnnjax.errors import UserError
-from cnnjax.runs.directory import check_run
+from cnnjax.errors import check
+from cnnjax.runs.directory import check_path, check_run
 from cnnjax.runs.manifest import num_cores
+from cnnjax.runs.records import data_version
+from cnnjax.runs.schema import Result
 from cnnjax.train import train_and_evaluate
+
+MAX_SEEDS = 10_000
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
     """Returns the seeds of "0:10" (0 to 9) or "0,3,7", in order.
 
     Raises:
-      UserError: it is neither, or has no seed or one twice.
+      UserError: it is neither, or has no seed, too many, one twice, or one of more than 32 bits.
     """
-    seeds: tuple[int, ...] = ()
-    if match := re.fullmatch(r"(\d+):(\d+)", text):
-        seeds = tuple(range(int(match[1]), int(match[2])))
-    elif re.fullmatch(r"\d+(,\d+)*", text):
-        seeds = tuple(map(int, text.split(",")))
-    if not seeds or len({*seeds}) < len(seeds):
-        raise UserError(f"`seeds` must be a range such as 0:10 (0 to 9) or a list such as 0,3,7, got {text!r}.")
-    return seeds
+    seeds: Sequence[int] = ()
+    if match := re.fullmatch(r"(\d{1,10}):(\d{1,10})", text):
+        seeds = range(int(match[1]), int(match[2]))
+    elif re.fullmatch(r"\d{1,10}(,\d{1,10})*", text):
+        seeds = [int(seed) for seed in text.split(",")]
+    valid = 0 < len(seeds) <= MAX_SEEDS and len({*seeds}) == len(seeds) and max(seeds) < 2**32
+    rule = f"a range such as 0:10 (0 to 9) or a list such as 0,3,7, of 1 to {MAX_SEEDS:,} different seeds below 2**32"
+    check("seeds", rule, valid, reprlib.repr(text))
+    return tuple(seeds)
 
 
 def use_cores(count: int) -> None:
@@ -56,7 +64,7 @@ def train_seeds(
     resume: bool = False,
     checkpoint_seconds: float = 60.0,
     report: Report | None = None,
-) -> list[dict[str, Any]]:
+) -> list[Result]:
     """Trains `config` with each seed, each in a run directory.
 
     Each seed trains on one device, as many at a time as there are devices; the step is traced once, and compiled once
@@ -75,20 +83,24 @@ def train_seeds(
       UserError: the user has to fix something; before the first step if it can be known then.
       NonFiniteLossError, Interrupted: see `train_and_evaluate`.
     """
+    start_jax()
     report = report or Report(quiet=True)
+    check("seeds", "different, and at least one", len({*seeds}) == len(seeds) > 0, seeds)
     configs = [replace(config, seed=seed) for seed in seeds]
     folders = [Path("runs") / c.run_name if folder is None else folder / f"seed{c.seed}" for c in configs]
     for run_dir, c in zip(folders, configs, strict=True):
+        check_path(run_dir)
         if run_dir.is_dir():
             check_run(run_dir, c, resume)
-    dataset = load_dataset(config.dataset, data_dir, report.say)
+    version = next(filter(None, map(data_version, folders)), None)
+    dataset = load_dataset(config.dataset, data_dir, report.say, version=version)
     devices = jax.local_devices()
     free: SimpleQueue[Any] = SimpleQueue()
     for device in devices:
         free.put(device)
     with stop_signals() as stop:
 
-        def train(run_dir: Path, config: Config, report: Report) -> dict[str, Any]:
+        def train(run_dir: Path, config: Config, report: Report) -> Result:
             device = free.get()
             try:
                 if stop.signum is not None:  # This seed was still waiting.
@@ -108,11 +120,14 @@ def train_seeds(
                 free.put(device)
 
         if min(len(devices), len(seeds)) == 1:
-            return [train(run_dir, c, report) for run_dir, c in zip(folders, configs, strict=True)]
+            results = [train(run_dir, c, report) for run_dir, c in zip(folders, configs, strict=True)]
+            stop.finished = True
+            return results
         reports = [report.of(f"seed {seed}: ") for seed in seeds]  # Several progress bars would overwrite each other.
         with stop.held(), ThreadPoolExecutor(len(devices)) as threads:
             futures = [threads.submit(train, *job) for job in zip(folders, configs, reports, strict=True)]
             # Python handles signals only in this thread, and a signal to another thread does not wake it.
             while wait(futures, timeout=0.1).not_done:
                 pass
+            stop.finished = not any(future.exception() for future in futures)
         return [future.result() for future in futures]

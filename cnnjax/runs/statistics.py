@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-from cnnjax.errors import UserError
+from cnnjax.errors import UserError, check
 
 CONFIDENCE = 0.95
 POWER = 0.8  # The probability of detecting a real difference; Cohen 1988, "Statistical Power Analysis", section 2.4.
 MAX_SEEDS = 10_000
+UNBOUNDED = (-math.inf, math.inf)
 
 
 class Summary(NamedTuple):
@@ -32,8 +33,8 @@ class Comparison(NamedTuple):
     Attributes:
       paired: whether both have the same seeds.
       resolved: whether p is below 0.05.
-      more_seeds: the number of seeds to add to each experiment to detect a difference of this size with a probability
-        of 80%; 0 if it is resolved, None if there is no difference or this would take more than 10,000 seeds.
+      more: the numbers of seeds to add to a and to b so that a difference of this size is detected with a probability
+        of 80%; (0, 0) if it is resolved, None if there is no difference or one of them would have more than 10,000.
     """
 
     paired: bool
@@ -44,38 +45,45 @@ class Comparison(NamedTuple):
     resolved: bool
     n_a: int
     n_b: int
-    more_seeds: int | None
+    more: tuple[int, int] | None
 
 
-def summarize(values: Sequence[float]) -> Summary:
+def summarize(values: Sequence[float], bounds: tuple[float, float] = UNBOUNDED) -> Summary:
     """Returns the mean, the standard deviation and Student's t interval.
 
+    Args:
+      values: the score of each seed.
+      bounds: the least and the greatest possible score, which limit the interval.
+
     Raises:
-      UserError: if there are no values.
+      UserError: if there are no values, or one is not finite.
     """
     n = len(values)
     if n == 0:
         raise UserError("`values` must contain the score of at least one finished run, got none.")
+    check("values", "finite", bool(np.isfinite(values).all()), values)
     mean = float(np.mean(values))
     if n == 1:
         return Summary(mean, math.nan, math.nan, math.nan, 1)
     deviation = float(np.std(values, ddof=1))
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * deviation / math.sqrt(n)
-    return Summary(mean, deviation, mean - half, mean + half, n)
+    return Summary(mean, deviation, max(mean - half, bounds[0]), min(mean + half, bounds[1]), n)
 
 
-def compare(a: Mapping[int, float], b: Mapping[int, float]) -> Comparison:
+def compare(a: Mapping[int, float], b: Mapping[int, float], bounds: tuple[float, float] = UNBOUNDED) -> Comparison:
     """Compares two experiments with the paired t test if they have the same seeds, and with Welch's test otherwise.
 
     Args:
       a, b: the score of each seed.
+      bounds: the least and the greatest possible score. Their distance limits the interval of the difference.
 
     Raises:
-      UserError: if one has fewer than two seeds.
+      UserError: if one has fewer than two seeds, or a score is not finite.
     """
     for name, scores in (("a", a), ("b", b)):
         if len(scores) < 2:
             raise UserError(f"`{name}` must have at least two finished seeds, got {len(scores)}. Train more: --seeds.")
+        check(name, "finite scores", bool(np.isfinite([*scores.values()]).all()), [*scores.values()])
     paired = a.keys() == b.keys()
     x = np.array([a[seed] for seed in sorted(a)])
     y = np.array([b[seed] for seed in sorted(b)])
@@ -90,29 +98,39 @@ def compare(a: Mapping[int, float], b: Mapping[int, float]) -> Comparison:
         low, high = map(float, test.confidence_interval(CONFIDENCE))
         p_value = float(test.pvalue)
     resolved = p_value < 1 - CONFIDENCE
-    more = None if difference == 0 else 0 if resolved else _more_seeds(difference, samples, max(len(x), len(y)))
-    return Comparison(paired, difference, low, high, p_value, resolved, len(x), len(y), more)
+    limit = bounds[1] - bounds[0]
+    low, high = max(low, -limit), min(high, limit)
+    sizes = (len(x), len(y))
+    more = None if difference == 0 else (0, 0) if resolved else _more_seeds(difference, samples, sizes)
+    return Comparison(paired, difference, low, high, p_value, resolved, *sizes, more)
 
 
-def _more_seeds(difference: float, samples: Sequence[np.ndarray], n: int) -> int | None:
-    """Returns the number of seeds above `n` that reach `POWER`, or None if it is more than `MAX_SEEDS` in total.
+def _more_seeds(difference: float, samples: Sequence[np.ndarray], sizes: tuple[int, int]) -> tuple[int, int] | None:
+    """Returns the numbers of seeds to add: the fewest so that both experiments have m, and the power is `POWER`.
 
     Args:
       difference: the true difference.
       samples: the differences of the pairs, or the scores of both experiments. Their variances stand for the true ones.
-      n: the number of seeds of the larger experiment.
+      sizes: the numbers of seeds.
+
+    Returns:
+      The numbers, or None if m would be more than `MAX_SEEDS`.
     """
     variances = np.array([np.var(sample, ddof=1) for sample in samples])
 
-    def power(n: int) -> float:
+    def power(m: int) -> float:
         """Returns the power of a two-sided t test; Cohen 1988, section 2.5."""
-        # The degrees of freedom of Welch and Satterthwaite, with n seeds each; n - 1 for pairs.
-        freedom = (n - 1) * np.sum(variances) ** 2 / np.sum(variances**2)
-        noncentrality = abs(difference) * math.sqrt(n / np.sum(variances))
+        n = np.maximum(sizes[: len(samples)], m)
+        squares = variances / n  # Of the standard errors.
+        freedom = np.sum(squares) ** 2 / np.sum(squares**2 / (n - 1))  # Welch and Satterthwaite's; n - 1 for pairs.
+        noncentrality = abs(difference) / math.sqrt(np.sum(squares))
         critical = stats.t.ppf((1 + CONFIDENCE) / 2, freedom)
         power = float(stats.nct.sf(critical, freedom, noncentrality) + stats.nct.cdf(-critical, freedom, noncentrality))
         return 1.0 if math.isnan(power) else power  # SciPy returns NaN if the effect is huge.
 
-    candidates = range(n + 1, MAX_SEEDS + 1)
-    index = bisect.bisect_left(candidates, POWER, key=power)  # The power grows with n.
-    return index + 1 if index < len(candidates) else None
+    candidates = range(min(sizes) + 1, MAX_SEEDS + 1)
+    index = bisect.bisect_left(candidates, POWER, key=power)  # The power grows with m.
+    if index == len(candidates):
+        return None
+    more_a, more_b = (max(0, candidates[index] - n) for n in sizes)
+    return more_a, more_b

@@ -1,14 +1,19 @@
 """A trained network: restored from its run directory, scored, and applied to image files."""
 
+import warnings
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import numpy as np
-from PIL import Image, ImageOps
+from jaxtyping import Array, Float, PyTree
+from PIL import Image, ImageOps, UnidentifiedImageError
 
+from cnnjax.cli.process import start_jax
+from cnnjax.cli.streams import reason
 from cnnjax.config import Config
 from cnnjax.data.batches import Pixels, standardize
 from cnnjax.data.datasets import load_dataset
@@ -17,8 +22,12 @@ from cnnjax.data.tfds_format import Examples
 from cnnjax.errors import UserError
 from cnnjax.runs.checkpoints import Checkpoints
 from cnnjax.runs.codec import collect_names
-from cnnjax.runs.directory import DataFacts, read_record
+from cnnjax.runs.files import open_regular
+from cnnjax.runs.records import read_record
+from cnnjax.runs.schema import DataFacts
 from cnnjax.step import Scores, TrainState, evaluate, init_state
+
+MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # Of Pillow, for each number of channels.
 
 
 class Trained(NamedTuple):
@@ -50,14 +59,17 @@ def restore_best(run_dir: Path, config: Config, facts: DataFacts) -> Trained:
     Raises:
       UserError: there is no checkpoint of an epoch yet.
     """
+    start_jax()
     config = config.with_num_classes(len(facts.class_names))
     # Only the structure of its state matters here, and it must allow for one update and one synchronization.
     tx = config.optim.make_tx(num_steps=config.optim.accumulate_steps * max(config.optim.lookahead, 1))
     image = jax.ShapeDtypeStruct((1, *facts.image_shape), np.float32)
     abstract_state = jax.eval_shape(partial(init_state, model=config.model, tx=tx), jax.random.key(0), image)
-    with closing(Checkpoints(run_dir / "checkpoints", read_only=True)) as checkpoints:
+    with closing(Checkpoints(run_dir / "checkpoints")) as checkpoints:
         if (best := checkpoints.best()) is None:
-            raise UserError(f"`run` must have finished an epoch, got {run_dir}. Resume it with --resume.")
+            finished = (run_dir / "result.json").exists()
+            fix = "Train it again: cnnjax reproduce." if finished else "Resume it with --resume."
+            raise UserError(f"`run` must have the checkpoint of an epoch, got {run_dir} without one. {fix}")
         state, _ = checkpoints.restore(best, abstract_state)
     return Trained(config, facts, state)
 
@@ -69,7 +81,7 @@ def score(trained: Trained, split: str, data_dir: Path | None = None) -> Scores:
       UserError: the data are not those of the run.
     """
     config, facts = trained.config, trained.facts
-    dataset = load_dataset(config.dataset, data_dir)
+    dataset = load_dataset(config.dataset, data_dir, version=facts.version)
     if dataset.sha256 != facts.sha256:
         parameter = "data_dir" if dataset.folder else "dataset"
         raise UserError(
@@ -93,32 +105,47 @@ def classify(trained: Trained, image: np.ndarray) -> np.ndarray:
     """Returns the probability of each class, float32 [K], of an image, uint8 [H W C]."""
     pixels = standardize(image[None], trained.facts.standardization)
     variables = {"params": trained.state.params, "batch_stats": trained.state.batch_stats}
-    logits: Any = trained.config.model.apply(variables, pixels, train=False)
-    return np.asarray(jax.nn.softmax(logits)[0])
+    return np.asarray(_probabilities(variables, pixels, model=trained.config.model)[0])
+
+
+@partial(jax.jit, static_argnames="model")
+def _probabilities(variables: PyTree, image: Float[Array, "B H W C"], *, model: nn.Module) -> Float[Array, "B K"]:
+    logits: Any = model.apply(variables, image, train=False)
+    return jax.nn.softmax(logits)
 
 
 def read_image(path: Path, image_shape: tuple[int, ...]) -> np.ndarray:
-    """Reads an image file as uint8 [H W C].
+    """Reads an image file, or the first frame of an animation, as uint8 [H W C].
 
-    It is rotated by its EXIF orientation, put on a white background if it is transparent, converted to gray or color
-    (C = 1 or 3), and scaled to H×W with a center crop of the longer side.
+    It is rotated by its EXIF orientation, put on a white background if it is transparent and C is 1 or 3, converted to
+    gray or color, and scaled to H×W with a center crop of the longer side. If C is 2 or 4, the last channel is alpha.
 
     Raises:
-      UserError: `path` is not an image that Pillow can read.
+      UserError: `path` is not an image that Pillow can read, or C is above 4.
     """
     height, width, channels = image_shape
+    if channels not in MODES:
+        raise UserError(f"`image` must have 1 to 4 channels to be read from a file, got a network of {channels}.")
     try:
-        with Image.open(path) as file:
+        # Pillow warns of large images, up to twice that size, and of metadata.
+        with warnings.catch_warnings(action="ignore"), open_regular(path) as stream, Image.open(stream) as file:
             if file.mode in ("I", "F"):
                 raise UserError(f"`image` must have 8 or 16 bits per channel, got {path} with 32 (mode {file.mode}).")
-            if file.mode.startswith("I;16"):  # Pillow would clip 16-bit grey instead of scaling it.
-                image = Image.fromarray((np.asarray(file) >> 8).astype(np.uint8)).convert("RGBA")
-            else:
-                image = ImageOps.exif_transpose(file).convert("RGBA")
+            ImageOps.exif_transpose(file, in_place=True)
+            image: Image.Image = file
+            if image.mode.startswith("I;16"):  # Pillow would clip 16-bit gray instead of scaling it.
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if image.mode not in ("L", "RGB") or image.has_transparency_data:  # A copy of a photograph is large.
+                image = image.convert("RGBA")
+                if channels in (1, 3):
+                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            if image.mode != MODES[channels]:
+                image = image.convert(MODES[channels])
+            fitted = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
     except UserError:
         raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"`image` must be an image file (PNG, JPEG, WebP, ...), got {path} ({error}).") from error
-    opaque = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    fitted = ImageOps.fit(opaque.convert("L" if channels == 1 else "RGB"), (width, height), Image.Resampling.LANCZOS)
-    return np.asarray(fitted).reshape(image_shape)
+    except Exception as error:  # The decoders of Pillow raise errors of many types.
+        unknown = isinstance(error, UnidentifiedImageError)
+        why = "of an unknown format" if unknown else reason(error) or type(error).__name__
+        raise UserError(f"`image` must be an image file (PNG, JPEG, WebP, ...), got {path} ({why}).") from error
+    return np.array(fitted).reshape(image_shape)

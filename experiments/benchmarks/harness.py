@@ -214,7 +214,7 @@ def environment(peers: str) -> str:
     import jax
 
     from cnnjax.prepare import device_name
-    from cnnjax.runs.manifest import source_code
+    from cnnjax.runs.source import source_code
 
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     model = next(iter(re.findall(r"model name\s*: (.*)", cpuinfo)), platform.processor())
@@ -224,7 +224,7 @@ def environment(peers: str) -> str:
     if Path(peers).exists():
         packages = subprocess.check_output([peers, "-m", "pip", "list", "--format", "freeze"], text=True)
         versions += [" ".join(found) for found in re.findall(r"(?m)^(torch|keras|tensorflow[_a-z-]*)==(.*)", packages)]
-    code, _ = source_code()
+    code = source_code().facts
     commit = (code["commit"] or "unknown")[:7] + (" with changes" if code["dirty"] else "")
     return (
         f"{time.strftime('%Y-%m-%d')}, {device_name(jax.devices()[0])}: {model} ({', '.join(units)}); "

@@ -2,12 +2,13 @@
 
 import io
 import json
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from cnnjax.cli.experiment import load_experiment
 from cnnjax.cli.main import main
 from cnnjax.cli.train_command import parse_train
 from cnnjax.runs.codec import encode
-from cnnjax.runs.directory import read_record, read_result
 from cnnjax.runs.manifest import read_manifest
+from cnnjax.runs.records import read_record, read_result
 
 FILE = Path(__file__).parents[1] / "programs" / "own_experiment.py"
 OPTIONS = ["--model.width", "6", "--optim.b1", "0.8"]
@@ -69,7 +70,7 @@ def test_train_overrides_fields_of_the_classes_and_records_names(trained):
 
 
 def test_help_lists_the_fields_with_their_docstrings(capsys):
-    with pytest.raises(SystemExit):
+    with suppress(SystemExit):
         main(["train", str(FILE), "--help"])
     out = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
     assert "--model.width INT Number of channels. (default: 4)" in out
@@ -171,7 +172,8 @@ def test_commands_that_compare_runs_need_no_file(trained, tmp_path, monkeypatch,
         edit(b / "result.json", lambda content, accuracy=accuracy: content.update(test_accuracy=accuracy))
     main(["compare", "a", "b"])
     assert re.search(r"^difference: -\d+\.\d\d% .*paired t test, the same seeds", capsys.readouterr().out, re.MULTILINE)
-    main(["diff", "runs/a-seed0", "runs/b-seed0"])
+    with pytest.raises(SystemExit, match="1"):
+        main(["diff", "runs/a-seed0", "runs/b-seed0"])
     assert capsys.readouterr().out.startswith("configuration:\n  optim.b1: 0.8 | 0.9\ndata: the same\n")
     main(["runs"])
     lines = [line.split()[:4] for line in capsys.readouterr().out.splitlines()]
@@ -211,3 +213,107 @@ def edit(path, change):
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
+
+
+# --- Files that are no experiments ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def experiments(tmp_path, monkeypatch):
+    """A folder with experiments/mine.py, helper.py beside it, and files that cannot be read."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    folder = tmp_path / "experiments"
+    folder.mkdir()
+    (folder / "good.py").write_text("from cnnjax import Config\nCONFIG = Config()\n")
+    (folder / "helper.py").write_text("def divide():\n    return 1 / 0\n")
+    (folder / "broken.py").write_text("x = (\n")
+    (folder / "folder.py").mkdir()
+    (folder / "latin.py").write_bytes(b"# caf\xe9\nCONFIG = 1\n")
+    (folder / ".#good.py").symlink_to("nowhere")
+    (folder / "loop.py").symlink_to("loop.py")
+    os.mkfifo(folder / "pipe.py")
+    yield folder
+    for name in ("helper", "broken"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("CONFIG = Config(num_epochs='3')", "mine.py, line 2: `num_epochs` must be an int, got '3'."),
+        ("\n\nCONFIG = Config(\n", "mine.py, line 4: SyntaxError: '(' was never closed."),
+        ("CONFIG = Config(seed=x)", "mine.py, line 2: NameError: name 'x' is not defined."),
+        ("from notthere import x", "mine.py, line 2: ModuleNotFoundError: No module named 'notthere'."),
+        ("import helper\nhelper.divide()", "helper.py, line 2: ZeroDivisionError: division by zero."),
+        ("import broken", "broken.py, line 1: SyntaxError: '(' was never closed."),
+        ("def f(): f()\nf()", "mine.py, line 2: RecursionError: maximum recursion depth exceeded."),
+        ("raise ValueError('two\\nlines')", "mine.py, line 2: ValueError: two lines."),
+        ("assert False", "mine.py, line 2: AssertionError."),
+        ("import jax\njax.numpy.zeros('a')", "mine.py, line 3: TypeError: "),  # The last frame is one of jax.
+        ("x = '\0'", "mine.py: SyntaxError: source code string cannot contain null bytes."),
+        (
+            "import sys; sys.exit(3)",
+            "mine.py, line 2: SystemExit: 3. An experiment file must define CONFIG and not exit.",
+        ),
+    ],
+)
+def test_a_file_that_fails_is_one_line(lines, message, experiments, no_type_checks, capsys):
+    (experiments / "mine.py").write_text(f"from cnnjax import Config\n{lines}\n")
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "mine"])
+    captured = capsys.readouterr()
+    assert (stopped.value.code, captured.out) == (2, "")
+    assert captured.err.startswith(f"experiments/{message}") and captured.err.count("\n") == 1
+
+
+def test_a_file_that_trains_itself_when_it_is_imported(experiments, capsys):
+    (experiments / "mine.py").write_text("from cnnjax import Config, run_experiment\nrun_experiment(Config())\n")
+    message = fails(capsys, "train", "mine")
+    assert message == '`run_experiment` must be called below `if __name__ == "__main__":`, got a call without it. '
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("folder", "`EXPERIMENT` must be a file that can be read, got experiments/folder.py (Is a directory). "),
+        ("pipe", "`EXPERIMENT` must be a file that can be read, got experiments/pipe.py (Not a regular file). "),
+        (
+            ".#good",
+            "`EXPERIMENT` must be a file that can be read, got experiments/.#good.py (No such file or directory",
+        ),
+        ("loop", "`EXPERIMENT` must be a file that can be read, got experiments/loop.py (Too many levels of symbolic"),
+        ("latin", "experiments/latin.py: SyntaxError: invalid or missing encoding declaration. "),
+        ("goood", "`EXPERIMENT` must be a known name, got 'goood'. Did you mean good? "),
+        ("x" * 300, f"`EXPERIMENT` must be a known name, got '{'x' * 300}'. Valid names: good, latin. "),
+        ("x\0", "`EXPERIMENT` must be a known name, got 'x\\x00'. Valid names: good, latin. "),
+    ],
+    ids=["folder", "pipe", "dangling link", "loop", "latin-1", "misspelled", "long", "zero"],
+)
+def test_a_file_that_cannot_be_read(name, message, experiments, capsys):
+    assert fails(capsys, "train", name).startswith(message)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_a_file_without_permission(experiments, capsys):
+    (experiments / "good.py").chmod(0)
+    message = "`EXPERIMENT` must be a file that can be read, got experiments/good.py (Permission denied). "
+    assert fails(capsys, "train", "good") == message
+
+
+def test_a_folder_without_experiments(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    message = fails(capsys, "train", "mine")
+    assert f"got 'mine', and there is no such folder in {tmp_path}. Change to the project's folder, or" in message
+
+
+def test_a_file_name_that_names_no_run(experiments, capsys):
+    (experiments / "good.py").rename(experiments / "not good.py")
+    assert fails(capsys, "train", "not good").endswith("got 'not good'. Rename the file, or set `name` in its CONFIG. ")
+
+
+def test_a_file_with_the_name_of_a_standard_module_does_not_replace_it(experiments, monkeypatch):
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    source = "import colorsys\nfrom cnnjax import Config\nCONFIG = Config(seed=int(colorsys.rgb_to_hsv(0, 0, 7)[2]))\n"
+    (experiments / "colorsys.py").write_text(source)
+    assert load_experiment("colorsys").config.seed == 7

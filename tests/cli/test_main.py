@@ -1,14 +1,19 @@
 import io
 import json
+import os
 import re
+import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 import cnnjax
+from cnnjax import load_trained
 from cnnjax.cli.console import Report
 from cnnjax.cli.main import main
 from cnnjax.data.datasets import load_dataset
@@ -84,6 +89,51 @@ def test_predict_hints_at_images_of_reversed_brightness(run_dir, prepared_dir, t
     assert captured.err == ""
 
 
+def test_predict_reads_the_other_files_if_one_is_bad(run_dir, tmp_path, capsys, caplog, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ["-a.png", "b b.png", "new\nline.png", os.fsdecode(b"\xff.png")]
+    for name in names:
+        Image.new("L", (28, 28), 60).save(name)
+    os.mkfifo("fifo.png")
+    Image.new("RGB", (28, 28)).save("bad.tiff")
+    content = Path("bad.tiff").read_bytes()
+    samples = struct.pack("<HHLH", 277, 3, 1, 3)  # Tag 277: samples per pixel. Pillow logs an error if they are many.
+    assert content.count(samples) == 1
+    Path("bad.tiff").write_bytes(content.replace(samples, struct.pack("<HHLH", 277, 3, 1, 99)))
+    images = [names[1], "missing\n.png", "fifo.png", "bad.tiff", names[1], *names[2:], "--", names[0]]
+    with pytest.raises(SystemExit) as stopped:
+        main(["predict", str(run_dir), "--top", "1", *images])
+    assert stopped.value.code == 2
+    captured = capsys.readouterr()
+    found = [line.rsplit(": ", 1) for line in captured.out.splitlines()]
+    assert [name for name, _ in found] == ["b b.png", "b b.png", "new\\nline.png", "\\udcff.png", "-a.png"]
+    assert len({classes for _, classes in found}) == 1
+    missing, fifo, tiff = captured.err.splitlines()
+    assert "got missing\\n.png (No such file or directory)" in missing
+    assert "got fifo.png (Not a regular file)" in fifo
+    assert "got bad.tiff (of an unknown format)" in tiff
+    assert not caplog.messages
+
+
+def test_predict_inverts_colors_and_not_the_alpha_channel(run_dir, tmp_path, capsys, monkeypatch):
+    rng, seen = np.random.default_rng(0), []
+    image = rng.integers(0, 256, (28, 28, 4), np.uint8)
+    Image.fromarray(image).save(tmp_path / "rgba.png")
+
+    def load_alpha(*args):
+        trained = load_trained(run_dir)
+        return trained._replace(facts=replace(trained.facts, image_shape=(28, 28, 4), mean=(99.0,) * 4, std=(1.0,) * 4))
+
+    def classify(trained, image):
+        seen.append(image)
+        return np.ones(10) / 10
+
+    monkeypatch.setattr("cnnjax.runs.trained.load_trained", load_alpha)
+    monkeypatch.setattr("cnnjax.runs.trained.classify", classify)
+    main(["predict", str(run_dir), str(tmp_path / "rgba.png"), "--invert"])
+    np.testing.assert_array_equal(seen[0], np.dstack([255 - image[..., :3], image[..., 3]]))
+
+
 def test_data_describes_the_set(prepared_dir, capsys):
     main(["data", "generated", "--data-dir", str(prepared_dir)])
     out = capsys.readouterr().out
@@ -103,8 +153,8 @@ def test_mistakes_of_the_user_are_messages(run_dir, train, tmp_path, capsys):
     (tmp_path / "no.png").write_text("no image")
     assert "`image` must be an image file" in fails(capsys, "predict", str(run_dir), str(tmp_path / "no.png"))
     assert "`run` must be the directory of a run" in fails(capsys, "eval", str(tmp_path))
-    assert "`images` must name a file" in fails(capsys, "predict", str(run_dir))
-    assert "`top` be at least 1, got 1 files and 0" in fails(capsys, "predict", str(run_dir), "a.png", "--top", "0")
+    assert "`images` must be at least one file, got none." in fails(capsys, "predict", str(run_dir))
+    assert "`top` must be at least 1, got 0." in fails(capsys, "predict", str(run_dir), "a.png", "--top", "0")
     with pytest.raises(SystemExit) as stopped:
         train(run_dir)
     assert stopped.value.code == 2
@@ -112,9 +162,34 @@ def test_mistakes_of_the_user_are_messages(run_dir, train, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--num-epochs 0", "`num_epochs` must be at least 1, got 0."),
+        ("--optim.learning-rate -1", "`optim.learning_rate` must be above 0 and finite, got -1.0."),
+        ("--loss.label-smoothing 1", "`loss.label_smoothing` must be at least 0 and below 1, got 1.0."),
+        ("--model speednet --model.widths 1", "`model.widths` must be 3 numbers of at least 1, got (1,)."),
+        ("--augment mixup --augment.alpha -1", "`augment.alpha` must be "),
+        ("--checkpoint-seconds nan", "`checkpoint_seconds` must be at least 0, got nan."),
+        ("--optim sgd --seed 1 --optim=adam", "`--optim` must be given once, got it 2 times."),
+        ("--model", "`model` must be a known name, got ''. Valid names: cnn, mlp, speednet."),
+        ("--optim --seed 1", "`optim` must be a known name, got '--seed'. Valid names: adam, muon, sgd."),
+    ],
+)
+def test_a_refused_value_is_one_line(options, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", *options.split()])
+    assert stopped.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(message) and captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize(
     ("error", "status", "message"),
     [
         (OSError(28, "No space left on device", "metrics.jsonl"), 1, "No space left on device: 'metrics.jsonl'"),
+        (RuntimeError("can't start new thread"), 1, "Memory and threads must suffice, got RuntimeError"),
+        (MemoryError(), 1, "Memory and threads must suffice, got MemoryError(). Raise the limits of this process."),
         (KeyboardInterrupt(), 130, "Stopped at once; everything since the last checkpoint is lost."),
     ],
 )
@@ -142,7 +217,7 @@ def test_output_that_is_not_a_terminal_has_no_progress_bar(train, tmp_path, caps
     captured = capsys.readouterr()
     assert captured.err == ""
     lines = captured.out.splitlines()
-    assert ", 390 training and 40 validation images, on cpu, " in lines[0]
+    assert any(", 390 training and 40 validation images, on cpu, " in line for line in lines)
     assert lines[-2].startswith("epoch 3/3  loss ")
     assert re.match(r"Test accuracy \d+\.\d\d% \(loss .*\) on all 170 test images", lines[-1])
 
@@ -184,5 +259,8 @@ def test_the_public_interface_is_what_the_readme_lists():
     imports = re.findall(r"^    from cnnjax.* import (.+)$", Path(cnnjax.__file__).read_text(), re.MULTILINE)
     assert sorted(listed) == sorted(name for names in imports for name in names.split(", "))
     assert all(getattr(cnnjax, name).__doc__ for name in listed)
+    namespace: dict = {}
+    exec("from cnnjax import *", namespace)
+    assert sorted(namespace.keys() - {"__builtins__"}) == sorted(listed)
     with pytest.raises(AttributeError, match="module 'cnnjax' has no attribute 'nothing'"):
         getattr(cnnjax, "nothing")  # noqa: B009

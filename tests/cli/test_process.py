@@ -1,4 +1,6 @@
 import os
+import pwd
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -6,7 +8,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from cnnjax.cli.process import set_flags, use_compilation_cache
+from cnnjax.cli.process import set_flags, start_jax, use_compilation_cache
+from cnnjax.errors import UserError
 from cnnjax.layers import onednn
 
 DETERMINISM = "--xla_gpu_deterministic_ops"
@@ -90,3 +93,53 @@ def test_programs_are_cached_unless_they_cannot_be(backend, name, value, warning
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
     use_compilation_cache(messages.append)
     assert messages == ([warning] if warning else [])
+
+
+def test_without_a_home_directory_nothing_is_cached(monkeypatch):
+    """As of a user whom a container does not know."""
+
+    def getpwuid(uid):
+        raise KeyError(uid)
+
+    monkeypatch.setattr(pwd, "getpwuid", getpwuid)
+    for name in ("HOME", "XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CNNJAX_ONEDNN", "0")
+    monkeypatch.setattr(jax.config, "update", pytest.fail)
+    messages = []
+    use_compilation_cache(messages.append)
+    assert messages == [
+        "There is no home directory, so compiled programs are not kept: each start compiles again. Set HOME."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "message"),
+    [
+        ("JAX_PLATFORMS", "cuda", AssertionError(), "got 'cuda'. Change it."),
+        ("JAX_PLATFORM_NAME", "gpux", RuntimeError("Unknown backend."), "got 'gpux': Unknown backend. Change it."),
+    ],
+)
+def test_a_device_that_jax_does_not_find_is_a_message(name, value, error, message, monkeypatch):
+    def local_devices():
+        raise error
+
+    monkeypatch.setattr(jax, "local_devices", local_devices)
+    monkeypatch.setenv(name, value)
+    rule = f"`{name}` must name a kind of device that jax finds here, such as cpu, {message}"
+    with pytest.raises(UserError, match=re.escape(rule)):
+        start_jax()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "valid"),
+    [("jax_numpy_dtype_promotion", "strict", "standard"), ("jax_transfer_guard", "disallow", "allow")],
+)
+def test_options_of_jax_that_forbid_what_we_do_are_refused(option, value, valid):
+    before = getattr(jax.config, option)
+    jax.config.update(option, value)
+    try:
+        with pytest.raises(UserError, match=f"`{option.upper()}` must be {valid}, got {value}. Unset it."):
+            start_jax()
+    finally:
+        jax.config.update(option, before)

@@ -121,7 +121,7 @@ def test_a_field_that_holds_a_function_or_data_keeps_it():
         ("--tta", "flp", "`tta` must be a known name, got 'flp'. Did you mean flip"),
         ("--loss.label-smoothing", "1", "`loss.label_smoothing` must be at least 0 and below 1, got 1"),
         ("--optim.learning-rate", "-1", "`optim.learning_rate` must be above 0 and finite, got -1"),
-        ("--optim.learning-rate", "nan", "`optim.learning_rate` must be above 0 and finite, got nan"),
+        ("--optim.learning-rate", "nan", "`optim.learning_rate` must be finite, and 0 or a normal number of float32"),
         ("--optim.schedule", "one_cycel", "`optim.schedule` must be a known name, got 'one_cycel'. Did you mean one_c"),
         ("--optim.warmup", "1", "`optim.warmup` must be at least 0 and below 1, got 1"),
         ("--optim.weight-decay", "-1", "`optim.weight_decay` must be at least 0 and finite, got -1"),
@@ -142,7 +142,7 @@ def test_a_field_that_holds_a_function_or_data_keeps_it():
         ("--model.conv-dropout", "1", "`model.conv_dropout` must be between 0 and 0.99, got 1"),
         ("--model.dense-dropout", "-1", "`model.dense_dropout` must be between 0 and 0.99, got -1"),
         ("--optim.learning-rat", "1e-3", "Perhaps you meant: --optim.learning-rate FLOAT"),
-        ("--seeds", "x", "`seeds` must be a range such as 0:10 (0 to 9) or a list such as 0,3,7, got 'x'"),
+        ("--seeds", "x", "`seeds` must be a range such as 0:10 (0 to 9) or a list such as 0,3,7, of 1 to 10,000"),
     ],
 )
 def test_values_out_of_range(option, value, rule, capsys):
@@ -154,9 +154,7 @@ def test_a_word_without_a_value(capsys):
 
 
 def test_help_lists_the_words(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["train", "--help"])
-    assert stopped.value.code == 0
+    main(["train", "--help"])
     out = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
     assert "--model cnn|mlp|speednet --optim adam|muon|sgd --augment augment|cutmix|mixup" in out
 

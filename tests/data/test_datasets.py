@@ -1,12 +1,12 @@
 import dataclasses
 import functools
 import hashlib
-import importlib.util
 import io
 import json
+import os
+import re
 import shutil
 import struct
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from cnnjax import UserError
 from cnnjax.data import datasets as data
 from cnnjax.data.datasets import CACHE, Examples, default_data_dir, digest, load_dataset, prepared_folder
 from cnnjax.data.named import NAMED_SETS
-from cnnjax.data.tfds_format import decode, write_tfds
+from cnnjax.data.tfds_format import write_tfds
 
 FASHION_MNIST_NAMES = (
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
@@ -122,22 +122,36 @@ def test_the_cache_may_move(cached_dir, tmp_path, monkeypatch):
     assert load_dataset("mine", tmp_path / "moved").name == "mine"
 
 
-def test_threads_may_fill_the_cache_at_the_same_time(data_dir, monkeypatch):
-    barrier = threading.Barrier(2, timeout=30)
-
-    def decode_together(folder, split):
-        examples = decode(folder, split)
-        barrier.wait()
-        return examples
-
-    monkeypatch.setattr(data, "decode", decode_together)
+def test_the_second_of_two_threads_waits_and_reads_the_cache(data_dir):
     lines = []
     with ThreadPoolExecutor(2) as threads:
         first, second = threads.map(lambda _: load_dataset("generated", data_dir, say=lines.append), range(2))
     assert first == second
-    assert lines == [f"decoding generated from {first.folder} (once)"] * 2  # No cache that cannot be written.
+    assert lines.count("decoding generated 3.0.1 (once)") == 1
+    assert {*lines} <= {
+        "decoding generated 3.0.1 (once)",
+        f"waiting for another process, which prepares generated in {data_dir}",
+    }
     names = {"train_image.npy", "train_label.npy", "test_image.npy", "test_label.npy", "facts.json"}
     assert {path.name for path in (first.folder / CACHE).iterdir()} == names
+
+
+def with_header(header):
+    """Replaces the header of a .npy file, version 1.0, by a text of any length."""
+    return lambda content: b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header
+
+
+def fifo(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def loop(path):
+    path.unlink()
+    path.symlink_to(path)
+
+
+HEADER = b"{'descr': '|u1', 'fortran_order': False, 'shape': %s}"
 
 
 @pytest.mark.parametrize("name", ["image", "label"])
@@ -150,27 +164,64 @@ def test_threads_may_fill_the_cache_at_the_same_time(data_dir, monkeypatch):
         lambda content: b"",
         lambda content: b"x" * len(content),
         lambda content: content.replace(b")", b"(", 1),
+        with_header(HEADER % b"(1000000, 1000000, 1000000)"),
+        with_header(HEADER % b"(10000000000000000000000,)"),
+        with_header(HEADER % b"(-1,)"),
+        with_header(HEADER.replace(b"|u1", b"|O") % b"(430,)"),
+        with_header(b"(" * 9000),
+        lambda content: npy(np.zeros(430)),
+        lambda content: b"PK" + content,
+        fifo,
+        loop,
     ],
-    ids=["flipped", "half", "no header", "empty", "garbage", "header"],
+    ids=[
+        *("flipped", "half", "no header", "empty", "garbage", "header", "huge", "huge size", "negative", "pickle"),
+        *("nested", "float64", "zip", "FIFO", "loop"),
+    ],
 )
 def test_damaged_arrays_are_decoded_again(damage, name, cached_dir):
     dataset = load_dataset("generated", cached_dir)
     path = dataset.folder / CACHE / f"train_{name}.npy"
     intact, train = path.read_bytes(), dataset.load("train")
-    path.write_bytes(damage(intact))
+    if damage in (fifo, loop):
+        damage(path)
+    else:
+        path.write_bytes(damage(intact))
     assert_equal(load_dataset("generated", cached_dir).load("train"), train)
     assert path.read_bytes() == intact
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[]", '{"name": "generated"}'])
-def test_damaged_facts_are_written_again(content, data_dir):
-    dataset = load_dataset("generated", data_dir)
-    facts = dataset.folder / CACHE / "facts.json"
-    intact = facts.read_bytes()
-    facts.write_text(content)
-    assert load_dataset("generated", data_dir) == dataset
-    assert facts.read_bytes() == intact
-    assert json.loads(intact)["sha256"] == dataset.sha256
+def npy(array):
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *("", "{}", "[]", '{"name": "generated"}', "[" * 200_000, "\0", fifo, loop, "NaN"),
+        *({"sha256": value} for value in ({}, 7, None, {"train": "0" * 64}, {"train": "0" * 64, "test": "x"})),
+        {"sha256": {"train": "0" * 64, "test": "0" * 64, "validation": "0" * 64}},
+        *({"class_names": value} for value in (7, [], [1], "abc", None, [["a"]], float("nan"))),
+        *({"image_shape": value} for value in (None, [], [28, 28], [28, 28, 0], [28, 28, "1"], [28.5, 28, 1])),
+        {"source": 1},
+    ],
+    ids=lambda damage: getattr(damage, "__name__", str(damage)[:40]),
+)
+def test_damaged_facts_are_written_again(damage, cached_dir):
+    """So are those of an earlier version, which has not compared the shapes of the splits."""
+    dataset = load_dataset("generated", cached_dir)
+    path = dataset.folder / CACHE / "facts.json"
+    intact = path.read_bytes()
+    if callable(damage):
+        damage(path)
+    else:
+        path.write_text(damage if isinstance(damage, str) else json.dumps(json.loads(intact) | damage))
+    again = load_dataset("generated", cached_dir)
+    assert again == dataclasses.replace(dataset, source=f"the prepared tfds directory {dataset.folder}")
+    assert json.loads(path.read_bytes()) == json.loads(intact) | {"source": again.source}
+    assert json.loads(intact)["image_shape"] == [28, 28, 1]
 
 
 def test_changed_shards_are_an_error(cached_dir, raw_fashion_mnist, tmp_path):
@@ -190,7 +241,8 @@ def test_a_set_whose_cache_cannot_be_written_is_loaded(data_dir, raw_fashion_mni
     (folder / CACHE).write_text("a file in place of the folder")
     lines = []
     dataset = load_dataset("generated", data_dir, say=lines.append)
-    assert lines[-1].startswith(f"{folder} cannot be written, so the decoded arrays are not cached")
+    assert re.fullmatch(r"the decoded arrays cannot be cached .*: every start will decode generated again", lines[-1])
+    assert (folder / CACHE).is_file()
     assert_equal(dataset.load("test"), in_record_order("test", raw_fashion_mnist.splits["test"]))
 
 
@@ -301,7 +353,7 @@ def test_a_fetched_set_with_other_pixels_is_removed(mirror, tmp_path):
     with pytest.raises(UserError, match="The train split of 'fashion_mnist' from a mirror is not the known one"):
         load_dataset("fashion_mnist", tmp_path)
     assert prepared_folder("fashion_mnist", tmp_path) is None
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [".cnnjax-fashion_mnist.lock"]
 
 
 def test_a_fetched_set_is_prepared_once(mirror, tmp_path, monkeypatch, raw_fashion_mnist):
@@ -317,62 +369,6 @@ def test_a_fetched_set_is_prepared_once(mirror, tmp_path, monkeypatch, raw_fashi
     again = load_dataset("fashion_mnist", tmp_path)
     assert again == dataset
     assert_equal(again.load("test"), expected["test"])
-
-
-# --- Names and folders ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "name, near",
-    [("cifr10", "cifar10"), ("fashion-mnist", "fashion_mnist"), ("CIFAR10", "cifar10"), ("generatd", "generated")],
-)
-def test_an_unknown_name_suggests_similar_ones(name, near, data_dir):
-    with pytest.raises(UserError, match=f"`dataset` must be a known name, got '{name}'. Did you mean .*{near}"):
-        load_dataset(name, data_dir)
-
-
-@pytest.mark.skipif(importlib.util.find_spec("tensorflow") is not None, reason="TensorFlow would prepare the set")
-@pytest.mark.parametrize("name", ["svhn_cropped", "imagenet_resized/8x8"])
-def test_a_set_that_is_not_prepared_needs_tensorflow(name, tmp_path):
-    with pytest.raises(UserError, match=f"`dataset` '{name}' is not prepared in {tmp_path}, and only TensorFlow"):
-        load_dataset(name, tmp_path)
-
-
-def test_a_set_that_tensorflow_prepared_is_never_deleted(data_dir, monkeypatch):
-    folder = data_dir / "generated" / "3.0.1"
-    next(folder.glob("*-test.array_record-*")).unlink()
-    monkeypatch.setattr(data, "_prepare_with_tensorflow", lambda name, data_dir, say: folder)
-    with pytest.raises(UserError, match="is damaged"):
-        load_dataset("imagenet_resized", data_dir)
-    assert (folder / "dataset_info.json").exists()
-
-
-@pytest.mark.parametrize("name", ["data", "data/below"])
-def test_a_data_dir_that_is_a_file_is_an_error(name, tmp_path):
-    (tmp_path / "data").write_text("")
-    with pytest.raises(UserError, match=f"`data_dir` must be a directory that can be written, got {tmp_path / name}"):
-        load_dataset("mnist", tmp_path / name)
-
-
-def test_the_newest_version_is_chosen(data_dir):
-    assert prepared_folder("absent", data_dir) is None
-    for version in ("3.0.9", "3.0.10", "incomplete.ABC_3.0.11"):
-        shutil.copytree(data_dir / "generated" / "3.0.1", data_dir / "generated" / version)
-    (data_dir / "generated" / "3.1.0").mkdir()  # Empty: not prepared.
-    assert prepared_folder("generated", data_dir) == data_dir / "generated" / "3.0.10"
-
-
-def test_the_default_data_dir_is_that_of_tfds(monkeypatch, tmp_path):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
-    assert default_data_dir() == tmp_path / "tensorflow_datasets"
-    monkeypatch.setenv("TFDS_DATA_DIR", "~/sets")
-    assert default_data_dir() == tmp_path / "sets"
-
-
-def test_load_dataset_searches_the_default_data_dir(loaded_dir, monkeypatch):
-    monkeypatch.setenv("TFDS_DATA_DIR", str(loaded_dir))
-    assert load_dataset("generated").folder == loaded_dir / "generated" / "3.0.1"
 
 
 # --- Other prepared directories -------------------------------------------------------------------------------------
@@ -411,11 +407,44 @@ def test_labels_out_of_range(tmp_path):
         load_dataset("odd", tmp_path)
 
 
+@pytest.mark.parametrize(
+    "count, message",
+    [
+        (7, r"its split 'train' cannot be read \(430 examples in place of 7\)"),
+        (10**15, r"must fit into memory, got arrays of shape \(1000000000000000,\)"),
+    ],
+)
+def test_a_description_of_another_number_of_examples_is_an_error(count, message, data_dir):
+    path = data_dir / "generated" / "3.0.1" / "dataset_info.json"
+    info = json.loads(path.read_text())
+    next(split for split in info["splits"] if split["name"] == "train")["shardLengths"] = [str(count)]
+    path.write_text(json.dumps(info))
+    with pytest.raises(UserError, match=message):
+        load_dataset("generated", data_dir)
+
+
+def test_a_test_split_of_another_size_is_an_error(tmp_path):
+    """At every start."""
+    examples = {
+        split: [{"image": png(*shape), "label": 0}] for split, shape in (("train", (2, 2, 3)), ("test", (2, 3, 3)))
+    }
+    prepare_odd(tmp_path, {"image": IMAGE, "label": LABEL}, examples)
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"the same shape \(2, 2, 3\) as its training images, got \(2, 3, 3\)\.$"):
+            load_dataset("odd", tmp_path)
+
+
 @pytest.mark.parametrize("file", ["dataset_info.json", "features.json"])
-def test_a_damaged_description(file, data_dir):
+@pytest.mark.parametrize("damage", ['{"name": ', "", "[" * 200_000, '{"name": NaN}', "[]", fifo, loop])
+def test_a_damaged_description(damage, file, data_dir):
     folder = prepared_folder("generated", data_dir)
-    (folder / file).write_text('{"name": ')
-    with pytest.raises(UserError, match=r"generated/3.0.1 is damaged: its description cannot be read .*Move it away"):
+    if callable(damage):
+        damage(folder / file)
+    else:
+        (folder / file).write_text(damage)
+    with pytest.raises(
+        UserError, match=r"(?s)generated/3.0.1 is damaged: its description cannot be read .*Move it away"
+    ):
         load_dataset("generated", data_dir)
 
 
@@ -468,6 +497,50 @@ def test_a_set_without_a_test_split_is_an_error(tmp_path):
         load_dataset("odd", tmp_path)
 
 
+@pytest.mark.parametrize("label", [tfds.features.ClassLabel(), {"kind": LABEL}], ids=["unknown number", "nested"])
+def test_a_label_that_is_no_known_class_is_an_error(label, tmp_path):
+    prepare_odd(
+        tmp_path,
+        {"image": IMAGE, "label": LABEL},
+        {split: [{"image": png(2, 2, 3), "label": 0}] for split in ("train", "test")},
+    )
+    path = tmp_path / "odd" / "1.0.0" / "features.json"
+    path.write_text(json.dumps(tfds.features.FeaturesDict({"image": IMAGE, "label": label}).to_json()))
+    with pytest.raises(
+        UserError, match=r"must (state the number of its classes|hold images with one class label each)"
+    ):
+        load_dataset("odd", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "names", [["кот", "犬 🐶", "قط"], None, ["a", "a", "b"]], ids=["scripts", "none", "duplicates"]
+)
+def test_class_names(names, data_dir):
+    features = {"image": IMAGE, "label": tfds.features.ClassLabel(num_classes=3)}
+    prepare_odd(data_dir, features, {split: [{"image": png(2, 2, 3), "label": 2}] for split in ("train", "test")})
+    if names:
+        (data_dir / "odd" / "1.0.0" / "label.labels.txt").write_text("\n".join(names), encoding="utf-8")
+    for _ in range(2):  # Decoded and cached.
+        assert load_dataset("odd", data_dir).class_names == tuple(names or "012")
+
+
+@pytest.mark.parametrize(
+    "channels, said", [(1, []), (4, []), (5, ["squares has images of 5 channels: `cnnjax predict` "])]
+)
+def test_images_that_predict_cannot_read_are_announced(channels, said):
+    def squares():
+        return (
+            np.zeros((2, 4, 4, channels), np.uint8),
+            np.zeros(2, int),
+            np.zeros((1, 4, 4, channels), np.uint8),
+            np.zeros(1, int),
+        )
+
+    lines = []
+    assert load_dataset(squares, say=lines.append).image_shape == (4, 4, channels)
+    assert [line.partition("cannot")[0] for line in lines] == said
+
+
 def test_supervised_keys_name_the_features(tmp_path):
     features = {"picture": tfds.features.Image(shape=(2, 2, 3)), "kind": tfds.features.ClassLabel(names=["no", "yes"])}
     splits = {split: [{"picture": png(2, 2, 3), "kind": "yes"}] for split in ("train", "test")}
@@ -510,6 +583,22 @@ def test_a_missing_tfrecord_is_an_error(tfrecord_dir):
     (folder / "fashion_mnist-train.tfrecord-00001-of-00002").write_bytes(b"")
     with pytest.raises(UserError, match=f"^{folder} must hold 430 examples in its split 'train', got 216"):
         load_dataset("generated", tfrecord_dir)
+
+
+def test_a_tfrecord_with_a_damaged_length_is_an_error(tfrecord_dir):
+    path = tfrecord_dir / "generated" / "3.0.1" / "fashion_mnist-train.tfrecord-00000-of-00002"
+    path.write_bytes(struct.pack("<Q", 2**62) + path.read_bytes()[8:])
+    with pytest.raises(UserError, match=r"its split 'train' cannot be read \(a record of 4611686018427387904 bytes in"):
+        load_dataset("generated", tfrecord_dir)
+
+
+@pytest.mark.parametrize("file_format", ["array_record", "tfrecord"])
+def test_a_pipe_in_place_of_a_shard_is_an_error(file_format, data_dir, request):
+    if file_format == "tfrecord":
+        request.getfixturevalue("tfrecord_dir")
+    fifo(max((data_dir / "generated" / "3.0.1").glob(f"*-train.{file_format}-*")))
+    with pytest.raises(UserError, match=r"is damaged: .*Not a regular file"):
+        load_dataset("generated", data_dir)
 
 
 @pytest.mark.parametrize("file_format", ["array_record", "tfrecord"])

@@ -12,8 +12,8 @@ import jax
 
 from cnnjax import Interrupted
 from cnnjax.cli.console import Report
-from cnnjax.runs.directory import read_record
 from cnnjax.runs.inspection import find_runs, read_info
+from cnnjax.runs.records import read_record
 from cnnjax.runs.seeds import train_seeds, use_cores
 
 

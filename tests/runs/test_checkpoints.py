@@ -1,15 +1,22 @@
+import errno
+import json
+import os
+import re
 import shutil
 from contextlib import closing
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from orbax.checkpoint import v1 as ocp
 
 from cnnjax import CNN, MLP, UserError, init_state
 from cnnjax.errors import StorageError
-from cnnjax.runs.checkpoints import Checkpoints, all_finite, recover
+from cnnjax.runs.checkpoints import Checkpoints, all_finite, check_characters, recover
+from cnnjax.runs.files import check_sums, write_json, write_sums
 from cnnjax.step import copy_state
 
 MODEL, TX = MLP(3), optax.adam(1e-3)
@@ -24,12 +31,16 @@ def make_abstract_state(model):
     return jax.eval_shape(lambda: make_state(model))
 
 
+def make_progress(best_step=None, seconds=0.0):
+    return {"rows": [], "timing": [], "totals": [0.5, 2, 3], "seconds": seconds, "best_step": best_step}
+
+
 def save_epochs(folder, *accuracies):
     """Saves a checkpoint for each of epochs 1, 2, ... with these validation accuracies."""
     with closing(Checkpoints(folder)) as checkpoints:
         for epoch, accuracy in enumerate(accuracies, 1):
             best = max(range(epoch), key=lambda i: (accuracies[i], i)) + 1
-            checkpoints.save(make_state(step=epoch), {"best_step": best}, {"accuracy": accuracy})
+            checkpoints.save(make_state(step=epoch), make_progress(best), {"accuracy": accuracy})
 
 
 def kept_steps(folder):
@@ -61,7 +72,7 @@ def folder(tmp_path):
 
 
 def test_restore_returns_every_leaf_with_its_dtype_and_the_progress(folder):
-    expected, saved = make_state(step=5, seed=3), {"seconds": 1.5, "totals": [0.1, 2, 3]}
+    expected, saved = make_state(step=5, seed=3), make_progress(seconds=1.5)
     with closing(Checkpoints(folder)) as checkpoints:
         checkpoints.save(expected, saved, {"accuracy": 0.5})
     with closing(Checkpoints(folder)) as checkpoints:
@@ -71,7 +82,7 @@ def test_restore_returns_every_leaf_with_its_dtype_and_the_progress(folder):
     for got, leaf in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
         assert got.dtype == leaf.dtype
         np.testing.assert_array_equal(got, leaf)
-    assert progress == saved
+    assert progress == {**saved, "totals": (0.5, 2, 3), "validation": {"accuracy": 0.5}}
 
 
 def test_keeps_the_latest_two_and_the_best_two(folder):
@@ -79,15 +90,17 @@ def test_keeps_the_latest_two_and_the_best_two(folder):
     assert kept_steps(folder) == [2, 3, 5, 6]
     with closing(Checkpoints(folder)) as checkpoints:
         assert (checkpoints.best(), checkpoints.latest()) == (3, 6)
-        checkpoints.save(make_state(step=7), {})  # Within an epoch, so without a score.
+        checkpoints.save(make_state(step=7), make_progress())  # Within an epoch, so without a score.
         checkpoints.wait()
         assert kept_steps(folder) == [2, 3, 6, 7]
         assert (checkpoints.best(), checkpoints.latest()) == (3, 7)
-        checkpoints.save(make_state(step=8), {}, {"accuracy": 0.9})  # Equals the best: the later one counts.
+        checkpoints.save(
+            make_state(step=8), make_progress(), {"accuracy": 0.9}
+        )  # Equals the best: the later one counts.
         checkpoints.wait()
         assert kept_steps(folder) == [3, 7, 8]
         assert checkpoints.best() == 8
-        checkpoints.save(make_state(step=9), {}, {"accuracy": 0.2})
+        checkpoints.save(make_state(step=9), make_progress(), {"accuracy": 0.2})
         checkpoints.wait()
         assert kept_steps(folder) == [3, 8, 9]
 
@@ -95,8 +108,8 @@ def test_keeps_the_latest_two_and_the_best_two(folder):
 def test_without_validation_the_latest_epoch_is_the_best(folder):
     with closing(Checkpoints(folder)) as checkpoints:
         for step in (1, 2, 3):
-            checkpoints.save(make_state(step=step), {}, {"num_examples": 0})
-        checkpoints.save(make_state(step=4), {})
+            checkpoints.save(make_state(step=step), make_progress(), {"num_examples": 0})
+        checkpoints.save(make_state(step=4), make_progress())
         checkpoints.wait()
         assert (checkpoints.best(), checkpoints.latest()) == (3, 4)
         assert kept_steps(folder) == [2, 3, 4]
@@ -113,7 +126,7 @@ def test_state_may_be_donated_while_it_is_saved(folder):
     state = increment(make_state())  # Compiles, so that the buffers below are reused at once.
     expected = jax.tree.map(np.array, state)
     with closing(Checkpoints(folder)) as checkpoints:
-        checkpoints.save(copy_state(state), {})
+        checkpoints.save(copy_state(state), make_progress())
         for _ in range(20):
             state = increment(state)
         jax.block_until_ready(state)
@@ -136,6 +149,13 @@ def test_checkpoint_of_another_model_is_rejected(folder, model, message):
             checkpoints.restore(1, make_abstract_state(model))
 
 
+def test_a_checkpoint_with_another_setting_of_x64(folder):
+    save_epochs(folder, 0.1)
+    with jax.enable_x64(True), closing(Checkpoints(folder)) as checkpoints:
+        with pytest.raises(UserError, match=r"\(float64\) here\. JAX_ENABLE_X64 must be as it was .* and is on now"):
+            checkpoints.restore(1, make_abstract_state(MODEL))
+
+
 def truncate(checkpoint):
     path = largest_file(checkpoint)
     path.write_bytes(path.read_bytes()[:1000])
@@ -151,13 +171,13 @@ def test_damaged_checkpoint_is_not_restored(folder, damage):
 
 
 def save_again(checkpoints):
-    checkpoints.save(make_state(step=2), {})
+    checkpoints.save(make_state(step=2), make_progress())
 
 
 @pytest.mark.parametrize("call", [save_again, Checkpoints.wait, Checkpoints.close])
 def test_failed_save_is_reported_once_by_the_next_call(folder, small_disk, call):
     with closing(Checkpoints(folder)) as checkpoints:
-        checkpoints.save(make_state(step=1), {})
+        checkpoints.save(make_state(step=1), make_progress())
         with pytest.raises(
             StorageError, match=r"could not be written in .*\(File too large\).* resume it with --resume"
         ):
@@ -226,31 +246,148 @@ def test_recover_discards_checkpoints_without_their_best(folder):
     assert said.count("Training starts again from step 0.") == 3
 
 
-def test_recover_deletes_an_interrupted_save(folder):
+def test_recover_deletes_what_a_killed_process_was_writing_or_deleting(folder):
     save_epochs(folder, 0.1, 0.2)
-    (folder / "2" / "SHA256SUMS").unlink()  # It is written last.
-    assert run_recover(folder) == (
-        [1],
-        "The checkpoint of step 2 was incomplete and has been deleted. Training resumes from step 1.",
-    )
+    for name in ("3.partial", "3.partial.orbax-checkpoint-tmp", "0.removed"):
+        shutil.copytree(folder / "2", folder / name)
+    assert run_recover(folder) == ([1, 2], "")
 
 
-def test_recover_deletes_what_an_interrupted_deletion_left(folder):
-    save_epochs(folder, 0.1, 0.2, 0.3)
-    shutil.copytree(folder / "2", folder / "1")
-    (folder / "1" / "_CHECKPOINT_METADATA").unlink()
-    assert run_recover(folder) == (
-        [2, 3],
-        "The checkpoint of step 1 was incomplete and has been deleted. Training resumes from step 3.",
-    )
+def remove_sums(checkpoint):
+    (checkpoint / "SHA256SUMS").unlink()
+
+
+def empty_sums(checkpoint):
+    (checkpoint / "SHA256SUMS").write_text("")
+
+
+def flip_sums(checkpoint):
+    path = checkpoint / "SHA256SUMS"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x80
+    path.write_bytes(content)
+
+
+def shorten_sums(checkpoint):
+    """Removes the line of the largest file, and damages that file."""
+    path, name = checkpoint / "SHA256SUMS", largest_file(checkpoint).name
+    path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if name not in line))
+    flip_bit(checkpoint)
+
+
+def null_in_sums(checkpoint):
+    path = checkpoint / "SHA256SUMS"
+    path.write_text(path.read_text().replace("progress", "pro\0gress"))
+
+
+def add_file(checkpoint):
+    (checkpoint / "state" / "more").touch()
+
+
+def link_to_itself(checkpoint):
+    path = checkpoint / "progress.json"
+    path.unlink()
+    path.symlink_to("progress.json")
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (remove_sums, "SHA256SUMS is missing"),
+        (empty_sums, "_CHECKPOINT_METADATA has no checksum"),
+        (flip_sums, "SHA256SUMS is damaged"),
+        (shorten_sums, "state/.* has no checksum"),
+        (null_in_sums, "progress.json has no checksum"),
+        (add_file, "state/more has no checksum"),
+        (truncate, "state/.* is damaged"),
+    ],
+)
+def test_a_checkpoint_with_any_damage_is_kept_aside_and_never_loaded(folder, damage, reason):
+    save_epochs(folder, 0.1, 0.2)
+    damage(folder / "2")
+    with closing(Checkpoints(folder)) as checkpoints:
+        with pytest.raises(UserError, match=f"2 must match its checksums, but {reason}"):
+            checkpoints.restore(2, make_abstract_state(MODEL))
+    damaged = {path.name: path.read_bytes() for path in (folder / "2").rglob("*") if path.is_file()}
+    steps, said = run_recover(folder)
+    assert steps == [1]
+    assert re.match(f"The checkpoint of step 2 cannot be used: {reason}", said), said
+    moved = folder.parent / "damaged" / "2"
+    assert {path.name: path.read_bytes() for path in moved.rglob("*") if path.is_file()} == damaged
+
+
+@pytest.mark.parametrize("name", ["SHA256SUMS", "progress.json"])
+def test_recover_stops_at_a_file_that_cannot_be_read(folder, name, monkeypatch):
+    save_epochs(folder, 0.1, 0.2)
+    open_file = os.open
+
+    def fail(path, *args):
+        if Path(path) == folder / "2" / name:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return open_file(path, *args)
+
+    monkeypatch.setattr(os, "open", fail)
+    with pytest.raises(UserError, match=rf"2 must be readable, but {name} is unreadable \(Input/output error\)"):
+        recover(folder, print)
+    assert kept_steps(folder) == [1, 2]
+
+
+def test_recover_does_not_wait_for_a_pipe_or_follow_a_loop(folder):
+    save_epochs(folder, 0.1, 0.2)
+    link_to_itself(folder / "2")
+    with pytest.raises(UserError, match=r"progress\.json is unreadable \(Too many levels of symbolic links\)"):
+        recover(folder, print)
+    (folder / "2" / "progress.json").unlink()
+    os.mkfifo(folder / "2" / "progress.json")
+    with pytest.raises(UserError, match=r"progress\.json is unreadable \(Not a regular file\)"):
+        recover(folder, print)
 
 
 def test_recover_leaves_an_intact_checkpoint_of_another_version_in_place(folder):
-    with closing(Checkpoints(folder)) as checkpoints:
-        checkpoints.save(make_state(step=1), {"rows": []}, {"accuracy": 0.5})  # This version writes "best_step".
-    with pytest.raises(UserError, match=r"1 is intact but must be from this version of cnnjax and Orbax, got KeyError"):
+    save_epochs(folder, 0.1)
+    saved = json.loads((folder / "1" / "progress.json").read_text())
+    del saved["best_step"]
+    write_json(folder / "1" / "progress.json", saved)
+    write_sums(folder / "1", [name for name in check_sums(folder / "1") if name != "SHA256SUMS"])
+    with pytest.raises(UserError, match=r"`best_step` in .*1/progress\.json must be there, got nothing"):
         recover(folder, print)
     assert kept_steps(folder) == [1]
+
+
+def test_the_first_checkpoint_is_read_back(folder, monkeypatch):
+    load = ocp.load_checkpointables
+
+    def load_others(path, target):
+        return jax.tree.map(lambda leaf: leaf + 1, load(path, target))
+
+    with closing(Checkpoints(folder)) as checkpoints:
+        monkeypatch.setattr(ocp, "load_checkpointables", load_others)
+        checkpoints.save(make_state(step=1), make_progress())
+        with pytest.raises(
+            StorageError, match=r"could not be written in .* \(OSError: it was read back with other values"
+        ):
+            checkpoints.wait()
+        assert checkpoints.latest() is None
+        monkeypatch.undo()
+        checkpoints.save(make_state(step=1), make_progress())
+        checkpoints.wait()
+        monkeypatch.setattr(ocp, "load_checkpointables", load_others)
+        checkpoints.save(make_state(step=2), make_progress())  # Once is enough.
+        checkpoints.wait()
+
+
+@pytest.mark.parametrize("name", ["a[b]c", "a\\b", "a\udcffb"])
+def test_a_path_that_orbax_cannot_read_back(tmp_path, name):
+    with pytest.raises(UserError, match=r"`run` must be a path in UTF-8 without .* and "):
+        check_characters("run", tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "name", ["a[b", "a]b", "a*b", "a?b", "a{b,c}", "a%20b", "a#b", "a:b", "a'b", "a b", "~", "漢字", "a\nb", "$a"]
+)
+def test_a_path_with_other_characters_is_read_back(tmp_path, name):
+    check_characters("run", tmp_path / name)
+    save_epochs(tmp_path / name / "checkpoints", 0.1)
 
 
 def test_recover_does_not_follow_links_out_of_the_directory(folder, tmp_path):

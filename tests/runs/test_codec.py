@@ -215,10 +215,24 @@ def test_a_configuration_of_another_version_is_one_message(edit, found):
     assert found in str(error.value)
 
 
-def test_a_value_out_of_range_is_refused_as_on_the_command_line():
+def test_a_value_out_of_range_is_refused_as_on_the_command_line(no_type_checks):
     content = encode(Config())
-    with pytest.raises(UserError, match=r"`batch_size` must be at least 1, got 0\."):
-        decode({**content, "batch_size": 0}, {})
+    for edit, message in (
+        ({"batch_size": 0}, "`batch_size` must be at least 1, got 0."),
+        ({"seed": 0.5}, "`seed` must be an int, got 0.5."),
+        ({"num_epochs": 1.5}, "`num_epochs` must be an int, got 1.5."),
+        ({"validation_fraction": "0.1"}, "`validation_fraction` must be a float, got '0.1'."),
+        ({"optim": {**content["optim"], "learning_rate": None}}, "`optim.learning_rate` must be a float, got None."),
+        ({"model": {**content["model"], "dtype": ["float32"]}}, "`model.dtype` must be a str, got ('float32',)."),
+        ({"model": 3}, "`model` must be an instance of flax's Module, got 3."),
+    ):
+        with pytest.raises(UserError) as error:
+            decode({**content, **edit}, {})
+        assert str(error.value) == f"config.json: {message}"
+    for key in content:
+        with pytest.raises(UserError) as error:
+            decode({name: value for name, value in content.items() if name != key}, {})
+        assert str(error.value) == f"config.json: `{key}` must be there, got nothing."
     for name, value in (("dataset", "../../secret"), ("dataset", "/etc"), ("name", "../x"), ("name", "a/b")):
         with pytest.raises(UserError, match=rf"`{name}` must be "):
             decode({**content, name: value}, {})

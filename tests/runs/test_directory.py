@@ -1,77 +1,48 @@
-import json
+import errno
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from cnnjax import MLP, SGD, Adam, Config, Interrupted, ParamGroup, UserError
 from cnnjax.cli.console import Report
-from cnnjax.data.batches import pixel_statistics
-from cnnjax.data.datasets import load_dataset
-from cnnjax.runs.directory import (
-    DataFacts,
-    check_run,
-    is_locked,
-    make_facts,
-    open_run,
-    read_record,
-    read_result,
-    read_rows,
-    write_rows,
-)
+from cnnjax.runs.directory import check_run, is_locked, open_run
 from cnnjax.runs.files import write_json
 from cnnjax.runs.manifest import read_manifest
+from cnnjax.runs.records import read_record, read_result, write_rows
+from cnnjax.runs.schema import DataFacts
 
 CONFIG = Config(dataset="generated", num_epochs=2, model=MLP(), optim=Adam())
 FACTS = DataFacts(
     image_shape=(28, 28, 1),
     class_names=("no", "yes"),
-    sha256={"train": "a", "test": "b"},
+    sha256={"train": "a" * 64, "test": "b" * 64},
     version="1.0.0",
     source="a test",
     mean=(33.5,),
     std=(78.0,),
 )
+RESULT = {
+    "test_accuracy": 0.5,
+    "test_loss": 1.5,
+    "num_test_examples": 10,
+    "best_validation_accuracy": None,
+    "best_epoch": 2,
+    "num_epochs": 2,
+    "training_seconds": 1.5,
+    "num_params": 3,
+    "seed": 0,
+    "device": "cpu",
+    "sha256": dict.fromkeys(("params", "batch_stats", "opt_state", "best_params", "metrics"), "c" * 64),
+}
 QUIET = Report(quiet=True)
 
 
 def begin(run_dir, config=CONFIG, *, resume=False, facts=FACTS):
     """Begins a session and ends it at once."""
     with open_run(run_dir, config, QUIET, resume=resume) as run:
-        run.begin(facts, {"cores": 2})
-
-
-def test_a_record_holds_the_configuration_and_the_facts_of_the_data(tmp_path, prepared_dir):
-    dataset = load_dataset("generated", prepared_dir)
-    statistics = pixel_statistics(dataset.load("train").image)
-    facts = make_facts(dataset, (28, 28, 1), statistics)
-    begin(tmp_path, facts=facts)
-    record = read_record(tmp_path)
-    assert record.data == facts
-    assert record.decode({}) == CONFIG
-    assert record.files == {}
-    assert facts.class_names[:2] == ("T-shirt/top", "Trouser")
-    assert (facts.standardization.mean, facts.standardization.std) == (statistics.mean, statistics.std)
-
-
-@pytest.mark.parametrize(
-    "content",
-    ["", "[]", "{}", '{"config": {"seed": 0}, "data": {}, "files": {}}', '{"config": {"seed": 0, "num_epochs": 1}}'],
-)
-def test_a_record_of_another_version(content, tmp_path):
-    (tmp_path / "config.json").write_text(content)
-    with pytest.raises(UserError, match=rf"`run` must be the directory of a run of this version, .*, got {tmp_path} "):
-        read_record(tmp_path)
-
-
-def test_a_record_with_a_missing_part_of_the_configuration(tmp_path):
-    begin(tmp_path)
-    content = json.loads((tmp_path / "config.json").read_text())
-    del content["config"]["dataset"]
-    write_json(tmp_path / "config.json", content)
-    with pytest.raises(
-        UserError, match=r"`run` must be the directory of a run .*\(KeyError\('seed, num_epochs or dataset"
-    ):
-        read_record(tmp_path)
+        run.begin(facts, {"cores": 2, "num_devices": 1})
 
 
 def test_a_session_that_ends_before_it_begins_leaves_no_directory(tmp_path):
@@ -117,7 +88,7 @@ def test_a_run_is_resumed_with_its_own_configuration(tmp_path):
 
 def test_a_run_is_trained_longer_if_no_step_depends_on_its_length(tmp_path):
     begin(tmp_path)
-    write_json(tmp_path / "result.json", {"num_epochs": 2})
+    write_json(tmp_path / "result.json", RESULT)
     longer = replace(CONFIG, num_epochs=3)
     with pytest.raises(UserError, match="exists already"):
         begin(tmp_path, longer)
@@ -144,42 +115,133 @@ def test_a_run_whose_steps_depend_on_its_length_is_not_trained_longer(optim, tmp
         check_run(tmp_path, replace(CONFIG, optim=optim, num_epochs=3), resume=True)
 
 
-@pytest.mark.parametrize("change", [{"sha256": {"train": "a", "test": "c"}}, {"mean": (33.0,)}, {"std": (77.0,)}])
-def test_a_run_is_resumed_with_its_own_data(change, tmp_path):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sha256": {"train": "a" * 64, "test": "c" * 64}}, "`sha256.test` is 'bbb.*' there and 'ccc.*' here"),
+        ({"mean": (33.0,)}, r"`mean` is \(33.5,\) there and \(33.0,\) here"),
+        ({"std": (77.0,)}, r"`std` is \(78.0,\) there and \(77.0,\) here"),
+        ({"class_names": ("no", "maybe")}, r"`class_names` is \('no', 'yes'\) there and \('no', 'maybe'\) here"),
+    ],
+)
+def test_a_run_is_resumed_with_its_own_data(change, message, tmp_path):
     begin(tmp_path)
-    with pytest.raises(UserError, match=r"must be resumed with its own data, SHA-256 {'train': 'a', 'test': 'b'}, "):
+    with pytest.raises(
+        UserError, match=rf"must be resumed with its own data, .*: {message}\. Pass the same --data-dir"
+    ):
         begin(tmp_path, resume=True, facts=replace(FACTS, **change))
-    begin(tmp_path, resume=True, facts=replace(FACTS, source="another source"))
+    begin(tmp_path, resume=True, facts=replace(FACTS, source="another source", version="2.0.0"))
+
+
+def finish(run_dir):
+    """Begins a session that ends with a result."""
+    with open_run(run_dir, CONFIG, QUIET, resume=False) as run:
+        run.begin(FACTS, {"cores": 2, "num_devices": 1})
+        for name in ("metrics.jsonl", "timing.jsonl"):
+            write_rows(run_dir / name, [])
+        write_json(run_dir / "result.json", RESULT)
+
+
+def resume(run_dir, config=CONFIG):
+    """Returns what `finished` returns, and what it says."""
+    with open_run(run_dir, config, Lines(), resume=True) as run:
+        return run.finished(), run.report.lines
+
+
+class Lines(Report):
+    def __init__(self):
+        super().__init__(quiet=True)
+        self.lines = []
+
+    def say(self, line):
+        self.lines.append(line)
 
 
 def test_a_run_is_finished_when_its_last_session_is(tmp_path):
-    begin(tmp_path)
-    result = {"num_epochs": 2}
-    write_json(tmp_path / "result.json", result)
-    with open_run(tmp_path, CONFIG, QUIET, resume=True) as run:
-        assert run.finished() == result
-    with open_run(tmp_path, replace(CONFIG, num_epochs=3), QUIET, resume=True) as run:
-        assert run.finished() is None  # More epochs.
+    finish(tmp_path)
+    result, lines = resume(tmp_path)
+    assert result == RESULT
+    assert lines[0].startswith(f"{tmp_path} has a result but no checkpoints, which `eval` and `predict` need.")
+    (tmp_path / "checkpoints" / "2").mkdir(parents=True)
+    assert resume(tmp_path) == (RESULT, [])
+    assert resume(tmp_path, replace(CONFIG, num_epochs=3)) == (None, [])  # More epochs.
     (tmp_path / "SHA256SUMS").unlink()
-    with open_run(tmp_path, CONFIG, QUIET, resume=True) as run:
-        assert run.finished() is None  # Killed before the checksums were written.
+    assert resume(tmp_path) == (None, [])  # Killed before the checksums were written.
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "timing.jsonl"])
+def test_a_run_is_not_finished_if_what_it_can_write_again_is_damaged(tmp_path, name):
+    finish(tmp_path)
+    (tmp_path / name).write_text("5\n")
+    assert resume(tmp_path) == (None, [])
+
+
+def test_a_damaged_result_is_kept_aside(tmp_path):
+    finish(tmp_path)
+    (tmp_path / "result.json").write_text("{}")
+    result, lines = resume(tmp_path)
+    assert result is None
+    moved = tmp_path / "damaged" / "result.json"
+    assert lines == [f"{tmp_path}/result.json was damaged. It has been moved to {moved}, and is computed again."]
+    assert moved.read_text() == "{}"
+
+
+@pytest.mark.parametrize("name", ["config.json", "manifest.json"])
+def test_a_run_is_not_resumed_if_what_only_it_knows_is_damaged(tmp_path, name):
+    finish(tmp_path)
+    (tmp_path / name).write_text("[" * 200_000)
+    with pytest.raises(
+        UserError, match=f"{name} must be JSON, got recursion limit .* Restore the file, or train again"
+    ):
+        begin(tmp_path, resume=True)
 
 
 def test_the_end_of_each_session_is_recorded_and_another_environment_is_reported(tmp_path, capsys):
     begin(tmp_path)
     with pytest.raises(ZeroDivisionError), open_run(tmp_path, CONFIG, Report(), resume=True) as run:
-        run.begin(FACTS, {"cores": 1})
+        run.begin(FACTS, {"cores": 1, "num_devices": 1})
         raise ZeroDivisionError
     assert [s["state"] for s in read_manifest(tmp_path)["sessions"]] == ["finished", "failed"]
     expected = "This run resumes in another environment, so its bits may differ: cores was 2 and is 1.\n"
     assert capsys.readouterr().out == expected
 
 
-def test_a_directory_of_something_else(tmp_path):
-    (tmp_path / "thesis.tex").touch()
-    with pytest.raises(UserError, match=r"`run_dir` must be empty or hold a run, got .* with thesis\.tex\. Choose"):
-        begin(tmp_path)
-    assert (tmp_path / "thesis.tex").exists()
+def tree(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+def test_a_refused_run_leaves_nothing_behind(tmp_path):
+    (tmp_path / "thesis" / "empty").mkdir(parents=True)
+    (tmp_path / "thesis" / "thesis.tex").touch()
+    before = tree(tmp_path)
+    with pytest.raises(UserError, match=r"`run_dir` must be empty or hold a run, got .* with empty\. Choose another"):
+        begin(tmp_path / "thesis")
+    for run_dir in (tmp_path / "thesis" / "empty", tmp_path / "a" / "b" / "c"):
+        with pytest.raises(UserError, match="no such set"), open_run(run_dir, CONFIG, QUIET, resume=False):
+            raise UserError("no such set")
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError("no flock")])
+def test_a_file_system_without_locks(tmp_path, error, monkeypatch):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(FileLock, "acquire", fail)
+    with pytest.raises(
+        UserError, match=r"must be on a file system that can lock files, .*\. Choose another: --run-dir"
+    ):
+        begin(tmp_path / "run")
+    assert tree(tmp_path) == []
+
+
+def test_a_run_is_not_written_to_a_url(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="`run_dir` must be a local folder, got gs:"):
+        begin(Path("gs://bucket/run"))
+    with pytest.raises(UserError, match=r"`run_dir` must be a path in UTF-8 without"):
+        begin(tmp_path / "a[b]")
+    assert tree(tmp_path) == []
 
 
 def test_a_directory_in_which_a_kill_came_before_the_configuration(tmp_path):
@@ -190,6 +252,7 @@ def test_a_directory_in_which_a_kill_came_before_the_configuration(tmp_path):
 
 def test_a_directory_without_a_manifest_is_of_another_version(tmp_path):
     begin(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
     (tmp_path / "manifest.json").unlink()
     with pytest.raises(UserError, match=r"must have a manifest\.json, got none: another version of cnnjax wrote it"):
         begin(tmp_path, resume=True)
@@ -201,15 +264,3 @@ def test_a_directory_that_cannot_be_written(tmp_path):
         begin(tmp_path / "file" / "run")
     with pytest.raises(UserError, match=r"`run_dir` must be a directory, got the file"):
         begin(tmp_path / "file")
-
-
-def test_rows_are_one_json_object_per_line(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    assert read_rows(path) == []
-    rows = [{"epoch": 1, "train_loss": 0.5}, {"epoch": 2, "train_loss": 0.1}]
-    write_rows(path, rows)
-    write_rows(path, rows)
-    assert read_rows(path) == rows
-    path.write_text('{"epoch": 1}\n{"epo')
-    with pytest.raises(UserError, match=r"metrics\.jsonl must hold one JSON object per line, got .*resume it with"):
-        read_rows(path)

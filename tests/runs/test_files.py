@@ -1,14 +1,28 @@
 import hashlib
+import os
 import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from pydantic import Field, FiniteFloat
+from typing_extensions import TypedDict
 
 from cnnjax import UserError
-from cnnjax.runs.files import atomic_write, check_sums, read_json, tree_sha256, write_file, write_json, write_sums
+from cnnjax.runs.files import (
+    atomic_write,
+    check_local,
+    check_sums,
+    read_json,
+    tree_sha256,
+    write_file,
+    write_json,
+    write_sums,
+)
 
 
 def test_readers_see_the_old_or_the_new_file_but_no_part_of_it(tmp_path):
@@ -52,15 +66,72 @@ def test_failed_write_keeps_the_old_file(tmp_path, small_disk):
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "old")]
 
 
-def test_json_file_must_exist_and_be_valid(tmp_path):
-    write_json(tmp_path / "a.json", {"x": [1, None]})
-    assert read_json(tmp_path / "a.json") == {"x": [1, None]}
-    with pytest.raises(UserError, match=r"b\.json must be a readable JSON file, got .*No such file"):
-        read_json(tmp_path / "b.json")
-    for content in (b'{"x": ', b"\xff\xfe{"):
-        (tmp_path / "b.json").write_bytes(content)
-        with pytest.raises(UserError, match=r"b\.json must be a readable JSON file, got "):
-            read_json(tmp_path / "b.json")
+class Inner(TypedDict):
+    size: Annotated[int, Field(ge=1)]
+    share: FiniteFloat
+
+
+class Content(TypedDict):
+    name: str
+    parts: list[Inner]
+
+
+VALID = {"name": "é漢", "parts": [{"size": 2, "share": 1}]}
+
+
+def test_a_json_file_is_read_as_it_was_written(tmp_path):
+    write_json(tmp_path / "a.json", VALID)
+    assert read_json(tmp_path / "a.json", Content) == VALID
+    write_json(tmp_path / "a.json", {**VALID, "name": os.fsdecode(b"a\xff")})  # A file name that is not UTF-8.
+    assert read_json(tmp_path / "a.json", Content)["name"] == "a\\udcff"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", r"a\.json must be JSON, got EOF .*\. Restore the file, or train again\."),
+        ("[" * 200_000, r"a\.json must be JSON, got recursion limit exceeded"),
+        (b"\xff\xfe{", r"a\.json must be JSON, got "),
+        ("5", r"a\.json must be an object, got 5\."),
+        ("{}", r"`name` in .*a\.json must be there, got nothing\."),
+        ('{"name": null, "parts": []}', r"`name` in .*a\.json must be a valid string, got None\."),
+        ('{"name": "", "parts": [{"size": 1.0, "share": 1}]}', r"`parts\.0\.size` .* a valid integer, got 1\.0\."),
+        ('{"name": "", "parts": [{"size": true, "share": 1}]}', r"`parts\.0\.size` .* a valid integer, got True\."),
+        (
+            '{"name": "", "parts": [{"size": 0, "share": 1}]}',
+            r"`parts\.0\.size` .* greater than or equal to 1, got 0\.",
+        ),
+        ('{"name": "", "parts": [{"size": 1, "share": NaN}]}', r"`parts\.0\.share` .* a finite number, got nan\."),
+        ('{"name": "", "parts": [{"size": 1, "share": "1"}]}', r"`parts\.0\.share` .* a valid number, got '1'\."),
+    ],
+)
+def test_the_content_of_a_json_file_is_checked(content, message, tmp_path):
+    (tmp_path / "a.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=message):
+        read_json(tmp_path / "a.json", Content)
+
+
+def test_a_json_file_that_cannot_be_read(tmp_path):
+    path = tmp_path / "a.json"
+    with pytest.raises(UserError, match=r"a\.json must be a readable JSON file, got .*No such file.* Restore the file"):
+        read_json(path, Content)
+    path.symlink_to(path)
+    with pytest.raises(UserError, match=r"a\.json must be a readable JSON file, got .*Too many levels"):
+        read_json(path, Content)
+    path.unlink()
+    os.mkfifo(path)  # Opening it would wait for a writer.
+    with pytest.raises(UserError, match=r"a\.json must be a readable JSON file, got .*Not a regular file"):
+        read_json(path, Content)
+
+
+def test_a_url_is_not_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for url in ("gs://bucket/run", "s3://bucket", "file:///run"):
+        with pytest.raises(UserError, match=rf"`run_dir` must be a local folder, got {url[:3]}.*\. Mount it"):
+            check_local("run_dir", Path(url))
+    (tmp_path / "gs:").mkdir()
+    for path in ("gs:/bucket", "runs/gs:/a", "/gs:/a", "c:/a", "a b:/c", ""):
+        check_local("run_dir", Path(path))
 
 
 def test_tree_digest_by_hand():
@@ -127,6 +198,8 @@ def test_damaged_or_missing_checksum_file(folder):
     sums.write_text(sums.read_text() + "no checksum\n")
     assert check_sums(folder) == {"a": "ok", "sub/b": "ok", "SHA256SUMS": "damaged"}
     sums.write_bytes(b"\xff")
-    assert check_sums(folder) == {"SHA256SUMS": "missing"}
+    assert check_sums(folder) == {"SHA256SUMS": "damaged"}
+    sums.write_text(f"{'0' * 64}  a\0b\n")
+    assert check_sums(folder) == {"a": "no checksum", "sub/b": "no checksum", "SHA256SUMS": "damaged"}
     sums.unlink()
     assert check_sums(folder) == {"SHA256SUMS": "missing"}

@@ -2,16 +2,18 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from cnnjax import UserError
+from cnnjax import UserError, train_and_evaluate
 from cnnjax.cli.console import Report
 from cnnjax.cli.main import main
-from cnnjax.runs.directory import open_run, read_record
+from cnnjax.runs.directory import open_run
 from cnnjax.runs.inspection import diff, find_runs, read_info, reproduce, scores, verify
 from cnnjax.runs.manifest import read_manifest
+from cnnjax.runs.records import read_record
 
 
 def change(path, **values):
@@ -35,29 +37,6 @@ def exits(capsys, *arguments):
         main(arguments)
     assert stopped.value.code == 1
     return capsys.readouterr().out
-
-
-def test_the_list_shows_state_seed_epochs_accuracy_and_time(seeds, tmp_path, capsys):
-    shutil.copytree(seeds.folder, tmp_path / "a")
-    rows = [{"epoch": epoch, "validation_accuracy": accuracy} for epoch, accuracy in ((1, 0.75), (2, 0.5))]
-    (tmp_path / "a/seed0/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    change_last_session(tmp_path / "a/seed0", seconds=2.3)
-    add_earlier_session(tmp_path / "a/seed0", seconds=10.0)
-    change_last_session(tmp_path / "a/seed1", state="running")  # No process holds its lock.
-    (tmp_path / "a/seed1/result.json").unlink()
-    (tmp_path / "a/seed2/config.json").write_text("{}")
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b/linked").symlink_to(seeds.folder / "seed0")  # It leads out of the folder.
-    main(["runs", str(tmp_path)])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["run", "state", "seed", "epoch", "validation", "test", "time"]
-    test = f"{seeds.results[0]['test_accuracy']:.2%}"
-    assert lines[1].split() == ["a/seed0", "finished", "0", "2/2", "75.00%", test, "12", "s"]  # The best epoch.
-    assert lines[2].split()[:4] == ["a/seed1", "killed", "1", "2/2"] and lines[2].count("%") == 1
-    assert "`run` must be the directory of a run of this version" in lines[3]
-    assert len(lines) == 4
-    main(["runs", str(tmp_path / "nothing")])
-    assert "There are no runs in" in capsys.readouterr().out
 
 
 def test_a_run_in_training_is_running_and_cannot_be_verified(seeds, run_dir):
@@ -86,18 +65,45 @@ def test_verify_finds_every_file_with_changed_bytes(run_dir, capsys):
     out = exits(capsys, "verify", str(run_dir))
     assert f"{run_dir}/timing.jsonl: missing" in out
     assert f"{len(found) - 1} of {len(found)} files agree" in out
-    assert "A finished one: cnnjax reproduce." in out
+    assert "Resume the run with --resume, which writes timing.jsonl again." in out
 
 
 def test_verify_of_a_killed_run_expects_only_the_checksums_that_it_could_write(run_dir):
     change_last_session(run_dir, state="running")
     (run_dir / "SHA256SUMS").unlink()
-    (run_dir / "checkpoints/26/SHA256SUMS").unlink()
+    shutil.copytree(run_dir / "checkpoints/26", run_dir / "checkpoints/39.partial")
     found = verify(run_dir)
-    assert found["metrics.jsonl"] == found["manifest.json"] == found["checkpoints/26"] == "no checksum"
-    assert {what for name, what in found.items() if name.startswith("checkpoints/13/")} == {"ok"}
+    assert found["metrics.jsonl"] == found["manifest.json"] == "no checksum"
+    assert {what for name, what in found.items() if name.startswith("checkpoints/")} == {"ok"}
+    (run_dir / "checkpoints/26/SHA256SUMS").unlink()  # A checkpoint gets its name when it is complete.
+    assert verify(run_dir)["checkpoints/26/SHA256SUMS"] == "missing"
     change_last_session(run_dir, state="finished")
     assert verify(run_dir)["SHA256SUMS"] == "missing"
+
+
+def test_the_advice_of_verify_works(seeds, run_dir, prepared_dir, tmp_path, capsys):
+    expected = seeds.results[0]["sha256"]
+    (run_dir / "metrics.jsonl").write_text("5\n")
+    (run_dir / "result.json").write_text("{}")
+    advice = "Resume the run with --resume, which writes metrics.jsonl, result.json again."
+    assert advice in exits(capsys, "verify", str(run_dir))
+    config = replace(seeds.config, seed=0)
+    train_and_evaluate(config, run_dir=run_dir, data_dir=prepared_dir, resume=True)
+    assert {*verify(run_dir).values()} == {"ok"}
+    (run_dir / "checkpoints/26/progress.json").unlink()
+    advice = "The result of the run is intact. Train it again for its checkpoints: cnnjax reproduce."
+    assert advice in exits(capsys, "verify", str(run_dir))
+    assert reproduce(run_dir, config, into=tmp_path / "again", data_dir=prepared_dir).same
+    (run_dir / "result.json").unlink()
+    (run_dir / "SHA256SUMS").unlink()
+    change_last_session(run_dir, state="running")
+    advice = "Resume the run with --resume: it starts from the latest intact checkpoint."
+    assert advice in exits(capsys, "verify", str(run_dir))
+    result = train_and_evaluate(config, run_dir=run_dir, data_dir=prepared_dir, resume=True)
+    assert result["sha256"] == expected
+    (run_dir / "config.json").unlink()
+    advice = "Only a backup has config.json. Restore it, or train again in another directory."
+    assert advice in exits(capsys, "verify", str(run_dir))
 
 
 def test_verify_of_a_damaged_manifest_or_configuration(run_dir):
@@ -105,10 +111,24 @@ def test_verify_of_a_damaged_manifest_or_configuration(run_dir):
     assert verify(run_dir)["config.json"] == "damaged"
     (run_dir / "manifest.json").write_text("{")
     assert verify(run_dir)["manifest.json"] == "damaged"
-    with pytest.raises(UserError, match=r"manifest.json must be a readable JSON file"):
+    with pytest.raises(UserError, match=r"manifest\.json must be JSON"):
         read_info(run_dir)
     with pytest.raises(UserError, match=r"`run` must be the directory of a run, got "):
         verify(run_dir / "checkpoints")
+
+
+def test_verify_finds_what_is_missing_or_not_listed(run_dir, capsys):
+    sums = run_dir / "SHA256SUMS"
+    sums.write_text("".join(line for line in sums.read_text().splitlines(keepends=True) if "metrics" not in line))
+    assert verify(run_dir)["metrics.jsonl"] == "not listed in SHA256SUMS"
+    (run_dir / "notes.txt").touch()
+    assert verify(run_dir)["notes.txt"] == "no checksum"  # Not ours.
+    (run_dir / "checkpoints/26/SHA256SUMS").write_text("")
+    assert verify(run_dir)["checkpoints/26/progress.json"] == "not listed in SHA256SUMS"
+    shutil.rmtree(run_dir / "checkpoints")
+    found = verify(run_dir)
+    assert found["checkpoints/13"] == found["checkpoints/26"] == "missing"
+    assert f"{run_dir}/checkpoints/26: missing" in exits(capsys, "verify", str(run_dir))
 
 
 def test_a_run_directory_must_not_lead_out_of_itself(run_dir, tmp_path):
@@ -141,11 +161,11 @@ def test_diff_shows_configuration_data_environment_and_outcome(seeds, run_dir, c
         }
     )  # Neither the seed nor the time.
     assert {*found["data"]} == {"mean", "std"}  # Of another training part of the same images.
-    main(["diff", str(run_dir), str(seeds.folder / "seed0")])
-    lines = capsys.readouterr().out.splitlines()
+    lines = exits(capsys, "diff", str(run_dir), str(seeds.folder / "seed0")).splitlines()
     assert lines[:3] == ["configuration: the same", "data: the same", "environment:"]
     assert f"  versions.jax: 0.9.0 | {versions['jax']}" in lines
     assert lines[-1] == "outcome: the same"
+    main(["diff", str(run_dir), str(run_dir)])  # Exits with 0.
 
 
 def test_reproduce_gives_the_same_bits(run_dir, prepared_dir, capsys):
@@ -207,8 +227,8 @@ def test_compare_tests_two_experiments_over_their_seeds(seeds, tmp_path, capsys,
             run_dir = Path(shutil.copytree(seeds.folder / f"seed{seed}", f"runs/{name}-seed{seed}"))
             accuracy = 0.9 + 0.001 * seed + gain
             change(run_dir / "result.json", test_accuracy=accuracy, test_loss=1 - accuracy)
-    assert scores("good", "test_accuracy") == ("good", {0: 0.9, 1: 0.901, 2: 0.902})
-    assert scores("runs/good", "test_loss")[1] == {
+    assert scores("good", "test_accuracy") == ({0: 0.9, 1: 0.901, 2: 0.902}, [])
+    assert scores("runs/good", "test_loss")[0] == {
         0: pytest.approx(0.1),
         1: pytest.approx(0.099),
         2: pytest.approx(0.098),
@@ -224,17 +244,42 @@ def test_compare_tests_two_experiments_over_their_seeds(seeds, tmp_path, capsys,
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].startswith("difference: -0.1100 (95% interval -0.1348 to -0.0852), p = 0.0027")
     assert lines[3] == "The difference is resolved: good is better."  # Its loss is lower.
-    shutil.rmtree("runs/bad-seed2")
+    Path("runs/bad-seed2/result.json").unlink()
     change(Path("runs/bad-seed0/result.json"), test_accuracy=0.95)
     main(["compare", "good", "bad"])
-    lines = capsys.readouterr().out.splitlines()
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    assert captured.err == f"Not finished, so left out: {Path('runs/bad-seed2')}\n"
+    assert lines[1].endswith("95% interval of the mean 0.00% to 100.00%, n = 2")
     assert "Welch's t test" in lines[2]
-    assert "The difference is not resolved. One of this size would take about " in lines[3]
+    more = re.fullmatch(
+        r"The difference is not resolved\. One of this size would take about (\d+) more seeds of good and (\d+) more "
+        r"seeds of bad \(for a probability of 80% of detecting it\)\.",
+        lines[3],
+    )
+    assert more is not None and int(more[1]) == int(more[2]) - 1  # There are three of good, and two of bad.
+    main(["compare", "good", "good"])
+    assert capsys.readouterr().out.splitlines()[-1] == "The means are equal."
+
+
+def test_compare_names_what_it_misses(seeds, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    for target in ("nothing", "empty", "runs/nothing", ""):
+        with pytest.raises(UserError, match=rf"a folder of finished runs, or the name .*, got '{target}' without a ru"):
+            scores(target, "test_accuracy")
+    shutil.copytree(seeds.folder / "seed0", "runs/wide_mlp-seed0")
+    for target in ("wide_mpl", "runs/wide_mpl"):
+        with pytest.raises(UserError, match=r"must be a known name, got 'wide_mpl'\. Did you mean wide_mlp"):
+            scores(target, "test_accuracy")
+    Path("wide_mlp").mkdir()  # A folder without runs does not hide the name.
+    assert [*scores("wide_mlp", "test_accuracy")[0]] == [0]
+    Path("runs/wide_mlp-seed0/result.json").unlink()
+    with pytest.raises(UserError, match=r"got 'wide_mlp' with 1 unfinished runs. Resume them with --resume\."):
+        scores("wide_mlp", "test_accuracy")
 
 
 def test_compare_refuses_runs_of_different_experiments(seeds, run_dir, tmp_path):
-    with pytest.raises(UserError, match=r"must be a folder of finished runs, or the name before -seed<k>.*'nothing'"):
-        scores("nothing", "test_accuracy")
     config = read_record(run_dir).config
     other = shutil.copytree(run_dir, tmp_path / "other")
     with pytest.raises(UserError, match=r"must have different seeds, got seed 0 in .*other and in .*run\."):

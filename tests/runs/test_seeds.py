@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from cnnjax import UserError, train_and_evaluate
-from cnnjax.runs.directory import read_result
+from cnnjax import Config, UserError, train_and_evaluate
 from cnnjax.runs.inspection import find_runs
 from cnnjax.runs.manifest import num_cores
+from cnnjax.runs.records import read_result
 from cnnjax.runs.seeds import parse_seeds, train_seeds
 
 PROGRAM = Path(__file__).parents[1] / "programs" / "two_devices.py"
@@ -21,9 +21,15 @@ def test_seeds_are_ranges_or_lists():
     assert parse_seeds("0:3") == (0, 1, 2)
     assert parse_seeds("5,0,7") == (5, 0, 7)
     assert parse_seeds("4") == (4,)
-    for text in ("", "3:3", "1,1", "a", "0:10:2", "-1"):
-        with pytest.raises(UserError, match=r"`seeds` must be a range such as 0:10 \(0 to 9\) or a list .*, got "):
+    assert len(parse_seeds("0:10000")) == 10_000
+    assert parse_seeds("4294967295") == (2**32 - 1,)
+    wrong = ("", "3:3", "5:2", "1,1", "a", "0:10:2", "-1", "-1:2", "0:10001", "0:99999999999", "0:9999999999")
+    for text in (*wrong, "4294967296", f"{10**30}", "0:" + 5000 * "9", "0," * 10**6):
+        with pytest.raises(UserError, match=r"`seeds` must be a range .* or a list .* of 1 to 10,000 different seeds "):
             parse_seeds(text)
+    for seeds in ((), (1, 1)):
+        with pytest.raises(UserError, match=r"`seeds` must be different, and at least one, got "):
+            train_seeds(Config(), seeds)
 
 
 def test_seeds_share_one_compilation_and_have_the_bits_of_single_runs(seeds, prepared_dir, tmp_path):

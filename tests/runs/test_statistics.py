@@ -35,6 +35,25 @@ def test_summary_of_equal_values():
     assert summarize([0.5, 0.5, 0.5]) == (0.5, 0.0, 0.5, 0.5, 3)
 
 
+def test_intervals_stay_within_the_possible_scores():
+    # The half-width is t * s / sqrt(n); without bounds 0.95 ± 12.7062 * 0.05 and 0.5 ± 12.7062 * 0.5.
+    assert summarize([0.9, 1.0], bounds=(0.0, 1.0))[2:4] == pytest.approx((0.95 - 12.7062 * 0.05, 1.0), rel=1e-5)
+    assert summarize([0.0, 1.0], bounds=(0.0, math.inf))[2:4] == pytest.approx((0.0, 0.5 + 12.7062 * 0.5), rel=1e-5)
+    a = scores_of([0.2, 0.9])
+    for first_seed in (0, 100):
+        b = scores_of([0.9, 0.2], first_seed)
+        assert compare(a, b, bounds=(0.0, 1.0))[1:4] == (0.0, -1.0, 1.0)
+        assert compare(a, b, bounds=(0.0, math.inf)) == compare(a, b)
+        assert compare(a, b).high > 1
+
+
+def test_scores_must_be_finite():
+    with pytest.raises(UserError, match=r"`values` must be finite, got \[1.0, nan\]"):
+        summarize([1.0, math.nan])
+    with pytest.raises(UserError, match=r"`b` must be finite scores, got \[inf, 1.0\]"):
+        compare({0: 1.0, 1: 2.0}, {0: math.inf, 1: 1.0})
+
+
 def test_summary_needs_a_value():
     with pytest.raises(UserError, match=r"`values` must contain .* at least one finished run, got none"):
         summarize([])
@@ -54,7 +73,7 @@ def test_difference_is_b_minus_a():
     ab, ba = compare(a, b), compare(b, a)
     assert ab.difference == pytest.approx(4 / 3)
     assert (ba.difference, ba.low, ba.high) == pytest.approx((-ab.difference, -ab.high, -ab.low))
-    assert (ba.p_value, ba.more_seeds) == (pytest.approx(ab.p_value), ab.more_seeds)
+    assert (ba.p_value, ba.more) == (pytest.approx(ab.p_value), ab.more)
 
 
 @pytest.mark.parametrize("first_seed", [1, 100])  # Seeds that overlap are not the same seeds.
@@ -76,45 +95,60 @@ def test_number_of_seeds_may_differ():
 def test_clear_difference_is_resolved():
     comparison = compare(scores_of([0.90, 0.91, 0.92]), scores_of([0.95, 0.961, 0.969]))
     assert comparison.resolved and comparison.p_value < 0.05
-    assert comparison.low > 0 and comparison.more_seeds == 0
+    assert comparison.low > 0 and comparison.more == (0, 0)
 
 
 def test_more_seeds_for_pairs_from_the_textbook():
     # An effect of half a deviation needs 34 pairs for a power of 80% at the two-sided 5% level; Cohen 1988, chapter 2.
     comparison = compare(scores_of(np.zeros(10)), scores_of(with_moments(10, mean=0.5, deviation=1.0)))
     assert comparison.paired and not comparison.resolved
-    assert comparison.more_seeds == 34 - 10
+    assert comparison.more == (34 - 10, 34 - 10)
 
 
-@pytest.mark.parametrize("n_b", [5, 10])  # Both must reach 64; more_seeds counts from the larger.
+@pytest.mark.parametrize("n_b", [5, 10])  # Both must reach 64.
 def test_more_seeds_for_welchs_test_from_the_textbook(n_b):
     # An effect of half a deviation needs 64 of each; Cohen 1988, table 2.4.1.
     a, b = scores_of(with_moments(10, 0.0, 1.0)), scores_of(with_moments(n_b, 0.5, 1.0), first_seed=100)
     comparison = compare(a, b)
     assert not comparison.paired and not comparison.resolved
-    assert comparison.more_seeds == 64 - 10
+    assert comparison.more == (64 - 10, 64 - n_b)
 
 
 def test_more_seeds_without_noise_in_one_experiment():
     # The degrees of freedom are those of the other experiment alone, so it needs as many seeds as pairs would.
     a, b = scores_of(np.zeros(10)), scores_of(with_moments(10, 0.5, 1.0), first_seed=100)
-    assert compare(a, b).more_seeds == 34 - 10
+    assert compare(a, b).more == (34 - 10, 34 - 10)
+
+
+def test_more_seeds_of_the_smaller_experiment_only():
+    # The variance of 1,000 seeds is 0.001, so a needs almost as many as it would against a known mean: 34, as pairs do.
+    a, b = scores_of(with_moments(2, 0.0, 1.0)), scores_of(with_moments(1000, 0.5, 1.0), first_seed=100)
+    comparison = compare(a, b)
+    assert not comparison.resolved and comparison.more is not None
+    m = 2 + comparison.more[0]
+    assert comparison.more[1] == 0 and 34 <= m <= 36
+    rng = np.random.default_rng(0)
+    for n, at_least in ((m - 2, False), (m + 2, True)):
+        draws = rng.normal(0.5, 1, (20_000, 1000)), rng.normal(0, 1, (20_000, n))
+        power = np.mean(scipy_stats.ttest_ind(*draws, axis=1, equal_var=False).pvalue < 0.05)
+        assert (power > 0.8) == at_least
 
 
 def test_more_seeds_reach_the_power_in_simulation():
     # For unequal variances there is no table: this n must detect the difference in 80% of 20,000 draws.
     a, b = with_moments(6, 0.0, 1.0), with_moments(6, 1.0, 2.0)
-    more = compare(scores_of(a), scores_of(b, first_seed=100)).more_seeds
-    assert more is not None
-    rng, shape = np.random.default_rng(0), (20_000, 6 + more)
+    more = compare(scores_of(a), scores_of(b, first_seed=100)).more
+    assert more is not None and more[0] == more[1]
+    rng, shape = np.random.default_rng(0), (20_000, 6 + more[0])
     test = scipy_stats.ttest_ind(rng.normal(1, 2, shape), rng.normal(0, 1, shape), axis=1, equal_var=False)
     assert np.mean(test.pvalue < 0.05) == pytest.approx(0.8, abs=0.02)
 
 
 def test_more_seeds_is_the_smallest_number_that_reaches_the_power():
     # An effect of two deviations is not resolved by three pairs, p is 0.074.
-    more = compare(scores_of(np.zeros(3)), scores_of([1.0, 2.0, 3.0])).more_seeds
-    assert more is not None
+    pairs = compare(scores_of(np.zeros(3)), scores_of([1.0, 2.0, 3.0])).more
+    assert pairs is not None and pairs[0] == pairs[1]
+    more = pairs[0]
     rng = np.random.default_rng(0)
     power = [
         np.mean(scipy_stats.ttest_1samp(rng.normal(2, 1, (20_000, n)), 0, axis=1).pvalue < 0.05)
@@ -126,19 +160,19 @@ def test_more_seeds_is_the_smallest_number_that_reaches_the_power():
 def test_more_seeds_for_a_huge_effect():
     # SciPy returns NaN for the power of large n.
     comparison = compare(scores_of(np.zeros(2)), scores_of([1.0, 1.3]))
-    assert not comparison.resolved and comparison.more_seeds == 1
+    assert not comparison.resolved and comparison.more == (1, 1)
 
 
 @pytest.mark.parametrize("first_seed", [0, 100])
 def test_more_seeds_is_none_above_the_limit(first_seed):
     a, b = with_moments(8, 0.0, 1.0), with_moments(8, 1e-3, 1.0)[::-1]
-    assert compare(scores_of(a), scores_of(b, first_seed)).more_seeds is None
+    assert compare(scores_of(a), scores_of(b, first_seed)).more is None
 
 
 @pytest.mark.parametrize("first_seed", [0, 100])
 def test_more_seeds_is_none_without_a_difference(first_seed):
     comparison = compare(scores_of([1.0, 2.0, 3.0]), scores_of([3.0, 2.0, 1.0], first_seed))
-    assert (comparison.difference, comparison.resolved, comparison.more_seeds) == (0.0, False, None)
+    assert (comparison.difference, comparison.resolved, comparison.more) == (0.0, False, None)
 
 
 @pytest.mark.parametrize("first_seed", [0, 100])
@@ -150,12 +184,12 @@ def test_equal_scores_without_noise(first_seed):
 @pytest.mark.parametrize("first_seed", [0, 100])
 def test_different_scores_without_noise(first_seed):
     comparison = compare(scores_of([0.5, 0.5, 0.5]), scores_of([0.75, 0.75, 0.75], first_seed))
-    assert comparison == (first_seed == 0, 0.25, 0.25, 0.25, 0.0, True, 3, 3, 0)
+    assert comparison == (first_seed == 0, 0.25, 0.25, 0.25, 0.0, True, 3, 3, (0, 0))
 
 
 def test_equal_differences_of_noisy_pairs():
     comparison = compare(scores_of([0.25, 0.5, 0.625]), scores_of([0.375, 0.625, 0.75]))
-    assert comparison == (True, 0.125, 0.125, 0.125, 0.0, True, 3, 3, 0)
+    assert comparison == (True, 0.125, 0.125, 0.125, 0.0, True, 3, 3, (0, 0))
 
 
 def test_equal_differences_up_to_rounding():

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -122,6 +123,50 @@ def test_colors_become_gray_by_their_luminance(tmp_path):
         np.testing.assert_array_equal(read_image(tmp_path / "image.png", (8, 8, 3))[0, 0], color)
 
 
+def test_the_alpha_channel_is_kept_for_networks_that_were_trained_on_it(tmp_path):
+    image = np.random.default_rng(0).integers(0, 256, (8, 8, 4), np.uint8)
+    image[0, :, 3] = 0
+    Image.fromarray(image).save(tmp_path / "rgba.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "rgba.png", (8, 8, 4)), image)
+    Image.fromarray(image[..., 2:]).save(tmp_path / "la.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "la.png", (8, 8, 2)), image[..., 2:])
+    Image.fromarray(image[..., :3]).save(tmp_path / "rgb.png")
+    opaque = read_image(tmp_path / "rgb.png", (8, 8, 4))
+    np.testing.assert_array_equal(opaque, np.dstack([image[..., :3], np.full((8, 8), 255)]))
+    gray = read_image(tmp_path / "rgb.png", (8, 8, 2))
+    np.testing.assert_array_equal(gray[..., :1], read_image(tmp_path / "rgb.png", (8, 8, 1)))
+    np.testing.assert_array_equal(gray[..., 1], 255)
+    with pytest.raises(UserError, match="`image` must have 1 to 4 channels to be read from a file, got a network of 5"):
+        read_image(tmp_path / "rgba.png", (8, 8, 5))
+
+
+def test_a_palette_with_transparency_is_blended(tmp_path):
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.putpixel((0, 0), 0)
+    for name, transparency in (("one.png", 0), ("each.png", bytes([0, 255])), ("one.gif", 0)):
+        image.save(tmp_path / name, transparency=transparency)
+        read = read_image(tmp_path / name, (4, 4, 3))
+        assert (read[0, 0].tolist(), read[3, 3].tolist()) == ([255, 255, 255], [0, 0, 255])
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
+def test_the_first_frame_of_an_animation_is_read(suffix, tmp_path):
+    frames = [Image.new("L", (8, 8), gray) for gray in (64, 128, 255)]
+    frames[0].save(tmp_path / f"image.{suffix}", save_all=True, append_images=frames[1:], lossless=True)
+    np.testing.assert_array_equal(read_image(tmp_path / f"image.{suffix}", (8, 8, 1)), 64)
+
+
+def test_a_large_photograph_is_read_and_a_larger_one_is_refused(tmp_path, monkeypatch):
+    """Pillow warns above its limit, and warnings are errors here. It raises an error above twice the limit."""
+    Image.new("L", (30, 20), 50).save(tmp_path / "image.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
+    np.testing.assert_array_equal(read_image(tmp_path / "image.png", (10, 10, 1)), 50)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 299)
+    with pytest.raises(UserError, match=r"got .*image\.png \(Image size \(600 pixels\) exceeds limit of 598 pixels"):
+        read_image(tmp_path / "image.png", (10, 10, 1))
+
+
 def test_thirty_two_bits_are_refused(tmp_path):
     Image.new("F", (28, 28), 0.5).save(tmp_path / "image.tiff")
     with pytest.raises(UserError, match=r"`image` must have 8 or 16 bits per channel, got .* with 32 \(mode F\)"):
@@ -131,6 +176,10 @@ def test_thirty_two_bits_are_refused(tmp_path):
 def test_sixteen_bit_gray_keeps_its_range(tmp_path):
     Image.fromarray(np.full((28, 28), 128 * 257, np.uint16)).save(tmp_path / "image.png")
     np.testing.assert_array_equal(read_image(tmp_path / "image.png", (28, 28, 1)), np.full((28, 28, 1), 128))
+    image, exif = np.repeat(np.uint16([[257 * 50], [257 * 200]]), 8, axis=1).repeat(4, axis=0), Image.Exif()
+    exif[0x0112] = 3  # Orientation: upside down.
+    Image.fromarray(image).save(tmp_path / "rotated.png", exif=exif)
+    np.testing.assert_array_equal(read_image(tmp_path / "rotated.png", (8, 8, 1))[[0, -1], 0, 0], [200, 50])
 
 
 def test_transparent_parts_become_white_and_long_sides_are_cropped(tmp_path):
@@ -157,25 +206,51 @@ def test_a_photograph_is_rotated_upright(tmp_path):
 
 def test_a_file_that_is_no_image(tmp_path):
     (tmp_path / "text.png").write_text("no image")
-    for path in (tmp_path / "text.png", tmp_path / "missing.png", tmp_path):
-        with pytest.raises(UserError, match=rf"`image` must be an image file .*, got {path} \("):
-            read_image(path, (32, 32, 3))
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    os.mkfifo(tmp_path / "fifo.png")
+    for name, why in {
+        "text.png": "of an unknown format",
+        "empty.png": "of an unknown format",
+        "missing.png": "No such file or directory",
+        ".": "Is a directory",
+        "loop.png": "Too many levels of symbolic links",
+        "fifo.png": "Not a regular file",
+    }.items():
+        with pytest.raises(UserError) as error:
+            read_image(tmp_path / name, (32, 32, 3))
+        assert str(error.value) == (
+            f"`image` must be an image file (PNG, JPEG, WebP, ...), got {tmp_path / name} ({why})."
+        )
 
 
-def test_a_truncated_image(tmp_path):
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(tmp_path / "image.png")
-    data = (tmp_path / "image.png").read_bytes()
-    (tmp_path / "image.png").write_bytes(data[: len(data) // 2])
+@pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "webp"])
+def test_a_truncated_image(suffix, tmp_path):
+    path = tmp_path / f"image.{suffix}"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(UserError, match="`image` must be an image file"):
-        read_image(tmp_path / "image.png", (32, 32, 3))
+        read_image(path, (32, 32, 3))
+
+
+def test_any_error_of_a_decoder_is_a_message(tmp_path, monkeypatch):
+    def fail(*args):
+        raise IndexError
+
+    Image.new("L", (8, 8)).save(tmp_path / "image.png")
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", fail)
+    with pytest.raises(UserError, match=r"`image` must be an image file .*image\.png \(IndexError\)"):
+        read_image(tmp_path / "image.png", (8, 8, 1))
 
 
 def test_no_run(tmp_path):
-    with pytest.raises(UserError, match=rf"`run` must be the directory of a run .*, got {tmp_path}"):
+    with pytest.raises(UserError, match=rf"`run` must be the directory of a run, .*, got {tmp_path}"):
         load_trained(tmp_path)
 
 
 def test_a_run_without_a_finished_epoch(seeds, tmp_path):
     shutil.copy(seeds.folder / "seed0" / "config.json", tmp_path)
-    with pytest.raises(UserError, match=r"`run` must have finished an epoch, got .*\. Resume it with --resume"):
+    with pytest.raises(
+        UserError, match=r"`run` must have the checkpoint of an epoch, got .* without one\. Resume it with"
+    ):
         load_trained(tmp_path)

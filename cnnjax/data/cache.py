@@ -1,0 +1,92 @@
+"""The decoded arrays of a prepared tfds directory, and what is known about them, next to its shards.
+
+Whatever is damaged counts as missing: the caller decodes the shards again.
+"""
+
+import json
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+from pydantic import Field
+
+from cnnjax.data.tfds_format import Examples
+from cnnjax.errors import UserError, check
+from cnnjax.runs.files import atomic_write, open_regular, read_json
+from cnnjax.runs.schema import Positive, Sha256
+
+CACHE = "cnnjax_arrays"  # The name of the folder.
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The content of facts.json, see `ImageDataset`. It does not name the folder, which may move."""
+
+    source: str
+    class_names: Annotated[tuple[str, ...], Field(min_length=1)]
+    image_shape: tuple[Positive, Positive, Positive]
+    sha256: dict[str, Sha256]
+
+    def __post_init__(self) -> None:
+        check("sha256", "a digest of the splits train and test", self.sha256.keys() == {"train", "test"}, self.sha256)
+
+
+def read_facts(folder: Path) -> Facts | None:
+    """Returns the facts of a prepared directory whose splits have been decoded and checked, or None."""
+    try:
+        return read_json(folder / CACHE / "facts.json", Facts)
+    except UserError:
+        return None
+
+
+def read_arrays(folder: Path, split: str) -> Examples | None:
+    """Returns the decoded arrays of a split, or None. The caller verifies their digest."""
+    try:
+        image, label = (_read_array(folder / CACHE / f"{split}_{name}.npy") for name in Examples._fields)
+    except Exception:  # A damaged header raises a dozen types, among them MemoryError for a huge shape.
+        return None
+    intact = (image.dtype, label.dtype) == (np.uint8, np.int32) and label.shape == image.shape[:1] and image.ndim == 4
+    return Examples(image, label) if intact else None
+
+
+def _read_array(path: Path) -> np.ndarray:
+    with open_regular(path) as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
+
+
+def write_cache(folder: Path, splits: dict[str, Examples], facts: Facts) -> None:
+    """Writes the decoded arrays of both splits, then the facts; in case of an error removes what would take room.
+
+    Raises:
+      OSError: the disk is full or cannot be written.
+    """
+    try:
+        for split, examples in splits.items():
+            write_arrays(folder, split, examples)
+        with atomic_write(folder / CACHE / "facts.json", shared=True) as file:
+            file.write(json.dumps(asdict(facts), indent=2).encode())
+    except OSError:
+        shutil.rmtree(folder / CACHE, ignore_errors=True)
+        raise
+
+
+def write_arrays(folder: Path, split: str, examples: Examples) -> None:
+    """Writes the decoded arrays of a split.
+
+    Raises:
+      OSError: the disk is full or cannot be written.
+    """
+    (folder / CACHE).mkdir(exist_ok=True)
+    for name, array in examples._asdict().items():
+        with atomic_write(folder / CACHE / f"{split}_{name}.npy", shared=True) as file:
+            np.save(file, array)
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Removes what killed processes left of files that `atomic_write` shares. No other process may write there."""
+    for path in folder.glob("*.partial"):
+        if re.fullmatch(r".+\.\d+\.\d+\.partial", path.name):
+            path.unlink(missing_ok=True)

@@ -1,0 +1,126 @@
+"""Checks that the fields of a dataclass, or of a Linen module, hold what their annotations declare."""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from types import NoneType, SimpleNamespace, UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+import flax.linen as nn
+import numpy as np
+
+from cnnjax.errors import UserError
+
+_SCALARS = {bool: "a bool", int: "an int", float: "a float", str: "a str", NoneType: "None"}
+_LOW, _HIGH = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+_FLOAT32 = f"finite, and 0 or a normal number of float32 ({_LOW:.1e} to {_HIGH:.1e} in size)"
+
+
+class _Fault(NamedTuple):
+    path: str
+    rule: str
+    value: Any
+
+
+def check_fields(x: Any, path: str = "") -> None:
+    """Checks the fields of a dataclass, and of the dataclasses in them, against their annotations.
+
+    An int may stand for a float, a NumPy scalar for Python's, a tuple for a list. A float must be 0 or in the range of
+    float32; in a user's class it may be infinite. A field that has its default is not checked: `width: int = None` is
+    common. An annotation that cannot be evaluated, or is of another kind than the usual ones, accepts every value.
+
+    Args:
+      x: the dataclass.
+      path: its name in messages; empty for the configuration itself.
+
+    Raises:
+      UserError: a field has another type, or is out of range.
+    """
+    for field in dataclasses.fields(x):
+        if not field.init or (isinstance(x, nn.Module) and field.name in ("parent", "name")):  # Flax's own.
+            continue
+        value, default = getattr(x, field.name), field.default
+        if value is default or (type(value) is type(default) and value == default):
+            continue
+        name = f"{path}.{field.name}" if path else field.name
+        owner = next((c for c in type(x).__mro__ if field.name in vars(c).get("__annotations__", {})), type(x))
+        if owner.__module__.partition(".")[0] != "cnnjax" and isinstance(value, float) and math.isinf(value):
+            continue  # What it means is up to the user's class.
+        if (fault := _fault(name, value, _annotation(owner, field))) is not None:
+            raise UserError(f"`{fault.path}` must be {fault.rule}, got {_show(fault.value)}.")
+        for part_name, part in _parts(name, value):
+            if dataclasses.is_dataclass(part) and not isinstance(part, type):
+                check_fields(part, part_name)
+
+
+def _annotation(owner: type, field: dataclasses.Field[Any]) -> Any:
+    holder: Any = SimpleNamespace(__annotations__={field.name: field.type})
+    try:
+        return get_type_hints(holder, vars(sys.modules[owner.__module__]))[field.name]
+    except Exception:  # It is evaluated, so that anything may happen.
+        return Any
+
+
+def _fault(path: str, value: Any, hint: Any) -> _Fault | None:  # noqa: PLR0911  One per kind of annotation.
+    """Returns the first fault of a value, or None."""
+    kind, args = get_origin(hint) or hint, get_args(hint)
+    if kind in (Union, UnionType):
+        return _fault_of_union(path, value, args)
+    if kind in _SCALARS:
+        return _fault_of_scalar(path, value, kind)
+    if kind in (tuple, list, Sequence, dict, Mapping):
+        return _fault_of_container(path, value, kind, args)
+    if kind is Literal:
+        return None if value in args else _Fault(path, f"one of {', '.join(map(repr, args))}", value)
+    if kind is Callable:
+        return None if callable(value) else _Fault(path, "a function", value)
+    # `jnp.dtype` often stands for whatever names a dtype.
+    if not isinstance(kind, type) or kind in (Any, np.dtype) or getattr(kind, "_is_protocol", False):
+        return None
+    package = "" if kind.__module__ == "builtins" else f"{kind.__module__.partition('.')[0]}'s "
+    return None if isinstance(value, kind) else _Fault(path, f"an instance of {package}{kind.__qualname__}", value)
+
+
+def _fault_of_union(path: str, value: Any, args: tuple[Any, ...]) -> _Fault | None:
+    faults = [fault for fault in (_fault(path, value, arg) for arg in args) if fault is not None]
+    if len(faults) < len(args):
+        return None
+    inside = [fault for fault in faults if fault.path != path]
+    return inside[0] if inside else _Fault(path, " or ".join(fault.rule for fault in faults), value)
+
+
+def _fault_of_scalar(path: str, value: Any, kind: type) -> _Fault | None:
+    value = value.item() if isinstance(value, np.generic) else value
+    if not isinstance(value, (int, float) if kind is float else kind) or (type(value) is bool and kind is not bool):
+        return _Fault(path, _SCALARS[kind], value)
+    if kind is float and not (value == 0 or _LOW <= abs(value) <= _HIGH):
+        return _Fault(path, _FLOAT32, value)
+    return _Fault(path, "an int of 64 bits", value) if kind is int and not -(2**63) <= value < 2**64 else None
+
+
+def _fault_of_container(path: str, value: Any, kind: type, args: tuple[Any, ...]) -> _Fault | None:
+    if kind in (dict, Mapping):
+        if not isinstance(value, Mapping):
+            return _Fault(path, "a dict", value)
+        members = [(f"{path}.{key}", x, args[1]) for key, x in value.items() if args]
+    elif not isinstance(value, tuple if kind is tuple else (tuple, list)):
+        return _Fault(path, "a tuple", value)
+    elif kind is tuple and args and Ellipsis not in args:
+        if len(value) != len(args):
+            return _Fault(path, f"a tuple of {len(args)}", value)
+        members = [(f"{path}.{i}", x, arg) for i, (x, arg) in enumerate(zip(value, args, strict=True))]
+    else:
+        members = [(f"{path}.{i}", x, args[0]) for i, x in enumerate(value) if args]
+    return next((fault for member in members if (fault := _fault(*member)) is not None), None)
+
+
+def _parts(path: str, value: Any) -> list[tuple[str, Any]]:
+    if isinstance(value, (tuple, list)):
+        return [(f"{path}.{i}", x) for i, x in enumerate(value)]
+    return [(path, value)]
+
+
+def _show(value: Any) -> str:
+    text = hex(value) if isinstance(value, int) and abs(value) >= 2**64 else " ".join(repr(value).split())
+    return text if len(text) <= 100 else f"{text[:97]}..."

@@ -1,0 +1,68 @@
+"""The memory that training needs at least, and the message if there is too little."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+from jaxtyping import PyTree
+
+from cnnjax.errors import UserError
+
+# Their results are written to memory. XLA may fuse anything else.
+_WRITTEN = ("dot_general", "conv_general_dilated", "ffi_call")
+
+
+def num_bytes(tree: PyTree) -> int:
+    """Returns the bytes of all arrays, or shapes of arrays, of a tree. The sum may exceed 64 bits."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def largest_result(jaxpr: Any) -> int:
+    """Returns a lower bound on the bytes of the largest matrix product or convolution in a program.
+
+    A value counts at most two bytes, because XLA may fuse a cast.
+    """
+    largest = 0
+    for equation in jaxpr.eqns:
+        for parameter in jax.tree.leaves([*equation.params.values()], is_leaf=lambda x: hasattr(x, "jaxpr")):
+            inner = getattr(parameter, "jaxpr", parameter)
+            largest = max(largest, largest_result(inner)) if hasattr(inner, "eqns") else largest
+        if equation.primitive.name in _WRITTEN:
+            largest = max(largest, *(_bytes_written(equation, x.aval) for x in equation.outvars))
+    return largest
+
+
+def _bytes_written(equation: Any, result: Any) -> int:
+    shape = result.shape
+    if equation.primitive.name == "dot_general":
+        (axes, _), (batch_axes, _) = equation.params["dimension_numbers"]
+        if math.prod(equation.invars[0].aval.shape[axis] for axis in axes) == 1:
+            return 0  # XLA may fuse an outer product.
+        shape = shape[len(batch_axes) :]  # And it may turn a sum over a batch of products into one product.
+    return math.prod(shape) * min(result.dtype.itemsize, 2)
+
+
+def gib(size: int) -> str:
+    """Returns a number of bytes in words."""
+    return f"{size / 2**30:,.1f} GiB"
+
+
+@contextmanager
+def explain_out_of_memory() -> Iterator[None]:
+    """Turns an out-of-memory error of Python, NumPy or XLA into a `UserError`, whose cause it stays.
+
+    Raises:
+      UserError: there is too little memory.
+    """
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        detail = (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")
+        raise UserError(
+            f"The run must fit into memory, got: {detail}. Lower `batch_size` or the size of the network, or use "
+            "a smaller data set or, with `--seeds`, fewer cores."
+        ) from error

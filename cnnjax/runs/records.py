@@ -1,0 +1,120 @@
+"""Reads and writes config.json, metrics.jsonl, timing.jsonl and result.json of a run directory.
+
+They are data, perhaps from someone else: what is read is checked against `schema`, and none of it is executed.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cnnjax.config import Config
+from cnnjax.data.batches import Standardization
+from cnnjax.data.datasets import ImageDataset
+from cnnjax.errors import UserError
+from cnnjax.runs.codec import decode
+from cnnjax.runs.files import is_inside, open_regular, parse_json, read_json, write_file, write_json
+from cnnjax.runs.schema import DataFacts, Identity, Result, Row, Splits, Timing
+
+REWRITE = "Resume the run, which writes it again: --resume."
+
+
+@dataclass(frozen=True)
+class Record:
+    """The content of config.json.
+
+    Attributes:
+      config: the configuration as JSON, see `codec.encode`.
+      data: what a trained network has to know about its data.
+      files: the SHA-256 of each file that defines classes or functions of the configuration.
+    """
+
+    config: dict[str, Any]
+    data: DataFacts
+    files: dict[str, str] = field(default_factory=dict)
+
+    def decode(self, names: Mapping[str, Any]) -> Config:
+        """Returns the configuration; `names` are the user's classes and functions, see `codec.decode`."""
+        return decode(self.config, names, self.files)
+
+
+def read_record(run_dir: Path) -> Record:
+    """Reads config.json.
+
+    Raises:
+      UserError: it is missing, damaged or of another version, or a link leads out of the directory.
+    """
+    check_links(run_dir)
+    path = run_dir / "config.json"
+    if not path.exists() and not path.is_symlink():
+        raise UserError(f"`run` must be the directory of a run, with a config.json, got {run_dir}.")
+    record = read_json(path, Record)
+    parse_json(json.dumps(record.config), Identity, f"the configuration in {path}")
+    return record
+
+
+def make_facts(dataset: ImageDataset, image_shape: tuple[int, ...], standardization: Standardization) -> DataFacts:
+    """Returns the facts of a data set and of its training images' statistics."""
+    return DataFacts(
+        image_shape=image_shape,
+        class_names=dataset.class_names,
+        sha256=Splits(train=dataset.sha256["train"], test=dataset.sha256["test"]),
+        version=dataset.version,
+        source=dataset.source,
+        mean=tuple(standardization.mean.tolist()),
+        std=tuple(standardization.std.tolist()),
+    )
+
+
+def data_version(run_dir: Path) -> str | None:
+    """Returns the version of the data set of an existing run, or None."""
+    return read_record(run_dir).data.version if (run_dir / "config.json").exists() else None
+
+
+def write_record(run_dir: Path, record: Record) -> None:
+    """Writes config.json, or renews that of a shorter run. The directory must be locked."""
+    path = run_dir / "config.json"
+    if path.exists():
+        if read_record(run_dir).config == record.config:
+            return
+        (run_dir / "result.json").unlink(missing_ok=True)  # Of the shorter run.
+    write_json(path, asdict(record))
+
+
+def check_links(run_dir: Path) -> None:
+    """Checks that nothing in a run directory leads out of it.
+
+    Raises:
+      UserError: a link does.
+    """
+    for path in run_dir.iterdir() if run_dir.is_dir() else ():
+        if path.is_symlink() and not is_inside(path, run_dir):
+            raise UserError(f"A run directory must not contain a link that leads out of it, got {path}. Remove it.")
+
+
+def read_rows(run_dir: Path) -> list[Row]:
+    """Returns the rows of metrics.jsonl, one per epoch (none before the first).
+
+    Raises:
+      UserError: it cannot be read, or a line is not a `Row`.
+    """
+    path = run_dir / "metrics.jsonl"
+    if not path.exists() and not path.is_symlink():
+        return []
+    try:
+        with open_regular(path) as file:
+            return [parse_json(line, Row, f"{path}, line {i}", REWRITE) for i, line in enumerate(file, 1)]
+    except OSError as error:
+        raise UserError(f"{path} must be readable, got {error}. {REWRITE}") from error
+
+
+def write_rows(path: Path, rows: Sequence[Row | Timing]) -> None:
+    """Writes all of metrics.jsonl or timing.jsonl: an epoch that is trained again must not appear twice."""
+    write_file(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_result(run_dir: Path) -> Result | None:
+    """Returns the content of result.json, or None if the run has not finished."""
+    path = run_dir / "result.json"
+    return read_json(path, Result, REWRITE) if path.exists() or path.is_symlink() else None

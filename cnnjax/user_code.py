@@ -1,0 +1,55 @@
+"""One line about an exception in the user's own code: what failed, in which file and line, and how."""
+
+import sysconfig
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cnnjax.errors import UserError
+
+_LIBRARIES = (str(Path(__file__).parent), sysconfig.get_path("stdlib"), "<")
+
+
+def _is_library(file: str) -> bool:
+    installed = {"site-packages", "dist-packages"} & {*Path(file).parts}
+    return bool(installed) or file.startswith(_LIBRARIES)
+
+
+def describe(error: BaseException, place: str = "") -> str:
+    """Returns "FILE, line N: ERROR." with the innermost line of the user's own code that the error passed.
+
+    Args:
+      error: an exception that was caught.
+      place: takes the place of file and line if there is no such line.
+    """
+    lines = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    text = " ".join(str(error).split())
+    if isinstance(error, SyntaxError) and error.filename:
+        lines, text = [*lines, (error.filename, error.lineno)], error.msg
+    if not isinstance(error, UserError):
+        text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    text = text if len(text) <= 1000 else f"{text[:997]}..."
+    for file, line in lines:
+        if not _is_library(file):
+            path, here = Path(file), Path.cwd()
+            place = f"{path.relative_to(here) if path.is_relative_to(here) else path}, line {line}"
+    return (f"{place}: " if place else "") + text + ("" if text.endswith((".", "?", "!")) else ".")
+
+
+@contextmanager
+def user_code(part: str) -> Iterator[None]:
+    """Turns an exception in the user's code into a `UserError`, whose cause it stays.
+
+    Args:
+      part: what the code is, at the beginning of the message.
+
+    Raises:
+      UserError: the block raised an exception. A `UserError` is unchanged.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{part} must run without an error, got {describe(error)}") from error

@@ -1,0 +1,110 @@
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import inf, nan
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.core import FrozenDict
+
+from cnnjax import Adam, UserError
+from cnnjax.fields import check_fields
+
+
+@dataclass(frozen=True)
+class Part:
+    count: int = 1
+    rate: float = 0.5
+    flag: bool = False
+    word: "str" = "a"
+    limit: float = inf
+    width: int = None  # type: ignore
+    pair: tuple[int, float] = (1, 2.0)
+    many: tuple[int, ...] = ()
+    sizes: list[int] = ()  # type: ignore
+    rates: Mapping[str, float] = FrozenDict()
+    function: Callable[[Any], Any] = abs
+    mode: Literal["a", "b"] = "a"
+    either: int | str | None = None
+    dtype: jnp.dtype = jnp.float32  # type: ignore
+    unknown: "Missing" = 1  # type: ignore  # noqa: F821
+    part: "Part | None" = None
+    parts: Any = ()
+
+
+class Net(nn.Module):
+    width: int
+    layer: nn.Module | None = None
+
+    @nn.compact
+    def __call__(self, x):
+        return x
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"count": np.int64(2), "rate": np.float32(0.25), "flag": np.bool_(True)},
+        {"rate": 3, "limit": 1.0, "width": 3},
+        {"rate": 3.4e38, "limit": -1.2e-38},
+        {"limit": float("inf")},  # Its default.
+        {"pair": (np.int32(1), 1), "many": (1, 2), "sizes": [1, 2], "rates": FrozenDict(a=1)},
+        {"function": len, "mode": "b", "either": "x", "dtype": jnp.bfloat16, "unknown": "anything"},
+        {"part": Part(count=2), "parts": (Part(rate=0.0), 3)},
+    ],
+    ids=str,
+)
+def test_values_of_the_declared_types(values):
+    check_fields(Part(**values), "loss")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"count": "3"}, "`loss.count` must be an int, got '3'."),
+        ({"count": 1.0}, "`loss.count` must be an int, got 1.0."),
+        ({"count": True}, "`loss.count` must be an int, got True."),
+        ({"count": np.float64(2)}, "`loss.count` must be an int, got 2.0."),
+        ({"count": 10**5000}, f"`loss.count` must be an int of 64 bits, got {hex(10**5000)[:97]}...."),
+        ({"rate": "1e-3"}, "`loss.rate` must be a float, got '1e-3'."),
+        ({"rate": False}, "`loss.rate` must be a float, got False."),
+        ({"flag": 1}, "`loss.flag` must be a bool, got 1."),
+        ({"word": 1}, "`loss.word` must be a str, got 1."),
+        ({"width": 0.5}, "`loss.width` must be an int, got 0.5."),
+        ({"pair": (1,)}, "`loss.pair` must be a tuple of 2, got (1,)."),
+        ({"pair": (1, "b")}, "`loss.pair.1` must be a float, got 'b'."),
+        ({"many": (1, 2.0)}, "`loss.many.1` must be an int, got 2.0."),
+        ({"many": [1, 2]}, "`loss.many` must be a tuple, got [1, 2]."),
+        ({"many": 3}, "`loss.many` must be a tuple, got 3."),
+        ({"rates": FrozenDict(a="x")}, "`loss.rates.a` must be a float, got 'x'."),
+        ({"function": 3}, "`loss.function` must be a function, got 3."),
+        ({"mode": "c"}, "`loss.mode` must be one of 'a', 'b', got 'c'."),
+        ({"either": 0.5}, "`loss.either` must be an int or a str or None, got 0.5."),
+        ({"part": Part(part=Part(count=1.5))}, "`loss.part.part.count` must be an int, got 1.5."),  # type: ignore
+        ({"parts": (1, Net("4"))}, "`loss.parts.1.width` must be an int, got '4'."),  # type: ignore
+    ],
+)
+def test_values_of_other_types(values, message):
+    with pytest.raises(UserError) as error:
+        check_fields(Part(**values), "loss")
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize("value", [1e39, -1e39, 1e-50, nan, 10**400])
+def test_floats_that_float32_cannot_hold(value):
+    with pytest.raises(UserError, match=r"`rate` must be finite, and 0 or a normal number of float32 \(1\.2e-38 to 3"):
+        check_fields(Part(rate=value))
+
+
+def test_infinity_is_for_users_classes():
+    check_fields(Part(rate=inf))
+    with pytest.raises(UserError, match=r"`optim\.weight_decay` must be finite, and 0 or a normal number .*, got inf"):
+        Adam(weight_decay=inf)
+
+
+def test_the_fields_of_flax_itself_are_not_checked():
+    check_fields(Net(4, layer=nn.Dense(3), name="a", parent=None))
+    with pytest.raises(UserError, match=r"`layer` must be an instance of flax's Module or None, got <class '.*Dense'>"):
+        check_fields(Net(4, layer=nn.Dense))  # type: ignore

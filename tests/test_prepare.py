@@ -1,0 +1,364 @@
+"""What can be known before the first step is an error before the first step."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from cnnjax import SGD, Augment, Config, Mixup, Optimizer, UserError, train_and_evaluate
+from cnnjax import prepare as prepare_module
+from cnnjax.cli import process
+from cnnjax.data.tfds_format import Examples
+from cnnjax.memory import explain_out_of_memory, largest_result
+from cnnjax.prepare import oddities
+
+
+def arrays(shape=(4, 5, 3), num_classes=3):
+    rng = np.random.default_rng(0)
+    image, label = rng.integers(0, 256, (60, *shape), dtype=np.uint8), np.arange(60) % num_classes
+    return image[:40], label[:40], image[40:], label[40:]
+
+
+class Net(nn.Module):
+    """A linear network, with a mistake."""
+
+    mistake: str = ""
+    width: int = 4
+    num_classes: int = 10
+
+    @nn.compact
+    def __call__(self, image, *, train):
+        if self.mistake == "train" and train:
+            raise ValueError("in training\nonly")
+        if self.mistake == "init" and self.is_initializing():
+            raise KeyError("init")
+        if self.mistake == "no parameters":
+            return image.mean((1, 2))
+        init = nn.initializers.constant(jnp.nan) if self.mistake == "nan" else nn.initializers.ones
+        x = nn.Dense(self.width, kernel_init=init)(image.reshape(len(image), -1))
+        if self.mistake == "gradient":
+            x = host_square(x)
+        if self.mistake == "dtype":
+            mean = self.variable("batch_stats", "mean", jnp.zeros, ())
+            if train:
+                mean.value = jnp.zeros((), jnp.float16)
+        return nn.Dense(self.num_classes)(x)
+
+    def init_from_data(self, variables, image):
+        if self.mistake == "init_from_data":
+            raise ValueError("data")
+        return variables
+
+
+@jax.custom_vjp
+def host_square(x):
+    return x * x
+
+
+def backward(x, g):
+    raise NotImplementedError("no gradient")
+
+
+host_square.defvjp(lambda x: (x * x, x), backward)
+
+
+@dataclass(frozen=True)
+class Strange(Optimizer):
+    mistake: str = ""
+
+    def transform(self, learning_rate: Any) -> optax.GradientTransformation:
+        if self.mistake == "transform":
+            raise ValueError("transform")
+
+        def update(updates, state, params=None):
+            if self.mistake == "update":
+                raise ValueError("update")
+            return updates, state.astype(jnp.float16) if self.mistake == "state" else state
+
+        return optax.GradientTransformation(lambda params: jnp.zeros(()), update)
+
+
+@dataclass(frozen=True)
+class Broken(Augment):
+    mistake: str = ""
+
+    def transform(self, key, batch):
+        if self.mistake == "error":
+            raise ValueError("transform of images")
+        return batch._replace(label=jax.nn.one_hot(batch.label, 7) if self.mistake == "classes" else batch.label[:-1])
+
+    def check_size(self, image_size):
+        if self.mistake == "check_size":
+            raise ValueError("check_size")
+
+
+@dataclass(frozen=True)
+class Weighted:
+    num_classes: int = 10
+    weights: tuple[float, ...] = field(default=(1.0,) * 10)
+
+    def __post_init__(self):
+        if len(self.weights) != self.num_classes:
+            raise ValueError("weights")
+
+    def __call__(self, logits, label):
+        return logits.mean(1)
+
+
+def failing_loss(logits, label):
+    raise ZeroDivisionError
+
+
+def failing_data():
+    return np.load("no-such-file.npy")
+
+
+def three_arrays():
+    return arrays()[:3]
+
+
+CONFIG = Config(dataset=arrays, num_epochs=1, batch_size=16, model=Net(), optim=SGD())
+
+
+def line_of(text):
+    """Returns where this file contains a text for the first time."""
+    lines = Path(__file__).read_text().splitlines()
+    return f"test_prepare.py, line {next(i for i, line in enumerate(lines, 1) if text in line)}"
+
+
+def refused(tmp_path, **changes):
+    """Returns the error of a run that must not begin."""
+    with pytest.raises(UserError) as error:
+        train_and_evaluate(replace(CONFIG, **changes), run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert "\n" not in str(error.value)
+    return error.value
+
+
+@pytest.mark.parametrize(
+    ("changes", "part", "line", "text"),
+    [
+        ({"model": Net("init")}, "`model`", 'raise KeyError("init")', "KeyError: 'init'."),
+        ({"model": Net("train")}, "`model`", 'raise ValueError("in training', "ValueError: in training only."),
+        (
+            {"model": Net("gradient")},
+            "The training step of `model`, `loss` and `optim`",
+            'raise NotImplementedError("no gradient")',
+            "NotImplementedError: no gradient.",
+        ),
+        (
+            {"model": Net("init_from_data")},
+            "`model.init_from_data`",
+            'raise ValueError("data")',
+            "ValueError: data.",
+        ),
+        ({"optim": Strange(mistake="transform")}, "`optim`", 'ValueError("transform")', "ValueError: transform."),
+        (
+            {"optim": Strange(mistake="update")},
+            "The training step of `model`, `loss` and `optim`",
+            'ValueError("update")',
+            "ValueError: update.",
+        ),
+        (
+            {"augment": Broken(mistake="error")},
+            "`augment.transform`",
+            'ValueError("transform of',
+            "ValueError: transform of images.",
+        ),
+        ({"augment": Broken(mistake="check_size")}, "`augment`", '("check_size")', "ValueError: check_size."),
+        ({"loss": Weighted()}, "The configuration", '("weights")', "ValueError: weights."),
+        (
+            {"dataset": failing_data},
+            "`dataset`",
+            'np.load("no',
+            "FileNotFoundError: [Errno 2] No such file or directory: 'no-such-file.npy'.",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_exception_in_the_users_code_is_one_line(changes, part, line, text, tmp_path):
+    error = refused(tmp_path, **changes)
+    start = f"{part} must run without an error, got "
+    assert str(error).startswith(start)
+    assert str(error).endswith(f"{line_of(line)}: {text}")
+    assert error.__cause__ is not None and type(error.__cause__).__name__ == text.partition(":")[0]
+
+
+def test_an_exception_in_the_users_loss_names_its_arguments(tmp_path):
+    error = refused(tmp_path, loss=failing_loss)
+    assert "`loss` must accept logits ShapeDtypeStruct(shape=(16, 3), dtype=float32) and labels " in str(error)
+    assert str(error).endswith(f"{line_of('raise ZeroDivisionError')}: ZeroDivisionError.")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": Net("no parameters")}, "`model` must have parameters to train, got Net without any."),
+        ({"model": Net("nan")}, "`model` must be initialized with finite parameters, got an infinite one or nan."),
+        (
+            {"model": Net("dtype")},
+            "A step must keep the shapes and dtypes of the state, got .batch_stats['mean'] float16[] after float32[].",
+        ),
+        (
+            {"optim": Strange(mistake="state")},
+            "A step must keep the shapes and dtypes of the state, got .opt_state float16[] after float32[].",
+        ),
+        (
+            {"augment": Broken(mistake="classes")},
+            "`augment.transform` must return class probabilities of shape (16, 3), got ShapeDtypeStruct(shape=(16, 7)",
+        ),
+        (
+            {"augment": Broken(mistake="labels")},
+            "`augment.transform` must return labels of shape (16,), got ShapeDtypeStruct(shape=(15,)",
+        ),
+        (
+            {"dataset": three_arrays},
+            "`dataset` must be a tuple `(x_train, y_train, x_test, y_test)` of arrays, got a tuple of 3.",
+        ),
+        ({"num_epochs": 2**31 - 1}, "`num_epochs` must be less than 2**31 steps, got 2147483647 × 3."),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_no_step_can_use(changes, message, tmp_path):
+    assert str(refused(tmp_path, **changes)).startswith(message)
+
+
+def test_what_is_probably_a_mistake_is_said():
+    examples = Examples(np.zeros((6, 3, 32, 32), np.uint8), np.array([1, 2, 4, 1, 2, 4]))
+    assert [*oddities(examples, 5)] == [
+        "The images have 3×32 pixels with 32 channels: is their layout [N C H W] instead of [N H W C]?",
+        "No training image has the label 0, 3, of 0 to 4.",
+    ]
+    assert [*oddities(Examples(np.zeros((3, 3, 4, 3), np.uint8), np.arange(3)), 3)] == []
+
+
+# --- Memory -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [10**9, 2**63 - 1])
+def test_a_network_that_no_memory_holds(width, tmp_path):
+    error = str(refused(tmp_path, model=Net(width=width)))
+    num_params = 60 * width + width + width * 3 + 3
+    assert f"of memory, got {num_params:,} parameters. Training needs at least " in error
+    assert error.endswith("Lower the size of the network.")
+
+
+def test_the_limit_is_the_state_its_copy_and_the_data(tmp_path, monkeypatch):
+    """Of SGD: the parameters, their momentum, the number of the step and that of the update."""
+    num_params = 60 * 4 + 4 + 4 * 3 + 3
+    needed = 2 * (4 * 2 * num_params + 4 + 4) + 40 * (60 + 4) + 2 * 2 * 3 * 4
+    config = replace(CONFIG, validation_fraction=0.0)
+    monkeypatch.setattr(prepare_module, "device_memory", lambda device: needed - 1)
+    with pytest.raises(UserError, match=rf"`model` must fit into the 0\.0 GiB of memory, got {num_params} parameters"):
+        train_and_evaluate(config, run_dir=tmp_path / "run", devices=jax.devices()[:1])
+    monkeypatch.setattr(prepare_module, "device_memory", lambda device: needed)
+    monkeypatch.setattr(prepare_module, "init_run", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # It would begin.
+        train_and_evaluate(config, run_dir=tmp_path / "run", devices=jax.devices()[:1])
+
+
+def test_images_that_no_memory_holds(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_module, "device_memory", lambda device: 40 * (60 + 4) - 1)
+    message = "`dataset` must fit into the 0.0 GiB of memory, got training images of 0.0 GiB."
+    assert str(refused(tmp_path)) == message
+
+
+class Products(nn.Module):
+    """Few parameters, and a layer of 10,000 values per image."""
+
+    num_classes: int = 10
+
+    @nn.compact
+    def __call__(self, image, *, train):
+        x = jnp.broadcast_to(image.mean((1, 2))[:, None], (len(image), 10_000, 3))
+        return nn.Dense(self.num_classes)(nn.Dense(1)(x).mean(1))
+
+
+def test_a_batch_that_no_memory_holds(tmp_path, monkeypatch):
+    """A value counts two bytes."""
+    monkeypatch.setattr(prepare_module, "device_memory", lambda device: 16 * 10_000 * 2)
+    assert str(refused(tmp_path, model=Products())).endswith("Lower `batch_size` (now 16).")
+
+
+def test_the_largest_result_of_a_program_equals_hand_computed_sizes():
+    def bytes_of(function, *shapes):
+        args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+        return largest_result(jax.make_jaxpr(function)(*args).jaxpr)
+
+    assert bytes_of(lambda a, b: a @ b, (3, 5), (5, 7)) == 3 * 7 * 2
+    assert bytes_of(lambda a, b: a @ b, (3, 1), (1, 7)) == 0  # An outer product may be fused.
+    assert bytes_of(lambda a, b: jnp.einsum("bij,bjk->bik", a, b), (9, 3, 5), (9, 5, 7)) == 3 * 7 * 2
+    assert bytes_of(lambda a, b: jnp.exp(a + b), (3, 7), (3, 7)) == 0
+    assert bytes_of(jax.jit(lambda a, b: (a @ b).sum()), (3, 5), (5, 7)) == 3 * 7 * 2
+    scanned = lambda a, b: jax.lax.scan(lambda c, x: (c, x @ b), 0.0, a)  # noqa: E731
+    assert bytes_of(scanned, (9, 3, 5), (5, 7)) == 3 * 7 * 2
+    assert bytes_of(jax.grad(lambda b, a: (a @ b).sum()), (50, 70), (3, 50)) == 50 * 70 * 2
+    conv = lambda a, b: jax.lax.conv(a, b, (1, 1), "SAME")  # noqa: E731
+    assert bytes_of(conv, (2, 3, 8, 9), (5, 3, 3, 3)) == 2 * 5 * 8 * 9 * 2
+
+
+def test_the_memory_of_a_cpu_is_the_least_of_its_limits(monkeypatch):
+    cpu, read_text = jax.devices("cpu")[0], Path.read_text
+    total = process.device_memory(cpu)
+    assert total is not None and 2**28 < total < 2**60
+    limits = {}
+    monkeypatch.setattr(process, "_read_int", lambda path: limits.get(str(path), -1))
+    groups = "4:cpu,memory:/a/b\n0::/c\n"
+    monkeypatch.setattr(Path, "read_text", lambda self: groups if "proc" in str(self) else read_text(self))
+    limits["/sys/fs/cgroup/memory.max"] = 2**27
+    assert process.device_memory(cpu) == 2**27
+    limits["/sys/fs/cgroup/c/memory.max"] = 2**26
+    assert process.device_memory(cpu) == 2**26
+    limits["/sys/fs/cgroup/memory/a/memory.limit_in_bytes"] = 2**25
+    assert process.device_memory(cpu) == 2**25
+    monkeypatch.setattr(process.resource, "getrlimit", lambda which: (2**24, 2**24))
+    assert process.device_memory(cpu) == 2**24
+
+
+def exhausted(*args):
+    raise MemoryError
+
+
+def test_an_out_of_memory_error_is_one_line(tmp_path):
+    for exhaust in (lambda: np.empty(2**60, np.uint8), lambda: jnp.zeros(2**50, jnp.uint8).block_until_ready()):
+        with pytest.raises(UserError, match=r"^The run must fit into memory, got: .*[^.]\. Lower `batch_size` or the "):
+            with explain_out_of_memory():
+                exhaust()
+    with pytest.raises(UserError, match=r"^The run must fit into memory, got: MemoryError\. Lower `batch_size`"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("cnnjax.train.fit", exhausted)
+            train_and_evaluate(CONFIG, run_dir=tmp_path / "run")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        with explain_out_of_memory():
+            raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+
+# --- What fits --------------------------------------------------------------------------------------------------------
+
+
+TRACES: list[bool] = []
+
+
+class Counted(nn.Module):
+    """A network with statistics that counts how often it is traced."""
+
+    num_classes: int = 10
+
+    @nn.compact
+    def __call__(self, image, *, train):
+        TRACES.append(train)
+        x = nn.BatchNorm(use_running_average=not train)(image.reshape(len(image), -1))
+        return nn.Dense(self.num_classes)(x)
+
+
+def test_the_first_step_uses_the_trace_of_the_check(tmp_path):
+    """In training the network is traced once by itself, and once in the step. Labels may be class probabilities."""
+    config = replace(CONFIG, model=Counted(), augment=Mixup(), num_epochs=2)
+    train_and_evaluate(config, run_dir=tmp_path / "run")
+    assert TRACES.count(True) == 2
