@@ -45,13 +45,13 @@ def _bytes_written(equation: Any, result: Any) -> int:
 
 
 def gib(size: int) -> str:
-    """Returns a number of bytes in words."""
+    """Formats a number of bytes in GiB."""
     return f"{size / 2**30:,.1f} GiB"
 
 
 @contextmanager
 def explain_out_of_memory() -> Iterator[None]:
-    """Turns an out-of-memory error of Python, NumPy or XLA into a `UserError`, whose cause it stays.
+    """Turns an out-of-memory error of Python, NumPy or XLA into a `UserError`, and keeps it as the cause.
 
     Raises:
       UserError: there is too little memory.

@@ -121,7 +121,7 @@ def check_parts(setup: Setup) -> TrainState:
     """
     config, batch_size, key = setup.config, setup.config.batch_size, setup.augment_key
 
-    def check(name: str, rule: str, expected: tuple[int, ...], got: Any) -> None:
+    def check_shape(name: str, rule: str, expected: tuple[int, ...], got: Any) -> None:
         if getattr(got, "shape", None) != expected:
             raise UserError(f"`{name}` must return {rule} of shape {expected}, got {got}.")
 
@@ -130,12 +130,12 @@ def check_parts(setup: Setup) -> TrainState:
         batch = jax.eval_shape(lambda plan: make_batch(setup.train, plan, config.augment, key), plan)
     if not isinstance(batch, Batch):
         raise UserError(f"`augment.transform` must return a Batch, got {type(batch).__name__}. Use batch._replace.")
-    check("augment.transform", "images", (batch_size, *setup.facts.image_shape), batch.image)
-    check("augment.transform", "a mask", (batch_size,), batch.mask)
+    check_shape("augment.transform", "images", (batch_size, *setup.facts.image_shape), batch.image)
+    check_shape("augment.transform", "a mask", (batch_size,), batch.mask)
     if getattr(batch.label, "ndim", 1) == 1:
-        check("augment.transform", "labels", (batch_size,), batch.label)
+        check_shape("augment.transform", "labels", (batch_size,), batch.label)
     else:
-        check("augment.transform", "class probabilities", (batch_size, setup.dataset.num_classes), batch.label)
+        check_shape("augment.transform", "class probabilities", (batch_size, setup.dataset.num_classes), batch.label)
     with user_code("`model`"):
         image = jax.ShapeDtypeStruct((1, *setup.facts.image_shape), jnp.float32)
         variables = jax.eval_shape(lambda image: config.model.init(key, image, train=False), image)
@@ -149,7 +149,7 @@ def check_parts(setup: Setup) -> TrainState:
         options: Any = {"train": True, "rngs": {"dropout": key}, "mutable": ["batch_stats"]}
         trained, _ = jax.eval_shape(lambda *args: config.model.apply(*args, **options), variables, batch.image)
     for got in (logits, trained):
-        check("model", "logits", (batch_size, setup.dataset.num_classes), got)
+        check_shape("model", "logits", (batch_size, setup.dataset.num_classes), got)
     try:
         loss = jax.eval_shape(config.loss, logits, batch.label)
     except Exception as error:
@@ -157,7 +157,7 @@ def check_parts(setup: Setup) -> TrainState:
             f"`loss` must accept logits {logits} and labels {batch.label}, as the augmentation makes them, got "
             f"{describe(error)}"
         ) from error
-    check("loss", "one value per example", (batch_size,), loss)
+    check_shape("loss", "one value per example", (batch_size,), loss)
     if not jnp.issubdtype(loss.dtype, jnp.floating):
         raise UserError(f"`loss` must return floating-point values, which have gradients, got {loss.dtype}.")
     step: Any = jax.ShapeDtypeStruct((), jnp.int32)

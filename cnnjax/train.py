@@ -25,6 +25,7 @@ from cnnjax.runs.directory import OpenRun, open_run
 from cnnjax.runs.files import file_sha256, tree_sha256, write_json
 from cnnjax.runs.records import data_version, write_rows
 from cnnjax.runs.schema import Result, Row, Timing
+from cnnjax.runs.source import SourceCode
 from cnnjax.step import Scores, Totals, TrainState, copy_state, evaluate, train_steps
 
 
@@ -62,6 +63,7 @@ def train_and_evaluate(
     report: Report | None = None,
     stop: Stop | None = None,
     dataset: ImageDataset | None = None,
+    code: SourceCode | None = None,
 ) -> Result:
     """Trains a network and scores it on the test set, in one run directory.
 
@@ -77,6 +79,7 @@ def train_and_evaluate(
       report: receives messages and metrics; None: nothing is printed.
       stop: receives signals, for a caller that trains in several threads; None: this function handles them.
       dataset: the data set, if the caller has loaded it.
+      code: what trains, if the caller has recorded it.
 
     Returns:
       The content of result.json.
@@ -89,7 +92,7 @@ def train_and_evaluate(
     start_jax()
     report = report or Report(quiet=True)
     run_dir = Path(run_dir or Path("runs") / config.run_name)
-    with explain_out_of_memory(), open_run(run_dir, config, report, resume=resume, stop=stop) as run:
+    with explain_out_of_memory(), open_run(run_dir, config, report, resume=resume, stop=stop, code=code) as run:
         if (result := run.finished()) is None:
             dataset = dataset or load_dataset(config.dataset, data_dir, report.say, version=data_version(run_dir))
             with run.stop.held():  # An exception that interrupts XLA's compiler crashes the process when it ends.

@@ -8,12 +8,13 @@ from pathlib import Path
 
 from cnnjax.errors import UserError
 
-_LIBRARIES = (str(Path(__file__).parent), sysconfig.get_path("stdlib"), "<")
+_LIBRARIES = Path(__file__).parent, Path(sysconfig.get_path("stdlib"))
 
 
 def _is_library(file: str) -> bool:
-    installed = {"site-packages", "dist-packages"} & {*Path(file).parts}
-    return bool(installed) or file.startswith(_LIBRARIES)
+    path = Path(file)
+    installed = {"site-packages", "dist-packages"} & {*path.parts}
+    return file.startswith("<") or bool(installed) or any(path.is_relative_to(folder) for folder in _LIBRARIES)
 
 
 def describe(error: BaseException, place: str = "") -> str:
@@ -39,7 +40,7 @@ def describe(error: BaseException, place: str = "") -> str:
 
 @contextmanager
 def user_code(part: str) -> Iterator[None]:
-    """Turns an exception in the user's code into a `UserError`, whose cause it stays.
+    """Turns an exception in the user's code into a `UserError`, and keeps it as the cause.
 
     Args:
       part: what the code is, at the beginning of the message.

@@ -4,11 +4,10 @@ import os
 
 import jax
 import jaxtyping
-import numpy as np
 import pytest
+from generated import make_raw
 
 from cnnjax.data.named import NAMED_SETS
-from cnnjax.data.sources import RawSet, RawSplit
 from cnnjax.data.tfds_format import write_tfds
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -18,19 +17,6 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def cache_home(tmp_path_factory):
     """Keeps the tests out of the user's own cache."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
-
-
-def make_raw(shape, num_train, num_test, num_classes=10, label_names=None):
-    """Returns noisy copies of one random pattern per class: uint8 images that a network learns in seconds."""
-    rng = np.random.default_rng(0)
-    patterns = rng.integers(0, 128, (num_classes, *shape))  # Dark, as MNIST is.
-
-    def split(count):
-        label = np.arange(count) % num_classes
-        image = np.clip(patterns[label] + rng.normal(0, 40, (count, *shape)), 0, 255).astype(np.uint8)
-        return RawSplit(image, {"label": label.astype(np.uint8)})
-
-    return RawSet({"train": split(num_train), "test": split(num_test)}, label_names or {})
 
 
 @pytest.fixture(scope="session")

@@ -176,9 +176,9 @@ def _run(parse: Callable[[], Any], resumable: bool, process_ends: bool = False) 
                 import_module("cnnjax.train")
             return command()
 
-        status = _status(run) or _status(sys.stdout.flush)
-    if status:
-        raise SystemExit(status)
+        status, flushed = _status(run), _status(sys.stdout.flush)
+    if status or flushed:
+        raise SystemExit(status or flushed)
 
 
 def _status(run: Callable[[], Any]) -> Any:

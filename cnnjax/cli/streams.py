@@ -1,9 +1,9 @@
-"""Standard streams that cannot make a run fail: closed, full, of a narrow encoding, or with few methods of a file."""
+"""Wraps standard output and error so that a closed, full or incomplete stream cannot make a run fail."""
 
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import Any
 
@@ -29,12 +29,19 @@ class Output:
         self._on_error = on_error
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
         """Writes `text`; returns its length."""
         self._try("write", text.encode(self.encoding, "backslashreplace").decode(self.encoding))
         return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Writes each of `lines`."""
+        for line in lines:
+            self.write(line)
 
     def flush(self) -> None:
         """Writes what the stream has buffered."""
@@ -74,8 +81,9 @@ def guarded_streams() -> Iterator[None]:
 
     def drop(stream: Any) -> None:  # Otherwise Python tries again to write what is buffered, at its exit.
         with suppress(OSError, ValueError, AttributeError):
+            descriptor = stream.fileno()
             null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, stream.fileno())
+            os.dup2(null, descriptor)
             os.close(null)
 
     def fail(error: Exception) -> None:

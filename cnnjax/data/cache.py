@@ -14,9 +14,9 @@ import numpy as np
 from pydantic import Field
 
 from cnnjax.data.tfds_format import Examples
-from cnnjax.errors import UserError, check
+from cnnjax.errors import UserError
 from cnnjax.runs.files import atomic_write, open_regular, read_json
-from cnnjax.runs.schema import Positive, Sha256
+from cnnjax.runs.schema import ImageShape, Splits
 
 CACHE = "cnnjax_arrays"  # The name of the folder.
 
@@ -27,11 +27,8 @@ class Facts:
 
     source: str
     class_names: Annotated[tuple[str, ...], Field(min_length=1)]
-    image_shape: tuple[Positive, Positive, Positive]
-    sha256: dict[str, Sha256]
-
-    def __post_init__(self) -> None:
-        check("sha256", "a digest of the splits train and test", self.sha256.keys() == {"train", "test"}, self.sha256)
+    image_shape: ImageShape
+    sha256: Splits
 
 
 def read_facts(folder: Path) -> Facts | None:

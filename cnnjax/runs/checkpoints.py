@@ -9,6 +9,8 @@ files, so a checkpoint has a SHA256SUMS file, and is loaded only if it names eve
     checkpoints/40.removed/     being deleted
 """
 
+import errno
+import os
 import re
 import shutil
 import threading
@@ -25,11 +27,12 @@ from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
 from cnnjax.errors import StorageError, UserError
-from cnnjax.runs.files import check_sums, move_into, read_json, tree_sha256, write_json, write_sums
+from cnnjax.runs.files import check_sums, move_into, read_json, sync, tree_sha256, write_json, write_sums
 from cnnjax.runs.schema import SavedProgress
 from cnnjax.step import TrainState
 
 PROGRESS = "progress.json"
+_SYSTEM = re.compile("|".join(re.escape(os.strerror(code)) for code in errno.errorcode))
 # Orbax's threads synchronize through state of the process. Without this lock, simultaneous saves of two seeds deadlock.
 _ORBAX = threading.Lock()
 
@@ -42,34 +45,48 @@ class Checkpoints:
 
     Attributes:
       saved_at: when the last save, or else this object, began, as `time.perf_counter()`.
-
-    Raises:
-      UserError: the progress.json of a checkpoint is damaged; see `recover`.
     """
 
     def __init__(self, directory: Path):
         self._directory = directory.absolute()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
-        # The accuracy of each checkpoint; None within an epoch.
-        self._accuracy = {step: _accuracy(_read_progress(directory / str(step))) for step in _steps(directory)}
+        self._saved: dict[int, SavedProgress] = {}
+        self._damaged: list[int] = []  # After `recover` there are none.
+        for step in _steps(directory):
+            try:
+                self._saved[step] = _read_progress(directory / str(step))
+            except UserError:
+                self._damaged.append(step)
         self._has_read_back = False
         self._pending: Future[None] | None = None
         self.saved_at = time.perf_counter()
 
     def steps(self) -> list[int]:
         """Returns the steps of all checkpoints, in order."""
-        return sorted(self._accuracy)
+        return sorted(self._saved)
 
     def latest(self) -> int | None:
         """Returns the step of the latest checkpoint, or None."""
-        return max(self._accuracy, default=None)
+        return max(self._saved, default=None)
 
     def best(self) -> int | None:
-        """Returns the step of the checkpoint with the best validation accuracy (the latest of equals), or None."""
-        return next(iter(self._ranked()), None)
+        """Returns the best step that the latest checkpoint names, else the latest end of an epoch, or None.
 
-    def _ranked(self) -> list[int]:
-        scored = [(accuracy, step) for step, accuracy in self._accuracy.items() if accuracy is not None]
+        Raises:
+          UserError: a later checkpoint is damaged.
+        """
+        latest = self.latest() or 0
+        if self._damaged and self._damaged[-1] > latest:
+            raise UserError(
+                f"The checkpoint {self._directory / str(self._damaged[-1])} is damaged. Resume the run with --resume: "
+                "an earlier one is used."
+            )
+        named = self._saved[latest]["best_step"] if latest else None
+        return next(iter(self._ends()), None) if named is None else named
+
+    def _ends(self) -> list[int]:
+        """Returns the ends of epochs, the best first. Without validation all are equal, and the latest is the best."""
+        scored = [(x["validation"].get("accuracy", 0.0), step) for step, x in self._saved.items() if x["validation"]]
         return [step for _, step in sorted(scored, reverse=True)]
 
     def save(self, state: TrainState, progress: Mapping[str, Any], validation: dict[str, Any] | None = None) -> None:
@@ -103,13 +120,14 @@ class Checkpoints:
             self._has_read_back = True
         write_json(partial / PROGRESS, saved)
         write_sums(partial, (path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file()))
-        if folder.exists():
-            _remove(folder)
+        # So that a power failure, too, leaves this checkpoint complete, or the old ones.
+        sync(*partial.rglob("*"), partial)
         partial.rename(folder)
-        self._accuracy[step] = _accuracy(saved)
-        for old in {*self._accuracy} - {*self.steps()[-2:], *self._ranked()[:2]}:
+        sync(self._directory)
+        self._saved[step] = saved
+        for old in {*self._saved} - {*self.steps()[-2:], *self._ends()[:2]}:
             _remove(self._directory / str(old))
-            del self._accuracy[old]
+            del self._saved[old]
 
     def wait(self) -> None:
         """Waits until the last save is on disk.
@@ -122,6 +140,8 @@ class Checkpoints:
             try:
                 pending.result()
             except Exception as error:  # Orbax raises many types if the disk is full.
+                if not isinstance(error, OSError) and not _SYSTEM.search(str(error)):
+                    raise
                 raise StorageError(
                     f"A checkpoint could not be written in {self._directory} ({_reason(error)}). The earlier "
                     "checkpoints of the run are kept: free disk space or allow writing, then resume it with --resume."
@@ -227,11 +247,6 @@ def _read_progress(path: Path) -> SavedProgress:
     return read_json(path / PROGRESS, SavedProgress)
 
 
-def _accuracy(saved: SavedProgress) -> float | None:
-    """Returns what ranks a checkpoint. Without validation all are equal, and the latest is the best."""
-    return None if saved["validation"] is None else saved["validation"].get("accuracy", 0.0)
-
-
 def _remove(path: Path) -> None:
     """Deletes a checkpoint. If the process is killed meanwhile, its name says that it is incomplete."""
     removed = path.with_name(f"{path.name}.removed")
@@ -275,9 +290,11 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         with _ORBAX:
             yield
-    except UserError:
+    except (MemoryError, UserError):
         raise
     except Exception as error:  # Orbax raises many types.
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise
         raise UserError(
             f"The checkpoint {path} is intact but must be from this version of cnnjax and Orbax, got {_reason(error)}. "
             "manifest.json names the versions that wrote it: install them, or train in another directory."
@@ -286,8 +303,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 def _reason(error: BaseException) -> str:
     """Returns the message of the operating system, if any, or else the type and the beginning of the error."""
-    known = "No space left on device|Disk quota exceeded|File too large|Read-only file system|Permission denied"
-    found = re.search(known, str(error))
+    found = _SYSTEM.search(str(error))
     return found[0] if found else f"{type(error).__name__}: {str(error)[:200]}"
 
 

@@ -22,6 +22,7 @@ import cnnjax
 from cnnjax.config import Config
 from cnnjax.errors import UserError
 from cnnjax.runs.files import changes, file_sha256
+from cnnjax.runs.schema import EncodedConfig
 
 ARRAYS = "(arrays in memory)"
 
@@ -32,7 +33,7 @@ def built_in() -> dict[str, Any]:
     return {name: x for name, x in public.items() if _is_dataclass(x) or name == "cnnjax.softmax_cross_entropy"}
 
 
-def encode(config: Config, objects: list[Any] | None = None) -> dict[str, Any]:
+def encode(config: Config, objects: list[Any] | None = None) -> EncodedConfig:
     """Returns the configuration as JSON.
 
     Args:
@@ -46,7 +47,8 @@ def encode(config: Config, objects: list[Any] | None = None) -> dict[str, Any]:
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     if isinstance(config.dataset, tuple):
         values["dataset"] = ARRAYS  # Identified by their digests.
-    return {name: encoder.encode(value, name) for name, value in values.items()}
+    encoded: Any = {name: encoder.encode(value, name) for name, value in values.items()}
+    return encoded
 
 
 class _Encoder(NamedTuple):
@@ -173,9 +175,10 @@ def source_files(config: Config) -> dict[str, str]:
             file = inspect.getsourcefile(x)
         except (TypeError, OSError):  # Defined in a notebook, or in C.
             continue
-        if file is not None and not any(file.startswith(folder) for folder in libraries):
+        if file is not None and not any(Path(file).is_relative_to(folder) for folder in libraries):
             path, here = Path(file).resolve(), Path.cwd()
-            found[str(path.relative_to(here) if path.is_relative_to(here) else path)] = file_sha256(path)
+            name = str(path.relative_to(here) if path.is_relative_to(here) else path)
+            found[name.encode(errors="backslashreplace").decode()] = file_sha256(path)
     return dict(sorted(found.items()))
 
 

@@ -19,11 +19,11 @@ from cnnjax.config import Config
 from cnnjax.errors import UserError
 from cnnjax.runs import manifest
 from cnnjax.runs.checkpoints import Checkpoints, check_characters, recover
-from cnnjax.runs.codec import encode, source_files
+from cnnjax.runs.codec import encode
 from cnnjax.runs.files import changes, check_local, check_sums, move_into, open_regular, read_json
 from cnnjax.runs.records import Record, read_record, write_record
-from cnnjax.runs.schema import DataFacts, Result
-from cnnjax.runs.source import source_code
+from cnnjax.runs.schema import DataFacts, EncodedConfig, Result
+from cnnjax.runs.source import NO_SOURCE, SourceCode, source_of
 
 FILES = ("config.json", "metrics.jsonl", "timing.jsonl", "result.json")  # Besides manifest.json and its diffs.
 LOCK = "lock"
@@ -39,6 +39,7 @@ class OpenRun:
       config: the configuration of the run.
       report: receives messages and metrics.
       stop: the signal that asks to stop, if one arrived.
+      code: what trains, as it was when the directory was opened.
       checkpoints: those of the run, after `begin`.
     """
 
@@ -46,6 +47,7 @@ class OpenRun:
     config: Config
     report: Report
     stop: Stop
+    code: SourceCode = NO_SOURCE
     checkpoints: Checkpoints = field(init=False)
     _stack: ExitStack = field(default_factory=ExitStack)
 
@@ -84,15 +86,13 @@ class OpenRun:
           UserError: the directory holds a run on other data.
         """
         check_data(self.run_dir, facts)
-        files = source_files(self.config)
-        code = source_code(self.run_dir)
-        environment = environment | {"files": files} | code.facts
-        for line in (*manifest.changes_since_last_session(self.run_dir, environment), *code.warnings()):
+        environment = environment | self.code.facts
+        for line in (*manifest.changes_since_last_session(self.run_dir, environment), *self.code.warnings()):
             self.report.say(line)
         self._stack.enter_context(self.stop.held())
         about = environment | {"seed": self.config.seed, "resumed_from": None}
-        session = self._stack.enter_context(manifest.session(self.run_dir, about, FILES, code.diff))
-        write_record(self.run_dir, Record(encode(self.config), facts, files))
+        session = self._stack.enter_context(manifest.session(self.run_dir, about, FILES, self.code.diff))
+        write_record(self.run_dir, Record(encode(self.config), facts, self.code.facts["files"]))
         recover(self.run_dir / "checkpoints", self.report.say)
         self.checkpoints = Checkpoints(self.run_dir / "checkpoints")
         self._stack.callback(lambda: session.update(checkpoints=self.checkpoints.steps()))
@@ -102,7 +102,13 @@ class OpenRun:
 
 @contextmanager
 def open_run(
-    run_dir: Path, config: Config, report: Report, *, resume: bool, stop: Stop | None = None
+    run_dir: Path,
+    config: Config,
+    report: Report,
+    *,
+    resume: bool,
+    stop: Stop | None = None,
+    code: SourceCode | None = None,
 ) -> Iterator[OpenRun]:
     """Locks a run directory, which is created, and turns SIGINT, SIGTERM and SIGHUP into `Interrupted`.
 
@@ -110,6 +116,7 @@ def open_run(
 
     Args:
       stop: receives signals, for a caller that trains in several threads; None: this context handles them.
+      code: what trains, if the caller has recorded it.
 
     Raises:
       UserError: another process trains in the directory, it cannot be written, or `check_run` fails.
@@ -131,7 +138,7 @@ def open_run(
         stack.callback(_release, lock, run_dir, is_new)
         stop = stop or stack.enter_context(stop_signals())
         check_run(run_dir, config, resume)
-        yield OpenRun(run_dir, config, report, stop, stack)
+        yield OpenRun(run_dir, config, report, stop, code or source_of(config, run_dir), _stack=stack)
 
 
 def check_path(run_dir: Path) -> None:
@@ -212,7 +219,7 @@ def check_run(run_dir: Path, config: Config, resume: bool) -> None:
         )
 
 
-def _is_longer(config: Config, saved: dict[str, Any]) -> bool:
+def _is_longer(config: Config, saved: EncodedConfig) -> bool:
     """Returns whether `config` is `saved` with more epochs, none of whose steps depends on their number."""
     if config.optim.depends_on_length() or not config.num_epochs > saved["num_epochs"]:
         return False

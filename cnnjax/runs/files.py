@@ -14,15 +14,19 @@ import stat
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import jax
 import numpy as np
 from jaxtyping import PyTree
 
 from cnnjax.errors import UserError
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 SUMS = "SHA256SUMS"
 RESTORE = "Restore the file, or train again."
@@ -50,9 +54,22 @@ def atomic_write(path: Path, shared: bool = False) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # For the message.
+        raise
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def sync(*paths: Path) -> None:
+    """Waits until files and folders (the names in them, not the files) are on the disk, as `fsync` does."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def write_file(path: Path, content: str | bytes) -> None:
@@ -84,7 +101,7 @@ def open_regular(path: Path) -> BufferedReader:
     Raises:
       OSError: if it cannot be read, or is not a regular file.
     """
-    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")  # noqa: SIM115  The caller closes it.
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise OSError(errno.EINVAL, "Not a regular file", str(path))
@@ -112,10 +129,10 @@ def read_json(path: Path, schema: type[T], fix: str = RESTORE) -> T:
 
 def parse_json(content: str | bytes, schema: type[T], source: object, fix: str = RESTORE) -> T:
     """Returns the JSON value in `content`; see `read_json`. The message of an error begins with `source`."""
-    from pydantic import TypeAdapter, ValidationError  # `cnnjax --help` does not need it.
+    from pydantic import ValidationError  # `cnnjax --help` does not need it.
 
     try:
-        return TypeAdapter(schema).validate_json(content, strict=True)
+        return _adapter(schema).validate_json(content, strict=True)
     except UserError as error:  # Of a dataclass.
         raise UserError(f"{source}: {error} {fix}") from error
     except ValidationError as error:
@@ -128,6 +145,14 @@ def parse_json(content: str | bytes, schema: type[T], source: object, fix: str =
             rule, got = "be JSON", first["msg"].removeprefix("Invalid JSON: ")
         subject = f"`{key}` in {source}" if key else str(source)
         raise UserError(f"{subject} must {rule}, got {got}. {fix}") from error
+
+
+@cache
+def _adapter(schema: type[T]) -> "TypeAdapter[T]":
+    """Returns pydantic's compiled form of a schema, which takes a millisecond to make."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(schema)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

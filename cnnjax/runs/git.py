@@ -1,4 +1,4 @@
-"""Runs git to read a repository, without a trace in it."""
+"""Runs git without changing the repository."""
 
 import os
 import signal
@@ -70,11 +70,11 @@ def user_git(folder: Path, deadline: float) -> Git:
 
 
 def plain_git(git: Git, folder: Path) -> Git:
-    """Makes a repository without configuration and commits, which has the objects and the working tree of another.
+    """Creates a repository without configuration or commits that shares another's objects and working tree.
 
     Args:
       git: runs in the other repository.
-      folder: an empty one, for the new repository.
+      folder: an empty directory for the new repository.
 
     Returns:
       git in the new repository. Commands that write objects would write them to the other repository.

@@ -19,10 +19,9 @@ from cnnjax.config import Config
 from cnnjax.data.datasets import load_dataset
 from cnnjax.errors import UserError, unknown_name
 from cnnjax.runs import directory, manifest, records
-from cnnjax.runs.codec import source_files
 from cnnjax.runs.files import SUMS, changes, check_sums, file_sha256, is_inside
-from cnnjax.runs.schema import Result, Row, Session
-from cnnjax.runs.source import source_code
+from cnnjax.runs.schema import EncodedConfig, Result, Row, Session
+from cnnjax.runs.source import source_of
 from cnnjax.runs.trained import restore_best
 from cnnjax.train import train_and_evaluate
 
@@ -42,7 +41,7 @@ class RunInfo(NamedTuple):
 
     folder: Path
     state: str
-    config: dict[str, Any]
+    config: EncodedConfig
     rows: list[Row]
     result: Result | None
     seconds: float
@@ -177,7 +176,7 @@ def reproduce(
     sessions = manifest.read_manifest(run_dir)["sessions"]
     _take_cores(sessions[-1]["cores"])
     devices = jax.local_devices()[: sessions[-1]["num_devices"]]
-    now = manifest.environment(devices) | {"files": source_files(config)} | source_code().facts
+    now = manifest.environment(devices) | source_of(config).facts
     environment = manifest.environment_changes(sessions, now)
     for name, (there, here) in environment.items():
         report.say(f"{name} is {there} there and {here} here: the bits may differ")
@@ -229,7 +228,7 @@ def scores(target: str, metric: str) -> tuple[dict[int, float], list[Path]]:
     found: dict[int, float] = {}
     of_seed: dict[int, Path] = {}
     unfinished = []
-    first: dict[str, Any] | None = None
+    first: EncodedConfig | None = None
     for folder in folders:
         config = records.read_record(folder).config
         result = records.read_result(folder)

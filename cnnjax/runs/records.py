@@ -15,7 +15,7 @@ from cnnjax.data.datasets import ImageDataset
 from cnnjax.errors import UserError
 from cnnjax.runs.codec import decode
 from cnnjax.runs.files import is_inside, open_regular, parse_json, read_json, write_file, write_json
-from cnnjax.runs.schema import DataFacts, Identity, Result, Row, Splits, Timing
+from cnnjax.runs.schema import DataFacts, EncodedConfig, Result, Row, Timing
 
 REWRITE = "Resume the run, which writes it again: --resume."
 
@@ -30,7 +30,7 @@ class Record:
       files: the SHA-256 of each file that defines classes or functions of the configuration.
     """
 
-    config: dict[str, Any]
+    config: EncodedConfig
     data: DataFacts
     files: dict[str, str] = field(default_factory=dict)
 
@@ -49,9 +49,7 @@ def read_record(run_dir: Path) -> Record:
     path = run_dir / "config.json"
     if not path.exists() and not path.is_symlink():
         raise UserError(f"`run` must be the directory of a run, with a config.json, got {run_dir}.")
-    record = read_json(path, Record)
-    parse_json(json.dumps(record.config), Identity, f"the configuration in {path}")
-    return record
+    return read_json(path, Record)
 
 
 def make_facts(dataset: ImageDataset, image_shape: tuple[int, ...], standardization: Standardization) -> DataFacts:
@@ -59,7 +57,7 @@ def make_facts(dataset: ImageDataset, image_shape: tuple[int, ...], standardizat
     return DataFacts(
         image_shape=image_shape,
         class_names=dataset.class_names,
-        sha256=Splits(train=dataset.sha256["train"], test=dataset.sha256["test"]),
+        sha256=dataset.sha256,
         version=dataset.version,
         source=dataset.source,
         mean=tuple(standardization.mean.tolist()),

@@ -12,18 +12,14 @@ from cnnjax.errors import check
 
 FORMAT = 3  # Of the run directory.
 
+ImageShape = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=3, max_length=3)]  # (H, W, C)
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Split = Annotated[str, Field(pattern="^(train|test)$")]
+Splits = Annotated[dict[Split, Sha256], Field(min_length=2, max_length=2)]  # See `data.datasets.digest`.
 Fraction = Annotated[FiniteFloat, Field(ge=0, le=1)]
 Amount = Annotated[FiniteFloat, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
-
-
-class Splits(TypedDict):
-    """The SHA-256 of each split, see `data.datasets.digest`."""
-
-    train: Sha256
-    test: Sha256
 
 
 @dataclass(frozen=True)
@@ -39,7 +35,7 @@ class DataFacts:
       mean, std: of the training images' channels, in pixel units (0 to 255).
     """
 
-    image_shape: Annotated[tuple[Positive, ...], Field(min_length=3, max_length=3)]
+    image_shape: ImageShape
     class_names: Annotated[tuple[str, ...], Field(min_length=1)]
     sha256: Splits
     version: str
@@ -62,8 +58,9 @@ class DataFacts:
         return Standardization(np.array(self.mean, np.float32), np.array(self.std, np.float32))
 
 
-class Identity(TypedDict):
-    """What is read of a configuration without the classes that it names."""
+@with_config(ConfigDict(extra="allow"))
+class EncodedConfig(TypedDict):
+    """A configuration, see `codec.encode`. These keys are read without the classes that it names."""
 
     dataset: Any
     seed: Annotated[int, Field(ge=0, lt=2**32)]
@@ -161,5 +158,5 @@ class Versioned(TypedDict):
 class Manifest(TypedDict):
     """manifest.json."""
 
-    format: Literal[3]
+    format: int
     sessions: Annotated[list[Session], Field(min_length=1)]

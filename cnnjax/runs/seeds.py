@@ -23,6 +23,7 @@ from cnnjax.runs.directory import check_path, check_run
 from cnnjax.runs.manifest import num_cores
 from cnnjax.runs.records import data_version
 from cnnjax.runs.schema import Result
+from cnnjax.runs.source import source_of
 from cnnjax.train import train_and_evaluate
 
 MAX_SEEDS = 10_000
@@ -92,6 +93,7 @@ def train_seeds(
         check_path(run_dir)
         if run_dir.is_dir():
             check_run(run_dir, c, resume)
+    code = source_of(config, folder or Path("runs"))  # Once: what trains, even if a file is edited meanwhile.
     version = next(filter(None, map(data_version, folders)), None)
     dataset = load_dataset(config.dataset, data_dir, report.say, version=version)
     devices = jax.local_devices()
@@ -115,6 +117,7 @@ def train_seeds(
                         report=report,
                         stop=stop,
                         dataset=dataset,
+                        code=code,
                     )
             finally:
                 free.put(device)

@@ -17,9 +17,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+from cnnjax.config import Config
+from cnnjax.runs.codec import source_files
 from cnnjax.runs.git import Git, join, plain_git, show, split, user_git
 
-SOURCE = (b".py", b".toml")  # The untracked files that the diff includes.
+SOURCE = b".py"  # The untracked files that the diff includes; others may hold secrets.
 FILE_LIMIT = 1 << 20  # Bytes; a larger untracked file is data.
 NUM_FILES = 500  # Of untracked files; more are no longer the user's own.
 DIFF_LIMIT = 16 << 20  # Bytes of all files before and after the change; the diff has at most about twice as many.
@@ -44,6 +46,9 @@ class SourceCode(NamedTuple):
         return [f"The record of this run's source code lacks {'; '.join(left_out)}."] if left_out else []
 
 
+NO_SOURCE = SourceCode({"files": {}}, b"")  # For a run that records nothing.
+
+
 class _Code(NamedTuple):
     commit: str | None = None
     diff: bytes = b""
@@ -64,8 +69,8 @@ def source_code(run_dir: Path | None = None) -> SourceCode:
     """Returns the commit of the code and, if the working tree differs from it, the diff.
 
     "commit" belongs to the repository of the working directory; None if there is none, or no commit yet (then the diff
-    starts from an empty folder). The diff covers its tracked files, and small untracked ones of `SOURCE` that git does
-    not ignore. If the package lies in another repository, "package_commit" names that one's commit, and the SHA-256 of
+    starts from an empty folder). The diff covers its tracked files, and small untracked .py files that git does not
+    ignore. If the package lies in another repository, "package_commit" names that one's commit, and the SHA-256 of
     its diff. "left_out" says what is missing and why: files beyond the limits, of a submodule, or converted by a filter
     as git-lfs does; or all, because git failed. "dirty": whether the code is, or may be, another than the commit's.
 
@@ -89,6 +94,12 @@ def source_code(run_dir: Path | None = None) -> SourceCode:
     if left_out:
         facts["left_out"] = [*left_out]
     return SourceCode(facts, code.diff)
+
+
+def source_of(config: Config, run_dir: Path | None = None) -> SourceCode:
+    """Returns `source_code`, and as "files" the SHA-256 of the files that define the user's classes and functions."""
+    code = source_code(run_dir)
+    return code._replace(facts={**code.facts, "files": source_files(config)})
 
 
 def _repository(folder: Path) -> Path | None:
@@ -139,7 +150,7 @@ def _diff(git: Git, plain: Git, commit: str | None, run_dir: Path | None) -> tup
     new = {
         name: _File(name, untracked=tag == b"?")
         for tag, name in listed
-        if name not in entries and not name.startswith(own) and (tag != b"?" or name.endswith((*SOURCE, b"/")))
+        if name not in entries and not name.startswith(own) and (tag != b"?" or name.endswith((SOURCE, b"/")))
     }
     filtered = _filtered(git, [*entries, *new])
     sizes = {name: _size(git, name) for name in entries if not name.startswith(own)}

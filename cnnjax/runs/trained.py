@@ -22,8 +22,8 @@ from cnnjax.data.tfds_format import Examples
 from cnnjax.errors import UserError
 from cnnjax.runs.checkpoints import Checkpoints
 from cnnjax.runs.codec import collect_names
-from cnnjax.runs.files import open_regular
-from cnnjax.runs.records import read_record
+from cnnjax.runs.files import open_regular, tree_sha256
+from cnnjax.runs.records import read_record, read_result, read_rows
 from cnnjax.runs.schema import DataFacts
 from cnnjax.step import Scores, TrainState, evaluate, init_state
 
@@ -65,12 +65,19 @@ def restore_best(run_dir: Path, config: Config, facts: DataFacts) -> Trained:
     tx = config.optim.make_tx(num_steps=config.optim.accumulate_steps * max(config.optim.lookahead, 1))
     image = jax.ShapeDtypeStruct((1, *facts.image_shape), np.float32)
     abstract_state = jax.eval_shape(partial(init_state, model=config.model, tx=tx), jax.random.key(0), image)
+    result = read_result(run_dir)
+    fix = "Resume it with --resume." if result is None else "Train it again: cnnjax reproduce."
     with closing(Checkpoints(run_dir / "checkpoints")) as checkpoints:
-        if (best := checkpoints.best()) is None:
-            finished = (run_dir / "result.json").exists()
-            fix = "Train it again: cnnjax reproduce." if finished else "Resume it with --resume."
-            raise UserError(f"`run` must have the checkpoint of an epoch, got {run_dir} without one. {fix}")
+        if result is None:
+            best = checkpoints.best()
+        else:
+            best = next((row["step"] for row in read_rows(run_dir) if row["epoch"] == result["best_epoch"]), None)
+        if best is None or best not in checkpoints.steps():
+            of_step = "the end of an epoch" if best is None else f"step {best}, its best"
+            raise UserError(f"`run` must have the checkpoint of {of_step}, got {run_dir} without it. {fix}")
         state, _ = checkpoints.restore(best, abstract_state)
+    if result is not None and tree_sha256(state.params) != result["sha256"]["best_params"]:
+        raise UserError(f"`run` must have the parameters that result.json names, got others in {run_dir}. {fix}")
     return Trained(config, facts, state)
 
 

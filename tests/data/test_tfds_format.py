@@ -3,7 +3,7 @@ import hashlib
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from conftest import make_raw
+from generated import make_raw
 
 from cnnjax.data.named import NAMED_SETS
 from cnnjax.data.sources import RawSplit

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import make_raw
+from generated import make_raw
 
 from cnnjax import UserError
 from cnnjax.data import datasets

@@ -161,7 +161,7 @@ def change_everything(folder):
         'a "quote".py',
         "a\ttab.py",
         "a\nline.py",
-        "\xe4 \u4e2d.toml",
+        "\xe4 \u4e2d.py",
         os.fsdecode(b"\xff\xfe.py"),
         "-x.py",
         ":(top).py",

@@ -251,6 +251,34 @@ def test_no_run(tmp_path):
 def test_a_run_without_a_finished_epoch(seeds, tmp_path):
     shutil.copy(seeds.folder / "seed0" / "config.json", tmp_path)
     with pytest.raises(
-        UserError, match=r"`run` must have the checkpoint of an epoch, got .* without one\. Resume it with"
+        UserError, match=r"`run` must have the checkpoint of the end of an epoch, got .* without it\. Resume it with"
     ):
         load_trained(tmp_path)
+
+
+def test_only_the_best_checkpoint_of_a_finished_run_is_used(seeds, run_dir):
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    best = rows[seeds.results[0]["best_epoch"] - 1]["step"]
+    expected = load_trained(run_dir).state.params
+    (other,) = {13, 26} - {best}
+    (run_dir / "checkpoints" / str(other) / "progress.json").write_text("{")
+    jax.tree.map(np.testing.assert_array_equal, load_trained(run_dir).state.params, expected)
+    shutil.rmtree(run_dir / "checkpoints" / str(best))
+    message = rf"`run` must have the checkpoint of step {best}, its best, got .* Train it again: cnnjax reproduce"
+    with pytest.raises(UserError, match=message):
+        load_trained(run_dir)
+
+
+def test_the_checkpoint_of_another_run_is_not_used(seeds, run_dir):
+    shutil.rmtree(run_dir / "checkpoints")
+    shutil.copytree(seeds.folder / "seed1" / "checkpoints", run_dir / "checkpoints")
+    with pytest.raises(UserError, match=r"`run` must have the (parameters that result\.json names|checkpoint of step)"):
+        load_trained(run_dir)
+
+
+def test_a_damaged_latest_checkpoint_of_an_unfinished_run_is_not_passed_over(run_dir):
+    (run_dir / "result.json").unlink()
+    load_trained(run_dir)
+    (run_dir / "checkpoints" / "26" / "progress.json").write_text("{")
+    with pytest.raises(UserError, match=r"checkpoints/26 is damaged\. Resume the run with --resume: an earlier one"):
+        load_trained(run_dir)
