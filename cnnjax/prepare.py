@@ -186,7 +186,8 @@ def check_step(setup: Setup, state: TrainState) -> None:
         for tree in (state, after)
     )
     for name, (before, now) in changes(old, new).items():
-        raise UserError(f"A step must keep the shapes and dtypes of the state, got {name} {now} after {before}.")
+        part = "model" if name.startswith(".batch_stats") else "optim"
+        raise UserError(f"`{part}` must keep the shape and dtype of its state: {name} was {before} and became {now}.")
     sizes, intermediate = num_bytes(state), largest_result(step.jaxpr.jaxpr) // placement.num_devices
     data = num_bytes(setup.train) + num_bytes(setup.validation)
     # Each epoch ends with a copy of the state. The devices of a CPU share its memory.

@@ -43,7 +43,7 @@ def user_code(part: str) -> Iterator[None]:
     """Turns an exception in the user's code into a `UserError`, and keeps it as the cause.
 
     Args:
-      part: what the code is, at the beginning of the message.
+      part: names the code, at the beginning of the message.
 
     Raises:
       UserError: the block raised an exception. A `UserError` is unchanged.
@@ -53,4 +53,4 @@ def user_code(part: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{part} must run without an error, got {describe(error)}") from error
+        raise UserError(f"{part} failed at {describe(error)}") from error

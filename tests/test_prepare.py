@@ -184,7 +184,7 @@ def refused(tmp_path, **changes):
 )
 def test_an_exception_in_the_users_code_is_one_line(changes, part, line, text, tmp_path):
     error = refused(tmp_path, **changes)
-    start = f"{part} must run without an error, got "
+    start = f"{part} failed at "
     assert str(error).startswith(start)
     assert str(error).endswith(f"{line_of(line)}: {text}")
     assert error.__cause__ is not None and type(error.__cause__).__name__ == text.partition(":")[0]
@@ -203,11 +203,11 @@ def test_an_exception_in_the_users_loss_names_its_arguments(tmp_path):
         ({"model": Net("nan")}, "`model` must be initialized with finite parameters, got an infinite one or nan."),
         (
             {"model": Net("dtype")},
-            "A step must keep the shapes and dtypes of the state, got .batch_stats['mean'] float16[] after float32[].",
+            "`model` must keep the shape and dtype of its state: .batch_stats['mean'] was float32[] and became float16[].",
         ),
         (
             {"optim": Strange(mistake="state")},
-            "A step must keep the shapes and dtypes of the state, got .opt_state float16[] after float32[].",
+            "`optim` must keep the shape and dtype of its state: .opt_state was float32[] and became float16[].",
         ),
         (
             {"augment": Broken(mistake="classes")},

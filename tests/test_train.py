@@ -589,7 +589,7 @@ def test_resuming_with_other_data(whole_research, tmp_path):
     run_dir = shutil.copytree(whole_research[0], tmp_path / "run")
     (run_dir / "result.json").unlink()
     other = replace(RESEARCH, dataset=make_arrays(num_test=20))
-    with pytest.raises(UserError, match=r"must be resumed with its own data, version .*sha256.t"):
+    with pytest.raises(UserError, match=r"must hold the data that .* was trained on, .*sha256.t"):
         train_and_evaluate(other, run_dir=run_dir, resume=True)
 
 

@@ -42,7 +42,7 @@ class Report:
         """Prints a line."""
         self._out.print(self._prefix + line, markup=False)
 
-    def of(self, prefix: str) -> "Report":
+    def with_prefix(self, prefix: str) -> "Report":
         """Returns a report with this prefix, for one of several simultaneous runs."""
         report = copy.copy(self)
         report._prefix = prefix

@@ -5,8 +5,8 @@ import os
 import re
 import sys
 import sysconfig
-import traceback
 from contextlib import suppress
+from contextvars import ContextVar
 from importlib.util import decode_source
 from inspect import isabstract
 from pathlib import Path
@@ -23,6 +23,7 @@ from cnnjax.runs import codec
 from cnnjax.runs.files import open_regular
 from cnnjax.user_code import describe
 
+_LOADING = ContextVar("loading", default=False)  # Whether an experiment file is running now.
 # The parts of a configuration that can be chosen by a word, and their base classes.
 PARTS = {"model": nn.Module, "optim": Optimizer, "augment": Augment}
 
@@ -92,15 +93,26 @@ def load_experiment(name: str) -> Experiment:
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # `inspect` finds the docstrings of options there.
     _add_to_path(str(path.resolve().parent))
+    token = _LOADING.set(True)
     try:
         exec(compile(decode_source(source), str(path), "exec", dont_inherit=True), vars(module))
     except SystemExit as error:
-        if Path(traceback.extract_tb(error.__traceback__)[-1].filename) == Path(__file__).with_name("main.py"):
-            raise  # `run_experiment` has printed why.
         raise UserError(f"{describe(error)} An experiment file must define CONFIG and not exit.") from error
     except Exception as error:
         raise UserError(describe(error, str(path))) from error
+    finally:
+        _LOADING.reset(token)
     return experiment_of(module, getattr(module, "CONFIG", None))
+
+
+def check_not_loading() -> None:
+    """Checks that no experiment file is being loaded.
+
+    Raises:
+      UserError: one is, and has called `run_experiment`.
+    """
+    if _LOADING.get():
+        raise UserError('`run_experiment` must be called below `if __name__ == "__main__":`, got a call without it.')
 
 
 def _add_to_path(folder: str) -> None:
@@ -121,9 +133,6 @@ def experiment_of(module: ModuleType, config: Any) -> Experiment:
       UserError: `config` is not a `Config`.
     """
     path = Path(getattr(module, "__file__", None) or "")
-    loading = any(frame.f_code.co_name == load_experiment.__name__ for frame, _ in traceback.walk_stack(None))
-    if loading and module.__name__ == "__main__":  # `run_experiment` was called by the file that is being loaded.
-        raise UserError('`run_experiment` must be called below `if __name__ == "__main__":`, got a call without it.')
     if not isinstance(config, Config):
         raise UserError(f"`EXPERIMENT` must be a file with a CONFIG of type Config, got {path}.")
     if not config.name and path.suffix == ".py":

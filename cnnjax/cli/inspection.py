@@ -34,7 +34,7 @@ def config_of(run_dir: Path, experiment: str | None) -> "Config":
     if changed := changes(record.files, source_files(config)):
         names = ", ".join(changed)
         print(
-            f"Not the code that this run was trained with: {names}. Its network may compute something else.",
+            f"{names} has changed since this run was trained, so that its network may compute something else.",
             file=sys.stderr,
         )
     return config
@@ -129,7 +129,8 @@ def _advice(wrong: set[str], finished: bool) -> str:
     checkpoints = {name for name in wrong if name.startswith("checkpoints/")}
     rewritten = wrong & {"metrics.jsonl", "timing.jsonl", "result.json", "SHA256SUMS"}
     if lost := wrong - checkpoints - rewritten:
-        return f"Only a backup has {', '.join(sorted(lost))}. Restore it, or train again in another directory."
+        names = ", ".join(sorted(lost))
+        return f"{names} cannot be computed again. Restore it from a backup, or train again in another directory."
     if rewritten:
         return f"Resume the run with --resume, which writes {', '.join(sorted(rewritten))} again."
     if finished:

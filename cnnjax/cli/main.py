@@ -157,9 +157,10 @@ def run_experiment(config: "Config") -> None:
     Raises:
       SystemExit: 0 at the end; 2 with a message if the user has to fix something.
     """
-    from cnnjax.cli.experiment import experiment_of
+    from cnnjax.cli.experiment import check_not_loading, experiment_of
     from cnnjax.cli.train_command import parse_train
 
+    check_not_loading()
     atexit.register(ignore_signals)  # At the end of the process they would hide its exit code.
     _run(lambda: parse_train(experiment_of(sys.modules["__main__"], config), sys.argv[1:]), resumable=True)
 
@@ -200,11 +201,11 @@ def _status(run: Callable[[], Any]) -> Any:
     except ValueError as error:  # jax reads its environment variables when it is imported.
         if "jax" in sys.modules:
             raise
-        message, status = f"The environment variables of jax must be valid, got {str(error).rstrip('.')}. Change it.", 2
+        message, status = f"jax refuses an environment variable: {str(error).rstrip('.')}. Correct or unset it.", 2
     except (ImportError, MemoryError, RuntimeError) as error:  # The limits of `ulimit -v` and `ulimit -u`.
         if not re.search("failed to map segment|allocate memory|start new thread|MemoryError", repr(error)):
             raise
-        message, status = f"Memory and threads must suffice, got {error!r}. Raise the limits of this process.", 1
+        message, status = f"The process ran out of memory or threads ({error!r}). Raise ulimit -v or -u.", 1
     except KeyboardInterrupt:
         message, status = "Stopped at once; everything since the last checkpoint is lost.", 130
     print(message, file=sys.stderr)

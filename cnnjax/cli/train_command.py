@@ -89,7 +89,7 @@ def _choose(config: Config, part: str, words: dict[str, type], arguments: list[s
     """
     option = f"--{part}"
     given = [argument for argument in arguments if argument.partition("=")[0] == option]
-    check(option, "given once", len(given) < 2, f"it {len(given)} times")
+    check(option, "given once", len(given) < 2, f"{len(given)} times")
     for i, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         if name != option:

@@ -1,4 +1,4 @@
-"""The tfds directory: the versions that it holds, and how a new one gets there whole or not at all."""
+"""The tfds directory: the versions that it holds, and the atomic publication of a new one."""
 
 import difflib
 import errno
@@ -120,7 +120,7 @@ def unknown_set(name: str, data_dir: Path, known: Iterable[str]) -> UserError:
 def exclusive(name: str, data_dir: Path, say: Callable[[str], None]) -> Iterator[bool]:
     """Locks a set in `data_dir`, so that one process at a time prepares or decodes it, and yields whether it is locked.
 
-    Waits for another process, and says so. Goes on without a lock if the file system has none or cannot be written.
+    Waits for another process, and says so. Continues without a lock if the file system has none or cannot be written.
     """
     lock = FileLock(data_dir / f"{_prefix(name)}lock", fallback_to_soft=False)
     try:
@@ -173,7 +173,7 @@ def check_free(folder: Path) -> None:
 
 
 def publish(folder: Path, stage: Path, data_dir: Path) -> Path:
-    """Moves a version from a staging directory to its place in `data_dir`, unless another process was faster.
+    """Moves a version from a staging directory to `data_dir`, unless another process has already published it.
 
     Raises:
       OSError: `data_dir` cannot be written.

@@ -237,6 +237,6 @@ def check_data(run_dir: Path, facts: DataFacts) -> None:
         if changed := changes(asdict(read_record(run_dir).data) | ours, asdict(facts) | ours):
             listed = "; ".join(f"`{name}` is {old!r} there and {new!r} here" for name, (old, new) in changed.items())
             raise UserError(
-                f"{run_dir} must be resumed with its own data, version {facts.version} from {facts.source} differs: "
-                f"{listed}. Pass the same --data-dir, or restore config.json."
+                f"`data_dir` must hold the data that {run_dir} was trained on, but in version {facts.version} from "
+                f"{facts.source}, {listed}. Pass the same --data-dir, or restore config.json."
             )

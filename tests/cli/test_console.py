@@ -39,7 +39,7 @@ def test_lost_output_is_reported_once_and_the_run_continues(monkeypatch, capsys)
         monkeypatch.setattr(sys, "stdout", full)
         report = Report()
         for seed in (0, 1):
-            report.of(f"seed {seed}: ").say("a line")
+            report.with_prefix(f"seed {seed}: ").say("a line")
         show_progress(report)
         expected = "Standard output cannot be written (No space left on device): the run continues without it.\n"
         assert capsys.readouterr().err == expected

@@ -170,7 +170,7 @@ def test_mistakes_of_the_user_are_messages(run_dir, train, tmp_path, capsys):
         ("--model speednet --model.widths 1", "`model.widths` must be 3 numbers of at least 1, got (1,)."),
         ("--augment mixup --augment.alpha -1", "`augment.alpha` must be "),
         ("--checkpoint-seconds nan", "`checkpoint_seconds` must be at least 0, got nan."),
-        ("--optim sgd --seed 1 --optim=adam", "`--optim` must be given once, got it 2 times."),
+        ("--optim sgd --seed 1 --optim=adam", "`--optim` must be given once, got 2 times."),
         ("--model", "`model` must be a known name, got ''. Valid names: cnn, mlp, speednet."),
         ("--optim --seed 1", "`optim` must be a known name, got '--seed'. Valid names: adam, muon, sgd."),
     ],
@@ -188,8 +188,8 @@ def test_a_refused_value_is_one_line(options, message, capsys):
     ("error", "status", "message"),
     [
         (OSError(28, "No space left on device", "metrics.jsonl"), 1, "No space left on device: 'metrics.jsonl'"),
-        (RuntimeError("can't start new thread"), 1, "Memory and threads must suffice, got RuntimeError"),
-        (MemoryError(), 1, "Memory and threads must suffice, got MemoryError(). Raise the limits of this process."),
+        (RuntimeError("can't start new thread"), 1, "The process ran out of memory or threads (RuntimeError"),
+        (MemoryError(), 1, "The process ran out of memory or threads (MemoryError()). Raise ulimit -v or -u."),
         (KeyboardInterrupt(), 130, "Stopped at once; everything since the last checkpoint is lost."),
     ],
 )
@@ -242,7 +242,7 @@ def test_a_terminal_shows_a_progress_bar_above_the_lines(train, tmp_path, monkey
 def test_one_of_several_runs_has_a_prefix_and_no_progress_bar(monkeypatch, capsys):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    report = Report().of("seed 1: ")
+    report = Report().with_prefix("seed 1: ")
     with report.progress(num_epochs=1, steps_per_epoch=2, start=0):
         report.step(1, Scores(loss=0.5, accuracy=0.5, num_examples=2))
         report.say("a line")

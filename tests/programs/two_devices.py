@@ -24,7 +24,7 @@ class StopInSeed2(Report):
         super().__init__(quiet=True, prefix=prefix)
         self.prefix = prefix
 
-    def of(self, prefix):
+    def with_prefix(self, prefix):
         return StopInSeed2(prefix)
 
     def step(self, step, means):

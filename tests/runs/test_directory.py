@@ -127,7 +127,7 @@ def test_a_run_whose_steps_depend_on_its_length_is_not_trained_longer(optim, tmp
 def test_a_run_is_resumed_with_its_own_data(change, message, tmp_path):
     begin(tmp_path)
     with pytest.raises(
-        UserError, match=rf"must be resumed with its own data, .*: {message}\. Pass the same --data-dir"
+        UserError, match=rf"must hold the data that .* was trained on, but in .*, {message}\. Pass the same --data-dir"
     ):
         begin(tmp_path, resume=True, facts=replace(FACTS, **change))
     begin(tmp_path, resume=True, facts=replace(FACTS, source="another source", version="2.0.0"))

@@ -102,7 +102,7 @@ def test_the_advice_of_verify_works(seeds, run_dir, prepared_dir, tmp_path, caps
     result = train_and_evaluate(config, run_dir=run_dir, data_dir=prepared_dir, resume=True)
     assert result["sha256"] == expected
     (run_dir / "config.json").unlink()
-    advice = "Only a backup has config.json. Restore it, or train again in another directory."
+    advice = "config.json cannot be computed again. Restore it from a backup, or train again in another directory."
     assert advice in exits(capsys, "verify", str(run_dir))
 
 
