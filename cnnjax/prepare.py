@@ -190,9 +190,11 @@ def check_step(setup: Setup, state: TrainState) -> None:
         raise UserError(f"`{part}` must keep the shape and dtype of its state: {name} was {before} and became {now}.")
     sizes, intermediate = num_bytes(state), largest_result(step.jaxpr.jaxpr) // placement.num_devices
     data = num_bytes(setup.train) + num_bytes(setup.validation)
-    # Each epoch ends with a copy of the state. The devices of a CPU share its memory.
-    copies = placement.num_devices if device.platform == "cpu" else 1
-    needed, available = data + copies * (sizes + max(sizes, intermediate)), device_memory(device)
+    needed = data + sizes + max(sizes, intermediate)  # Each epoch ends with a copy of the state.
+    if device.platform == "cpu":  # Its devices share one memory, into which the first checkpoint is read back.
+        copies = placement.num_devices
+        needed = data + max(copies * (sizes + intermediate), (2 * copies + 1) * sizes)
+    available = device_memory(device)
     if available is not None and needed > available:
         fix = "the size of the network" if sizes > intermediate else f"`batch_size` (now {config.batch_size})"
         raise UserError(

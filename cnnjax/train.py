@@ -99,6 +99,7 @@ def train_and_evaluate(
                 setup, state = set_up(run, dataset, devices)
             run.begin(setup.facts, manifest.environment(setup.placement.devices))
             state, progress = restore(setup, state, run)
+            run.write_config(setup.facts)
             if run.checkpoints.latest() is not None:
                 report.say(f"resuming at step {state.step} of {setup.program.num_steps}")
             elif resume:
@@ -153,7 +154,7 @@ def fit(
                 next_dispatch = next(dispatches)
                 totals = progress.totals.add(metrics)  # Waits for the device.
                 if not math.isfinite(totals.loss):
-                    raise make_non_finite_error(f"the loss became {totals.loss}", (first, step), run)
+                    raise make_non_finite_error(f"The loss became {totals.loss}", (first, step), run)
                 run.report.step(step, totals.means())
                 now = time.perf_counter()
                 progress = progress._replace(totals=totals, seconds=now - start)
@@ -188,7 +189,7 @@ def end_epoch(run: OpenRun, progress: Progress, ended: EndedEpoch, *, must_save:
     """
     check_finite(run, ended.state, ended.steps)
     if ended.validation is not None and not math.isfinite(ended.validation.loss):
-        raise make_non_finite_error(f"the validation loss became {ended.validation.loss}", ended.steps, run)
+        raise make_non_finite_error(f"The validation loss became {ended.validation.loss}", ended.steps, run)
     rows, timing = [*progress.rows, metrics_row(ended)], [*progress.timing, ended.timing]
     progress = progress._replace(rows=rows, timing=timing)
     if must_save or ended.validation is not None or not run.checkpoints.is_saving():
@@ -222,7 +223,7 @@ def plan_dispatches(setup: Setup, step: int) -> Iterator[tuple[Plan, Key[Array, 
 def check_finite(run: OpenRun, state: TrainState, steps: tuple[int, int]) -> None:
     """Raises `NonFiniteLossError` if a parameter became infinite or nan between steps[0] and steps[1]."""
     if not all_finite(state.params):
-        raise make_non_finite_error("the parameters became infinite or nan", steps, run)
+        raise make_non_finite_error("The parameters became infinite or nan", steps, run)
 
 
 def save(run: OpenRun, state: TrainState, progress: Progress, validation: dict[str, Any] | None = None) -> None:
@@ -246,8 +247,9 @@ def make_non_finite_error(problem: str, steps: tuple[int, int], run: OpenRun) ->
     run.checkpoints.wait()
     latest = run.checkpoints.latest()
     kept = "there is no checkpoint yet" if latest is None else f"last finite checkpoint: step {latest}"
+    cause = "Check `loss` and the images, or try" if steps[0] == 0 else "Try"
     return NonFiniteLossError(
-        f"{problem} between steps {steps[0]} and {steps[1]}; {kept}. Try a lower `optim.learning_rate` "
+        f"{problem} between steps {steps[0]} and {steps[1]}; {kept}. {cause} a lower `optim.learning_rate` "
         f"(now {run.config.optim.learning_rate}), in another run directory."
     )
 

@@ -25,7 +25,10 @@ def describe(error: BaseException, place: str = "") -> str:
       place: takes the place of file and line if there is no such line.
     """
     lines = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
-    text = " ".join(str(error).split())
+    try:
+        text = " ".join(str(error).split())
+    except Exception:
+        text = ""
     if isinstance(error, SyntaxError) and error.filename:
         lines, text = [*lines, (error.filename, error.lineno)], error.msg
     if not isinstance(error, UserError):

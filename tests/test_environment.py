@@ -234,7 +234,7 @@ def test_a_platform_that_jax_lacks_is_a_message_of_every_command_and_function(wh
     program = [sys.executable, PROGRAMS / "platforms.py", whole, prepared_dir]
     done = shell('"$@"', *program, JAX_PLATFORMS="nonsense")
     assert done.returncode == 0, done.stderr
-    message = "`JAX_PLATFORMS` must name a kind of device that jax finds here, such as cpu, got 'nonsense'"
+    message = "`JAX_PLATFORMS` must name what jax finds here, such as cpu, got 'nonsense'"
     assert [line if line.startswith("status") else line[: len(message)] for line in done.stderr.splitlines()] == [
         message,
         "status 2",

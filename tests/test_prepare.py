@@ -203,7 +203,8 @@ def test_an_exception_in_the_users_loss_names_its_arguments(tmp_path):
         ({"model": Net("nan")}, "`model` must be initialized with finite parameters, got an infinite one or nan."),
         (
             {"model": Net("dtype")},
-            "`model` must keep the shape and dtype of its state: .batch_stats['mean'] was float32[] and became float16[].",
+            "`model` must keep the shape and dtype of its state: .batch_stats['mean'] was float32[] and became "
+            "float16[].",
         ),
         (
             {"optim": Strange(mistake="state")},
@@ -249,10 +250,10 @@ def test_a_network_that_no_memory_holds(width, tmp_path):
     assert error.endswith("Lower the size of the network.")
 
 
-def test_the_limit_is_the_state_its_copy_and_the_data(tmp_path, monkeypatch):
+def test_the_limit_is_the_state_its_copy_the_first_checkpoint_and_the_data(tmp_path, monkeypatch):
     """Of SGD: the parameters, their momentum, the number of the step and that of the update."""
     num_params = 60 * 4 + 4 + 4 * 3 + 3
-    needed = 2 * (4 * 2 * num_params + 4 + 4) + 40 * (60 + 4) + 2 * 2 * 3 * 4
+    needed = 3 * (4 * 2 * num_params + 4 + 4) + 40 * (60 + 4) + 2 * 2 * 3 * 4
     config = replace(CONFIG, validation_fraction=0.0)
     monkeypatch.setattr(prepare_module, "device_memory", lambda device: needed - 1)
     with pytest.raises(UserError, match=rf"`model` must fit into the 0\.0 GiB of memory, got {num_params} parameters"):

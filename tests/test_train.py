@@ -529,7 +529,7 @@ class Diverges(Optimizer):
 def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_finite_checkpoint_is_kept(tmp_path):
     config = replace(RESEARCH, model=Linear(), optim=Diverges(update=7, huge=1e38), augment=Augment())
     pattern = (
-        r"the loss became (nan|inf) between steps 8 and 9; last finite checkpoint: step 6\. Try a lower "
+        r"The loss became (nan|inf) between steps 8 and 9; last finite checkpoint: step 6\. Try a lower "
         r"`optim\.learning_rate` \(now 0\.001\)"
     )
     with pytest.raises(NonFiniteLossError, match=pattern):
@@ -573,7 +573,7 @@ def test_a_slow_disk_delays_a_checkpoint_by_no_more_than_checkpoint_seconds(monk
 def test_a_run_directory_that_exists(whole, prepared_dir):
     with pytest.raises(UserError, match=r"`run_dir` .* exists already\. Resume that run with --resume, or choose"):
         train_and_evaluate(CONFIG, run_dir=whole[0], data_dir=prepared_dir)
-    with pytest.raises(UserError, match=r"`run_dir` .* exists already\. It holds another configuration\. Choose"):
+    with pytest.raises(UserError, match=r"`run_dir` .* exists already\. It holds another configuration: .*\. Choose"):
         train_and_evaluate(replace(CONFIG, batch_size=8), run_dir=whole[0], data_dir=prepared_dir)
 
 
@@ -615,6 +615,22 @@ def test_a_run_continues_with_its_version_of_a_set_beside_a_newer_one(whole, pre
     assert read_record(into).data.version == old.version
 
 
+@quick
+def test_a_refusal_changes_nothing(tmp_path):
+    """A finished run is to be trained longer, but its latest checkpoint is of another network."""
+    short = replace(RESEARCH, optim=SGD(learning_rate=0.01), num_epochs=1)
+    train_and_evaluate(short, run_dir=tmp_path)
+    before = {name: (tmp_path / name).read_bytes() for name in ("config.json", "result.json", "metrics.jsonl")}
+    shutil.rmtree(tmp_path / "checkpoints")
+    other = tmp_path / "other"
+    train_and_evaluate(replace(short, model=research.Net(width=8)), run_dir=other)
+    (other / "checkpoints").rename(tmp_path / "checkpoints")
+    shutil.rmtree(other)
+    with pytest.raises(UserError, match=r"must match the model and the optimizer, but `params/.*` has shape"):
+        train_and_evaluate(replace(short, num_epochs=2), run_dir=tmp_path, resume=True)
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+
+
 def test_a_run_directory_that_is_locked(whole):
     with FileLock(whole[0] / "lock"):
         with pytest.raises(UserError, match=r"`run_dir` .* is in use by another process"):
@@ -623,7 +639,9 @@ def test_a_run_directory_that_is_locked(whole):
 
 def test_a_directory_of_something_else(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(UserError, match=r"`run_dir` must be empty or hold a run, got .* with thesis\.tex"):
+    with pytest.raises(
+        UserError, match=r"`run_dir` must be empty or hold a run with a config\.json, got .* with thesis\.tex"
+    ):
         train_and_evaluate(CONFIG, run_dir=tmp_path)
 
 

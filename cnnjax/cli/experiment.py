@@ -98,7 +98,9 @@ def load_experiment(name: str) -> Experiment:
         exec(compile(decode_source(source), str(path), "exec", dont_inherit=True), vars(module))
     except SystemExit as error:
         raise UserError(f"{describe(error)} An experiment file must define CONFIG and not exit.") from error
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise UserError(describe(error, str(path))) from error
     finally:
         _LOADING.reset(token)

@@ -120,12 +120,12 @@ class Verify:
                 print(f"{self.run / name}: {what}")
         print(f"{sum(what == 'ok' for what in found.values())} of {len(found)} files agree with their checksums.")
         if wrong:
-            print(_advice({*wrong}, finished=found.get("result.json") == "ok"))
+            print(_advice(self.run, {*wrong}, finished=found.get("result.json") == "ok"))
         return int(bool(wrong))
 
 
-def _advice(wrong: set[str], finished: bool) -> str:
-    """Returns what to do about wrong files."""
+def _advice(run: Path, wrong: set[str], finished: bool) -> str:
+    """Returns what to do about wrong files of a run."""
     checkpoints = {name for name in wrong if name.startswith("checkpoints/")}
     rewritten = wrong & {"metrics.jsonl", "timing.jsonl", "result.json", "SHA256SUMS"}
     if lost := wrong - checkpoints - rewritten:
@@ -134,7 +134,7 @@ def _advice(wrong: set[str], finished: bool) -> str:
     if rewritten:
         return f"Resume the run with --resume, which writes {', '.join(sorted(rewritten))} again."
     if finished:
-        return "The result of the run is intact. Train it again for its checkpoints: cnnjax reproduce."
+        return f"The result of the run is intact. Train it again for its checkpoints: cnnjax reproduce {run}"
     return "Resume the run with --resume: it starts from the latest intact checkpoint."
 
 
@@ -277,5 +277,7 @@ def _show(value: float, metric: str, *, sign: bool = False) -> str:
 
 
 def _print_changes(changes: Mapping[str, tuple[Any, Any]]) -> None:
+    from cnnjax.runs.files import show
+
     for name, (old, new) in changes.items():
-        print(f"  {name}: {old} | {new}")
+        print(f"  {name}: {show(old)} | {show(new)}")

@@ -44,13 +44,15 @@ class Eval:
 
     def __call__(self) -> None:
         """Prints accuracy and loss."""
+        from cnnjax.runs.records import read_result
         from cnnjax.runs.trained import load_trained, score
 
         trained = load_trained(self.run, config_of(self.run, self.experiment))
         scores = score(trained, self.split, self.data_dir)
+        unfinished = "" if read_result(self.run) else ", which is not finished"
         print(
             f"{self.split} accuracy {scores.accuracy:.2%}, loss {scores.loss:.4f}, on all "
-            f"{scores.num_examples:,} images ({self.run})"
+            f"{scores.num_examples:,} images ({self.run}{unfinished})"
         )
 
 
@@ -196,8 +198,9 @@ def _status(run: Callable[[], Any]) -> Any:
         message, status = f"Standard output cannot be written: {error.strerror}.", 1
     except UserError as error:
         message, status = str(error), 1 if isinstance(error, OSError) else 2
-    except OSError as error:  # A full disk, a missing permission: the system's message names the file.
-        message, status = str(error), 1
+    except OSError as error:  # A full disk, a missing permission.
+        named = f"{error.filename} cannot be used: {error.strerror}. Check its permissions, and the disk."
+        message, status = named if error.filename and error.strerror else str(error), 1
     except ValueError as error:  # jax reads its environment variables when it is imported.
         if "jax" in sys.modules:
             raise
@@ -216,7 +219,9 @@ def _resume_command() -> str:
     """Returns the command of this process with --resume, or that of make if it was started by the Makefile."""
     encoding, resume = sys.stderr.encoding, [] if "--resume" in sys.orig_argv else ["--resume"]
     if (own := os.environ.get("CNNJAX_MAKE")) is None:
-        return " ".join(quote(argument, encoding) for argument in [*sys.orig_argv, *resume])
+        # As it was typed; the console script is started by way of python.
+        typed = sys.argv if Path(sys.argv[0]).name == "cnnjax" else sys.orig_argv
+        return " ".join(quote(argument, encoding) for argument in [*typed, *resume])
     folder = ["-C", os.getcwd()] if "-C" in own.split() else []
     values = {name: os.environ.get(name, "") for name in (*own.split(), "ARGS") if name != "-C"}
     values["ARGS"] = " ".join(filter(None, [values["ARGS"], *resume]))

@@ -64,13 +64,16 @@ def start_jax() -> None:
     for option, valid in (("jax_numpy_dtype_promotion", ("standard",)), ("jax_transfer_guard", (None, "log", "allow"))):
         if (value := getattr(config, option)) not in valid:
             raise UserError(f"`{option.upper()}` must be {valid[-1]}, got {value}. Unset it.")
+    names = ["JAX_PLATFORM_NAME", "JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES"]
     try:
         jax.local_devices()
+        names = ["JAX_DEFAULT_DEVICE"]
+        jax.device_put(0)
     except (RuntimeError, AssertionError) as error:  # AssertionError: there is no plugin for JAX_PLATFORMS.
-        name = "JAX_PLATFORM_NAME" if os.environ.get("JAX_PLATFORM_NAME") else "JAX_PLATFORMS"
+        name = next((name for name in names if os.environ.get(name)), names[0])
         got = repr(os.environ.get(name, "")) + (f": {error}" if str(error) else "")
         raise UserError(
-            f"`{name}` must name a kind of device that jax finds here, such as cpu, got {got.rstrip('.')}. Change it."
+            f"`{name}` must name what jax finds here, such as cpu, got {got.rstrip('.')}. Correct or unset it."
         ) from error
 
 

@@ -25,13 +25,13 @@ class Output:
 
     def __init__(self, stream: Any, on_error: Callable[[Exception], None] = lambda error: None):
         self.encoding = getattr(stream, "encoding", None) or "utf-8"
-        self._stream = stream
+        self._stream = self._original = stream
         self._on_error = on_error
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
-        return getattr(self._stream, name)
+        return getattr(self._original, name)
 
     def write(self, text: str) -> int:
         """Writes `text`; returns its length."""

@@ -193,6 +193,8 @@ def _load_tfds(name: str, data_dir: Path, version: str | None, say: Callable[[st
     if folder is None:
         if named is None:
             check_tensorflow(name, data_dir)
+        if not data_dir.exists():
+            say(f"{data_dir} does not exist yet, so {name} is prepared there")
         try:
             data_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -27,7 +27,7 @@ from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
 from cnnjax.errors import StorageError, UserError
-from cnnjax.runs.files import check_sums, move_into, read_json, sync, tree_sha256, write_json, write_sums
+from cnnjax.runs.files import SUMS, check_sums, move_into, read_json, sync, tree_sha256, write_json, write_sums
 from cnnjax.runs.schema import SavedProgress
 from cnnjax.step import TrainState
 
@@ -118,8 +118,9 @@ class Checkpoints:
         if not self._has_read_back:  # Once per run: it would be too late at the end of training.
             _read_back(partial, state)
             self._has_read_back = True
-        write_json(partial / PROGRESS, saved)
-        write_sums(partial, (path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file()))
+        files = [path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file()]
+        write_json(partial / PROGRESS, {**saved, "files": sorted(files)})
+        write_sums(partial, [*files, PROGRESS])
         # So that a power failure, too, leaves this checkpoint complete, or the old ones.
         sync(*partial.rglob("*"), partial)
         partial.rename(folder)
@@ -144,7 +145,7 @@ class Checkpoints:
                     raise
                 raise StorageError(
                     f"A checkpoint could not be written in {self._directory} ({_reason(error)}). The earlier "
-                    "checkpoints of the run are kept: free disk space or allow writing, then resume it with --resume."
+                    "checkpoints of the run are kept: remove the cause, then resume it with --resume."
                 ) from error
 
     def restore(
@@ -263,6 +264,15 @@ def _read_back(path: Path, state: TrainState) -> None:
         raise OSError("it was read back with other values")
 
 
+def check(path: Path) -> dict[str, str]:
+    """Returns the status of each file of a checkpoint, see `files.check_sums`."""
+    found = check_sums(path)
+    names = [PROGRESS]
+    if found.get(PROGRESS) == "ok":  # SHA256SUMS may lack the lines of files that are missing.
+        names += _read_progress(path)["files"]
+    return found if SUMS in found else found | {name: "missing" for name in names if name not in found}
+
+
 def _faults(path: Path) -> list[str]:
     """Describes each file of a checkpoint that does not match its checksum, or has none.
 
@@ -271,7 +281,7 @@ def _faults(path: Path) -> list[str]:
     """
     if path.is_symlink():
         return [f"{path.name} is outside the folder"]
-    found = {name: status for name, status in check_sums(path).items() if status != "ok"}
+    found = {name: status for name, status in check(path).items() if status != "ok"}
     for name, status in found.items():
         if status.startswith("unreadable"):
             raise UserError(
@@ -315,8 +325,8 @@ def _check_leaves(path: Path, saved: PyTree, target: PyTree) -> None:
         }
         for tree in (saved, target)
     )
-    if different := sorted(there.items() ^ here.items()):
-        name = different[0][0]
+    if different := there.items() ^ here.items():
+        name = min(different, key=lambda item: (not item[0].startswith("params/"), item))[0]
         saved_as, expected = there.get(name, "no value"), here.get(name, "no value")
         fix = "If they are the same, another version of cnnjax wrote it: manifest.json names its commit."
         if len({re.sub(r"(32|64)\)$", ")", text) for text in (saved_as, expected)}) == 1:

@@ -4,6 +4,7 @@
 
 import errno
 import fcntl
+import os
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -69,15 +70,21 @@ class OpenRun:
         intact = all(status.get(name) == "ok" for name in FILES)  # A kill can come before the checksums.
         if result["num_epochs"] < self.config.num_epochs or not intact or not manifest.is_finished(self.run_dir):
             return None
-        if not any((self.run_dir / "checkpoints").glob("*")):
+        if edited := changes(read_record(self.run_dir).files, self.code.facts["files"]):
             self.report.say(
-                f"{self.run_dir} has a result but no checkpoints, which `eval` and `predict` need. `cnnjax reproduce` "
-                "trains it again."
+                f"{', '.join(edited)} changed after this run had finished, so this is its old result. To train the new "
+                "code, choose another directory: --run-dir DIR."
+            )
+        saved = manifest.read_manifest(self.run_dir)["sessions"][-1].get("checkpoints", [])
+        if lost := [step for step in saved if not (self.run_dir / "checkpoints" / str(step)).exists()]:
+            self.report.say(
+                f"{self.run_dir} has a result, but the checkpoints of steps {', '.join(map(str, lost))} are missing. "
+                "`eval` and `predict` need the best one. `cnnjax reproduce` trains it again."
             )
         return result
 
     def begin(self, facts: DataFacts, environment: dict[str, Any]) -> None:
-        """Begins a session: checks the data, writes manifest.json and config.json, and sets damaged checkpoints aside.
+        """Begins a session: checks the data, writes manifest.json, and sets damaged checkpoints aside.
 
         From here on a signal waits until the loop looks at `stop`: inside Orbax it would turn into a failure. When the
         context of `open_run` ends, the manifest records how the session ended.
@@ -92,12 +99,15 @@ class OpenRun:
         self._stack.enter_context(self.stop.held())
         about = environment | {"seed": self.config.seed, "resumed_from": None}
         session = self._stack.enter_context(manifest.session(self.run_dir, about, FILES, self.code.diff))
-        write_record(self.run_dir, Record(encode(self.config), facts, self.code.facts["files"]))
         recover(self.run_dir / "checkpoints", self.report.say)
         self.checkpoints = Checkpoints(self.run_dir / "checkpoints")
         self._stack.callback(lambda: session.update(checkpoints=self.checkpoints.steps()))
         self._stack.enter_context(closing(self.checkpoints))
         session["resumed_from"] = self.checkpoints.latest()
+
+    def write_config(self, facts: DataFacts) -> None:
+        """Writes config.json, once nothing can be refused anymore: it removes the result of a shorter run."""
+        write_record(self.run_dir, Record(encode(self.config), facts, self.code.facts["files"]))
 
 
 @contextmanager
@@ -191,15 +201,15 @@ def check_run(run_dir: Path, config: Config, resume: bool) -> None:
     Raises:
       UserError: the directory is in use and `resume` is off, or holds a run of another configuration or version.
     """
-    if not (run_dir / "config.json").exists():
+    if not os.path.lexists(run_dir / "config.json"):
         others = [path.name for path in run_dir.iterdir() if not re.fullmatch(_BEGUN, path.name)]
         if others:
             raise UserError(
-                f"`run_dir` must be empty or hold a run, got {run_dir} with {min(others)}. Choose another: "
-                "--run-dir DIR."
+                f"`run_dir` must be empty or hold a run with a config.json, got {run_dir} with {min(others)}. Choose "
+                "another: --run-dir DIR."
             )
         return
-    if (run_dir / "checkpoints").exists() and not (run_dir / "manifest.json").exists():
+    if (run_dir / "checkpoints").exists() and not os.path.lexists(run_dir / "manifest.json"):
         raise UserError(
             f"{run_dir} must have a manifest.json, got none: another version of cnnjax wrote it. Use that version, or "
             "choose another directory: --run-dir DIR."
@@ -208,11 +218,15 @@ def check_run(run_dir: Path, config: Config, resume: bool) -> None:
     changed = changes(saved, encode(config))
     if _is_longer(config, saved):
         changed = {}
+    listed = "; ".join(f"`{name}` is {old!r} there and {new!r} here" for name, (old, new) in changed.items())
     if not resume:
-        hint = "It holds another configuration. Choose" if changed else "Resume that run with --resume, or choose"
+        hint = (
+            f"It holds another configuration: {listed}. Choose"
+            if changed
+            else "Resume that run with --resume, or choose"
+        )
         raise UserError(f"`run_dir` {run_dir} exists already. {hint} another: --run-dir DIR.")
     if changed:
-        listed = "; ".join(f"`{name}` is {old!r} there and {new!r} here" for name, (old, new) in changed.items())
         raise UserError(
             f"{run_dir} must be resumed with its own configuration: {listed}. Pass the same values, or choose another "
             "directory: --run-dir DIR."

@@ -108,23 +108,40 @@ def open_regular(path: Path) -> BufferedReader:
     return file
 
 
-def read_json(path: Path, schema: type[T], fix: str = RESTORE) -> T:
-    """Reads a JSON file, and checks the types and bounds of its content.
+def read_json(path: Path, schema: type[T], fix: str = RESTORE, *, listed: bool = True) -> T:
+    """Reads a JSON file, and checks its content: types, bounds, and the SHA-256 if SHA256SUMS in its folder has it.
 
     Args:
       path: the file.
       schema: a dataclass or `TypedDict`, perhaps with pydantic's annotations. An int may stand for a float; apart from
         that nothing is converted.
       fix: the end of an error message.
+      listed: whether to check the SHA-256.
 
     Raises:
       UserError: if it cannot be read, or has another content; the message names the key, the rule and the value.
     """
     try:
         with open_regular(path) as file:
-            return parse_json(file.read(), schema, path, fix)
+            content = file.read()
     except OSError as error:
         raise UserError(f"{path} must be a readable JSON file, got {error}. {fix}") from error
+    value = parse_json(content, schema, path, fix)
+    if listed:
+        check_listed(path, content, fix)
+    return value
+
+
+def check_listed(path: Path, content: bytes, fix: str = RESTORE) -> None:
+    """Checks the SHA-256 of the content of a file, if SHA256SUMS in its folder has it.
+
+    Raises:
+      UserError: it is another one; `fix` ends the message.
+    """
+    with suppress(OSError, UnicodeDecodeError):
+        expected = _read_sums(path.parent)[0].get(path.name)
+        if expected not in (None, hashlib.sha256(content).hexdigest()):
+            raise UserError(f"{path} must match its checksum in {SUMS}, got other bytes. {fix}")
 
 
 def parse_json(content: str | bytes, schema: type[T], source: object, fix: str = RESTORE) -> T:
@@ -171,6 +188,11 @@ def changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, 
     return {name: (x.get(name), y.get(name)) for name in {**x, **y} if name not in same}
 
 
+def show(value: Any) -> str:
+    """Returns a value in words, with the first 8 digits of each digest."""
+    return re.sub(r"\b([0-9a-f]{8})[0-9a-f]{32,}\b", r"\1", str(value))
+
+
 def file_sha256(path: Path) -> str:
     """Returns the SHA-256 of the content of a regular file."""
     with open_regular(path) as file:
@@ -201,20 +223,25 @@ def check_sums(folder: Path) -> dict[str, str]:
       is not "ok" itself, the status of other files may be unknown.
     """
     try:
-        with open_regular(folder / SUMS) as file:
-            lines = file.read().decode().split("\n")
+        sums, is_whole = _read_sums(folder)
     except UnicodeDecodeError:
         return {SUMS: "damaged"}
     except OSError as error:
         return {SUMS: _status_of(error)}
-    parsed = [re.fullmatch(r"([0-9a-f]{64})  ([^\0]+)", line) for line in lines]
-    sums = {line[2]: line[1] for line in parsed if line}
     present = set()
     for root, folders, names in os.walk(folder):
         names += [name for name in folders if Path(root, name).is_symlink()]
         present |= {Path(root, name).relative_to(folder).as_posix() for name in names}
     status = {name: _status(folder, name, sums.get(name)) for name in [*sums, *sorted(present - {*sums, SUMS})]}
-    return status | ({} if all(parsed[:-1]) and not lines[-1] else {SUMS: "damaged"})
+    return status | ({} if is_whole else {SUMS: "damaged"})
+
+
+def _read_sums(folder: Path) -> tuple[dict[str, str], bool]:
+    """Returns the SHA-256 of each file that SHA256SUMS names, and whether all of its lines are well-formed."""
+    with open_regular(folder / SUMS) as file:
+        lines = file.read().decode().split("\n")
+    parsed = [re.fullmatch(r"([0-9a-f]{64})  ([^\0]+)", line) for line in lines]
+    return {line[2]: line[1] for line in parsed if line}, all(parsed[:-1]) and not lines[-1]
 
 
 def is_inside(path: Path, folder: Path) -> bool:

@@ -18,8 +18,8 @@ from cnnjax.cli.console import Report
 from cnnjax.config import Config
 from cnnjax.data.datasets import load_dataset
 from cnnjax.errors import UserError, unknown_name
-from cnnjax.runs import directory, manifest, records
-from cnnjax.runs.files import SUMS, changes, check_sums, file_sha256, is_inside
+from cnnjax.runs import checkpoints, directory, manifest, records
+from cnnjax.runs.files import SUMS, changes, check_local, check_sums, file_sha256, is_inside, show
 from cnnjax.runs.schema import EncodedConfig, Result, Row, Session
 from cnnjax.runs.source import source_of
 from cnnjax.runs.trained import restore_best
@@ -99,6 +99,7 @@ def verify(run_dir: Path) -> dict[str, str]:
     own = (*directory.FILES, "manifest.json")
     names = [name for name in own if os.path.lexists(run_dir / name)]
     if not names:
+        check_local("run", run_dir)
         raise UserError(f"`run` must be the directory of a run, got {run_dir}.")
     if directory.is_locked(run_dir):
         raise UserError(f"`run` must not be training while it is verified, got {run_dir}. Wait until it ends.")
@@ -111,6 +112,8 @@ def verify(run_dir: Path) -> dict[str, str]:
         found = dict.fromkeys(names, "no checksum")
     elif found.get(SUMS) != "missing":
         found |= {name: NOT_LISTED for name in names if found.get(name) == "no checksum"}
+        if last is not None and last["state"] == "finished":
+            found |= {name: "missing" for name in own if name not in names}
     folder = run_dir / "checkpoints"
     steps = [] if last is None else last.get("checkpoints", [])
     found |= {f"checkpoints/{step}": "missing" for step in steps if not os.path.lexists(folder / str(step))}
@@ -119,7 +122,7 @@ def verify(run_dir: Path) -> dict[str, str]:
         if path.is_symlink():
             found[name] = "outside the folder"
         elif path.name.isdecimal():
-            status = check_sums(path)
+            status = checkpoints.check(path)
             found |= {f"{name}/{file}": NOT_LISTED if x == "no checksum" else x for file, x in status.items()}
     return found
 
@@ -179,7 +182,7 @@ def reproduce(
     now = manifest.environment(devices) | source_of(config).facts
     environment = manifest.environment_changes(sessions, now)
     for name, (there, here) in environment.items():
-        report.say(f"{name} is {there} there and {here} here: the bits may differ")
+        report.say(f"{name} is {show(there)} there and {show(here)} here: the bits may differ")
     dataset = load_dataset(config.dataset, data_dir, report.say, version=records.data_version(run_dir))
     new = train_and_evaluate(config, run_dir=into, resume=resume, devices=devices, report=report, dataset=dataset)
     rows = list(zip(*(records.read_rows(folder) for folder in (run_dir, into)), strict=True))

@@ -15,7 +15,7 @@ from cnnjax.cli.process import processor
 from cnnjax.cli.signals import Interrupted
 from cnnjax.errors import UserError
 from cnnjax.layers import onednn
-from cnnjax.runs.files import SUMS, changes, read_json, write_file, write_json, write_sums
+from cnnjax.runs.files import SUMS, changes, read_json, show, write_file, write_json, write_sums
 from cnnjax.runs.schema import FORMAT, Manifest, Session, Versioned
 
 PACKAGES = ("cnnjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy", "scipy")
@@ -114,7 +114,7 @@ def read_manifest(run_dir: Path) -> Manifest:
       UserError: it is missing, damaged, or of another format.
     """
     path = run_dir / "manifest.json"
-    found = read_json(path, Versioned)["format"]
+    found = read_json(path, Versioned, listed=False)["format"]
     if found != FORMAT:
         raise UserError(
             f"{path} must be of format {FORMAT}, got {found}: another version of cnnjax wrote it. Use that version, or "
@@ -141,7 +141,8 @@ def changes_since_last_session(run_dir: Path, environment: dict[str, Any]) -> li
     if not (run_dir / "manifest.json").exists():
         return []
     last = read_manifest(run_dir)["sessions"][-1]
-    lines = [f"{name} was {old} and is {new}" for name, (old, new) in environment_changes([last], environment).items()]
+    changed = environment_changes([last], environment).items()
+    lines = [f"{name} was {show(old)} and is {show(new)}" for name, (old, new) in changed]
     if lines:
         lines = [f"This run resumes in another environment, so its bits may differ: {'; '.join(lines)}."]
     before = last.get("ended") or last["started"]

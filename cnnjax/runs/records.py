@@ -4,6 +4,7 @@ They are data, perhaps from someone else: what is read is checked against `schem
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,7 +15,16 @@ from cnnjax.data.batches import Standardization
 from cnnjax.data.datasets import ImageDataset
 from cnnjax.errors import UserError
 from cnnjax.runs.codec import decode
-from cnnjax.runs.files import is_inside, open_regular, parse_json, read_json, write_file, write_json
+from cnnjax.runs.files import (
+    check_listed,
+    check_local,
+    is_inside,
+    open_regular,
+    parse_json,
+    read_json,
+    write_file,
+    write_json,
+)
 from cnnjax.runs.schema import DataFacts, EncodedConfig, Result, Row, Timing
 
 REWRITE = "Resume the run, which writes it again: --resume."
@@ -47,7 +57,8 @@ def read_record(run_dir: Path) -> Record:
     """
     check_links(run_dir)
     path = run_dir / "config.json"
-    if not path.exists() and not path.is_symlink():
+    if not os.path.lexists(path):
+        check_local("run", run_dir)
         raise UserError(f"`run` must be the directory of a run, with a config.json, got {run_dir}.")
     return read_json(path, Record)
 
@@ -98,13 +109,16 @@ def read_rows(run_dir: Path) -> list[Row]:
       UserError: it cannot be read, or a line is not a `Row`.
     """
     path = run_dir / "metrics.jsonl"
-    if not path.exists() and not path.is_symlink():
+    if not os.path.lexists(path):
         return []
     try:
         with open_regular(path) as file:
-            return [parse_json(line, Row, f"{path}, line {i}", REWRITE) for i, line in enumerate(file, 1)]
+            content = file.read()
     except OSError as error:
         raise UserError(f"{path} must be readable, got {error}. {REWRITE}") from error
+    rows = [parse_json(line, Row, f"{path}, line {i}", REWRITE) for i, line in enumerate(content.splitlines(), 1)]
+    check_listed(path, content, REWRITE)
+    return rows
 
 
 def write_rows(path: Path, rows: Sequence[Row | Timing]) -> None:
@@ -115,4 +129,4 @@ def write_rows(path: Path, rows: Sequence[Row | Timing]) -> None:
 def read_result(run_dir: Path) -> Result | None:
     """Returns the content of result.json, or None if the run has not finished."""
     path = run_dir / "result.json"
-    return read_json(path, Result, REWRITE) if path.exists() or path.is_symlink() else None
+    return read_json(path, Result, REWRITE) if os.path.lexists(path) else None

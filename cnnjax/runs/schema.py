@@ -95,6 +95,7 @@ class SavedProgress(TypedDict):
       seconds: of training, in all sessions.
       best_step: the step of the best checkpoint; None without validation.
       validation: the scores at the end of an epoch, which rank a checkpoint by "accuracy" if present; None within one.
+      files: the names of the other files of the checkpoint, except SHA256SUMS.
     """
 
     rows: list[Row]
@@ -103,6 +104,7 @@ class SavedProgress(TypedDict):
     seconds: Amount
     best_step: Count | None
     validation: dict[str, FiniteFloat] | None
+    files: Annotated[list[str], Field(min_length=1)]
 
 
 class Digests(TypedDict):

@@ -126,9 +126,8 @@ def train_seeds(
             results = [train(run_dir, c, report) for run_dir, c in zip(folders, configs, strict=True)]
             stop.finished = True
             return results
-        reports = [
-            report.with_prefix(f"seed {seed}: ") for seed in seeds
-        ]  # Several progress bars would overwrite each other.
+        # Without progress bars, which would overwrite each other.
+        reports = [report.with_prefix(f"seed {seed}: ") for seed in seeds]
         with stop.held(), ThreadPoolExecutor(len(devices)) as threads:
             futures = [threads.submit(train, *job) for job in zip(folders, configs, reports, strict=True)]
             # Python handles signals only in this thread, and a signal to another thread does not wake it.

@@ -33,6 +33,7 @@ def runs(trained, tmp_path, monkeypatch):
 
 def change(path, **values):
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    path.with_name("SHA256SUMS").unlink(missing_ok=True)
 
 
 def status(*arguments):

@@ -120,7 +120,7 @@ def test_a_stopped_run_resumes_to_the_same_bits_and_reports_an_edited_file(train
     main(["train", file.name, *OPTIONS, "--resume"])
     out = capsys.readouterr().out
     assert re.search(
-        r"This run resumes in another environment, .*files\.own_experiment\.py was \w{64} and is \w{64}", out
+        r"This run resumes in another environment, .*files\.own_experiment\.py was \w{8} and is \w{8}", out
     )
     result, whole = read_result(run_dir), read_result(trained[0][0])
     assert result is not None and whole is not None and result["sha256"] == whole["sha256"]
@@ -213,6 +213,7 @@ def edit(path, change):
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
+    path.with_name("SHA256SUMS").unlink(missing_ok=True)
 
 
 # --- Files that are no experiments ------------------------------------------------------------------------------------
@@ -250,6 +251,8 @@ def experiments(tmp_path, monkeypatch):
         ("def f(): f()\nf()", "mine.py, line 2: RecursionError: maximum recursion depth exceeded."),
         ("raise ValueError('two\\nlines')", "mine.py, line 2: ValueError: two lines."),
         ("assert False", "mine.py, line 2: AssertionError."),
+        ("class E(BaseException): pass\nraise E('x')", "mine.py, line 3: E: x."),
+        ("class E(Exception):\n    __str__ = None\nraise E('x')", "mine.py, line 4: E."),
         ("import jax\njax.numpy.zeros('a')", "mine.py, line 3: TypeError: "),  # The last frame is one of jax.
         ("x = '\0'", "mine.py: SyntaxError: source code string cannot contain null bytes."),
         (
@@ -270,7 +273,8 @@ def test_a_file_that_fails_is_one_line(lines, message, experiments, no_type_chec
 def test_a_file_that_trains_itself_when_it_is_imported(experiments, capsys):
     (experiments / "mine.py").write_text("from cnnjax import Config, run_experiment\nrun_experiment(Config())\n")
     message = fails(capsys, "train", "mine")
-    assert message == '`run_experiment` must be called below `if __name__ == "__main__":`, got a call without it. '
+    expected = '`run_experiment` must be called below `if __name__ == "__main__":`, got a call without it. '
+    assert message == f"experiments/mine.py, line 2: {expected}"
 
 
 @pytest.mark.parametrize(

@@ -116,8 +116,13 @@ def test_without_a_home_directory_nothing_is_cached(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "value", "error", "message"),
     [
-        ("JAX_PLATFORMS", "cuda", AssertionError(), "got 'cuda'. Change it."),
-        ("JAX_PLATFORM_NAME", "gpux", RuntimeError("Unknown backend."), "got 'gpux': Unknown backend. Change it."),
+        ("JAX_PLATFORMS", "cuda", AssertionError(), "got 'cuda'. Correct or unset it."),
+        (
+            "JAX_PLATFORM_NAME",
+            "gpux",
+            RuntimeError("Unknown backend."),
+            "got 'gpux': Unknown backend. Correct or unset it.",
+        ),
     ],
 )
 def test_a_device_that_jax_does_not_find_is_a_message(name, value, error, message, monkeypatch):
@@ -126,7 +131,7 @@ def test_a_device_that_jax_does_not_find_is_a_message(name, value, error, messag
 
     monkeypatch.setattr(jax, "local_devices", local_devices)
     monkeypatch.setenv(name, value)
-    rule = f"`{name}` must name a kind of device that jax finds here, such as cpu, {message}"
+    rule = f"`{name}` must name what jax finds here, such as cpu, {message}"
     with pytest.raises(UserError, match=re.escape(rule)):
         start_jax()
 

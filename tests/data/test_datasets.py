@@ -205,7 +205,7 @@ def npy(array):
         {"sha256": {"train": "0" * 64, "test": "0" * 64, "validation": "0" * 64}},
         *({"class_names": value} for value in (7, [], [1], "abc", None, [["a"]], float("nan"))),
         *({"image_shape": value} for value in (None, [], [28, 28], [28, 28, 0], [28, 28, "1"], [28.5, 28, 1])),
-        {"source": 1},
+        *({"source": 1}, {"class_names": ["a"] * 10}, {"image_shape": [28, 27, 1]}),
     ],
     ids=lambda damage: getattr(damage, "__name__", str(damage)[:40]),
 )

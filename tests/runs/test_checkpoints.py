@@ -82,7 +82,8 @@ def test_restore_returns_every_leaf_with_its_dtype_and_the_progress(folder):
     for got, leaf in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
         assert got.dtype == leaf.dtype
         np.testing.assert_array_equal(got, leaf)
-    assert progress == {**saved, "totals": (0.5, 2, 3), "validation": {"accuracy": 0.5}}
+    files = sorted(name for name in check_sums(folder / "5") if name != "progress.json")
+    assert progress == {**saved, "totals": (0.5, 2, 3), "validation": {"accuracy": 0.5}, "files": files}
 
 
 def test_keeps_the_latest_two_and_the_best_two(folder):
@@ -275,6 +276,17 @@ def shorten_sums(checkpoint):
     flip_bit(checkpoint)
 
 
+def remove_file_and_its_line(checkpoint):
+    shorten_sums(checkpoint)
+    largest_file(checkpoint).unlink()
+
+
+def remove_everything(checkpoint):
+    shutil.rmtree(checkpoint)
+    checkpoint.mkdir()
+    empty_sums(checkpoint)
+
+
 def null_in_sums(checkpoint):
     path = checkpoint / "SHA256SUMS"
     path.write_text(path.read_text().replace("progress", "pro\0gress"))
@@ -299,6 +311,8 @@ def link_to_itself(checkpoint):
         (shorten_sums, "state/.* has no checksum"),
         (null_in_sums, "progress.json has no checksum"),
         (add_file, "state/more has no checksum"),
+        (remove_file_and_its_line, "state/.* is missing"),
+        (remove_everything, "progress.json is missing"),
         (truncate, "state/.* is damaged"),
     ],
 )

@@ -1,4 +1,5 @@
 import errno
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,8 +8,8 @@ from filelock import FileLock
 
 from cnnjax import MLP, SGD, Adam, Config, Interrupted, ParamGroup, UserError
 from cnnjax.cli.console import Report
-from cnnjax.runs.directory import check_run, is_locked, open_run
-from cnnjax.runs.files import write_json
+from cnnjax.runs.directory import FILES, check_run, is_locked, open_run
+from cnnjax.runs.files import write_json, write_sums
 from cnnjax.runs.manifest import read_manifest
 from cnnjax.runs.records import read_record, read_result, write_rows
 from cnnjax.runs.schema import DataFacts
@@ -43,6 +44,7 @@ def begin(run_dir, config=CONFIG, *, resume=False, facts=FACTS):
     """Begins a session and ends it at once."""
     with open_run(run_dir, config, QUIET, resume=resume) as run:
         run.begin(facts, {"cores": 2, "num_devices": 1})
+        run.write_config(facts)
 
 
 def test_a_session_that_ends_before_it_begins_leaves_no_directory(tmp_path):
@@ -68,7 +70,10 @@ def test_a_directory_with_a_run_is_not_overwritten(tmp_path):
     begin(tmp_path)
     with pytest.raises(UserError, match=r"`run_dir` .* exists already\. Resume that run with --resume, or"):
         begin(tmp_path)
-    with pytest.raises(UserError, match=r"`run_dir` .* exists already\. It holds another configuration\. Choose"):
+    with pytest.raises(
+        UserError,
+        match=r"exists already\. It holds another configuration: `batch_size` is 128 there and 8 here\. Choose",
+    ):
         begin(tmp_path, replace(CONFIG, batch_size=8))
 
 
@@ -137,6 +142,7 @@ def finish(run_dir):
     """Begins a session that ends with a result."""
     with open_run(run_dir, CONFIG, QUIET, resume=False) as run:
         run.begin(FACTS, {"cores": 2, "num_devices": 1})
+        run.write_config(FACTS)
         for name in ("metrics.jsonl", "timing.jsonl"):
             write_rows(run_dir / name, [])
         write_json(run_dir / "result.json", RESULT)
@@ -159,14 +165,28 @@ class Lines(Report):
 
 def test_a_run_is_finished_when_its_last_session_is(tmp_path):
     finish(tmp_path)
-    result, lines = resume(tmp_path)
-    assert result == RESULT
-    assert lines[0].startswith(f"{tmp_path} has a result but no checkpoints, which `eval` and `predict` need.")
-    (tmp_path / "checkpoints" / "2").mkdir(parents=True)
     assert resume(tmp_path) == (RESULT, [])
     assert resume(tmp_path, replace(CONFIG, num_epochs=3)) == (None, [])  # More epochs.
     (tmp_path / "SHA256SUMS").unlink()
     assert resume(tmp_path) == (None, [])  # Killed before the checksums were written.
+
+
+def test_what_a_finished_run_lacks_is_reported(tmp_path):
+    finish(tmp_path)
+    path = tmp_path / "manifest.json"
+    content = json.loads(path.read_text())
+    content["sessions"][0]["checkpoints"] = [13, 26]
+    record = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "checkpoints" / "13").mkdir(parents=True)
+    write_json(path, content)
+    write_json(tmp_path / "config.json", record | {"files": {"mine.py": "0"}})
+    write_sums(tmp_path, [*FILES, "manifest.json"])
+    result, (edited, lost) = resume(tmp_path)
+    assert result == RESULT
+    assert edited.startswith("mine.py changed after this run had finished, so this is its old result.")
+    assert lost.startswith(
+        f"{tmp_path} has a result, but the checkpoints of steps 26 are missing. `eval` and `predict`"
+    )
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "timing.jsonl"])
@@ -214,7 +234,9 @@ def test_a_refused_run_leaves_nothing_behind(tmp_path):
     (tmp_path / "thesis" / "empty").mkdir(parents=True)
     (tmp_path / "thesis" / "thesis.tex").touch()
     before = tree(tmp_path)
-    with pytest.raises(UserError, match=r"`run_dir` must be empty or hold a run, got .* with empty\. Choose another"):
+    with pytest.raises(
+        UserError, match=r"`run_dir` must be empty or hold a run with a config.json, got .* with empty\. Choose another"
+    ):
         begin(tmp_path / "thesis")
     for run_dir in (tmp_path / "thesis" / "empty", tmp_path / "a" / "b" / "c"):
         with pytest.raises(UserError, match="no such set"), open_run(run_dir, CONFIG, QUIET, resume=False):

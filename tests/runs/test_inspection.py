@@ -19,6 +19,7 @@ from cnnjax.runs.records import read_record
 def change(path, **values):
     content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, **values}))
+    path.with_name("SHA256SUMS").unlink(missing_ok=True)
 
 
 def change_last_session(run_dir, **values):
@@ -70,7 +71,6 @@ def test_verify_finds_every_file_with_changed_bytes(run_dir, capsys):
 
 def test_verify_of_a_killed_run_expects_only_the_checksums_that_it_could_write(run_dir):
     change_last_session(run_dir, state="running")
-    (run_dir / "SHA256SUMS").unlink()
     shutil.copytree(run_dir / "checkpoints/26", run_dir / "checkpoints/39.partial")
     found = verify(run_dir)
     assert found["metrics.jsonl"] == found["manifest.json"] == "no checksum"
@@ -91,11 +91,10 @@ def test_the_advice_of_verify_works(seeds, run_dir, prepared_dir, tmp_path, caps
     train_and_evaluate(config, run_dir=run_dir, data_dir=prepared_dir, resume=True)
     assert {*verify(run_dir).values()} == {"ok"}
     (run_dir / "checkpoints/26/progress.json").unlink()
-    advice = "The result of the run is intact. Train it again for its checkpoints: cnnjax reproduce."
+    advice = "The result of the run is intact. Train it again for its checkpoints: cnnjax reproduce"
     assert advice in exits(capsys, "verify", str(run_dir))
     assert reproduce(run_dir, config, into=tmp_path / "again", data_dir=prepared_dir).same
     (run_dir / "result.json").unlink()
-    (run_dir / "SHA256SUMS").unlink()
     change_last_session(run_dir, state="running")
     advice = "Resume the run with --resume: it starts from the latest intact checkpoint."
     assert advice in exits(capsys, "verify", str(run_dir))
@@ -107,10 +106,14 @@ def test_the_advice_of_verify_works(seeds, run_dir, prepared_dir, tmp_path, caps
 
 
 def test_verify_of_a_damaged_manifest_or_configuration(run_dir):
-    change(run_dir / "config.json", more=1)
+    with (run_dir / "config.json").open("a") as file:
+        file.write("\n")
     assert verify(run_dir)["config.json"] == "damaged"
     (run_dir / "manifest.json").write_text("{")
     assert verify(run_dir)["manifest.json"] == "damaged"
+    with pytest.raises(UserError, match=r"config\.json must match its checksum in SHA256SUMS, got other bytes"):
+        read_info(run_dir)
+    (run_dir / "SHA256SUMS").unlink()
     with pytest.raises(UserError, match=r"manifest\.json must be JSON"):
         read_info(run_dir)
     with pytest.raises(UserError, match=r"`run` must be the directory of a run, got "):

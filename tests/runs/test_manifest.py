@@ -52,6 +52,7 @@ def test_a_session_that_was_killed_is_recorded_by_the_next(tmp_path):
     content = json.loads((tmp_path / "manifest.json").read_text())
     content["sessions"][0]["state"] = "running"  # As a killed process leaves it.
     (tmp_path / "manifest.json").write_text(json.dumps(content))
+    (tmp_path / "SHA256SUMS").unlink()
     with session(tmp_path, ABOUT, ()):
         assert [s["state"] for s in read_manifest(tmp_path)["sessions"]] == ["killed", "running"]
     assert [s["state"] for s in read_manifest(tmp_path)["sessions"]] == ["killed", "finished"]
@@ -127,6 +128,7 @@ def test_a_session_in_another_environment_or_under_a_clock_that_went_back(tmp_pa
     content = json.loads(path.read_text())
     content["sessions"][-1]["ended"] = "2999-01-01T00:00:00+00:00"
     path.write_text(json.dumps(content))
+    (tmp_path / "SHA256SUMS").unlink()
     (line,) = changes_since_last_session(tmp_path, environment)
     assert line.startswith("The clock says 20")
     assert "before the last session of this run (2999-01-01T00:00:00+00:00). The dates in" in line

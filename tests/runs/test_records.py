@@ -25,6 +25,7 @@ def edit(path, *keys, value=None):
     else:
         part[keys[-1]] = value
     path.write_text(json.dumps(content))
+    path.with_name("SHA256SUMS").unlink(missing_ok=True)
 
 
 def test_a_run_is_read_as_it_was_written(seeds, prepared_dir):

@@ -276,6 +276,19 @@ def test_the_checkpoint_of_another_run_is_not_used(seeds, run_dir):
         load_trained(run_dir)
 
 
+@pytest.mark.parametrize(
+    ("old", "new"), [('"seed": 0', '"seed": 1'), ('"std": [ ', '"std": [ 1'), ("Trouser", "Trouses")]
+)
+def test_a_plausible_change_of_the_configuration_is_noticed(old, new, run_dir):
+    path = run_dir / "config.json"
+    assert old in " ".join(path.read_text().split())
+    path.write_text(" ".join(path.read_text().split()).replace(old, new))
+    with pytest.raises(
+        UserError, match=r"config\.json must match its checksum in SHA256SUMS, got other bytes\. Restore"
+    ):
+        load_trained(run_dir)
+
+
 def test_a_damaged_latest_checkpoint_of_an_unfinished_run_is_not_passed_over(run_dir):
     (run_dir / "result.json").unlink()
     load_trained(run_dir)
