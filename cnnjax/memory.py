@@ -1,8 +1,14 @@
-"""The memory that training needs at least, and the message if there is too little."""
+"""The memory that there is, that training needs at least, and the message if it is too little.
+
+The need is a lower bound, known from shapes alone; the exact one is known only after compilation.
+"""
 
 import math
+import os
+import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -42,6 +48,36 @@ def _bytes_written(equation: Any, result: Any) -> int:
             return 0  # XLA may fuse an outer product.
         shape = shape[len(batch_axes) :]  # And it may turn a sum over a batch of products into one product.
     return math.prod(shape) * min(result.dtype.itemsize, 2)
+
+
+def device_memory(device: Any) -> int | None:
+    """Returns the bytes of memory that this process may use on a device of jax, or None if they are unknown.
+
+    On a CPU this is the least of the machine's memory, the limits of its control groups, and `ulimit -v`.
+    """
+    if device.platform != "cpu":
+        with suppress(RuntimeError):  # Not every backend knows.
+            return (device.memory_stats() or {}).get("bytes_limit")
+        return None
+    limits = [resource.getrlimit(resource.RLIMIT_AS)[0]]
+    with suppress(OSError, ValueError):
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            root, name = Path("/sys/fs/cgroup"), "memory.max"  # Version 2.
+            if controllers:
+                root, name = root / "memory", "memory.limit_in_bytes"
+            if controllers == "" or "memory" in controllers.split(","):
+                # In a container `group` may be a path of the host, of which only the root is visible.
+                limits += [_read_int(root / folder / name) for folder in (group[1:], *Path(group[1:]).parents)]
+    return min((limit for limit in limits if limit > 0), default=None)
+
+
+def _read_int(path: Path) -> int:
+    with suppress(OSError, ValueError):  # "max": no limit.
+        return int(path.read_text())
+    return -1
 
 
 def gib(size: int) -> str:

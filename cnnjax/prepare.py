@@ -9,14 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
-from cnnjax.cli.process import device_memory
 from cnnjax.config import Config, word
 from cnnjax.data.batches import Pixels, make_batch, pixel_statistics, standardize
 from cnnjax.data.datasets import ImageDataset
 from cnnjax.data.order import plain_plan, split_validation, steps_per_epoch
 from cnnjax.data.tfds_format import Examples
-from cnnjax.errors import UserError, check
-from cnnjax.memory import explain_out_of_memory, gib, largest_result, num_bytes
+from cnnjax.errors import UserError, check, describe, user_code
+from cnnjax.memory import device_memory, explain_out_of_memory, gib, largest_result, num_bytes
 from cnnjax.runs import manifest
 from cnnjax.runs.checkpoints import all_finite
 from cnnjax.runs.directory import OpenRun
@@ -26,7 +25,6 @@ from cnnjax.runs.schema import DataFacts
 from cnnjax.sharding import Placement, place
 from cnnjax.step import Program, TrainState, init_from_data, init_run, train_steps
 from cnnjax.typing import Batch
-from cnnjax.user_code import describe, user_code
 
 INIT_IMAGES = 5000  # Number of training images that a network may be initialized from.
 

@@ -11,9 +11,8 @@ import numpy as np
 import optax
 import pytest
 
-from cnnjax import SGD, Augment, Config, Mixup, Optimizer, UserError, train_and_evaluate
+from cnnjax import SGD, Augment, Config, Mixup, Optimizer, UserError, memory, train_and_evaluate
 from cnnjax import prepare as prepare_module
-from cnnjax.cli import process
 from cnnjax.data.tfds_format import Examples
 from cnnjax.memory import explain_out_of_memory, largest_result
 from cnnjax.prepare import oddities
@@ -306,20 +305,20 @@ def test_the_largest_result_of_a_program_equals_hand_computed_sizes():
 
 def test_the_memory_of_a_cpu_is_the_least_of_its_limits(monkeypatch):
     cpu, read_text = jax.devices("cpu")[0], Path.read_text
-    total = process.device_memory(cpu)
+    total = memory.device_memory(cpu)
     assert total is not None and 2**28 < total < 2**60
     limits = {}
-    monkeypatch.setattr(process, "_read_int", lambda path: limits.get(str(path), -1))
+    monkeypatch.setattr(memory, "_read_int", lambda path: limits.get(str(path), -1))
     groups = "4:cpu,memory:/a/b\n0::/c\n"
     monkeypatch.setattr(Path, "read_text", lambda self: groups if "proc" in str(self) else read_text(self))
     limits["/sys/fs/cgroup/memory.max"] = 2**27
-    assert process.device_memory(cpu) == 2**27
+    assert memory.device_memory(cpu) == 2**27
     limits["/sys/fs/cgroup/c/memory.max"] = 2**26
-    assert process.device_memory(cpu) == 2**26
+    assert memory.device_memory(cpu) == 2**26
     limits["/sys/fs/cgroup/memory/a/memory.limit_in_bytes"] = 2**25
-    assert process.device_memory(cpu) == 2**25
-    monkeypatch.setattr(process.resource, "getrlimit", lambda which: (2**24, 2**24))
-    assert process.device_memory(cpu) == 2**24
+    assert memory.device_memory(cpu) == 2**25
+    monkeypatch.setattr(memory.resource, "getrlimit", lambda which: (2**24, 2**24))
+    assert memory.device_memory(cpu) == 2**24
 
 
 def exhausted(*args):

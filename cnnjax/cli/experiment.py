@@ -17,11 +17,10 @@ import flax.linen as nn
 
 from cnnjax.config import Config, word
 from cnnjax.data.augment import Augment
-from cnnjax.errors import UserError, unknown_name
+from cnnjax.errors import UserError, describe, unknown_name
 from cnnjax.optim.optimizer import Optimizer
 from cnnjax.runs import codec
 from cnnjax.runs.files import open_regular
-from cnnjax.user_code import describe
 
 _LOADING = ContextVar("loading", default=False)  # Whether an experiment file is running now.
 # The parts of a configuration that can be chosen by a word, and their base classes.

@@ -5,7 +5,6 @@ import hashlib
 import os
 import platform
 import re
-import resource
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import version
@@ -121,33 +120,3 @@ def processor() -> str:
 
     flags = processor_flags() or platform.processor()
     return f"{platform.machine()}-{hashlib.sha256(flags.encode()).hexdigest()[:8]}"
-
-
-def device_memory(device: Any) -> int | None:
-    """Returns the bytes of memory that this process may use on a device of jax, or None if they are unknown.
-
-    On a CPU this is the least of the machine's memory, the limits of its control groups, and `ulimit -v`.
-    """
-    if device.platform != "cpu":
-        with suppress(RuntimeError):  # Not every backend knows.
-            return (device.memory_stats() or {}).get("bytes_limit")
-        return None
-    limits = [resource.getrlimit(resource.RLIMIT_AS)[0]]
-    with suppress(OSError, ValueError):
-        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    with suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, controllers, group = line.split(":", 2)
-            root, name = Path("/sys/fs/cgroup"), "memory.max"  # Version 2.
-            if controllers:
-                root, name = root / "memory", "memory.limit_in_bytes"
-            if controllers == "" or "memory" in controllers.split(","):
-                # In a container `group` may be a path of the host, of which only the root is visible.
-                limits += [_read_int(root / folder / name) for folder in (group[1:], *Path(group[1:]).parents)]
-    return min((limit for limit in limits if limit > 0), default=None)
-
-
-def _read_int(path: Path) -> int:
-    with suppress(OSError, ValueError):  # "max": no limit.
-        return int(path.read_text())
-    return -1

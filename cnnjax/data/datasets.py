@@ -29,9 +29,8 @@ from cnnjax.data.tfds_format import (
     prepare_with_tensorflow,
     write_tfds,
 )
-from cnnjax.errors import UserError, check
+from cnnjax.errors import UserError, check, user_code
 from cnnjax.typing import AnyArray
-from cnnjax.user_code import user_code
 
 MAX_CLASSES = 1 << 20  # A label that exceeds this is an identifier, not a class.
 

@@ -132,7 +132,7 @@ def test_the_second_of_two_threads_waits_and_reads_the_cache(data_dir):
         "decoding generated 3.0.1 (once)",
         f"waiting for another process, which prepares generated in {data_dir}",
     }
-    names = {"train_image.npy", "train_label.npy", "test_image.npy", "test_label.npy", "facts.json"}
+    names = {"train_image.npy", "train_label.npy", "test_image.npy", "test_label.npy", "facts.json", "SHA256SUMS"}
     assert {path.name for path in (first.folder / CACHE).iterdir()} == names
 
 
