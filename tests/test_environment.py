@@ -40,6 +40,13 @@ def digests(run_dir):
     return json.loads((run_dir / "result.json").read_text())["sha256"]
 
 
+@pytest.fixture(autouse=True)
+def outside_make(monkeypatch):
+    """`make test` passes its own variables on."""
+    for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS"):
+        monkeypatch.delenv(name, raising=False)
+
+
 def shell(script, *arguments, **environment):
     """Runs a script with `arguments` as "$@"."""
     command = ["bash", "-c", script, "bash", *map(str, arguments)]
