@@ -15,7 +15,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,11 +27,11 @@ from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
 from cnnjax.errors import StorageError, UserError
-from cnnjax.runs.files import SUMS, check_sums, move_into, read_json, sync, tree_sha256, write_json, write_sums
+from cnnjax.runs.files import sync, tree_sha256, write_json, write_sums
+from cnnjax.runs.recovery import PROGRESS, find_faults, list_steps, read_progress
 from cnnjax.runs.schema import SavedProgress
 from cnnjax.step import TrainState
 
-PROGRESS = "progress.json"
 _SYSTEM = re.compile("|".join(re.escape(os.strerror(code)) for code in errno.errorcode))
 # Orbax's threads synchronize through state of the process. Without this lock, simultaneous saves of two seeds deadlock.
 _ORBAX = threading.Lock()
@@ -52,9 +52,9 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._saved: dict[int, SavedProgress] = {}
         self._damaged: list[int] = []  # After `recover` there are none.
-        for step in _steps(directory):
+        for step in list_steps(directory):
             try:
-                self._saved[step] = _read_progress(directory / str(step))
+                self._saved[step] = read_progress(directory / str(step))
             except UserError:
                 self._damaged.append(step)
         self._has_read_back = False
@@ -166,7 +166,7 @@ class Checkpoints:
         """
         check_characters("run", self._directory.parent)
         path = self._directory / str(step)
-        if faults := _faults(path):
+        if faults := find_faults(path):
             raise UserError(
                 f"The checkpoint {path} must match its checksums, but {faults[0]}. If the run is not finished, resume "
                 "it with --resume: an earlier checkpoint is used. If it is finished, repeat it with `cnnjax reproduce`."
@@ -179,7 +179,7 @@ class Checkpoints:
             metadata: Any = ocp.checkpointables_metadata(str(path)).metadata
             _check_leaves(path, metadata["state"], target)
             state = ocp.load_checkpointables(str(path), {"state": target})["state"]
-        return state, _read_progress(path)
+        return state, read_progress(path)
 
     def close(self) -> None:
         """Waits for the last save and ends the thread.
@@ -207,45 +207,9 @@ def check_characters(parameter: str, run_dir: Path) -> None:
         )
 
 
-def recover(directory: Path, say: Callable[[str], None]) -> None:
-    """Leaves only those checkpoints in `directory` that a run can resume from.
-
-    These are the latest intact checkpoint whose best checkpoint is also intact, and the intact ones before it. Damaged
-    ones, and those without their best checkpoint, are moved to `directory`/../damaged; `say` receives a line for each.
-    What a killed process was writing or deleting is deleted.
-
-    Raises:
-      UserError: if a file cannot be read, or if an intact checkpoint was written by another version of the package.
-    """
-    for path in directory.iterdir() if directory.exists() else ():
-        if re.fullmatch(r"\d+\.(partial.*|removed)", path.name) and not path.is_symlink():
-            shutil.rmtree(path)
-    steps = _steps(directory)[::-1]
-    faults = {step: _faults(directory / str(step)) for step in steps}
-    best = {step: _read_progress(directory / str(step))["best_step"] for step in steps if not faults[step]}
-    usable = next((step for step in best if best[step] in (None, *best)), None)
-    start = "Training starts again from step 0." if usable is None else f"Training resumes from step {usable}."
-    for step in steps:
-        wrong = faults[step]
-        if wrong or usable is None or step > usable:
-            reason = wrong[0] if wrong else f"its best checkpoint, of step {best[step]}, is missing or damaged"
-            moved = move_into(directory.parent / "damaged", directory / str(step))
-            say(f"The checkpoint of step {step} cannot be used: {reason}. It has been moved to {moved}. {start}")
-
-
 def all_finite(params: PyTree) -> bool:
     """Returns whether all parameters are finite. Computes on the host: the device may be busy with the next epoch."""
     return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(params)))
-
-
-def _steps(directory: Path) -> list[int]:
-    """Returns the steps of the checkpoints in a directory, which may be damaged, in order."""
-    names = [path.name for path in directory.iterdir()] if directory.exists() else []
-    return sorted(int(name) for name in names if re.fullmatch(r"\d+", name, re.ASCII))
-
-
-def _read_progress(path: Path) -> SavedProgress:
-    return read_json(path / PROGRESS, SavedProgress)
 
 
 def _remove(path: Path) -> None:
@@ -262,36 +226,6 @@ def _read_back(path: Path, state: TrainState) -> None:
         loaded = ocp.load_checkpointables(str(path), {"state": target})["state"]
     if tree_sha256(loaded) != tree_sha256(state):
         raise OSError("it was read back with other values")
-
-
-def check(path: Path) -> dict[str, str]:
-    """Returns the status of each file of a checkpoint, see `files.check_sums`."""
-    found = check_sums(path)
-    names = [PROGRESS]
-    if found.get(PROGRESS) == "ok":  # SHA256SUMS may lack the lines of files that are missing.
-        names += _read_progress(path)["files"]
-    return found if SUMS in found else found | {name: "missing" for name in names if name not in found}
-
-
-def _faults(path: Path) -> list[str]:
-    """Describes each file of a checkpoint that does not match its checksum, or has none.
-
-    Raises:
-      UserError: if a file cannot be read: nothing is known about it.
-    """
-    if path.is_symlink():
-        return [f"{path.name} is outside the folder"]
-    found = {name: status for name, status in check(path).items() if status != "ok"}
-    for name, status in found.items():
-        if status.startswith("unreadable"):
-            raise UserError(
-                f"The checkpoint {path} must be readable, but {name} is {status}. Allow reading it, or move the "
-                "checkpoint to another folder: a run then resumes from an earlier one."
-            )
-    return [
-        f"{name} is {status}" if status != "no checksum" else f"{name} has no checksum"
-        for name, status in found.items()
-    ]
 
 
 @contextmanager

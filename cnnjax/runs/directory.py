@@ -19,10 +19,11 @@ from cnnjax.cli.signals import Stop, stop_signals
 from cnnjax.config import Config
 from cnnjax.errors import UserError
 from cnnjax.runs import manifest
-from cnnjax.runs.checkpoints import Checkpoints, check_characters, recover
+from cnnjax.runs.checkpoints import Checkpoints, check_characters
 from cnnjax.runs.codec import encode
 from cnnjax.runs.files import changes, check_local, check_sums, move_into, open_regular, read_json
 from cnnjax.runs.records import Record, read_record, write_record
+from cnnjax.runs.recovery import recover
 from cnnjax.runs.schema import DataFacts, EncodedConfig, Result
 from cnnjax.runs.source import NO_SOURCE, SourceCode, source_of
 

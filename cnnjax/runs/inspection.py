@@ -18,7 +18,7 @@ from cnnjax.cli.console import Report
 from cnnjax.config import Config
 from cnnjax.data.datasets import load_dataset
 from cnnjax.errors import UserError, unknown_name
-from cnnjax.runs import checkpoints, directory, manifest, records
+from cnnjax.runs import directory, manifest, records, recovery
 from cnnjax.runs.files import SUMS, changes, check_local, check_sums, file_sha256, is_inside, show
 from cnnjax.runs.schema import EncodedConfig, Result, Row, Session
 from cnnjax.runs.source import source_of
@@ -122,7 +122,7 @@ def verify(run_dir: Path) -> dict[str, str]:
         if path.is_symlink():
             found[name] = "outside the folder"
         elif path.name.isdecimal():
-            status = checkpoints.check(path)
+            status = recovery.check(path)
             found |= {f"{name}/{file}": NOT_LISTED if x == "no checksum" else x for file, x in status.items()}
     return found
 

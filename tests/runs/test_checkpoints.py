@@ -15,8 +15,9 @@ from orbax.checkpoint import v1 as ocp
 
 from cnnjax import CNN, MLP, UserError, init_state
 from cnnjax.errors import StorageError
-from cnnjax.runs.checkpoints import Checkpoints, all_finite, check_characters, recover
+from cnnjax.runs.checkpoints import Checkpoints, all_finite, check_characters
 from cnnjax.runs.files import check_sums, write_json, write_sums
+from cnnjax.runs.recovery import recover
 from cnnjax.step import copy_state
 
 MODEL, TX = MLP(3), optax.adam(1e-3)
