@@ -179,12 +179,12 @@ def _run(parse: Callable[[], Any], resumable: bool, process_ends: bool = False) 
                 import_module("cnnjax.train")
             return command()
 
-        status, flushed = _status(run), _status(sys.stdout.flush)
+        status, flushed = _status(run, resumable), _status(sys.stdout.flush, resumable)
     if status or flushed:
         raise SystemExit(status or flushed)
 
 
-def _status(run: Callable[[], Any]) -> Any:
+def _status(run: Callable[[], Any], resumable: bool) -> Any:
     """Returns the exit status of `run`, or prints why it failed, and returns the status for that."""
     try:
         return run()
@@ -210,7 +210,8 @@ def _status(run: Callable[[], Any]) -> Any:
             raise
         message, status = f"The process ran out of memory or threads ({error!r}). Raise ulimit -v or -u.", 1
     except KeyboardInterrupt:
-        message, status = "Stopped at once; everything since the last checkpoint is lost.", 130
+        lost = " Everything since the last checkpoint is lost." if resumable else ""
+        message, status = f"Stopped at once.{lost}", 130
     print(message, file=sys.stderr)
     return status
 

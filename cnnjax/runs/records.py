@@ -82,13 +82,13 @@ def data_version(run_dir: Path) -> str | None:
 
 
 def write_record(run_dir: Path, record: Record) -> None:
-    """Writes config.json, or renews that of a shorter run. The directory must be locked."""
+    """Writes config.json, which names the source files of the last session. The directory must be locked."""
     path = run_dir / "config.json"
-    if path.exists():
-        if read_record(run_dir).config == record.config:
-            return
+    old = read_record(run_dir) if path.exists() else None
+    if old is not None and old.config != record.config:
         (run_dir / "result.json").unlink(missing_ok=True)  # Of the shorter run.
-    write_json(path, asdict(record))
+    if old != record:
+        write_json(path, asdict(record))
 
 
 def check_links(run_dir: Path) -> None:

@@ -125,7 +125,11 @@ def test_a_stopped_run_resumes_to_the_same_bits_and_reports_an_edited_file(train
     result, whole = read_result(run_dir), read_result(trained[0][0])
     assert result is not None and whole is not None and result["sha256"] == whole["sha256"]
     first, last = (session["files"] for session in read_manifest(run_dir)["sessions"])
-    assert first == read_record(run_dir).files and first.keys() == last.keys() and first != last
+    assert last == read_record(run_dir).files and first.keys() == last.keys() and first != last
+    for text, expected in (("", False), ("# Again.\n", True)):
+        file.write_text(f"{file.read_text()}{text}")
+        main(["train", file.name, *OPTIONS, "--resume"])
+        assert ("own_experiment.py changed after this run had finished" in capsys.readouterr().out) == expected
 
 
 def _steps(run_dir):

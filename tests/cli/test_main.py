@@ -190,7 +190,7 @@ def test_a_refused_value_is_one_line(options, message, capsys):
         (OSError(28, "No space left on device", "metrics.jsonl"), 1, "metrics.jsonl cannot be used: No space left on"),
         (RuntimeError("can't start new thread"), 1, "The process ran out of memory or threads (RuntimeError"),
         (MemoryError(), 1, "The process ran out of memory or threads (MemoryError()). Raise ulimit -v or -u."),
-        (KeyboardInterrupt(), 130, "Stopped at once; everything since the last checkpoint is lost."),
+        (KeyboardInterrupt(), 130, "Stopped at once."),
     ],
 )
 def test_errors_of_the_system_are_messages(error, status, message, monkeypatch, capsys):

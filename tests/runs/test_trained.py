@@ -284,7 +284,8 @@ def test_a_plausible_change_of_the_configuration_is_noticed(old, new, run_dir):
     assert old in " ".join(path.read_text().split())
     path.write_text(" ".join(path.read_text().split()).replace(old, new))
     with pytest.raises(
-        UserError, match=r"config\.json must match its checksum in SHA256SUMS, got other bytes\. Restore"
+        UserError,
+        match=r"config\.json must match its checksum in SHA256SUMS, got other bytes: one of the two is damaged",
     ):
         load_trained(run_dir)
 
