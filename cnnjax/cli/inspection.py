@@ -62,11 +62,13 @@ class Runs:
 
     def __call__(self) -> None:
         """Prints the table."""
+        from cnnjax.runs.files import check_local
         from cnnjax.runs.inspection import find_runs, read_info
 
         try:
             folders = [path for path in sorted(self.folder.iterdir()) if path.is_dir() and not path.is_symlink()]
         except OSError as error:
+            check_local("folder", self.folder)
             raise UserError(
                 f"`folder` must be a folder of runs that can be read, got {self.folder} ({reason(error)})."
             ) from error

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from cnnjax.data.tfds_format import Examples
 from cnnjax.errors import UserError
-from cnnjax.runs.files import SUMS, atomic_write, file_sha256, open_regular, read_json
+from cnnjax.runs.files import atomic_write, open_regular, read_json, write_sums
 from cnnjax.runs.schema import ImageShape, Splits
 
 CACHE = "cnnjax_arrays"  # The name of the folder.
@@ -65,8 +65,7 @@ def write_cache(folder: Path, splits: dict[str, Examples], facts: Facts) -> None
             write_arrays(folder, split, examples)
         with atomic_write(folder / CACHE / "facts.json", shared=True) as file:
             file.write(json.dumps(asdict(facts), indent=2).encode())
-        with atomic_write(folder / CACHE / SUMS, shared=True) as file:  # `read_json` checks it.
-            file.write(f"{file_sha256(folder / CACHE / 'facts.json')}  facts.json\n".encode())
+        write_sums(folder / CACHE, ["facts.json"], shared=True)  # `read_json` checks it.
     except OSError:
         shutil.rmtree(folder / CACHE, ignore_errors=True)
         raise

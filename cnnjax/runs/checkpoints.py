@@ -115,7 +115,7 @@ class Checkpoints:
         context.asynchronous.create_directories_asynchronously = False
         with _ORBAX, context:
             ocp.save_checkpointables(str(partial), {"state": state}, overwrite=True)
-        if not self._has_read_back:  # Once per run: it would be too late at the end of training.
+        if not self._has_read_back:  # Once per session: at the end of training it would be too late.
             _read_back(partial, state)
             self._has_read_back = True
         files = [path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file()]

@@ -65,9 +65,15 @@ class Reproduction(NamedTuple):
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """Returns the run directories in `folder` and its subfolders by name, without following links."""
-    found = (path.parent for pattern in ("*/config.json", "*/*/config.json") for path in folder.glob(pattern))
+    """Returns the run directories in `folder` and its subfolders by name, broken ones too, without following links."""
+    found = {path for pattern in ("*", "*/*") for path in folder.glob(pattern) if _is_run(path)}
     return sorted(path for path in found if is_inside(path, folder))
+
+
+def _is_run(path: Path) -> bool:
+    """Returns whether a folder has a config.json, which may be a broken link, or has lost it."""
+    has = {name for name in ("config.json", "manifest.json", "checkpoints") if os.path.lexists(path / name)}
+    return "config.json" in has or len(has) == 2
 
 
 def read_info(run_dir: Path) -> RunInfo:

@@ -100,12 +100,15 @@ def test_columns_are_aligned_in_every_script_and_controls_are_escaped():
 def test_a_run_that_cannot_be_read_does_not_hide_the_others(runs, capsys, monkeypatch):
     from cnnjax.runs import inspection
 
-    broken = [Path(shutil.copytree(runs[0], f"runs/{name}")) for name in "bcde"]
+    broken = [Path(shutil.copytree(runs[0], f"runs/{name}")) for name in "bcdefg"]
     (broken[0] / "config.json").write_text("{")
     (broken[1] / "manifest.json").unlink()
     change(broken[2] / "result.json", test_accuracy=float("nan"))
     (broken[3] / "config.json").unlink()
     os.mkfifo(broken[3] / "config.json")
+    for run_dir in broken[4:]:
+        (run_dir / "config.json").unlink()
+    (broken[4] / "config.json").symlink_to("config.json")
     shutil.copytree(runs[0], "runs/gone")
     read_info = inspection.read_info
 
@@ -120,7 +123,7 @@ def test_a_run_that_cannot_be_read_does_not_hide_the_others(runs, capsys, monkey
     captured = capsys.readouterr()
     assert [line.split()[0] for line in captured.out.splitlines()] == ["run", *(run.name for run in runs)]
     lines = captured.err.splitlines()
-    assert len(lines) == 5
+    assert len(lines) == 7
     for line, path in zip(lines, [*broken, Path("runs/gone")], strict=True):
         assert str(path) in line
 
