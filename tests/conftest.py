@@ -1,6 +1,7 @@
 """Fixtures: a small generated data set that a network can learn, in the format of tfds; quick compilation."""
 
 import os
+import signal
 
 import jax
 import jaxtyping
@@ -11,6 +12,11 @@ from cnnjax.data.named import NAMED_SETS
 from cnnjax.data.tfds_format import write_tfds
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# A shell ignores signals of what it starts in the background, and so would training.
+for signum, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(signum) is signal.SIG_IGN:
+        signal.signal(signum, handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
