@@ -2,17 +2,12 @@
 
 from etils import epy as _epy
 
-from cnnjax.cli.process import keep_memory as _keep_memory
-from cnnjax.cli.process import set_flags as _set_flags
-
-# The only side effects of the import, for speed and correctness on a CPU: XLA reads its flags, and glibc its options,
-# before jax computes anything.
-_set_flags()
-_keep_memory()
-
 with _epy.lazy_api_imports(globals()):  # `cnnjax --help` does not wait for jax.
+    from cnnjax.cli.console import Report
     from cnnjax.cli.main import run_experiment
+    from cnnjax.cli.process import keep_memory
     from cnnjax.cli.signals import Interrupted
+    from cnnjax.compiler import compiler_options
     from cnnjax.config import Config
     from cnnjax.data.augment import Augment, CutMix, Mixup
     from cnnjax.data.datasets import load_dataset
@@ -21,10 +16,11 @@ with _epy.lazy_api_imports(globals()):  # `cnnjax --help` does not wait for jax.
     from cnnjax.models.cnn import CNN
     from cnnjax.models.mlp import MLP
     from cnnjax.models.speednet import SpeedNet
+    from cnnjax.network import Functions
     from cnnjax.optim.optimizer import Optimizer, ParamGroup
     from cnnjax.optim.recipes import SGD, Adam, Muon
-    from cnnjax.runs.trained import load_trained
-    from cnnjax.step import Metrics, TrainState, eval_step, init_from_data, init_state, train_step
+    from cnnjax.runs.run import Run, load_run
+    from cnnjax.step import Metrics, TrainState, eval_params, eval_step, init_from_data, init_state, train_step
     from cnnjax.train import train_and_evaluate
     from cnnjax.typing import Batch
 
@@ -38,6 +34,7 @@ __all__ = [
     "Config",
     "CrossEntropy",
     "CutMix",
+    "Functions",
     "Interrupted",
     "Metrics",
     "Mixup",
@@ -45,14 +42,19 @@ __all__ = [
     "NonFiniteLossError",
     "Optimizer",
     "ParamGroup",
+    "Report",
+    "Run",
     "SpeedNet",
     "TrainState",
     "UserError",
+    "compiler_options",
+    "eval_params",
     "eval_step",
     "init_from_data",
     "init_state",
+    "keep_memory",
     "load_dataset",
-    "load_trained",
+    "load_run",
     "run_experiment",
     "softmax_cross_entropy",
     "train_and_evaluate",

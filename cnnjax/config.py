@@ -5,14 +5,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import flax.linen as nn
-
 from cnnjax.data.augment import Augment
 from cnnjax.data.tta import TTA
 from cnnjax.errors import UserError, check, check_name
 from cnnjax.fields import check_fields
 from cnnjax.losses import CrossEntropy
 from cnnjax.models.cnn import CNN
+from cnnjax.network import Network
 from cnnjax.optim.optimizer import Optimizer
 from cnnjax.optim.recipes import Adam
 
@@ -41,14 +40,14 @@ class Config:
     tta: str = "none"
     """Test-time augmentation: none; flip (averages with the mirror image); flip_translate (and with shifted images);
     uncertain (flip_translate for the least certain quarter of each batch of 500, or 2,000 on an accelerator)."""
-    model: nn.Module = field(default_factory=CNN)
-    """The network."""
+    model: Any = field(default_factory=CNN)
+    """The network: a Linen module, or an object with functions init and apply."""
     optim: Optimizer = field(default_factory=Adam)
     """The optimizer."""
     augment: Augment = field(default_factory=Augment)
     """Augmentation of the training images, on the device."""
     loss: Any = field(default_factory=CrossEntropy)
-    """The training loss, (logits [B K], label) -> loss [B]. Validation and test report the cross-entropy."""
+    """The training loss, (logits [B K], batch) -> loss [B]. Validation and test report the cross-entropy."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -68,7 +67,9 @@ class Config:
         fraction = self.validation_fraction
         check("validation_fraction", "at least 0 and below 1", 0 <= fraction < 1, fraction)
         check_name("tta", self.tta, TTA)
-        check("loss", "a function of logits and labels", callable(self.loss), repr(self.loss))
+        valid = isinstance(self.model, Network) and not isinstance(self.model, type)
+        check("model", "a Linen module, or an object with functions init and apply", valid, repr(self.model))
+        check("loss", "a function of logits and a batch", callable(self.loss), repr(self.loss))
         for name in ("model", "optim", "augment", "loss"):
             value = getattr(self, name)
             try:

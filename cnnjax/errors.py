@@ -5,6 +5,7 @@ import sysconfig
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 _LIBRARIES = Path(__file__).parent, Path(sysconfig.get_path("stdlib"))
@@ -14,6 +15,10 @@ class UserError(Exception):
     """An error whose message says how to fix it. The command line prints it without a traceback."""
 
     # Not a ValueError: tyro would catch it, and print it as an error of parsing.
+
+
+class ArgumentError(UserError, ValueError):
+    """An argument, or what a network or a loss returned, breaks a rule."""
 
 
 class StorageError(UserError, OSError):
@@ -42,6 +47,34 @@ def check_name(parameter: str, value: str, valid: Iterable[str]) -> None:
     """Raises a `UserError` unless `value` is one of `valid`."""
     if value not in (valid := tuple(valid)):
         raise unknown_name(parameter, value, valid)
+
+
+# --- What messages call an option -----------------------------------------------------------------------------------
+
+_IN_SHELL = ContextVar("in_shell", default=False)
+
+
+@contextmanager
+def messages_for_shell() -> Iterator[None]:
+    """Makes messages name options of the command line, instead of arguments in Python, inside the context."""
+    token = _IN_SHELL.set(True)
+    try:
+        yield
+    finally:
+        _IN_SHELL.reset(token)
+
+
+def for_reader(shell: str, python: str) -> str:
+    """Returns `shell` inside `messages_for_shell`, else `python`."""
+    return shell if _IN_SHELL.get() else python
+
+
+def option(name: str, value: str = "") -> str:
+    """Returns an option as the reader sets it: --run-dir DIR or run_dir=DIR; without a value, --resume or resume=True.
+
+    Call it when an error is raised: the reader is not known before.
+    """
+    return for_reader(f"--{name.replace('_', '-')} {value}".rstrip(), f"{name}={value or True}")
 
 
 # --- Exceptions in the user's own code ------------------------------------------------------------------------------

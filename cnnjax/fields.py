@@ -48,7 +48,8 @@ def check_fields(x: Any, path: str = "") -> None:
         if owner.__module__.partition(".")[0] != "cnnjax" and isinstance(value, float) and math.isinf(value):
             continue  # What it means is up to the user's class.
         if (fault := _fault(name, value, _annotation(owner, field))) is not None:
-            raise UserError(f"`{fault.path}` must be {fault.rule}, got {_show(fault.value)}.")
+            why = ", which is hashable" if fault.rule == "a tuple" and isinstance(fault.value, list) else ""
+            raise UserError(f"`{fault.path}` must be {fault.rule}{why}, got {_show(fault.value)}.")
         for part_name, part in _parts(name, value):
             if dataclasses.is_dataclass(part) and not isinstance(part, type):
                 check_fields(part, part_name)

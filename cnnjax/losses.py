@@ -1,23 +1,48 @@
-"""Losses: functions of logits and labels that return the loss of each example."""
+"""Losses: functions of logits and a batch that return the loss of each example."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, PyTree
 
-from cnnjax.errors import check
+from cnnjax.errors import ArgumentError, check
 from cnnjax.fields import check_fields
-from cnnjax.typing import AnyArray
+from cnnjax.typing import BatchLike, describe_shapes
 
 
-def softmax_cross_entropy(
-    logits: Float[Array, "B K"], label: Int[AnyArray, " B"] | Float[AnyArray, "B K"]
-) -> Float[Array, " B"]:
-    """Returns the cross-entropy of each example in nats, for class indices or for probabilities of the classes."""
+def softmax_cross_entropy(logits: Float[Array, "B K"] | PyTree, batch: BatchLike) -> Float[Array, " B"]:
+    """Returns the cross-entropy of each example in nats.
+
+    Args:
+      logits: of the classes.
+      batch: its `label` holds class indices, int [B], or probabilities of the classes, float [B K].
+
+    Raises:
+      ValueError: logits or labels have another shape or dtype.
+    """
+    label = _check_label(logits, batch.label)
     if label.ndim == 2:
-        return optax.softmax_cross_entropy(logits, label)
+        return optax.softmax_cross_entropy(logits, label.astype(logits.dtype))
     return optax.softmax_cross_entropy_with_integer_labels(logits, label)
+
+
+def _check_label(logits: Any, label: Any) -> Array:
+    shape, of_label = getattr(logits, "shape", None), getattr(label, "shape", None)
+    if shape is None or len(shape) != 2:
+        raise ArgumentError(
+            f"`logits` must be an array [B K] for the cross-entropy, got {describe_shapes(logits)}. Pass a `loss_fn` "
+            "that accepts it."
+        )
+    indices = of_label == shape[:1] and jnp.issubdtype(label.dtype, jnp.integer)
+    if not indices and not (of_label == shape and jnp.issubdtype(label.dtype, jnp.floating)):
+        raise ArgumentError(
+            f"`batch.label` must be class indices, int [B], or probabilities, float [B K], for the cross-entropy with "
+            f"logits [B K] of shape {shape}, got {describe_shapes(label)}."
+        )
+    return jnp.asarray(label)
 
 
 @dataclass(frozen=True)
@@ -31,11 +56,11 @@ class CrossEntropy:
         check_fields(self, "loss")
         check("loss.label_smoothing", "at least 0 and below 1", 0 <= self.label_smoothing < 1, self.label_smoothing)
 
-    def __call__(
-        self, logits: Float[Array, "B K"], label: Int[AnyArray, " B"] | Float[AnyArray, "B K"]
-    ) -> Float[Array, " B"]:
+    def __call__(self, logits: Float[Array, "B K"] | PyTree, batch: BatchLike) -> Float[Array, " B"]:
         """Returns the loss of each example, as `softmax_cross_entropy` does."""
-        if self.label_smoothing:
-            target = jax.nn.one_hot(label, logits.shape[-1]) if label.ndim == 1 else label
-            label = optax.smooth_labels(target, self.label_smoothing)
-        return softmax_cross_entropy(logits, label)
+        if not self.label_smoothing:
+            return softmax_cross_entropy(logits, batch)
+        label = _check_label(logits, batch.label)
+        target = jax.nn.one_hot(label, logits.shape[-1]) if label.ndim == 1 else label
+        target = optax.smooth_labels(target.astype(logits.dtype), self.label_smoothing)
+        return optax.softmax_cross_entropy(logits, target)

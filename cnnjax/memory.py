@@ -6,7 +6,7 @@ The need is a lower bound, known from shapes alone; the exact one is known only 
 import math
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
-from cnnjax.errors import UserError
+from cnnjax.errors import UserError, for_reader
 
 # Their results are written to memory. XLA may fuse anything else.
 _WRITTEN = ("dot_general", "conv_general_dilated", "ffi_call")
@@ -86,8 +86,11 @@ def gib(size: int) -> str:
 
 
 @contextmanager
-def explain_out_of_memory() -> Iterator[None]:
+def explain_out_of_memory(except_for: Callable[[], BaseException | None] = lambda: None) -> Iterator[None]:
     """Turns an out-of-memory error of Python, NumPy or XLA into a `UserError`, and keeps it as the cause.
+
+    Args:
+      except_for: returns an error that stays as it is.
 
     Raises:
       UserError: there is too little memory.
@@ -95,10 +98,11 @@ def explain_out_of_memory() -> Iterator[None]:
     try:
         yield
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+        if error is except_for() or (not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error)):
             raise
         detail = (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")
+        fewer = for_reader(" or, with --seeds, fewer cores", "")
         raise UserError(
             f"The run must fit into memory, got: {detail}. Lower `batch_size` or the size of the network, or use "
-            "a smaller data set or, with `--seeds`, fewer cores."
+            f"a smaller data set{fewer}."
         ) from error

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,9 @@ from cnnjax.data.order import plain_plan, split_validation, steps_per_epoch
 from cnnjax.data.tfds_format import Examples
 from cnnjax.errors import UserError, check, describe, user_code
 from cnnjax.memory import device_memory, explain_out_of_memory, gib, largest_result, num_bytes
+from cnnjax.metrics import sum_metrics
+from cnnjax.network import apply_in_evaluation, apply_in_training, init_variables, logits_of
+from cnnjax.program import Program, init_run, train_steps
 from cnnjax.runs import manifest
 from cnnjax.runs.checkpoints import all_finite
 from cnnjax.runs.directory import OpenRun
@@ -23,8 +27,8 @@ from cnnjax.runs.files import changes
 from cnnjax.runs.records import make_facts
 from cnnjax.runs.schema import DataFacts
 from cnnjax.sharding import Placement, place
-from cnnjax.step import Program, TrainState, init_from_data, init_run, train_steps
-from cnnjax.typing import Batch
+from cnnjax.step import TrainState, abstract_state, init_from_data
+from cnnjax.typing import describe_shapes
 
 INIT_IMAGES = 5000  # Number of training images that a network may be initialized from.
 
@@ -117,49 +121,47 @@ def check_parts(setup: Setup) -> TrainState:
     Raises:
       UserError: a shape is wrong, or a part raised an exception.
     """
-    config, batch_size, key = setup.config, setup.config.batch_size, setup.augment_key
-
-    def check_shape(name: str, rule: str, expected: tuple[int, ...], got: Any) -> None:
-        if getattr(got, "shape", None) != expected:
-            raise UserError(f"`{name}` must return {rule} of shape {expected}, got {got}.")
-
+    config, key = setup.config, setup.augment_key
+    batch_size, image_shape, num_classes = config.batch_size, setup.facts.image_shape, setup.dataset.num_classes
     plan = plain_plan(batch_size, batch_size).row(0)
     with user_code("`augment.transform`"):
         batch = jax.eval_shape(lambda plan: make_batch(setup.train, plan, config.augment, key), plan)
-    if not isinstance(batch, Batch):
-        raise UserError(f"`augment.transform` must return a Batch, got {type(batch).__name__}. Use batch._replace.")
-    check_shape("augment.transform", "images", (batch_size, *setup.facts.image_shape), batch.image)
+    missing = [name for name in ("image", "label", "mask") if not hasattr(batch, name)]
+    if missing:
+        raise UserError(f"`augment.transform` must return a Batch, got {type(batch).__name__} without {missing[0]}.")
+    check_shape("augment.transform", "images", (batch_size, *image_shape), batch.image)
     check_shape("augment.transform", "a mask", (batch_size,), batch.mask)
-    if getattr(batch.label, "ndim", 1) == 1:
-        check_shape("augment.transform", "labels", (batch_size,), batch.label)
-    else:
-        check_shape("augment.transform", "class probabilities", (batch_size, setup.dataset.num_classes), batch.label)
+    for leaf in jax.tree.leaves(batch.label):
+        check_shape("augment.transform", "labels", (batch_size, *leaf.shape[1:]), leaf)
     with user_code("`model`"):
-        image = jax.ShapeDtypeStruct((1, *setup.facts.image_shape), jnp.float32)
-        variables = jax.eval_shape(lambda image: config.model.init(key, image, train=False), image)
-    if not variables.get("params"):
-        raise UserError(f"`model` must have parameters to train, got {type(config.model).__name__} without any.")
-    variables = {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+        image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+        variables = jax.eval_shape(lambda image: init_variables(config.model, key, image), image)
     with user_code("`optim`"):
-        opt_state = jax.eval_shape(setup.program.make_tx().init, variables["params"])
+        tx = setup.program.make_tx()
+        jax.eval_shape(tx.init, variables["params"])
+    with user_code("`model.init_from_data`"):
+        state = abstract_state(image_shape, model=config.model, tx=tx)
     with user_code("`model`"):
-        logits = jax.eval_shape(lambda *args: config.model.apply(*args, train=False), variables, batch.image)
-        options: Any = {"train": True, "rngs": {"dropout": key}, "mutable": ["batch_stats"]}
-        trained, _ = jax.eval_shape(lambda *args: config.model.apply(*args, **options), variables, batch.image)
-    for got in (logits, trained):
-        check_shape("model", "logits", (batch_size, setup.dataset.num_classes), got)
+        apply = partial(apply_in_evaluation, config.model)
+        output = jax.eval_shape(apply, state.params, state.model_state, batch.image)
+        apply_train = partial(apply_in_training, config.model)
+        trained = jax.eval_shape(apply_train, state.params, state.model_state, batch.image, key).output
+    for got in (output, trained):
+        check_shape("model", "logits", (batch_size, num_classes), logits_of(got))
     try:
-        loss = jax.eval_shape(config.loss, logits, batch.label)
+        jax.eval_shape(lambda output, batch: sum_metrics(output, batch, config.loss), trained, batch)
     except Exception as error:
         raise UserError(
-            f"`loss` must accept logits {logits} and labels {batch.label}, as the augmentation makes them, got "
-            f"{describe(error)}"
+            f"`loss` must accept logits {describe_shapes(trained)} and a batch with the label "
+            f"{describe_shapes(batch.label)}, as the augmentation makes it, got {describe(error)}"
         ) from error
-    check_shape("loss", "one value per example", (batch_size,), loss)
-    if not jnp.issubdtype(loss.dtype, jnp.floating):
-        raise UserError(f"`loss` must return floating-point values, which have gradients, got {loss.dtype}.")
-    step: Any = jax.ShapeDtypeStruct((), jnp.int32)
-    return TrainState(step, **variables, opt_state=opt_state)
+    return state
+
+
+def check_shape(name: str, rule: str, expected: tuple[int, ...], got: Any) -> None:
+    """Raises a `UserError` unless `got` has the expected shape."""
+    if getattr(got, "shape", None) != expected:
+        raise UserError(f"`{name}` must return {rule} of shape {expected}, got {describe_shapes(got)}.")
 
 
 def check_step(setup: Setup, state: TrainState) -> None:
@@ -184,7 +186,7 @@ def check_step(setup: Setup, state: TrainState) -> None:
         for tree in (state, after)
     )
     for name, (before, now) in changes(old, new).items():
-        part = "model" if name.startswith(".batch_stats") else "optim"
+        part = "model" if name.startswith(".model_state") else "optim"
         raise UserError(f"`{part}` must keep the shape and dtype of its state: {name} was {before} and became {now}.")
     sizes, intermediate = num_bytes(state), largest_result(step.jaxpr.jaxpr) // placement.num_devices
     data = num_bytes(setup.train) + num_bytes(setup.validation)

@@ -1,35 +1,24 @@
-"""The step: gradient, update and apply in one jitted function; many steps as one program; evaluation."""
+"""The step: gradient, update and apply in one jitted function; and the evaluation of a batch."""
 
+import inspect
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
+import optax.contrib
 from jax import lax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from cnnjax.data.augment import Augment
-from cnnjax.data.batches import Pixels, make_batch
-from cnnjax.data.order import Plan, plain_plan
+from cnnjax.compiler import jit
 from cnnjax.data.tta import mean_logits
+from cnnjax.errors import ArgumentError, describe
 from cnnjax.losses import softmax_cross_entropy
-from cnnjax.optim.optimizer import Optimizer
-from cnnjax.sharding import Placement, place
-from cnnjax.typing import AnyArray, Batch, LossFn
-
-# Examples; divisors of the usual test sets. The larger one is for images of up to 32 by 32 on an accelerator.
-EVAL_BATCH_SIZE, ACCELERATOR_EVAL_BATCH_SIZE = 500, 2000
-
-
-class Metrics(NamedTuple):
-    """Sums over the unmasked examples; divide by `num_examples` once, on the host."""
-
-    loss: Float[Array, ""]
-    correct: Int[Array, ""]
-    num_examples: Int[Array, ""]
+from cnnjax.metrics import Metrics, sum_metrics
+from cnnjax.network import Network, apply_in_evaluation, apply_in_training, check_network, init_variables, logits_of
+from cnnjax.typing import AnyArray, BatchLike, LossFn
 
 
 class TrainState(NamedTuple):
@@ -38,252 +27,231 @@ class TrainState(NamedTuple):
     Attributes:
       step: number of updates, int32.
       params: trainable parameters.
-      batch_stats: running statistics of normalization layers, the whitening kernel; empty for a model without any.
+      model_state: every other collection of the network by name, such as {"batch_stats": ...}.
       opt_state: state of the optimizer.
     """
 
     step: Int[Array, ""]
     params: PyTree
-    batch_stats: PyTree
+    model_state: dict[str, PyTree]
     opt_state: Any
 
 
-@partial(jax.jit, static_argnames=("model", "tx"))
 def init_state(
-    key: Key[Array, ""], image: Float[AnyArray, "B H W C"], *, model: nn.Module, tx: optax.GradientTransformation
+    key: Key[Array, ""], image: Float[AnyArray, "B H W C"], *, model: Network, tx: optax.GradientTransformation
 ) -> TrainState:
     """Returns the initial state of `model` and `tx`.
 
     Args:
       key: consumed; draws the initial parameters.
       image: images of the shape to train on; their values do not matter.
-      model: a Flax module, called as `model(image, train=bool)`.
+      model: a Linen module, called as `model(image)` or `model(image, train=bool)`; or `Functions`.
       tx: an optax optimizer.
+
+    Raises:
+      ValueError: `model` is no network, is not hashable, or has no parameters.
     """
-    variables = model.init(key, image, train=False)
-    params = variables["params"]
-    return TrainState(jnp.zeros((), jnp.int32), params, variables.get("batch_stats", {}), tx.init(params))
+    check_network(model)
+    return _init_state(key, image, model=model, tx=tx)
+
+
+@jit(static_argnames=("model", "tx"))
+def _init_state(
+    key: Key[Array, ""], image: Float[AnyArray, "B H W C"], *, model: Network, tx: optax.GradientTransformation
+) -> TrainState:
+    variables = init_variables(model, key, image)
+    params = variables.pop("params")
+    return TrainState(jnp.zeros((), jnp.int32), params, variables, init_optimizer(tx, params))
 
 
 def init_from_data(
-    state: TrainState, image: Float[AnyArray, "N H W C"], *, model: nn.Module, tx: optax.GradientTransformation
+    state: TrainState, image: Float[AnyArray, "N H W C"], *, model: Network, tx: optax.GradientTransformation
 ) -> TrainState:
-    """Initializes a model from data, by its method `init_from_data(variables, image) -> variables`.
+    """Initializes a network from data, by its method `init_from_data(variables, image) -> variables`.
 
     Args:
       image: standardized training images.
     """
     before = jax.tree.leaves(state.params)
-    variables = model.init_from_data({"params": state.params, "batch_stats": state.batch_stats}, image)
-    params = variables["params"]
+    init: Any = model
+    variables = {**init.init_from_data({"params": state.params, **state.model_state}, image)}
+    params = variables.pop("params")
     unchanged = [*map(id, before)] == [*map(id, jax.tree.leaves(params))]
-    opt_state = state.opt_state if unchanged else tx.init(params)
-    return TrainState(state.step, params, variables.get("batch_stats", {}), opt_state)
+    opt_state = state.opt_state if unchanged else init_optimizer(tx, params)
+    return TrainState(state.step, params, variables, opt_state)
 
 
-@jax.jit
+def abstract_state(image_shape: tuple[int, ...], *, model: Network, tx: optax.GradientTransformation) -> TrainState:
+    """Returns the shapes and dtypes of a state, initialized from data if the network is, without computing anything.
+
+    Args:
+      image_shape: (H, W, C).
+    """
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    state = jax.eval_shape(partial(init_state, model=model, tx=tx), jax.random.key(0), image)
+    if hasattr(model, "init_from_data"):
+        with suppress(jax.errors.JAXTypeError):  # It needs values, so that shapes stay as they are.
+            state = jax.eval_shape(partial(init_from_data, model=model, tx=tx), state, image)
+    return state
+
+
+@jit
 def copy_state(state: TrainState) -> TrainState:
     """Returns a copy that stays valid after `state` is donated."""
     return jax.tree.map(jnp.copy, state)
 
 
-@partial(jax.jit, static_argnames=("model", "tx", "loss_fn", "frozen"), donate_argnames="state")
 def train_step(
     state: TrainState,
-    batch: Batch,
+    batch: BatchLike,
     key: Key[Array, ""],
     *,
-    model: nn.Module,
+    model: Network,
     tx: optax.GradientTransformation,
     loss_fn: LossFn = softmax_cross_entropy,
     frozen: tuple[str, ...] = (),
+    donate: bool = True,
 ) -> tuple[TrainState, Metrics]:
     """Updates the parameters once, with the gradient of the mean loss over the unmasked examples.
 
+    The step is compiled once for equal static arguments, which are all after `key`, and equal shapes. To change a value
+    without compiling again, make it an array: of the batch, or of the optimizer's state (`optax.inject_hyperparams`).
+
     Args:
       state: donated; use the returned one instead.
-      batch: at least one example must be unmasked.
+      batch: a `Batch`, or a NamedTuple with its fields and more; at least one example must be unmasked.
       key: the same for every step; `state.step` is folded into it.
-      model: a Flax module, called as `model(image, train=True)` with a "dropout" key and mutable "batch_stats".
-      tx: an optax optimizer that needs only the gradient. Build it once: another one retraces the step.
-      loss_fn: `(logits [B K], label [B]) -> loss [B]`. Build it once, too.
+      model: a hashable Linen module, or `Functions`. In training every collection is mutable, every random stream has
+        its own key, and what is sown into "losses", scalars, is added to the mean loss.
+      tx: an optax optimizer. It receives the arguments `value`, `grad` and `value_fn` if it accepts them. Build it
+        once: another one retraces the step.
+      loss_fn: `(logits [B K], batch) -> loss [B]`, or `-> (loss [B], {name: value [B]})` with values for the metrics.
+        If the network returns a tuple, the loss receives the whole tuple. Build it once, too.
       frozen: top-level names in `state.params` whose gradients are zero and are not computed. Weight decay and momentum
         may still move these parameters: mask them in `tx` to keep them fixed.
+      donate: whether the memory of `state` is reused; False keeps it valid.
 
     Returns:
       The next state, and the metrics of this batch before the update.
 
     Raises:
-      ValueError: `frozen` is not a tuple of top-level names in `state.params`.
+      ValueError: an argument or a shape is wrong, or `tx` needs more arguments.
     """
-    if unknown := {frozen} if isinstance(frozen, str) else {name for name in frozen if name not in state.params}:
-        names, got = sorted(state.params), sorted(map(str, unknown))
-        raise ValueError(f"`frozen` must be a tuple of top-level names in `state.params` ({names}), got {got}.")
-    dropout_key = jax.random.fold_in(key, state.step)
+    step = _donating_step if donate else _keeping_step
+    return step(state, batch, key, model=model, tx=tx, loss_fn=loss_fn, frozen=frozen)
 
-    def mean_loss(params: PyTree) -> tuple[Float[Array, ""], tuple[Metrics, PyTree]]:
+
+def _step(
+    state: TrainState,
+    batch: BatchLike,
+    key: Key[Array, ""],
+    *,
+    model: Network,
+    tx: optax.GradientTransformation,
+    loss_fn: LossFn,
+    frozen: tuple[str, ...],
+) -> tuple[TrainState, Metrics]:
+    names = sorted(state.params) if isinstance(state.params, dict) else []
+    if unknown := {frozen} if isinstance(frozen, str) else {*frozen} - {*names}:
+        got = sorted(map(str, unknown))
+        raise ArgumentError(f"`frozen` must be a tuple of top-level names in `state.params` ({names}), got {got}.")
+    key = jax.random.fold_in(key, state.step)
+
+    def mean_loss(params: PyTree) -> tuple[Float[Array, ""], tuple[Metrics, dict[str, PyTree]]]:
         if frozen:
             params = {name: lax.stop_gradient(part) if name in frozen else part for name, part in params.items()}
-        variables = {"params": params, "batch_stats": state.batch_stats}
-        logits, mutated = model.apply(
-            variables, batch.image, train=True, rngs={"dropout": dropout_key}, mutable=["batch_stats"]
-        )
-        metrics = _sum_metrics(logits, batch, loss_fn)
-        return metrics.loss / metrics.num_examples, (metrics, mutated.get("batch_stats", {}))
+        output, model_state, extra_loss = apply_in_training(model, params, state.model_state, batch.image, key)
+        metrics = sum_metrics(output, batch, loss_fn)
+        count = metrics.num_examples.astype(metrics.loss.dtype)
+        if extra_loss is not None:
+            metrics = metrics._replace(loss=metrics.loss + extra_loss.astype(metrics.loss.dtype) * count)
+        return metrics.loss / count, (metrics, model_state)
 
-    grads, (metrics, batch_stats) = jax.grad(mean_loss, has_aux=True)(state.params)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    (loss, (metrics, model_state)), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+    extra = {"value": loss, "grad": grads, "value_fn": lambda params: mean_loss(params)[0]}
+    updates, opt_state = update(tx, grads, state, extra)
     params = optax.apply_updates(state.params, updates)
-    return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
+    metrics = metrics._replace(norm=optax.tree.norm(grads))
+    return TrainState(state.step + 1, params, model_state, opt_state), metrics
 
 
-@partial(jax.jit, static_argnames=("model", "loss_fn", "tta"))
+_STATIC = ("model", "tx", "loss_fn", "frozen")
+_donating_step = jit(_step, static_argnames=_STATIC, donate_argnames=("state",))
+_keeping_step = jit(_step, static_argnames=_STATIC)
+
+
+def init_optimizer(tx: optax.GradientTransformation, params: PyTree) -> Any:
+    """Returns the initial state of an optimizer, without weak types: a step changes them, and the next one retraces."""
+    return jax.tree.map(lambda x: x.astype(x.dtype) if getattr(x, "weak_type", False) else x, tx.init(params))
+
+
+def update(
+    tx: optax.GradientTransformation, grads: PyTree, state: TrainState, extra: dict[str, Any]
+) -> tuple[PyTree, Any]:
+    """Returns the updates and the next state of an optimizer, which receives those of `extra` that it accepts."""
+    parameters = inspect.signature(tx.update).parameters
+    if all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
+        extra = {name: value for name, value in extra.items() if name in parameters}
+    try:
+        with jax.numpy_dtype_promotion("standard"):  # Optimizers of optax mix dtypes.
+            return tx.update(grads, state.opt_state, state.params, **extra)
+    except Exception as error:
+        raise ArgumentError(
+            "The optimizer must work with gradients, parameters, and those of `value`, `grad` and `value_fn` that it "
+            "accepts. If it needs other arguments or refuses these, as optax.contrib.sam may do, wrap its `update` in "
+            "one that passes what it accepts. optax.lookahead cannot work, nor a line search for some of the "
+            f"parameters. It failed at {describe(error)}"
+        ) from error
+
+
+def eval_params(state: TrainState) -> PyTree:
+    """Returns the parameters to evaluate: those of a schedule-free optimizer, else `state.params`.
+
+    Batch statistics remain those of the training parameters.
+
+    Source: Defazio et al., "The Road Less Scheduled" (2024), as in `optax.contrib.schedule_free_eval_params`.
+    """
+
+    def is_schedule_free(x: Any) -> bool:
+        return isinstance(x, optax.contrib.ScheduleFreeState)
+
+    params = state.params
+    for found in filter(is_schedule_free, jax.tree.leaves(state.opt_state, is_leaf=is_schedule_free)):
+
+        def average(z: Any, p: PyTree, found: Any = found) -> PyTree:
+            if isinstance(z, optax.MaskedNode):  # In place of parameters of another optimizer.
+                return p
+            return optax.contrib.schedule_free_eval_params(found._replace(z=z), p)
+
+        params = jax.tree.map(average, found.z, params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+    return params
+
+
+@jit(static_argnames=("model", "loss_fn", "tta"))
 def eval_step(
     state: TrainState,
-    batch: Batch,
+    batch: BatchLike,
     *,
-    model: nn.Module,
+    model: Network,
     loss_fn: LossFn = softmax_cross_entropy,
     tta: str = "none",
 ) -> Metrics:
-    """Returns the metrics of a batch, without dropout and with running statistics.
+    """Returns the metrics of a batch, without dropout, with running statistics and `eval_params`.
 
     Args:
-      tta: test-time augmentation, see `cnnjax.data.tta.mean_logits`.
+      loss_fn: see `train_step`.
+      tta: test-time augmentation, see `cnnjax.data.tta.mean_logits`; the loss then receives only the logits.
     """
-
-    def logits_fn(image: Float[AnyArray, "B H W C"]) -> Any:
-        return model.apply({"params": state.params, "batch_stats": state.batch_stats}, image, train=False)
-
-    return _sum_metrics(mean_logits(logits_fn, batch.image, tta, batch.mask), batch, loss_fn)
+    return sum_metrics(apply_views(state, batch, model, tta), batch, loss_fn)
 
 
-def _sum_metrics(logits: Float[Array, "B K"], batch: Batch, loss_fn: LossFn) -> Metrics:
-    loss = jnp.where(batch.mask, loss_fn(logits, batch.label), 0.0)
-    label = batch.label if batch.label.ndim == 1 else jnp.argmax(batch.label, axis=-1)
-    correct = batch.mask & (jnp.argmax(logits, axis=-1) == label)
-    return Metrics(jnp.sum(loss), jnp.sum(correct, dtype=jnp.int32), jnp.sum(batch.mask, dtype=jnp.int32))
+def apply_views(state: TrainState, batch: BatchLike, model: Network, tta: str) -> Any:
+    """Returns the output of a network in evaluation: the mean logits over views of each image, unless `tta` is none."""
+    params = eval_params(state)
 
+    def output_fn(image: Float[AnyArray, "B H W C"]) -> Any:
+        return apply_in_evaluation(model, params, state.model_state, image)
 
-# --- Many steps as one program --------------------------------------------------------------------------------------
-
-
-class Program(NamedTuple):
-    """The static arguments of `train_steps`: compared by value, so that many seeds share one compilation."""
-
-    model: nn.Module
-    optim: Optimizer
-    augment: Augment
-    loss_fn: LossFn
-    num_steps: int  # Of the whole run.
-    num_epochs: int
-
-    def make_tx(self) -> optax.GradientTransformation:
-        """Returns the optimizer."""
-        return self.optim.make_tx(self.num_steps, self.num_epochs)
-
-    def frozen_names(self, params: PyTree, step: int) -> tuple[str, ...]:
-        """Returns the names in `params` whose gradients affect no update from `step` on."""
-        return self.optim.frozen(params, step, self.num_steps, self.num_epochs)
-
-
-@partial(jax.jit, static_argnames="program")
-def init_run(key: Key[Array, ""], image: Float[AnyArray, "B H W C"], *, program: Program) -> TrainState:
-    """Returns the initial state; see `init_state`."""
-    return init_state(key, image, model=program.model, tx=program.make_tx())
-
-
-@partial(jax.jit, static_argnames=("program", "frozen"), donate_argnames="state")
-def train_steps(
-    state: TrainState,
-    pixels: Pixels,
-    plan: Plan,
-    key: Key[Array, ""],
-    augment_key: Key[Array, ""],
-    *,
-    program: Program,
-    frozen: tuple[str, ...] = (),
-) -> tuple[TrainState, Metrics]:
-    """Applies `train_step` to each row of a plan; on an accelerator, one program that never waits for the host.
-
-    Args:
-      state: donated.
-      pixels: the training set.
-      plan: S rows of one epoch.
-      key: the same for every step, see `train_step`.
-      augment_key: the key of the epoch, see `make_batch`.
-      program: what to compile.
-      frozen: see `train_step`.
-
-    Returns:
-      The next state, and the metrics of each step [S].
-    """
-    tx = program.make_tx()
-
-    def step(state: TrainState, plan: Plan) -> tuple[TrainState, Metrics]:
-        batch = make_batch(pixels, plan, program.augment, augment_key)
-        return train_step(state, batch, key, model=program.model, tx=tx, loss_fn=program.loss_fn, frozen=frozen)
-
-    if len(plan.example) > 1:
-        return lax.scan(step, state, plan)
-    # Inside a loop XLA does not lay out convolutions for its fast CPU kernels (jax issue 12868).
-    state, metrics = step(state, plan.row(0))
-    return state, jax.tree.map(lambda value: value[None], metrics)
-
-
-@partial(jax.jit, static_argnames=("model", "tta"))
-def _score(state: TrainState, pixels: Pixels, plan: Plan, *, model: nn.Module, tta: str) -> Metrics:
-    return eval_step(state, make_batch(pixels, plan), model=model, tta=tta)
-
-
-class Totals(NamedTuple):
-    """Sums of metrics on the host, as Python numbers."""
-
-    loss: float = 0.0
-    correct: int = 0
-    num_examples: int = 0
-
-    def add(self, metrics: Metrics) -> "Totals":
-        """Returns the totals plus the metrics of one step, or of several [S]. Waits for the device."""
-        totals = self
-        for step in zip(*(np.ravel(values).tolist() for values in jax.device_get(metrics)), strict=True):
-            totals = Totals(*(total + value for total, value in zip(totals, step, strict=True)))
-        return totals
-
-    def means(self) -> "Scores":
-        """Returns the means over all examples."""
-        return Scores(self.loss / self.num_examples, self.correct / self.num_examples, self.num_examples)
-
-
-class Scores(NamedTuple):
-    """Means over `num_examples` examples."""
-
-    loss: float
-    accuracy: float
-    num_examples: int
-
-
-def evaluate(
-    state: TrainState, pixels: Pixels, *, model: nn.Module, tta: str = "none", placement: Placement | None = None
-) -> Scores:
-    """Scores every example once, by softmax cross-entropy and accuracy. Waits for the device.
-
-    Args:
-      pixels: the data set, on the device or on the host.
-      tta: see `eval_step`.
-      placement: how devices share a batch; None: the first device works alone.
-    """
-    num_examples = len(pixels.label)
-    placement = placement or place(1)
-    platform = placement.devices[0].platform
-    small = pixels.image.shape[1] * pixels.image.shape[2] <= 32 * 32
-    batch_size = ACCELERATOR_EVAL_BATCH_SIZE if platform != "cpu" and small else EVAL_BATCH_SIZE
-    batch_size = -(-min(batch_size, num_examples) // placement.num_devices) * placement.num_devices
-    plan = plain_plan(num_examples, batch_size)
-    rows = jax.device_put([plan.row(i) for i in range(len(plan.example))], placement.batch_sharding)
-    pixels = jax.device_put(pixels, placement.state_sharding)
-    totals, metrics = Totals(), _score(state, pixels, rows[0], model=model, tta=tta)
-    for row in rows[1:]:  # At most two at a time: each running batch has its own scratch memory.
-        upcoming = _score(state, pixels, row, model=model, tta=tta)
-        totals, metrics = totals.add(metrics), upcoming
-    return totals.add(metrics).means()
+    if tta == "none":
+        return output_fn(batch.image)
+    return mean_logits(lambda image: logits_of(output_fn(image)), batch.image, tta, batch.mask)

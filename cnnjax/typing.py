@@ -1,10 +1,10 @@
 """The types that pass between data, models, losses and steps."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 AnyArray = Array | np.ndarray
 
@@ -17,14 +17,42 @@ class Batch(NamedTuple):
 
     Attributes:
       image: standardized images.
-      label: class indices; or class probabilities, as Mixup makes them.
+      label: class indices; or whatever the loss understands, such as class probabilities [B K].
       mask: whether an example counts.
     """
 
     image: Float[AnyArray, "B H W C"]
-    label: Int[AnyArray, " B"] | Float[AnyArray, "B K"]
+    label: Int[AnyArray, " B"] | PyTree
     mask: Bool[AnyArray, " B"]
 
 
-# (logits [B K], label) -> loss [B]
-LossFn = Callable[[Float[Array, "B K"], Any], Float[Array, " B"]]
+@runtime_checkable
+class BatchLike(Protocol):
+    """A `Batch`, or a NamedTuple of the user with these fields and more, such as weights or a teacher's logits."""
+
+    @property
+    def image(self) -> Any:
+        """Images [B H W C]."""
+
+    @property
+    def label(self) -> Any:
+        """A pytree of arrays [B ...]."""
+
+    @property
+    def mask(self) -> Any:
+        """Whether an example counts, bool [B]."""
+
+
+# (logits [B K], batch) -> loss [B], or (loss [B], {name: value [B]})
+LossFn = Callable[[Any, Any], Float[Array, " B"] | tuple[Float[Array, " B"], dict[str, Array]]]
+
+
+def describe_shapes(tree: Any) -> str:
+    """Returns the dtypes and shapes of a pytree of arrays in words, for messages: int32[8, 1]."""
+    if hasattr(tree, "dtype"):
+        return f"{tree.dtype}{list(tree.shape)}"
+    if isinstance(tree, dict):
+        return "{" + ", ".join(f"{name!r}: {describe_shapes(part)}" for name, part in tree.items()) + "}"
+    if isinstance(tree, (tuple, list)):
+        return f"({', '.join(map(describe_shapes, tree))})"
+    return repr(tree)

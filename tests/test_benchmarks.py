@@ -8,17 +8,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cnnjax import step
+from cnnjax import program as programs
 from cnnjax.cli.experiment import load_experiment
 from cnnjax.data.batches import Pixels, pixel_statistics
 from cnnjax.data.order import epoch_plan
 from cnnjax.layers import conv, norm, ops
 from cnnjax.models import speednet
 from cnnjax.optim import transforms
+from cnnjax.step import abstract_state
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 HERE = EXPERIMENTS / "benchmarks"
@@ -128,7 +128,7 @@ def test_the_benchmarks_of_a_gpu_produce_their_tables(tmp_path):
 @contextmanager
 def restored():
     """Restores the functions of the package that a variant replaces."""
-    modules = [conv, norm, ops, speednet, step, transforms]
+    modules = [conv, norm, ops, programs, speednet, transforms]
     before = [dict(vars(module)) for module in modules]
     try:
         yield
@@ -141,18 +141,18 @@ def restored():
 def program_for_a_gpu(variant):
     """Returns the configuration, and a program of two steps."""
     config = variant.change(load_experiment(str(EXPERIMENTS / f"{variant.recipe}.py")).config)
-    program = step.Program(
+    program = programs.Program(
         config.model, config.optim, config.augment, config.loss, 16 * config.num_epochs, config.num_epochs
     )
     image = np.zeros((8, 32, 32, 3), np.uint8)
     pixels = jax.device_put(Pixels(image, np.zeros(8, np.int32), pixel_statistics(image)))
     plan = epoch_plan(0, 0, 8, batch_size=4, augment=config.augment, image_size=(32, 32))
 
-    def steps(key):
-        state = step.init_run.__wrapped__(key, jnp.zeros((1, 32, 32, 3)), program=program)
-        return step.train_steps.__wrapped__(state, pixels, plan, key, key, program=program)
+    def steps(state, key):
+        return programs.train_steps.__wrapped__(state, pixels, plan, key, key, program=program)
 
-    return config, jax.jit(steps).trace(jax.random.key(0)).lower(lowering_platforms=("cuda",)).as_text()
+    state = abstract_state((32, 32, 3), model=config.model, tx=program.make_tx())
+    return config, jax.jit(steps).trace(state, jax.random.key(0)).lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_every_variant_of_the_ladder_is_another_program_or_configuration(load, monkeypatch):

@@ -30,8 +30,8 @@ class Weighted:
 
     num_classes: int = 2
 
-    def __call__(self, logits, label):
-        return softmax_cross_entropy(logits, label) / self.num_classes
+    def __call__(self, logits, batch):
+        return softmax_cross_entropy(logits, batch) / self.num_classes
 
 
 class Net(nn.Module):
@@ -73,11 +73,11 @@ def test_a_configuration_cannot_be_changed_and_is_compared_by_value():
         ({"name": "a" * 195}, r"`name` must be short: at most 200 characters with the seed, got 'a+-seed0'\."),
         ({"model": Sized(width="4")}, r"`model\.width` must be an int, got '4'\."),
         ({"loss": Weighted("2")}, r"`loss\.num_classes` must be an int, got '2'\."),
-        ({"model": MLP}, r"`model` must be an instance of flax's Module, got <class .*MLP'>\."),
-        ({"model": "mlp"}, r"`model` must be an instance of flax's Module, got 'mlp'\."),
+        ({"model": MLP}, r"`model` must be a Linen module, or an object with functions .* got <class .*MLP'>\."),
+        ({"model": "mlp"}, r"`model` must be a Linen module, or an object with functions init and apply, got 'mlp'\."),
         ({"optim": MLP()}, r"`optim` must be an instance of cnnjax's Optimizer, got MLP"),
         ({"augment": "mixup"}, r"`augment` must be an instance of cnnjax's Augment, got 'mixup'\."),
-        ({"loss": 0.1}, r"`loss` must be a function of logits and labels, got 0\.1\."),
+        ({"loss": 0.1}, r"`loss` must be a function of logits and a batch, got 0\.1\."),
         ({"model": Net([1, 2])}, r"`model` must be hashable, got Net\(.* Use @dataclass\(frozen=True\), and tuples\."),
     ],
 )

@@ -12,7 +12,7 @@ from cnnjax import init_from_data
 from cnnjax.cli.experiment import load_experiment
 from cnnjax.data.batches import Pixels, pixel_statistics, standardize
 from cnnjax.data.order import epoch_plan
-from cnnjax.step import Program, init_run, train_steps
+from cnnjax.program import Program, init_run, train_steps
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 HERE = Path(__file__).parent.parent / "experiments"

@@ -55,7 +55,7 @@ def test_a_full_disk_stops_the_run_which_resumes_when_there_is_room(whole, optio
     done = run(["unshare", "-rm", *program])
     assert re.findall(r"status (\d)", done.stdout) == ["1", "0", "0"], done.stdout + done.stderr
     assert "No space left on device" in done.stderr
-    assert "checkpoints of the run are kept: remove the cause, then resume it with --resume" in done.stderr
+    assert "checkpoints of the run are kept: remove the cause, then resume it: --resume" in done.stderr
     assert "test accuracy" in done.stdout.split("status 0")[0]  # The earlier checkpoints can be read.
     assert "resuming at step" in done.stdout
     assert json.loads(done.stdout[done.stdout.rindex("\n{") :])["sha256"] == digests(whole)

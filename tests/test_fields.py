@@ -76,7 +76,7 @@ def test_values_of_the_declared_types(values):
         ({"pair": (1,)}, "`loss.pair` must be a tuple of 2, got (1,)."),
         ({"pair": (1, "b")}, "`loss.pair.1` must be a float, got 'b'."),
         ({"many": (1, 2.0)}, "`loss.many.1` must be an int, got 2.0."),
-        ({"many": [1, 2]}, "`loss.many` must be a tuple, got [1, 2]."),
+        ({"many": [1, 2]}, "`loss.many` must be a tuple, which is hashable, got [1, 2]."),
         ({"many": 3}, "`loss.many` must be a tuple, got 3."),
         ({"rates": FrozenDict(a="x")}, "`loss.rates.a` must be a float, got 'x'."),
         ({"function": 3}, "`loss.function` must be a function, got 3."),

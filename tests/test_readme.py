@@ -4,8 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import optax
+import pandas
 import pytest
 
+import cnnjax
+from cnnjax import Config, load_run
 from cnnjax.cli.experiment import load_experiment
 from cnnjax.cli.main import main
 from cnnjax.cli.train_command import parse_train
@@ -15,7 +19,7 @@ from cnnjax.data.tfds_format import write_tfds
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-EXPERIMENT, LOOP = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+EXPERIMENT, LOOP, _, LIBRARY = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 OPTIONS = re.findall(r"cnnjax train (\w+) ([^#\n]+?)\s*(?:#.*)?$", README, re.MULTILINE)
 OPTIONS += re.findall(r"make train EXPERIMENT=(\w+) ARGS=\"(.+?)\"", README)
 
@@ -55,6 +59,21 @@ def test_the_training_loop_runs_and_learns(tmp_path, monkeypatch, capsys):
     assert scope["state"].step == 100
     assert re.match(r"step 100: \d+\.\d% of the batch is correct", capsys.readouterr().out.splitlines()[-1])
     assert scope["metrics"].correct > 16  # Chance is 6.4 of 64, give or take 2.4.
+
+
+def test_the_loop_as_a_function(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng, steps = np.random.default_rng(0), []
+    images, label = rng.integers(0, 256, (60, 8, 8, 1), np.uint8), np.arange(60) % 4
+    config = Config(dataset=(images, label, images, label), num_epochs=1, batch_size=20)
+    scope = {name: getattr(cnnjax, name) for name in cnnjax.__all__}
+    scope |= {"config": config, "log": lambda *args: steps.append(args), "images": images}
+    scope |= {"load_run": lambda run_dir: load_run("runs/mine", config), "optax": optax, "pandas": pandas}
+    exec(LIBRARY, scope)
+    assert [step for step, _ in steps] == [1, 2, 3]
+    assert pandas.DataFrame(scope["run"].history)["train_loss"].shape == (1,)
+    assert scope["old"].predict(images).shape == (60, 4)
+    assert scope["state"].step == 0
 
 
 @pytest.mark.parametrize(

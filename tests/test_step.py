@@ -27,9 +27,10 @@ from cnnjax import (
 from cnnjax.data.batches import Pixels, make_batch, pixel_statistics
 from cnnjax.data.order import epoch_plan
 from cnnjax.data.tta import mean_logits
+from cnnjax.metrics import Scores, Totals
 from cnnjax.optim.transforms import lookahead
+from cnnjax.program import Program, evaluate, init_run, train_steps
 from cnnjax.sharding import Placement, place
-from cnnjax.step import Program, Scores, Totals, evaluate, init_run, train_steps
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 SHAPE = (6, 5, 3)
@@ -110,14 +111,20 @@ def test_a_step_of_sgd_equals_numpy_on_a_linear_model(soft):
     np.testing.assert_allclose(state.params["Dense_0"]["kernel"], kernel - 0.1 * x.T @ error, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(state.params["Dense_0"]["bias"], bias - 0.1 * error.sum(0), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(metrics.loss, -(target * np.log(probability)).sum(), rtol=1e-5)
-    assert metrics.correct == (probability.argmax(1) == target.argmax(1)).sum()
     assert metrics.num_examples == 4
+    norm = np.sqrt(((x.T @ error) ** 2).sum() + (error.sum(0) ** 2).sum())
+    np.testing.assert_allclose(metrics.grad_norm, norm, rtol=1e-5)
+    if soft:
+        with pytest.raises(ValueError, match=r"`batch.label` must be class indices, int \[B\], to be counted"):
+            _ = metrics.correct
+    else:
+        assert metrics.correct == (probability.argmax(1) == target.argmax(1)).sum()
     assert state.step == 1
 
 
 def test_the_gradient_is_that_of_the_given_loss():
-    def twice(logits, label):
-        return 2 * softmax_cross_entropy(logits, label)
+    def twice(logits, batch):
+        return 2 * softmax_cross_entropy(logits, batch)
 
     model, tx, batch = Linear(), optax.sgd(0.1), random_batch()
     before = jax.device_get(make_state(model, tx).params)
@@ -141,9 +148,9 @@ def test_one_batch_is_overfitted():
 def test_train_step_traces_once_for_equal_models():
     traces = []
 
-    def loss_fn(logits, label):
+    def loss_fn(logits, batch):
         traces.append(1)
-        return softmax_cross_entropy(logits, label)
+        return softmax_cross_entropy(logits, batch)
 
     state = make_state()
     for step in range(3):
@@ -175,11 +182,11 @@ def test_each_step_drops_other_units():
 
 def test_batch_stats_change_in_training_only():
     state, batch = make_state(), random_batch()
-    before = jax.device_get(state.batch_stats)
+    before = jax.device_get(state.model_state)
     eval_step(state, batch, model=MODEL)
-    assert_equal(before, state.batch_stats)
+    assert_equal(before, state.model_state)
     state, _ = train_step(state, batch, KEY, model=MODEL, tx=TX)
-    moved = state.batch_stats["BatchNorm_0"]["mean"] - before["BatchNorm_0"]["mean"]
+    moved = state.model_state["batch_stats"]["BatchNorm_0"]["mean"] - before["batch_stats"]["BatchNorm_0"]["mean"]
     assert np.abs(moved).min() > 0
 
 
@@ -212,8 +219,8 @@ def test_frozen_parameters_do_not_change_and_the_others_change_as_without():
         assert not np.array_equal(whole.params[name]["kernel"], before[name]["kernel"])
     for leaf in ("scale", "bias"):
         assert not np.array_equal(part.params["BatchNorm_0"][leaf], before["BatchNorm_0"][leaf])
-    expected = (whole.params["BatchNorm_0"], whole.batch_stats, metrics)
-    assert_close((part.params["BatchNorm_0"], part.batch_stats, part_metrics), expected)
+    expected = (whole.params["BatchNorm_0"], whole.model_state, metrics._replace(norm=None))
+    assert_close((part.params["BatchNorm_0"], part.model_state, part_metrics._replace(norm=None)), expected)
 
 
 def test_parameters_to_freeze_that_do_not_exist():
@@ -251,7 +258,9 @@ def test_a_network_is_initialized_from_data():
     before = make_state(model, tx)
     state = init_from_data(before, image, model=model, tx=tx)
     params = jax.tree.map(lambda x: x + 1, before.params)
-    assert_close(state, TrainState(before.step, params, {"mean": image.mean((0, 1, 2))}, tx.init(params)))
+    assert_close(
+        state, TrainState(before.step, params, {"batch_stats": {"mean": image.mean((0, 1, 2))}}, tx.init(params))
+    )
 
 
 class WhitenedInPlace(Whitened):
@@ -342,7 +351,9 @@ def test_padding_gets_no_extra_views_before_the_images():
     model = Linear().bind({"params": state.params})
     with_views = mean_logits(lambda image: model(image, train=False), jnp.asarray(batch.image[:2]), "flip_translate")
     metrics = eval_step(state, batch, model=Linear(), tta="uncertain")  # A quarter of the batch: the two images.
-    np.testing.assert_allclose(metrics.loss, softmax_cross_entropy(with_views, batch.label[:2]).sum(), rtol=1e-5)
+    np.testing.assert_allclose(
+        metrics.loss, optax.softmax_cross_entropy_with_integer_labels(with_views, batch.label[:2]).sum(), rtol=1e-5
+    )
 
 
 class CpuAsGpu(Placement):
@@ -377,6 +388,8 @@ def test_the_batch_size_of_evaluation_suits_the_device(platform, size, batch_siz
 
 
 def test_totals_are_sums_and_means_are_per_example():
-    totals = Totals(1.0, 2, 4).add(Metrics(jnp.array([0.5, 2.5]), jnp.array([1, 2]), jnp.array([3, 1])))
-    assert totals == (4.0, 5, 8)
-    assert totals.means() == Scores(loss=0.5, accuracy=0.625, num_examples=8)
+    steps = Metrics(jnp.array([0.5, 2.5]), jnp.array([3, 1]), {"accuracy": jnp.array([1, 2])}, jnp.array([1.0, 2.0]))
+    totals = Totals(1.0, 4, {"accuracy": 2}).add(steps)
+    assert totals == (4.0, 8, {"accuracy": 5})
+    assert totals.means() == Scores(loss=0.5, num_examples=8, values={"accuracy": 0.625})
+    assert Totals().add(jax.tree.map(lambda x: x[0], steps)) == (0.5, 3, {"accuracy": 1})

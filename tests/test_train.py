@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -38,7 +39,7 @@ from cnnjax import (
     UserError,
     init_state,
     load_dataset,
-    load_trained,
+    load_run,
     train_and_evaluate,
     train_step,
 )
@@ -51,15 +52,15 @@ from cnnjax.data.order import epoch_plan, split_validation
 from cnnjax.data.sources import RawSet, RawSplit
 from cnnjax.data.tfds_format import write_tfds
 from cnnjax.prepare import set_up
+from cnnjax.program import train_steps
+from cnnjax.progress import Progress
 from cnnjax.runs.checkpoints import Checkpoints
 from cnnjax.runs.codec import encode
 from cnnjax.runs.directory import OpenRun, check_run
 from cnnjax.runs.inspection import reproduce, verify
 from cnnjax.runs.manifest import read_manifest
 from cnnjax.runs.records import Record, read_record, write_record
-from cnnjax.runs.trained import score
-from cnnjax.step import train_steps
-from cnnjax.train import Progress, plan_dispatches
+from cnnjax.train import plan_dispatches
 
 # Dropout, augmentation and a partial last batch: 390 training examples make 25 steps per epoch, the last with 6.
 CONFIG = Config(
@@ -100,6 +101,11 @@ def read_rows(run_dir, name="metrics.jsonl"):
     return [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
 
 
+def train(*args, **options):
+    """Returns the content of result.json."""
+    return train_and_evaluate(*args, **options).result
+
+
 def saved_steps(run_dir):
     return sorted(int(path.name) for path in (run_dir / "checkpoints").glob("*"))
 
@@ -108,14 +114,14 @@ def saved_steps(run_dir):
 def whole(tmp_path_factory, prepared_dir):
     """A run of CONFIG without interruptions: its directory and its result."""
     run_dir = tmp_path_factory.mktemp("whole") / "run"
-    return run_dir, train_and_evaluate(CONFIG, run_dir=run_dir, data_dir=prepared_dir)
+    return run_dir, train(CONFIG, run_dir=run_dir, data_dir=prepared_dir)
 
 
 @pytest.fixture(scope="module")
 def whole_research(tmp_path_factory):
     """A run of RESEARCH without interruptions: its directory and its result."""
     run_dir = tmp_path_factory.mktemp("research") / "run"
-    return run_dir, train_and_evaluate(RESEARCH, run_dir=run_dir)
+    return run_dir, train(RESEARCH, run_dir=run_dir)
 
 
 # --- A run ----------------------------------------------------------------------------------------------------------
@@ -152,13 +158,15 @@ def test_a_run_equals_a_loop_by_hand(whole_research):
         return pytest.approx(float(loss), rel=1e-3), (logits.argmax(1) == label).mean()
 
     def logits_of(state, image) -> Any:
-        return model.apply({"params": state.params, "batch_stats": state.batch_stats}, image, train=False)
+        return model.apply({"params": state.params, **state.model_state}, image, train=False)
 
     init_key, train_key, augment_key = jax.random.split(jax.random.key(3), 3)
     state = init_state(init_key, train[:1], model=model, tx=tx)
     features = train.reshape(88, -1) @ state.params["Dense_0"]["kernel"]
-    state = state._replace(batch_stats={"BatchNorm_0": {"mean": features.mean(0), "var": features.var(0)}})
-    states, rows = [], []
+    state = state._replace(
+        model_state={"batch_stats": {"BatchNorm_0": {"mean": features.mean(0), "var": features.var(0)}}}
+    )
+    states, rows, grad_norms = [], [], []
     for epoch in range(3):
         plan, totals = epoch_plan(3, epoch, 88, batch_size=16, augment=RESEARCH.augment, image_size=(6, 5)), []
         epoch_key = jax.random.fold_in(augment_key, epoch)
@@ -170,14 +178,16 @@ def test_a_run_equals_a_loop_by_hand(whole_research):
             batch = Batch(image + 0.3 * noise, y_train[kept][row.example].astype(np.int32), row.mask)
             state, metrics = train_step(state, batch, train_key, model=model, tx=tx, loss_fn=focal_loss)
             totals.append(metrics)
-        loss, correct, num_examples = np.sum(totals, axis=0)
-        assert num_examples == 88
+        loss, correct = (float(sum(getattr(m, name) for m in totals)) for name in ("loss", "correct"))
+        assert sum(m.num_examples for m in totals) == 88
+        grad_norms.append(pytest.approx(np.mean([float(m.grad_norm) for m in totals]), rel=1e-3))
         validation_loss, validation_accuracy = scores(logits_of(state, validation), y_train[held_out])
         rows.append((pytest.approx(loss / 88, rel=1e-3), correct / 88, validation_loss, validation_accuracy))
         states.append(jax.device_get(state))
 
     names = ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy")
     assert [tuple(row[name] for name in names) for row in read_rows(run_dir)] == rows
+    assert [row["train_grad_norm"] for row in read_rows(run_dir)] == grad_norms
     # Three epochs, three kinds of best: otherwise a wrong choice would not show.
     assert np.argmax([row[3] for row in rows]) == 0 and np.argmax([row[1] for row in rows]) == 1
     assert result["best_epoch"] == 1 and result["best_validation_accuracy"] == rows[0][3]
@@ -188,7 +198,7 @@ def test_a_run_equals_a_loop_by_hand(whole_research):
     assert (result["sha256"]["best_params"], result["sha256"]["params"]) == (digests[0], digests[2])
     biases = [state.params["Dense_1"]["bias"] for state in states]
     np.testing.assert_array_equal(biases[2], biases[0])  # Frozen after an epoch.
-    trained = load_trained(run_dir, RESEARCH).state
+    trained = load_run(run_dir, RESEARCH).state
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), trained, states[0])
 
 
@@ -205,10 +215,10 @@ def test_the_best_epoch_is_that_of_the_best_validation_accuracy():
 
 
 def test_a_seed_gives_the_same_bits_and_another_seed_gives_others(whole, prepared_dir, tmp_path):
-    again = train_and_evaluate(CONFIG, run_dir=tmp_path / "again", data_dir=prepared_dir)
+    again = train(CONFIG, run_dir=tmp_path / "again", data_dir=prepared_dir)
     assert again["sha256"] == whole[1]["sha256"]
     assert (again["test_accuracy"], again["test_loss"]) == (whole[1]["test_accuracy"], whole[1]["test_loss"])
-    other = train_and_evaluate(replace(CONFIG, seed=6), run_dir=tmp_path / "other", data_dir=prepared_dir)
+    other = train(replace(CONFIG, seed=6), run_dir=tmp_path / "other", data_dir=prepared_dir)
     assert other["sha256"]["params"] != whole[1]["sha256"]["params"]
 
 
@@ -220,7 +230,7 @@ def test_training_depends_on_each_training_example_and_on_no_other(whole_researc
         image = x_train.copy()
         image[changed] = 255 - image[changed]
         config = replace(RESEARCH, dataset=(image, y_train, *test))
-        found[name] = train_and_evaluate(config, run_dir=tmp_path / name)["sha256"]
+        found[name] = train(config, run_dir=tmp_path / name)["sha256"]
     expected = whole_research[1]["sha256"]
     assert found["held out"]["params"] == expected["params"]
     assert found["held out"]["metrics"] != expected["metrics"]
@@ -268,11 +278,11 @@ def test_the_keys_of_augmentation_depend_on_seed_epoch_and_example_only(tmp_path
 def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(stop_at, whole, prepared_dir, tmp_path):
     where = {"run_dir": tmp_path / "run", "data_dir": prepared_dir}
     with pytest.raises(Interrupted, match=f"Stopped by SIGTERM; the checkpoint of step {stop_at} is saved"):
-        train_and_evaluate(CONFIG, **where, report=Watch(stop_at))
+        train(CONFIG, **where, report=Watch(stop_at))
     assert saved_steps(tmp_path / "run")[-1] == stop_at
 
     report = Watch()
-    result = train_and_evaluate(CONFIG, **where, resume=True, report=report)
+    result = train(CONFIG, **where, resume=True, report=report)
 
     assert report.steps == list(range(stop_at + 1, 51))
     assert f"resuming at step {stop_at} of 50" in report.lines
@@ -284,8 +294,8 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(stop_at, whole, p
 
 def test_a_run_of_the_users_own_classes_is_resumed_to_the_bit(whole_research, tmp_path):
     with pytest.raises(Interrupted, match="the checkpoint of step 9 is saved"):
-        train_and_evaluate(RESEARCH, run_dir=tmp_path / "run", report=Watch(stop_at=9))
-    result = train_and_evaluate(RESEARCH, run_dir=tmp_path / "run", resume=True)
+        train(RESEARCH, run_dir=tmp_path / "run", report=Watch(stop_at=9))
+    result = train(RESEARCH, run_dir=tmp_path / "run", resume=True)
     assert result["sha256"] == whole_research[1]["sha256"]
     assert result["test_loss"] == whole_research[1]["test_loss"]
 
@@ -302,7 +312,7 @@ def test_an_epoch_is_saved_and_reported_while_the_next_one_trains(monkeypatch, t
         return train_steps(state, *args, **kwargs)
 
     monkeypatch.setattr("cnnjax.train.train_steps", dispatch)
-    train_and_evaluate(RESEARCH, run_dir=tmp_path, report=Events(quiet=True))
+    train(RESEARCH, run_dir=tmp_path, report=Events(quiet=True))
     six = ["step"] * 6
     assert events == [*six, "step", "epoch 1", *six, "epoch 2", *six[1:], "epoch 3"]
 
@@ -316,10 +326,10 @@ def test_a_run_saves_within_an_epoch_and_counts_the_time_of_all_sessions(whole_r
                 raise RuntimeError("a power failure")
 
     with pytest.raises(RuntimeError, match="a power failure"):
-        train_and_evaluate(RESEARCH, run_dir=tmp_path, checkpoint_seconds=0.0, report=Fails(quiet=True))
+        train(RESEARCH, run_dir=tmp_path, checkpoint_seconds=0.0, report=Fails(quiet=True))
     assert saved_steps(tmp_path)[-1] == 8
     before = read_rows(tmp_path, "timing.jsonl")
-    result = train_and_evaluate(RESEARCH, run_dir=tmp_path, resume=True)
+    result = train(RESEARCH, run_dir=tmp_path, resume=True)
     assert result["sha256"] == whole_research[1]["sha256"]
     assert read_rows(tmp_path, "timing.jsonl")[:1] == before
     assert result["training_seconds"] > before[0]["seconds"] + 0.5
@@ -347,7 +357,7 @@ def test_a_process_stopped_by_sigint_is_resumed_to_the_bit(whole_research, envir
     assert 6 <= step < 18
     assert f"Stopped by SIGINT; the checkpoint of step {step} is saved. Resume with:" in errors
     assert f"{' '.join(command)} --resume\n" in errors
-    result = train_and_evaluate(RESEARCH, run_dir=run_dir, resume=True)
+    result = train(RESEARCH, run_dir=run_dir, resume=True)
     assert result["sha256"] == whole_research[1]["sha256"]
     assert read_manifest(run_dir)["sessions"][-1]["resumed_from"] == step
 
@@ -370,7 +380,7 @@ def test_a_kill_at_any_write_is_repaired_by_resuming(name, count, whole_research
     command = [sys.executable, str(PROGRAMS / "killed_at_write.py"), name, str(count), "--run-dir", str(run_dir)]
     killed = subprocess.run(command, check=False, env=environment)
     assert killed.returncode == -signal.SIGKILL
-    result = train_and_evaluate(RESEARCH, run_dir=run_dir, resume=True)
+    result = train(RESEARCH, run_dir=run_dir, resume=True)
     assert result["sha256"] == whole_research[1]["sha256"]
     assert {*verify(run_dir).values()} == {"ok"}
     sessions = read_manifest(run_dir)["sessions"]
@@ -382,7 +392,7 @@ def test_a_kill_at_any_write_is_repaired_by_resuming(name, count, whole_research
 
 def test_a_finished_run_is_not_trained_again(whole, tmp_path):
     report = Watch()
-    again = train_and_evaluate(CONFIG, run_dir=whole[0], data_dir=tmp_path / "no data", resume=True, report=report)
+    again = train(CONFIG, run_dir=whole[0], data_dir=tmp_path / "no data", resume=True, report=report)
     assert again == whole[1]
     assert report.steps == []
 
@@ -391,7 +401,7 @@ def test_metrics_are_restored_from_the_checkpoint(whole_research, tmp_path):
     run_dir = shutil.copytree(whole_research[0], tmp_path / "run")
     (run_dir / "result.json").unlink()
     (run_dir / "metrics.jsonl").write_text('{"epoch": 1')
-    train_and_evaluate(RESEARCH, run_dir=run_dir, resume=True)
+    train(RESEARCH, run_dir=run_dir, resume=True)
     assert read_rows(run_dir) == read_rows(whole_research[0])
 
 
@@ -402,14 +412,14 @@ def test_a_run_whose_best_checkpoint_is_damaged_is_repeated(whole_research, tmp_
     files = [path for path in (run_dir / "checkpoints" / "6").rglob("*") if path.is_file()]
     max(files, key=lambda path: path.stat().st_size).write_bytes(b"")
     report = Watch()
-    result = train_and_evaluate(RESEARCH, run_dir=run_dir, resume=True, report=report)
+    result = train(RESEARCH, run_dir=run_dir, resume=True, report=report)
     assert report.steps == list(range(1, 19))
     assert result["sha256"] == whole_research[1]["sha256"]
 
 
 def test_resuming_where_there_is_nothing_starts_from_scratch(whole_research, tmp_path):
     report = Watch()
-    result = train_and_evaluate(RESEARCH, run_dir=tmp_path / "run", resume=True, report=report)
+    result = train(RESEARCH, run_dir=tmp_path / "run", resume=True, report=report)
     assert any(line.startswith("There is nothing to resume in") for line in report.lines)
     assert result["sha256"] == whole_research[1]["sha256"]
 
@@ -426,16 +436,16 @@ class Linear(nn.Module):
 def test_a_run_at_a_constant_learning_rate_can_be_trained_longer(tmp_path):
     two = replace(RESEARCH, num_epochs=2, model=Linear(), optim=SGD(learning_rate=0.05), augment=Augment())
     one = replace(two, num_epochs=1)
-    at_once = train_and_evaluate(two, run_dir=tmp_path / "at once")
-    train_and_evaluate(one, run_dir=tmp_path / "longer")
+    at_once = train(two, run_dir=tmp_path / "at once")
+    train(one, run_dir=tmp_path / "longer")
     with pytest.raises(UserError, match="exists already"):
-        train_and_evaluate(two, run_dir=tmp_path / "longer")
-    result = train_and_evaluate(two, run_dir=tmp_path / "longer", resume=True)
+        train(two, run_dir=tmp_path / "longer")
+    result = train(two, run_dir=tmp_path / "longer", resume=True)
     assert result["num_epochs"] == 2
     assert result["sha256"] == at_once["sha256"]
     assert read_record(tmp_path / "longer").config == encode(two)
     with pytest.raises(UserError, match="`num_epochs` is 2 there and 1 here"):
-        train_and_evaluate(one, run_dir=tmp_path / "longer", resume=True)
+        train(one, run_dir=tmp_path / "longer", resume=True)
 
 
 @pytest.mark.parametrize(
@@ -471,24 +481,24 @@ def test_a_speed_recipe_without_validation_is_resumed_to_the_bit_and_scored_with
     )
     steps: Any = train_steps
     compiled = steps._cache_size()
-    whole = train_and_evaluate(config, run_dir=tmp_path / "whole")
+    whole = train(config, run_dir=tmp_path / "whole")
     assert steps._cache_size() == compiled + 1  # On a CPU, frozen parameters are not worth another program.
     assert whole["best_epoch"] == 3 and whole["best_validation_accuracy"] is None
     assert whole["sha256"]["params"] == whole["sha256"]["best_params"]
     assert whole["test_loss"] < np.log(4) - 0.05  # Better than chance.
     with pytest.raises(Interrupted, match="the checkpoint of step 23 is saved"):
         # Within the second epoch, between the two batches of an update, between two lookaheads.
-        train_and_evaluate(config, run_dir=tmp_path / "run", report=Watch(stop_at=23))
+        train(config, run_dir=tmp_path / "run", report=Watch(stop_at=23))
     # On a slow disk: no epoch waits for a save, and neither a stopped run nor its last epoch is lost.
     monkeypatch.setattr(Checkpoints, "is_saving", lambda _: True)
     with pytest.raises(Interrupted, match="the checkpoint of step 33 is saved"):
-        train_and_evaluate(config, run_dir=tmp_path / "run", resume=True, report=Watch(stop_at=33))
+        train(config, run_dir=tmp_path / "run", resume=True, report=Watch(stop_at=33))
     assert saved_steps(tmp_path / "run") == [14, 23, 33]
-    resumed = train_and_evaluate(config, run_dir=tmp_path / "run", resume=True)
+    resumed = train(config, run_dir=tmp_path / "run", resume=True)
     assert resumed["sha256"] == whole["sha256"]
     assert resumed["test_loss"] == whole["test_loss"]
     assert not (tmp_path / "run" / "damaged").exists()
-    assert load_trained(tmp_path / "run", config).state.step == 3 * 14
+    assert load_run(tmp_path / "run", config).state.step == 3 * 14
 
 
 def test_a_second_signal_stops_immediately():
@@ -507,7 +517,7 @@ def interrupted_arrays():
 
 def test_a_signal_before_the_first_step_ends_the_run_and_leaves_no_directory(tmp_path):
     with pytest.raises(Interrupted, match=r"Stopped by SIGTERM; nothing is lost\."):
-        train_and_evaluate(replace(RESEARCH, dataset=interrupted_arrays), run_dir=tmp_path / "run")
+        train(replace(RESEARCH, dataset=interrupted_arrays), run_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -533,7 +543,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_finite_checkpoint_
         r"`optim\.learning_rate` \(now 0\.001\)"
     )
     with pytest.raises(NonFiniteLossError, match=pattern):
-        train_and_evaluate(config, run_dir=tmp_path)
+        train(config, run_dir=tmp_path)
     assert saved_steps(tmp_path) == [6]
     assert len(read_rows(tmp_path)) == 1
 
@@ -543,7 +553,7 @@ def test_parameters_that_are_not_finite_are_never_saved(tmp_path):
     """The last step of an epoch diverges: no loss shows it yet."""
     config = replace(RESEARCH, model=Linear(), optim=Diverges(update=5, huge=float("inf")), augment=Augment())
     with pytest.raises(NonFiniteLossError, match=r"parameters became infinite or nan between steps 5 and 6; there is"):
-        train_and_evaluate(config, run_dir=tmp_path)
+        train(config, run_dir=tmp_path)
     assert saved_steps(tmp_path) == []
 
 
@@ -553,7 +563,7 @@ def test_an_epoch_that_a_slow_disk_skips_is_checked_too(monkeypatch, tmp_path):
     config = replace(RESEARCH, validation_fraction=0.0, model=Linear(), optim=optim, augment=Augment())
     monkeypatch.setattr(Checkpoints, "is_saving", lambda _: True)
     with pytest.raises(NonFiniteLossError, match=r"parameters became infinite or nan between steps 6 and 7; there is"):
-        train_and_evaluate(config, run_dir=tmp_path)
+        train(config, run_dir=tmp_path)
     assert read_rows(tmp_path) == []
 
 
@@ -563,7 +573,7 @@ def test_a_slow_disk_delays_a_checkpoint_by_no_more_than_checkpoint_seconds(monk
     monkeypatch.setattr(Checkpoints, "is_saving", lambda _: True)
     for seconds, first_epoch_is_saved in ((60.0, False), (0.0, True)):
         run_dir = tmp_path / str(seconds)
-        train_and_evaluate(config, run_dir=run_dir, checkpoint_seconds=seconds)
+        train(config, run_dir=run_dir, checkpoint_seconds=seconds)
         assert (7 in saved_steps(run_dir)) == first_epoch_is_saved
 
 
@@ -571,10 +581,10 @@ def test_a_slow_disk_delays_a_checkpoint_by_no_more_than_checkpoint_seconds(monk
 
 
 def test_a_run_directory_that_exists(whole, prepared_dir):
-    with pytest.raises(UserError, match=r"`run_dir` .* exists already\. Resume that run with --resume, or choose"):
-        train_and_evaluate(CONFIG, run_dir=whole[0], data_dir=prepared_dir)
+    with pytest.raises(UserError, match=r"`run_dir` .* exists already\. Resume that run, resume=True, or choose"):
+        train(CONFIG, run_dir=whole[0], data_dir=prepared_dir)
     with pytest.raises(UserError, match=r"`run_dir` .* exists already\. It holds another configuration: .*\. Choose"):
-        train_and_evaluate(replace(CONFIG, batch_size=8), run_dir=whole[0], data_dir=prepared_dir)
+        train(replace(CONFIG, batch_size=8), run_dir=whole[0], data_dir=prepared_dir)
 
 
 def test_resuming_with_another_configuration(whole, prepared_dir):
@@ -582,7 +592,7 @@ def test_resuming_with_another_configuration(whole, prepared_dir):
     with pytest.raises(
         UserError, match=r"`batch_size` is 16 there and 8 here; `optim.learning_rate` is 0.001 there and 0.5 here"
     ):
-        train_and_evaluate(other, run_dir=whole[0], data_dir=prepared_dir, resume=True)
+        train(other, run_dir=whole[0], data_dir=prepared_dir, resume=True)
 
 
 def test_resuming_with_other_data(whole_research, tmp_path):
@@ -590,14 +600,14 @@ def test_resuming_with_other_data(whole_research, tmp_path):
     (run_dir / "result.json").unlink()
     other = replace(RESEARCH, dataset=make_arrays(num_test=20))
     with pytest.raises(UserError, match=r"must hold the data that .* was trained on, .*sha256.t"):
-        train_and_evaluate(other, run_dir=run_dir, resume=True)
+        train(other, run_dir=run_dir, resume=True)
 
 
 def test_a_run_continues_with_its_version_of_a_set_beside_a_newer_one(whole, prepared_dir, tmp_path):
     _, expected = whole
     data_dir = shutil.copytree(prepared_dir, tmp_path / "data")
     with pytest.raises(Interrupted):
-        train_and_evaluate(CONFIG, run_dir=tmp_path / "run", data_dir=data_dir, report=Watch(stop_at=10))
+        train(CONFIG, run_dir=tmp_path / "run", data_dir=data_dir, report=Watch(stop_at=10))
     old = load_dataset("generated", data_dir)
     splits = {split: old.load(split) for split in ("train", "test")}
     inverted = {split: RawSplit(255 - x.image, {"label": x.label}) for split, x in splits.items()}
@@ -605,10 +615,9 @@ def test_a_run_continues_with_its_version_of_a_set_beside_a_newer_one(whole, pre
     folder = write_tfds(newer, RawSet(inverted, {}), tmp_path / "newer", say=lambda line: None)
     shutil.copytree(folder, data_dir / "generated" / "3.1.0")
     assert load_dataset("generated", data_dir).version == "3.1.0"
-    result = train_and_evaluate(CONFIG, run_dir=tmp_path / "run", data_dir=data_dir, resume=True)
+    result = train(CONFIG, run_dir=tmp_path / "run", data_dir=data_dir, resume=True)
     assert result["sha256"] == expected["sha256"]
-    trained = load_trained(tmp_path / "run")
-    assert score(trained, "test", data_dir).accuracy == expected["test_accuracy"]
+    assert load_run(tmp_path / "run").evaluate("test", data_dir=data_dir).accuracy == expected["test_accuracy"]
     config = read_record(tmp_path / "run").decode({})
     into = tmp_path / "again"
     assert reproduce(tmp_path / "run", config, into=into, data_dir=data_dir).same
@@ -619,22 +628,22 @@ def test_a_run_continues_with_its_version_of_a_set_beside_a_newer_one(whole, pre
 def test_a_refusal_changes_nothing(tmp_path):
     """A finished run is to be trained longer, but its latest checkpoint is of another network."""
     short = replace(RESEARCH, optim=SGD(learning_rate=0.01), num_epochs=1)
-    train_and_evaluate(short, run_dir=tmp_path)
+    train(short, run_dir=tmp_path)
     before = {name: (tmp_path / name).read_bytes() for name in ("config.json", "result.json", "metrics.jsonl")}
     shutil.rmtree(tmp_path / "checkpoints")
     other = tmp_path / "other"
-    train_and_evaluate(replace(short, model=research.Net(width=8)), run_dir=other)
+    train(replace(short, model=research.Net(width=8)), run_dir=other)
     (other / "checkpoints").rename(tmp_path / "checkpoints")
     shutil.rmtree(other)
     with pytest.raises(UserError, match=r"must match the model and the optimizer, but `params/.*` has shape"):
-        train_and_evaluate(replace(short, num_epochs=2), run_dir=tmp_path, resume=True)
+        train(replace(short, num_epochs=2), run_dir=tmp_path, resume=True)
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
 
 
 def test_a_run_directory_that_is_locked(whole):
     with FileLock(whole[0] / "lock"):
         with pytest.raises(UserError, match=r"`run_dir` .* is in use by another process"):
-            train_and_evaluate(CONFIG, run_dir=whole[0], resume=True)
+            train(CONFIG, run_dir=whole[0], resume=True)
 
 
 def test_a_directory_of_something_else(tmp_path):
@@ -642,15 +651,15 @@ def test_a_directory_of_something_else(tmp_path):
     with pytest.raises(
         UserError, match=r"`run_dir` must be empty or hold a run with a config\.json, got .* with thesis\.tex"
     ):
-        train_and_evaluate(CONFIG, run_dir=tmp_path)
+        train(CONFIG, run_dir=tmp_path)
 
 
 def test_a_directory_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"`run_dir` .*file/run cannot be written"):
-        train_and_evaluate(CONFIG, run_dir=tmp_path / "file" / "run")
+        train(CONFIG, run_dir=tmp_path / "file" / "run")
     with pytest.raises(UserError, match=r"`run_dir` must be a directory, got the file"):
-        train_and_evaluate(CONFIG, run_dir=tmp_path / "file")
+        train(CONFIG, run_dir=tmp_path / "file")
 
 
 @quick
@@ -659,10 +668,10 @@ def test_a_checkpoint_of_another_model(whole_research, tmp_path):
     write_record(tmp_path, Record(encode(wide), read_record(whole_research[0]).data))
     shutil.copytree(whole_research[0] / "checkpoints", tmp_path / "checkpoints")
     with pytest.raises(UserError, match=r"must have a manifest.json, got none: another version of cnnjax wrote it"):
-        train_and_evaluate(wide, run_dir=tmp_path, resume=True)
+        train(wide, run_dir=tmp_path, resume=True)
     shutil.copy(whole_research[0] / "manifest.json", tmp_path)
     with pytest.raises(UserError, match=r"must match the model and the optimizer, but .* has shape \(16,\)"):
-        train_and_evaluate(wide, run_dir=tmp_path, resume=True)
+        train(wide, run_dir=tmp_path, resume=True)
 
 
 class ThreeClasses(nn.Module):
@@ -671,12 +680,12 @@ class ThreeClasses(nn.Module):
         return nn.Dense(3)(image.mean((1, 2)))
 
 
-def column_loss(logits, label):
-    return CrossEntropy()(logits, label)[:, None]
+def column_loss(logits, batch):
+    return CrossEntropy()(logits, batch)[:, None]
 
 
-def mean_loss(logits, label):
-    return CrossEntropy()(logits, label).mean()
+def mean_loss(logits, batch):
+    return CrossEntropy()(logits, batch).mean()
 
 
 @dataclass(frozen=True)
@@ -693,18 +702,27 @@ class Crop(Augment):
         ({"augment": Augment(cutout=6)}, "`augment.cutout` must be at most 5 for images of 6×5 pixels, got 6"),
         ({"model": SpeedNet()}, "Images must have at least 9×9 pixels for SpeedNet, got 6×5"),
         ({"model": MLP(num_classes=7)}, "`model.num_classes` must be the 4 of the data, got 7. Leave it out"),
-        ({"model": ThreeClasses(), "optim": SGD()}, "`model` must return logits of shape (16, 4), got .*shape=(16, 3)"),
-        ({"loss": column_loss}, "`loss` must return one value per example of shape (16,), got .*shape=(16, 1)"),
-        ({"loss": mean_loss}, "`loss` must return one value per example of shape (16,), got .*shape=()"),
-        ({"augment": Crop()}, "`augment.transform` must return images of shape (16, 6, 5, 3), got .*(16, 5, 5, 3)"),
+        ({"model": ThreeClasses(), "optim": SGD()}, "`model` must return logits of shape (16, 4), got float32[16, 3]"),
+        (
+            {"loss": column_loss},
+            "`loss_fn` must return floating-point values of shape (16,), one per example, got float32[16, 1]",
+        ),
+        (
+            {"loss": mean_loss},
+            "`loss_fn` must return floating-point values of shape (16,), one per example, got float32[]",
+        ),
+        (
+            {"augment": Crop()},
+            "`augment.transform` must return images of shape (16, 6, 5, 3), got float32[16, 5, 5, 3]",
+        ),
     ],
     ids=["batch size", "cutout", "image size", "num_classes", "logits", "loss column", "mean loss", "cropped images"],
 )
 def test_what_does_not_fit_the_data_leaves_no_directory(changes, message, tmp_path):
-    pattern = message.replace("(", r"\(").replace(")", r"\)")
+    pattern = re.escape(message)
     report = Watch()
     with pytest.raises(UserError, match=pattern):
-        train_and_evaluate(replace(RESEARCH, **changes), run_dir=tmp_path / "run", report=report)
+        train(replace(RESEARCH, **changes), run_dir=tmp_path / "run", report=report)
     assert report.steps == []
     assert not (tmp_path / "run").exists()
 
@@ -723,6 +741,6 @@ def test_the_number_of_classes_is_set_from_the_data():
 @pytest.mark.slow
 def test_an_epoch_on_the_real_mnist_scores_every_test_image(tmp_path):
     config = Config(dataset="mnist", num_epochs=1, model=MLP(dense_dropout=0.2))
-    result = train_and_evaluate(config, run_dir=tmp_path / "run")
+    result = train(config, run_dir=tmp_path / "run")
     assert result["num_test_examples"] == 10_000
     assert result["test_accuracy"] > 0.94

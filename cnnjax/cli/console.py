@@ -1,7 +1,9 @@
 """Console output: lines on standard output, and a progress bar on standard error if it is a terminal."""
 
 import copy
+import io
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,12 +25,17 @@ def track(items: Iterable[T], description: str, total: int | float) -> Iterable[
 
 
 class Report:
-    """Prints the progress and the result of a run.
+    """Shows the progress and the result of a run, in a terminal, a log or a notebook.
 
-    If standard output cannot be written, it says so once on standard error, and the run continues.
+    `train_and_evaluate` calls `say`, `progress`, `step`, `epoch` and `result`. A logger of your own is a subclass that
+    overrides some of them. If standard output cannot be written, it says so once on standard error, and the run
+    continues.
+
+    Example:
+      >>> train_and_evaluate(config, report=Report())
 
     Args:
-      quiet: whether to print nothing, for use as a library.
+      quiet: whether to print nothing.
       prefix: starts every line. If it is not empty, no progress bar is shown.
     """
 
@@ -37,6 +44,7 @@ class Report:
         self._out = _console(Output(sys.stdout, self._lose), quiet=quiet)
         self._err = _console(Output(sys.stderr), quiet=quiet)
         self._bar: Progress | None = None
+        self._cell: _Cell | None = None
 
     def say(self, line: str) -> None:
         """Prints a line."""
@@ -53,33 +61,45 @@ class Report:
 
     @contextmanager
     def progress(self, num_epochs: int, steps_per_epoch: int, start: int) -> Iterator[None]:
-        """Shows a progress bar over the steps of all epochs, which starts at step `start`."""
+        """Shows a progress bar over the steps of all epochs inside the context, which contains the training.
+
+        Args:
+          start: the number of steps that are done.
+        """
         columns = (
             TextColumn("{task.fields[epoch]}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn(
-                "loss {task.fields[loss]:.3f}  accuracy {task.fields[accuracy]:.1%}  "
-                "{task.fields[images_per_second]:,.0f} images/s  left"
-            ),
+            TextColumn("{task.fields[scores]}  {task.fields[images_per_second]:,.0f} images/s  left"),
             TimeRemainingColumn(),
         )
         # Lines must scroll above the bar, so both use the same console if both streams are terminals.
-        out, shown = self._out, self._err.file.isatty() and not self._err.quiet and not self._prefix
+        out, wanted = self._out, not self._err.quiet and not self._prefix
+        shown, in_notebook = wanted and self._err.file.isatty(), wanted and Console().is_jupyter
         if shown and out.file.isatty():
             self._out = self._err
-        fields = {"epoch": "compiling", "loss": float("nan"), "accuracy": 0.0, "images_per_second": 0.0}
+        fields = {"epoch": "compiling", "scores": "", "images_per_second": 0.0}
         fields |= {"num_epochs": num_epochs, "steps_per_epoch": steps_per_epoch}
         with Progress(*columns, console=self._err, disable=not shown, transient=True, speed_estimate_period=10) as bar:
             bar.add_task("train", total=num_epochs * steps_per_epoch, completed=start, **fields)
-            self._bar = bar
+            self._bar = bar if shown or in_notebook else None
+            self._cell = _Cell() if in_notebook else None
             try:
                 yield
             finally:
-                self._out, self._bar = out, None
+                if self._cell is not None:
+                    self._cell.show(bar)
+                self._out, self._bar, self._cell = out, None, None
 
     def step(self, step: int, means: Any) -> None:
-        """Shows `step` and the mean loss and accuracy of its epoch in the progress bar, if there is one."""
+        """Shows the mean metrics of an epoch so far.
+
+        On an accelerator an epoch is one program, so this is called once per epoch.
+
+        Args:
+          step: the number of steps that are done.
+          means: its fields `loss`, `num_examples` and `values`, such as {"accuracy": 0.9}.
+        """
         if self._bar is None:
             return
         task = self._bar.tasks[0]
@@ -88,33 +108,67 @@ class Report:
             task.id,
             completed=step,
             epoch=f"epoch {epoch + 1}/{task.fields['num_epochs']}",
-            loss=means.loss,
-            accuracy=means.accuracy,
+            scores=_scores({"loss": means.loss, **means.values}),
             images_per_second=(task.speed or 0.0) * means.num_examples / (index + 1),
         )
+        if self._cell is not None and self._cell.is_due():
+            self._cell.show(self._bar)
 
     def epoch(self, row: Mapping[str, Any], num_epochs: int) -> None:
-        """Prints the metrics and the timing of an epoch."""
-        validation = ""
-        if "validation_loss" in row:
-            validation = f"validation loss {row['validation_loss']:.4f}  accuracy {row['validation_accuracy']:.2%}  "
+        """Prints the metrics and the timing of an epoch.
+
+        Args:
+          row: see `on_epoch` of `train_and_evaluate`.
+          num_epochs: of the configuration.
+        """
+        train = {name.removeprefix("train_"): value for name, value in row.items() if name.startswith("train_")}
+        train.pop("grad_norm", None)
+        validation = {"loss": row.get("validation_loss"), "accuracy": row.get("validation_accuracy")}
         self.say(
-            f"epoch {row['epoch']:>{len(str(num_epochs))}}/{num_epochs}  "
-            f"loss {row['train_loss']:.4f}  accuracy {row['train_accuracy']:.2%}  {validation}"
-            f"{row['images_per_second']:,.0f} images/s  {row['seconds']:.0f} s"
+            f"epoch {row['epoch']:>{len(str(num_epochs))}}/{num_epochs}  {_scores(train)}  "
+            + (f"validation {_scores(validation)}  " if "validation_loss" in row else "")
+            + f"{row['images_per_second']:,.0f} images/s  {row['seconds']:.0f} s"
         )
 
     def result(self, result: Mapping[str, Any], run_dir: Path) -> None:
         """Prints the content of result.json as a sentence."""
         best = result["best_validation_accuracy"]
         validation = "no validation" if best is None else f"validation accuracy {best:.2%}"
+        stopped = result["stopped_epoch"]
+        early = "" if stopped is None else f", stopped after epoch {stopped}"
         self.say(
             f"Test accuracy {result['test_accuracy']:.2%} (loss {result['test_loss']:.4f}) on all "
             f"{result['num_test_examples']:,} test images, with the parameters of epoch {result['best_epoch']} of "
-            f"{result['num_epochs']} ({validation}); seed {result['seed']}, {result['num_params']:,} parameters, "
-            f"{result['training_seconds']:.0f} s of training on {result['device']}. All of it is in {run_dir}."
+            f"{result['num_epochs']} ({validation}{early}); seed {result['seed']}, {result['num_params']:,} "
+            f"parameters, {result['training_seconds']:.0f} s of training on {result['device']}. All of it is in "
+            f"{run_dir}."
         )
 
 
-def _console(file: Any, quiet: bool = False) -> Console:
-    return Console(file=file, quiet=quiet, highlight=False, soft_wrap=True)
+class _Cell:
+    """A progress bar as text in the output of a notebook's cell, without widgets."""
+
+    def __init__(self) -> None:
+        from IPython.display import display  # There is one in a notebook.
+
+        handle: Any = display({"text/plain": "compiling"}, raw=True, display_id=True)
+        self._update = handle.update
+        self._shown_at = time.monotonic()
+
+    def is_due(self) -> bool:
+        return time.monotonic() - self._shown_at > 0.2
+
+    def show(self, bar: Progress) -> None:
+        text = io.StringIO()
+        _console(text, width=120, color_system=None).print(bar.get_renderable())
+        self._update({"text/plain": text.getvalue().rstrip()}, raw=True)
+        self._shown_at = time.monotonic()
+
+
+def _scores(values: Mapping[str, Any]) -> str:
+    return "  ".join(f"{name} {value:{'.2%' if name == 'accuracy' else '.4f'}}" for name, value in values.items())
+
+
+def _console(file: Any, **options: Any) -> Console:
+    # In a notebook rich would ignore `file`.
+    return Console(file=file, highlight=False, soft_wrap=True, force_jupyter=False, **options)

@@ -13,18 +13,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import flax.linen as nn
-
 from cnnjax.config import Config, word
 from cnnjax.data.augment import Augment
 from cnnjax.errors import UserError, describe, unknown_name
+from cnnjax.network import Network
 from cnnjax.optim.optimizer import Optimizer
 from cnnjax.runs import codec
 from cnnjax.runs.files import open_regular
 
 _LOADING = ContextVar("loading", default=False)  # Whether an experiment file is running now.
 # The parts of a configuration that can be chosen by a word, and their base classes.
-PARTS = {"model": nn.Module, "optim": Optimizer, "augment": Augment}
+PARTS: dict[str, Any] = {"model": Network, "optim": Optimizer, "augment": Augment}
 
 
 class Experiment(NamedTuple):

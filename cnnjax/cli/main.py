@@ -18,9 +18,10 @@ import tyro
 from tyro.conf import Positional
 
 from cnnjax.cli.inspection import Compare, Diff, Reproduce, Runs, Verify, config_of, printable
+from cnnjax.cli.process import keep_memory
 from cnnjax.cli.signals import Interrupted, ignore_signals, stop_signals
 from cnnjax.cli.streams import OutputError, guarded_streams, quote
-from cnnjax.errors import UserError, check
+from cnnjax.errors import UserError, check, messages_for_shell
 
 if TYPE_CHECKING:
     from cnnjax.config import Config
@@ -44,12 +45,11 @@ class Eval:
 
     def __call__(self) -> None:
         """Prints accuracy and loss."""
-        from cnnjax.runs.records import read_result
-        from cnnjax.runs.trained import load_trained, score
+        from cnnjax.runs.run import load_run
 
-        trained = load_trained(self.run, config_of(self.run, self.experiment))
-        scores = score(trained, self.split, self.data_dir)
-        unfinished = "" if read_result(self.run) else ", which is not finished"
+        run = load_run(self.run, config_of(self.run, self.experiment))
+        scores = run.evaluate(self.split, data_dir=self.data_dir)
+        unfinished = "" if run.result else ", which is not finished"
         print(
             f"{self.split} accuracy {scores.accuracy:.2%}, loss {scores.loss:.4f}, on all "
             f"{scores.num_examples:,} images ({self.run}{unfinished})"
@@ -77,16 +77,17 @@ class Predict:
 
     def __call__(self) -> int:
         """Prints one line per file."""
-        from cnnjax.runs.trained import classify, load_trained, read_image
+        from cnnjax.data.image_files import read_image
+        from cnnjax.runs.run import load_run
 
         check("images", "at least one file", bool(self.images), "none")
         check("top", "at least 1", self.top >= 1, self.top)
         logging.getLogger("PIL").setLevel(logging.CRITICAL)  # Its lines do not name the file; the exception does.
-        trained = load_trained(self.run, config_of(self.run, self.experiment))
+        run = load_run(self.run, config_of(self.run, self.experiment))
         status = 0
         for path in self.images:
             try:
-                image = read_image(path, trained.facts.image_shape)
+                image = read_image(path, run.facts.image_shape)
             except UserError as error:
                 print(printable(error), file=sys.stderr)
                 status = 2
@@ -94,11 +95,11 @@ class Predict:
             color = image[..., : 1 if image.shape[-1] < 3 else 3]  # Without the alpha channel.
             if self.invert:
                 color ^= 255
-            elif color.mean() > 2 * max(trained.facts.mean[: color.shape[-1]]):
+            elif color.mean() > 2 * max(run.facts.mean[: color.shape[-1]]):
                 print(f"{printable(path)} is much brighter than the training images; try --invert", file=sys.stderr)
-            probability = classify(trained, image)
+            probability = run.predict(image[None])[0]
             top = (-probability).argsort(kind="stable")[: self.top]
-            classes = ", ".join(f"{trained.facts.class_names[k]} {probability[k]:.1%}" for k in top)
+            classes = ", ".join(f"{run.facts.class_names[k]} {probability[k]:.1%}" for k in top)
             print(f"{printable(path)}: {classes}")
         return status
 
@@ -168,8 +169,9 @@ def run_experiment(config: "Config") -> None:
 
 
 def _run(parse: Callable[[], Any], resumable: bool, process_ends: bool = False) -> None:
+    keep_memory()
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Messages of tfds that do not help users.
-    with guarded_streams(), stop_signals(process_ends) if resumable else nullcontext() as stop:
+    with messages_for_shell(), guarded_streams(), stop_signals(process_ends) if resumable else nullcontext() as stop:
 
         def run() -> Any:
             if stop is None:

@@ -1,4 +1,4 @@
-"""Process-wide settings: XLA flags, memory allocation and the cache of compiled programs."""
+"""Process-wide settings: memory allocation, and the cache of compiled programs."""
 
 import ctypes
 import hashlib
@@ -7,35 +7,17 @@ import platform
 import re
 from collections.abc import Callable
 from contextlib import suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from cnnjax.errors import UserError
 
 
-def set_flags() -> None:
-    """Adds our flags to XLA_FLAGS, except those that the user has set.
-
-    Runs when cnnjax is imported, because XLA reads its flags when jax starts its backend, and because without them
-    jaxlib 0.10 computes convolutions on a CPU slowly and some of them incorrectly.
-    """
-    flags = os.environ.get("XLA_FLAGS", "")
-    # Makes GPU kernels deterministic; XLA then no longer selects kernels by timing them.
-    ours = {"--xla_gpu_deterministic_ops": "true"}
-    # An unknown flag aborts the process, so the others are only set for versions that were tested.
-    if version("jaxlib").startswith(("0.10.", "0.11.", "0.12.")):
-        # Selects XLA's older convolutions. See BENCHMARKS.md and jax issues 39103, 39257 and 40412.
-        ours["--xla_cpu_experimental_ynn_fusion_type"] = "-individual_convolution"
-    if version("jaxlib").startswith("0.10."):
-        # Reduces the number of operations that run concurrently, because they slow each other down.
-        ours["--xla_cpu_scheduler_type"] = "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
-    added = [f"{flag}={value}" for flag, value in ours.items() if flag not in flags]
-    os.environ["XLA_FLAGS"] = " ".join([*flags.split(), *added])
-
-
 def keep_memory() -> None:
-    """Makes glibc reuse freed memory, unless the user has set a MALLOC_ variable. Must run before threads start.
+    """Makes glibc keep the memory that this process frees, which makes training on a CPU faster.
+
+    The command line and `run_experiment` call it. In a script, call it before jax starts. It has no effect without
+    glibc, or if the user has set a variable that begins with MALLOC_.
 
     XLA frees the scratch memory of each step, and glibc returns such large blocks to the system. Mapping them again,
     page by page, takes a quarter of the next step (see BENCHMARKS.md). With a single arena and without
@@ -55,14 +37,13 @@ def start_jax() -> None:
     """Starts jax on its devices. Run before anything else uses them, because jax's own errors are long tracebacks.
 
     Raises:
-      UserError: jax cannot start, or the environment forbids conversions or transfers that the package relies on.
+      UserError: jax cannot start, or the environment forbids transfers.
     """
     import jax
 
     config: Any = jax.config
-    for option, valid in (("jax_numpy_dtype_promotion", ("standard",)), ("jax_transfer_guard", (None, "log", "allow"))):
-        if (value := getattr(config, option)) not in valid:
-            raise UserError(f"`{option.upper()}` must be {valid[-1]}, got {value}. Unset it.")
+    if (value := config.jax_transfer_guard) not in (None, "log", "allow"):
+        raise UserError(f"`JAX_TRANSFER_GUARD` must be allow, got {value}. Unset it.")
     names = ["JAX_PLATFORM_NAME", "JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES"]
     try:
         jax.local_devices()

@@ -4,6 +4,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -23,6 +24,10 @@ class Interrupted(KeyboardInterrupt):
         super().__init__(f"Stopped by {signal.Signals(signum).name}; {saved}.")
         self.signum = signum
         self.step = step
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles the arguments, which the message does not contain."""
+        return type(self), (self.signum, self.step)
 
 
 class Stop:

@@ -97,22 +97,22 @@ class CutMix(Augment):
         """Returns the mixed batch."""
         keys = jax.vmap(jax.random.split)(key)  # [B 2]
         half = jnp.sqrt(1 - _beta(keys[:, 0], self.alpha)) / 2  # [B], as a fraction of the side
-        center = jax.vmap(lambda k: jax.random.uniform(k, (2,)))(keys[:, 1])  # [B 2]
+        center = jax.vmap(lambda k: jax.random.uniform(k, (2,), jnp.float32))(keys[:, 1])  # [B 2]
         b, h, w, _ = batch.image.shape
 
         def inside(size: int, center: Float[Array, " B"]) -> Array:
             low, high = (jnp.clip(jnp.round(size * (center + sign * half)), 0, size) for sign in (-1, 1))
-            pixel = jnp.arange(size)[None]
+            pixel = jnp.arange(size, dtype=jnp.float32)[None]
             return (pixel >= low[:, None]) & (pixel < high[:, None])  # [B size]
 
         mask = inside(h, center[:, 0])[:, :, None] & inside(w, center[:, 1])[:, None, :]  # [B H W]
         image = jnp.where(mask[..., None], jnp.roll(batch.image, 1, axis=0), batch.image)
-        weight = 1 - mask.reshape(b, -1).mean(axis=1)
+        weight = 1 - mask.reshape(b, -1).mean(axis=1, dtype=jnp.float32)
         return batch._replace(image=image, label=_mix_labels(batch.label, weight, self.num_classes))
 
 
 def _beta(key: Key[Array, " B"], alpha: float) -> Float[Array, " B"]:
-    return jax.vmap(lambda k: jax.random.beta(k, alpha, alpha))(key)
+    return jax.vmap(lambda k: jax.random.beta(k, alpha, alpha, dtype=jnp.float32))(key)
 
 
 def _mix(x: AnyArray, weight: Array) -> Array:
@@ -120,4 +120,4 @@ def _mix(x: AnyArray, weight: Array) -> Array:
 
 
 def _mix_labels(label: Int[AnyArray, " B"], weight: Float[Array, " B"], num_classes: int) -> Float[Array, "B K"]:
-    return _mix(jax.nn.one_hot(label, num_classes), weight[:, None])
+    return _mix(jax.nn.one_hot(label, num_classes, dtype=jnp.float32), weight[:, None])

@@ -1,6 +1,7 @@
 """Image classification sets, identified by their digests: tfds sets (decoded once and cached) and arrays in memory."""
 
 import hashlib
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -29,7 +30,7 @@ from cnnjax.data.tfds_format import (
     prepare_with_tensorflow,
     write_tfds,
 )
-from cnnjax.errors import UserError, check, user_code
+from cnnjax.errors import UserError, check, option, user_code
 from cnnjax.typing import AnyArray
 
 MAX_CLASSES = 1 << 20  # A label that exceeds this is an identifier, not a class.
@@ -93,7 +94,7 @@ class ImageDataset:
 
 def load_dataset(
     dataset: str | tuple[Any, ...] | Callable[[], Any],
-    data_dir: Path | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
     say: Callable[[str], None] = print,
     *,
     version: str | None = None,
@@ -118,7 +119,7 @@ def load_dataset(
     """
     if isinstance(dataset, str):
         found = _load_tfds(
-            dataset.strip("/"), default_data_dir() if data_dir is None else absolute(data_dir), version, say
+            dataset.strip("/"), default_data_dir() if data_dir is None else absolute(Path(data_dir)), version, say
         )
     elif callable(dataset):
         with user_code("`dataset`"):
@@ -244,7 +245,7 @@ def _prepare(
 def _not_writable(data_dir: Path, error: OSError) -> UserError:
     return UserError(
         f"`data_dir` must be a directory that can be written, got {data_dir} ({error}). "
-        "Fix this, or choose another one with --data-dir DIR."
+        f"Fix this, or choose another one: {option('data_dir', 'DIR')}."
     )
 
 

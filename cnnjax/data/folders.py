@@ -13,7 +13,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from cnnjax.errors import UserError
+from cnnjax.errors import UserError, option
 from cnnjax.runs.files import check_local
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+", re.ASCII)
@@ -42,7 +42,7 @@ def absolute(data_dir: Path) -> Path:
     except RuntimeError as error:
         raise UserError(
             f"`data_dir` must be without ~ for a user without a home directory, got {data_dir}. Name a folder with "
-            "--data-dir DIR or $TFDS_DATA_DIR."
+            f"{option('data_dir', 'DIR')} or $TFDS_DATA_DIR."
         ) from error
 
 
@@ -84,7 +84,7 @@ def _unreadable(folder: Path) -> Iterator[None]:
         if error.errno not in _ABSENT:
             raise UserError(
                 f"`data_dir` must be a directory that can be read, got {folder} ({error.strerror}). Fix this, or "
-                "choose another one with --data-dir DIR."
+                f"choose another one: {option('data_dir', 'DIR')}."
             ) from error
 
 

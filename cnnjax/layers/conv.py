@@ -1,22 +1,24 @@
-"""Convolution as a pure function, with the fastest gradients for each device.
+"""Convolution as a pure function, with the fastest gradients for each device, and by plain XLA operations.
 
-The results equal those of XLA's own convolution to rounding. Only first-order reverse-mode derivatives are supported.
-Kernels are float32; the computation uses the dtype of the image and accumulates in float32.
+The results of both are equal to rounding. Kernels are float32; the computation uses the dtype of the image and
+accumulates in float32.
 """
 
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
 from cnnjax.layers import onednn
+from cnnjax.layers.derivatives import fast_vjp
 from cnnjax.layers.onednn import Padding
 from cnnjax.typing import AnyArray
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@partial(fast_vjp, nondiff_argnums=(3, 4))
 def conv2d(
     image: Float[AnyArray, "B H W C"],
     kernel: Float[AnyArray, "I J C K"],
@@ -43,6 +45,21 @@ def conv2d(
     cpu = partial(onednn.convolution, padding=padding, relu=relu) if onednn.in_use(dtype) else by_xla
     default = partial(by_xla, convolve=convolution_on_accelerators)
     return lax.platform_dependent(*operands, cpu=cpu, default=default)
+
+
+def plain_conv2d(
+    image: Float[AnyArray, "B H W C"],
+    kernel: Float[AnyArray, "I J C K"],
+    bias: Float[AnyArray, " K"] | None,
+    padding: Padding,
+    relu: bool,
+) -> Float[Array, "B H2 W2 K"]:
+    """Returns `conv2d` of the same arguments, by plain XLA operations."""
+    dtype = image.dtype
+    y = convolution_by_xla(jnp.asarray(image), jnp.asarray(kernel, dtype), padding=padding)
+    if bias is not None:
+        y = y + jnp.asarray(bias, dtype)[None, None, None]  # [K] -> [1 1 1 K]
+    return nn.relu(y) if relu else y
 
 
 def convolution_by_xla(
@@ -79,7 +96,7 @@ def _fill(x: Array, axis: int) -> Array:
 
 
 def _conv2d_fwd(image, kernel, bias, padding, relu):
-    y = conv2d(image, kernel, bias, padding, relu)
+    y = conv2d.fun(image, kernel, bias, padding, relu)
     return y, (image, kernel, bias, y if relu else None)
 
 
@@ -92,7 +109,7 @@ def _conv2d_bwd(padding, relu, residuals, g):
     back = ((i - 1 - top, i - 1 - bottom), (j - 1 - left, j - 1 - right))
 
     def cpu(g: Array, kernel: Array) -> Array:
-        return conv2d(g, kernel[::-1, ::-1].swapaxes(2, 3), None, back, False)
+        return conv2d.fun(g, kernel[::-1, ::-1].swapaxes(2, 3), None, back, False)
 
     default = partial(image_grad_by_xla, size=image.shape[1:3], padding=padding)
     image_grad = lax.platform_dependent(g, kernel.astype(g.dtype), cpu=cpu, default=default)

@@ -1,11 +1,15 @@
-"""Flax modules of `conv2d`, `dense` and `dropout`, with float32 parameters named as in Flax's own modules."""
+"""Flax modules of `conv2d`, `dense` and `dropout`, with float32 parameters named as in Flax's own modules.
+
+With `plain`, they use plain XLA operations, which every transformation of JAX supports.
+"""
 
 import flax.linen as nn
+import jax.numpy as jnp
 from flax.linen.initializers import Initializer
 from jaxtyping import Array, Float
 
-from cnnjax.layers.conv import conv2d
-from cnnjax.layers.ops import dense, dropout
+from cnnjax.layers.conv import conv2d, plain_conv2d
+from cnnjax.layers.ops import dense, dropout, plain_dense
 from cnnjax.typing import AnyArray
 
 GLOROT_UNIFORM = nn.initializers.glorot_uniform()
@@ -23,19 +27,22 @@ class Conv(nn.Module):
     relu: bool = False
     even: bool = False
     kernel_init: Initializer = GLOROT_UNIFORM
+    plain: bool = False
 
     @nn.compact
     def __call__(self, image: Float[AnyArray, "B H W C"]) -> Float[Array, "B H2 W2 K"]:
         """Returns the features."""
         size = self.kernel_size
-        kernel = self.param("kernel", self.kernel_init, (size, size, image.shape[-1], self.features))
-        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,)) if self.use_bias else None
+        kernel = self.param("kernel", self.kernel_init, (size, size, image.shape[-1], self.features), jnp.float32)
+        zeros = nn.initializers.zeros_init()
+        bias = self.param("bias", zeros, (self.features,), jnp.float32) if self.use_bias else None
         low, high = (size - 1) // 2, size // 2
         odd = [n % 2 if self.even else 0 for n in image.shape[1:3]]
         if size == 1:  # No padding that could be reduced: crop the image instead.
             image, odd = image[:, : image.shape[1] - odd[0], : image.shape[2] - odd[1]], [0, 0]
         top_bottom, left_right = ((low, high - n) for n in odd)
-        return conv2d(image, kernel, bias, (top_bottom, left_right), self.relu)
+        convolve = plain_conv2d if self.plain else conv2d
+        return convolve(image, kernel, bias, (top_bottom, left_right), self.relu)
 
 
 class Dense(nn.Module):
@@ -43,13 +50,14 @@ class Dense(nn.Module):
 
     features: int
     kernel_init: Initializer = GLOROT_UNIFORM
+    plain: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "B N"]) -> Float[Array, "B P"]:
         """Returns the features."""
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
-        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
-        return dense(x, kernel) + bias.astype(x.dtype)[None]  # [P] -> [1 P]
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
+        return (plain_dense if self.plain else dense)(x, kernel) + bias.astype(x.dtype)[None]  # [P] -> [1 P]
 
 
 class Dropout(nn.Module):

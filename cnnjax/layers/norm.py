@@ -6,10 +6,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from cnnjax.layers.derivatives import fast_vjp
+
 EPSILON, MOMENTUM = 1e-12, 0.6  # Source: Keller Jordan (2024), airbench94.
 
 
-@jax.custom_vjp
+@fast_vjp
 def batch_norm_gelu(
     x: Float[Array, "B H W C"], bias: Float[Array, " C"], residual: Float[Array, "B H W C"] | None = None
 ) -> tuple[Float[Array, "B H W C"], Float[Array, " C"], Float[Array, " C"]]:
@@ -22,6 +24,16 @@ def batch_norm_gelu(
       The features, and the float32 mean and variance of each channel, through which no gradient flows.
     """
     return _batch_norm_gelu_fwd(x, bias, residual)[0]
+
+
+def plain_batch_norm_gelu(
+    x: Float[Array, "B H W C"], bias: Float[Array, " C"], residual: Float[Array, "B H W C"] | None = None
+) -> tuple[Float[Array, "B H W C"], Float[Array, " C"], Float[Array, " C"]]:
+    """Returns `batch_norm_gelu` of the same arguments, by plain XLA operations."""
+    wide = x.astype(jnp.float32)
+    mean, var = wide.mean((0, 1, 2)), wide.var((0, 1, 2))
+    y = _norm_gelu(x, mean, lax.rsqrt(var + EPSILON), bias, residual)
+    return y, lax.stop_gradient(mean), lax.stop_gradient(var)
 
 
 def _batch_norm_gelu_fwd(x, bias, residual):
@@ -64,6 +76,8 @@ def _row(x: Float[Array, " C"]) -> Float[Array, "1 1 1 C"]:
 class NormGelu(nn.Module):
     """Batch normalization without a learned scale, an optional residual connection, and GELU."""
 
+    plain: bool = False
+
     @nn.compact
     def __call__(
         self, x: Float[Array, "B H W C"], residual: Float[Array, "B H W C"] | None = None, *, train: bool
@@ -72,10 +86,10 @@ class NormGelu(nn.Module):
         shape = x.shape[-1:]
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
         var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros_init(), shape)
+        bias = self.param("bias", nn.initializers.zeros_init(), shape, jnp.float32)
         if not train:
             return _norm_gelu(x, mean.value, lax.rsqrt(var.value + EPSILON), bias, residual)
-        y, batch_mean, batch_var = batch_norm_gelu(x, bias, residual)
+        y, batch_mean, batch_var = (plain_batch_norm_gelu if self.plain else batch_norm_gelu)(x, bias, residual)
         if not self.is_initializing():
             mean.value = MOMENTUM * mean.value + (1 - MOMENTUM) * batch_mean
             var.value = MOMENTUM * var.value + (1 - MOMENTUM) * batch_var

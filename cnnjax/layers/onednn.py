@@ -26,6 +26,8 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from cnnjax.layers.derivatives import without_derivative
+
 Padding = tuple[tuple[int, int], tuple[int, int]]  # (low, high) of the height and the width.
 
 
@@ -135,4 +137,4 @@ def _call(name: str, config: dict[str, Any], result: jax.ShapeDtypeStruct, *oper
         custom_call_api_version=2,  # The untyped interface, configured by XLA's own messages.
         legacy_backend_config=json.dumps(config),
     )
-    return call(*operands)
+    return without_derivative(call)(*operands)

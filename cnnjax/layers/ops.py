@@ -1,7 +1,8 @@
-"""Dense layers, activations, pooling and dropout as pure functions, with the fastest gradients for each device.
+"""Dense layers, activations, pooling and dropout as pure functions.
 
-The results equal Flax's to rounding. Only first-order reverse-mode derivatives are supported. Parameters are float32;
-the computation uses the dtype of the input and accumulates in float32.
+Most of them exist twice: with the fastest gradients for each device, and by plain XLA operations. The results of both
+equal Flax's to rounding. Parameters are float32; the computation uses the dtype of the input and accumulates in
+float32.
 """
 
 import math
@@ -15,12 +16,18 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key, UInt8
 
 from cnnjax.layers import onednn
+from cnnjax.layers.derivatives import fast_vjp
 
 
-@jax.custom_vjp
+@fast_vjp
 def dense(x: Float[Array, "B N"], kernel: Float[Array, "N P"]) -> Float[Array, "B P"]:
     """Returns x · kernel in the dtype of `x`; the kernel is float32."""
     return _matmul(x, kernel.astype(x.dtype))
+
+
+def plain_dense(x: Float[Array, "B N"], kernel: Float[Array, "N P"]) -> Float[Array, "B P"]:
+    """Returns `dense` of the same arguments, by plain XLA operations."""
+    return x @ kernel.astype(x.dtype)
 
 
 def _dense_bwd(residuals, g):
@@ -44,27 +51,28 @@ def _matmul(
     return onednn.on_cpu(fast, by_xla, a, b)
 
 
-dense.defvjp(lambda x, kernel: (dense(x, kernel), (x, kernel)), _dense_bwd)
+dense.defvjp(lambda x, kernel: (dense.fun(x, kernel), (x, kernel)), _dense_bwd)
 
 
-@jax.custom_vjp
+@fast_vjp
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Computes the tanh approximation of GELU in float32 and rounds it to the dtype of `x`.
 
     On a CPU, rounding each term to bfloat16 is slow. The backward pass keeps only `x` and recomputes the rest, which is
     faster than reading it from memory.
     """
-    return _gelu(x)
+    return plain_gelu(x)
 
 
-def _gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+def plain_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns `gelu` of the same argument, by plain XLA operations."""
     return nn.gelu(x.astype(jnp.float32)).astype(x.dtype)
 
 
-gelu.defvjp(lambda x: (_gelu(x), x), lambda x, g: jax.vjp(_gelu, lax.optimization_barrier(x))[1](g))
+gelu.defvjp(lambda x: (plain_gelu(x), x), lambda x, g: jax.vjp(plain_gelu, lax.optimization_barrier(x))[1](g))
 
 
-@jax.custom_vjp
+@fast_vjp
 def max_pool_2x2(x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:
     """Returns the maximum of each 2×2 window; an odd last row or column is ignored.
 
@@ -76,6 +84,18 @@ def max_pool_2x2(x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:
     x = x[:, : h // 2 * 2, : w // 2 * 2].reshape(b, h // 2, 2, w // 2, 2 * c)  # [B H W C] -> [B H/2 2 W/2 2C]
     rows = jnp.maximum(x[:, :, 0], x[:, :, 1])  # [B H/2 W/2 2C]
     return jnp.maximum(rows[..., :c], rows[..., c:])
+
+
+def plain_max_pool_2x2(x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:
+    """Returns `max_pool_2x2` of the same argument, with the same gradient at ties, by plain XLA operations."""
+    h, w = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
+    corners = [x[:, i:h:2, j:w:2] for i in range(2) for j in range(2)]  # Four arrays [B H/2 W/2 C]
+    if jax.default_backend() == "cpu":
+        return jnp.stack(corners).max(0)  # Its gradient is shared between ties.
+    y = corners[0]
+    for corner in corners[1:]:
+        y = jnp.where((corner > y) | jnp.isnan(corner), corner, y)
+    return y
 
 
 def _corners(x: Float[Array, "B H W C"]) -> list[Float[Array, "B H2 W2 C"]]:
@@ -106,7 +126,7 @@ def max_pool_grad_by_comparison(
 
 def max_pool_with_index(x: Float[Array, "B H W C"]) -> tuple[Float[Array, "B H2 W2 C"], UInt8[Array, "B H2 W2 C"]]:
     """Returns `max_pool_2x2(x)` and the position (0 to 3, row by row) of the first maximum in each window."""
-    y = max_pool_2x2(x)
+    y = max_pool_2x2.fun(x)
     index = jnp.full(y.shape, 3, jnp.uint8)
     corners = _corners(x)
     for i in (2, 1, 0):
@@ -124,7 +144,7 @@ def max_pool_grad_by_index(
 
 def _max_pool_fwd(x):
     if jax.default_backend() == "cpu":  # The residuals must be chosen before the platform of the program is known.
-        y = max_pool_2x2(x)
+        y = max_pool_2x2.fun(x)
         return y, (x, y)
     y, index = max_pool_with_index(x)
     return y, (index, jnp.zeros((x.shape[1] % 2, x.shape[2] % 2, 0)))

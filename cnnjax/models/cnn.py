@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 from cnnjax.errors import UserError, check, check_name
 from cnnjax.fields import check_fields
 from cnnjax.layers.modules import Conv, Dense, Dropout
-from cnnjax.layers.ops import max_pool_2x2
+from cnnjax.layers.ops import max_pool_2x2, plain_max_pool_2x2
 from cnnjax.models.mlp import DTYPES, INITIALIZERS
 from cnnjax.typing import AnyArray
 
@@ -28,6 +28,8 @@ class CNN(nn.Module):
     """Initializer of all kernels except the last: glorot_uniform (as in Keras) or he_normal."""
     dtype: str = "float32"
     """float32, bfloat16 or float16: dtype of the activations. Parameters, sums and logits are float32."""
+    plain: bool = False
+    """Use plain XLA operations, which every transformation of JAX supports, instead of faster kernels."""
 
     def __post_init__(self) -> None:
         check_fields(self, "model")
@@ -45,11 +47,12 @@ class CNN(nn.Module):
         kernel_init = INITIALIZERS[self.kernel_init]
         x = jnp.asarray(image, self.dtype)
         for features in (32, 64):
-            x = Conv(features, relu=True, kernel_init=kernel_init)(x)
-            x = Conv(features, relu=True, kernel_init=kernel_init)(x)
-            x = max_pool_2x2(x)  # [B H W C] -> [B H/2 W/2 C]
+            x = Conv(features, relu=True, kernel_init=kernel_init, plain=self.plain)(x)
+            x = Conv(features, relu=True, kernel_init=kernel_init, plain=self.plain)(x)
+            x = (plain_max_pool_2x2 if self.plain else max_pool_2x2)(x)  # [B H W C] -> [B H/2 W/2 C]
             x = Dropout(self.conv_dropout)(x, train=train)
         x = x.reshape(x.shape[0], -1)  # [B H/4 W/4 64] -> [B H/4*W/4*64]
-        x = nn.relu(Dense(512, kernel_init=kernel_init)(x))
+        self.sow("intermediates", "pooled", x)
+        x = nn.relu(Dense(512, kernel_init=kernel_init, plain=self.plain)(x))
         x = Dropout(self.dense_dropout)(x, train=train)
-        return Dense(self.num_classes)(x).astype(jnp.float32)
+        return Dense(self.num_classes, plain=self.plain)(x).astype(jnp.float32)

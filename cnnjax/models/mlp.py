@@ -28,6 +28,8 @@ class MLP(nn.Module):
     """Initializer of the hidden layers: glorot_uniform (as in Keras) or he_normal."""
     dtype: str = "float32"
     """float32, bfloat16 or float16: dtype of the activations. Parameters, sums and logits are float32."""
+    plain: bool = False
+    """Use plain XLA operations, which every transformation of JAX supports, instead of faster kernels."""
 
     def __post_init__(self) -> None:
         check_fields(self, "model")
@@ -41,6 +43,6 @@ class MLP(nn.Module):
         """Returns logits; consumes the "dropout" key if `train` is true."""
         x = jnp.asarray(image, self.dtype).reshape(image.shape[0], -1)  # [B H W C] -> [B H*W*C]
         for _ in range(2):
-            x = nn.relu(Dense(512, kernel_init=INITIALIZERS[self.kernel_init])(x))
+            x = nn.relu(Dense(512, kernel_init=INITIALIZERS[self.kernel_init], plain=self.plain)(x))
             x = Dropout(self.dense_dropout)(x, train=train)
-        return Dense(self.num_classes)(x).astype(jnp.float32)
+        return Dense(self.num_classes, plain=self.plain)(x).astype(jnp.float32)

@@ -136,8 +136,8 @@ class Optimizer(ABC):
         return replace(self, weight_decay=self.weight_decay / group.multiplier).transform(learning_rate)
 
     def frozen(self, params: PyTree, step: int, num_steps: int, num_epochs: int) -> tuple[str, ...]:
-        """Returns the top-level names in `params` whose gradients affect no update from `step` on."""
-        if self.clip_norm:  # The global norm depends on every gradient.
+        """Returns the top-level names in `params`, if it is a dict, whose gradients affect no update from `step` on."""
+        if self.clip_norm or not isinstance(params, dict):  # The global norm depends on every gradient.
             return ()
         updates, update = num_steps // self.accumulate_steps, step // self.accumulate_steps
         ends = {group.pattern: _last_update(group, updates, num_epochs) for group in self.groups}

@@ -74,21 +74,22 @@ class LookaheadState(NamedTuple):
     inner: Any
 
 
-def lookahead(tx: optax.GradientTransformation, every: int, num_updates: int) -> optax.GradientTransformation:
+def lookahead(tx: optax.GradientTransformation, every: int, num_updates: int) -> optax.GradientTransformationExtraArgs:
     """Synchronizes the parameters with slow weights every `every` updates.
 
     At update t the slow weights keep 0.95**every * (t / num_updates)**3 of their value: little at first, most at the
     end. After the last update the parameters are the slow weights. Unlike `optax.lookahead`, the decay is scheduled and
-    the state holds plain parameters.
+    the state holds plain parameters. Extra arguments are passed to `tx`.
 
     Source: Zhang et al., "Lookahead Optimizer" (2019), with the decay of Keller Jordan's airbench94.
     """
+    tx = optax.with_extra_args_support(tx)
 
     def init(params: PyTree) -> LookaheadState:
         return LookaheadState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params), tx.init(params))
 
-    def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, LookaheadState]:
-        updates, inner = tx.update(updates, state.inner, params)
+    def update(updates: PyTree, state: Any, params: PyTree = None, **extra: Any) -> tuple[PyTree, LookaheadState]:
+        updates, inner = tx.update(updates, state.inner, params, **extra)
         count = state.step + 1
         synchronize = count % every == 0
         decay = jnp.where(synchronize, 0.95**every * (count / num_updates) ** 3, 1.0)
@@ -101,4 +102,4 @@ def lookahead(tx: optax.GradientTransformation, every: int, num_updates: int) ->
         updates = jax.tree.map(lambda u, s, p: jnp.where(synchronize, s - p, u), updates, slow, params)
         return updates, LookaheadState(count, slow, inner)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -26,8 +26,9 @@ import numpy as np
 from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
-from cnnjax.errors import StorageError, UserError
-from cnnjax.runs.files import sync, tree_sha256, write_json, write_sums
+from cnnjax.errors import StorageError, UserError, option
+from cnnjax.runs.files import is_key, raw_keys, sync, tree_sha256, write_json, write_sums
+from cnnjax.runs.records import run_argument
 from cnnjax.runs.recovery import PROGRESS, find_faults, list_steps, read_progress
 from cnnjax.runs.schema import SavedProgress
 from cnnjax.step import TrainState
@@ -78,8 +79,8 @@ class Checkpoints:
         latest = self.latest() or 0
         if self._damaged and self._damaged[-1] > latest:
             raise UserError(
-                f"The checkpoint {self._directory / str(self._damaged[-1])} is damaged. Resume the run with --resume: "
-                "an earlier one is used."
+                f"The checkpoint {self._directory / str(self._damaged[-1])} is damaged. Resume the run, "
+                f"which uses an earlier one: {option('resume')}."
             )
         named = self._saved[latest]["best_step"] if latest else None
         return next(iter(self._ends()), None) if named is None else named
@@ -110,7 +111,7 @@ class Checkpoints:
 
     def _save(self, step: int, state: TrainState, saved: SavedProgress) -> None:
         folder, partial = self._directory / str(step), self._directory / f"{step}.partial"
-        context = ocp.Context()
+        state, context = raw_keys(state), ocp.Context()  # Orbax saves no keys.
         # Else, if a directory cannot be made, its threads wait for it for minutes, also when the process ends.
         context.asynchronous.create_directories_asynchronously = False
         with _ORBAX, context:
@@ -145,7 +146,7 @@ class Checkpoints:
                     raise
                 raise StorageError(
                     f"A checkpoint could not be written in {self._directory} ({_reason(error)}). The earlier "
-                    "checkpoints of the run are kept: remove the cause, then resume it with --resume."
+                    f"checkpoints of the run are kept: remove the cause, then resume it: {option('resume')}."
                 ) from error
 
     def restore(
@@ -164,21 +165,24 @@ class Checkpoints:
         Raises:
           UserError: if the checkpoint is damaged, or belongs to another model, optimizer or version.
         """
-        check_characters("run", self._directory.parent)
+        check_characters(run_argument(), self._directory.parent)
         path = self._directory / str(step)
         if faults := find_faults(path):
             raise UserError(
                 f"The checkpoint {path} must match its checksums, but {faults[0]}. If the run is not finished, resume "
-                "it with --resume: an earlier checkpoint is used. If it is finished, repeat it with `cnnjax reproduce`."
+                f"it, which uses an earlier checkpoint: {option('resume')}. If it is finished, repeat it with "
+                "`cnnjax reproduce`."
             )
         sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
         target = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract_state
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            jax.eval_shape(raw_keys, abstract_state),
         )
         with _reading(path):
             metadata: Any = ocp.checkpointables_metadata(str(path)).metadata
             _check_leaves(path, metadata["state"], target)
             state = ocp.load_checkpointables(str(path), {"state": target})["state"]
+        state = jax.tree.map(lambda leaf, x: jax.random.wrap_key_data(x) if is_key(leaf) else x, abstract_state, state)
         return state, read_progress(path)
 
     def close(self) -> None:

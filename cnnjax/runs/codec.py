@@ -20,7 +20,7 @@ from flax.core import FrozenDict
 
 import cnnjax
 from cnnjax.config import Config
-from cnnjax.errors import UserError
+from cnnjax.errors import UserError, for_reader
 from cnnjax.runs.files import changes, file_sha256
 from cnnjax.runs.schema import EncodedConfig
 
@@ -160,9 +160,11 @@ def _build(cls: Any, values: Mapping[str, Any]) -> Any:
 
 def _missing(path: str, name: str, files: tuple[str, ...]) -> UserError:
     file = next(iter(files), "FILE")
+    fix = for_reader(
+        f"Pass the file that defines it: --experiment {file}", "Pass a `config` that has it, such as that of training."
+    )
     return UserError(
-        f"`{path}` of this run is {name}, which is not part of cnnjax, and a run directory imports no code. Pass the "
-        f"file that defines it: --experiment {file}"
+        f"`{path}` of this run is {name}, which is not part of cnnjax, and a run directory imports no code. {fix}"
     )
 
 
@@ -173,9 +175,11 @@ def source_files(config: Config) -> dict[str, str]:
     for x in objects:
         try:
             file = inspect.getsourcefile(x)
-        except (TypeError, OSError):  # Defined in a notebook, or in C.
+        except (TypeError, OSError):  # Defined in C.
             continue
-        if file is not None and not any(Path(file).is_relative_to(folder) for folder in libraries):
+        if file is None or not Path(file).is_file():  # Typed into a notebook or an interpreter.
+            continue
+        if not any(Path(file).is_relative_to(folder) for folder in libraries):
             path, here = Path(file).resolve(), Path.cwd()
             name = str(path.relative_to(here) if path.is_relative_to(here) else path)
             found[name.encode(errors="backslashreplace").decode()] = file_sha256(path)

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from cnnjax.cli.console import Report
 from cnnjax.cli.signals import Stop, stop_signals
 from cnnjax.config import Config
-from cnnjax.errors import UserError
+from cnnjax.errors import UserError, option
 from cnnjax.runs import manifest
 from cnnjax.runs.checkpoints import Checkpoints, check_characters
 from cnnjax.runs.codec import encode
@@ -74,7 +74,7 @@ class OpenRun:
         if edited := changes(read_record(self.run_dir).files, self.code.facts["files"]):
             self.report.say(
                 f"{', '.join(edited)} changed after this run had finished, so this is its old result. To train the new "
-                "code, choose another directory: --run-dir DIR."
+                f"code, choose another directory: {option('run_dir', 'DIR')}."
             )
         saved = manifest.read_manifest(self.run_dir)["sessions"][-1].get("checkpoints", [])
         if lost := [step for step in saved if not (self.run_dir / "checkpoints" / str(step)).exists()]:
@@ -145,7 +145,9 @@ def open_run(
             run_dir.mkdir(parents=True, exist_ok=True)
             lock.acquire()
         except (OSError, NotImplementedError) as error:
-            raise UserError(f"`run_dir` {run_dir} {_why_not(error)}. Choose another: --run-dir DIR.") from error
+            raise UserError(
+                f"`run_dir` {run_dir} {_why_not(error)}. Choose another: {option('run_dir', 'DIR')}."
+            ) from error
         stack.callback(_release, lock, run_dir, is_new)
         stop = stop or stack.enter_context(stop_signals())
         check_run(run_dir, config, resume)
@@ -207,13 +209,13 @@ def check_run(run_dir: Path, config: Config, resume: bool) -> None:
         if others:
             raise UserError(
                 f"`run_dir` must be empty or hold a run with a config.json, got {run_dir} with {min(others)}. Choose "
-                "another: --run-dir DIR."
+                f"another: {option('run_dir', 'DIR')}."
             )
         return
     if (run_dir / "checkpoints").exists() and not os.path.lexists(run_dir / "manifest.json"):
         raise UserError(
             f"{run_dir} must have a manifest.json, got none: another version of cnnjax wrote it. Use that version, or "
-            "choose another directory: --run-dir DIR."
+            f"choose another directory: {option('run_dir', 'DIR')}."
         )
     saved = read_record(run_dir).config
     changed = changes(saved, encode(config))
@@ -224,13 +226,13 @@ def check_run(run_dir: Path, config: Config, resume: bool) -> None:
         hint = (
             f"It holds another configuration: {listed}. Choose"
             if changed
-            else "Resume that run with --resume, or choose"
+            else f"Resume that run, {option('resume')}, or choose"
         )
-        raise UserError(f"`run_dir` {run_dir} exists already. {hint} another: --run-dir DIR.")
+        raise UserError(f"`run_dir` {run_dir} exists already. {hint} another: {option('run_dir', 'DIR')}.")
     if changed:
         raise UserError(
             f"{run_dir} must be resumed with its own configuration: {listed}. Pass the same values, or choose another "
-            "directory: --run-dir DIR."
+            f"directory: {option('run_dir', 'DIR')}."
         )
 
 
@@ -253,5 +255,5 @@ def check_data(run_dir: Path, facts: DataFacts) -> None:
             listed = "; ".join(f"`{name}` is {old!r} there and {new!r} here" for name, (old, new) in changed.items())
             raise UserError(
                 f"`data_dir` must hold the data that {run_dir} was trained on, but in version {facts.version} from "
-                f"{facts.source}, {listed}. Pass the same --data-dir, or restore config.json."
+                f"{facts.source}, {listed}. Pass the same {option('data_dir', 'DIR')}, or restore config.json."
             )

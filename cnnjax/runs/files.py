@@ -205,10 +205,20 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def is_key(leaf: Any) -> bool:
+    """Returns whether a leaf of a state holds PRNG keys, such as those of `optax.noisy_sgd`."""
+    return jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def raw_keys(tree: PyTree) -> PyTree:
+    """Returns the tree with the bits of PRNG keys, uint32, in place of the keys."""
+    return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if is_key(leaf) else leaf, tree)
+
+
 def tree_sha256(tree: PyTree) -> str:
     """Returns the SHA-256 of the path, dtype, shape and bytes of every leaf. Waits for the device."""
     hasher = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(tree)):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(raw_keys(tree))):
         array = np.asarray(leaf)
         hasher.update(f"{jax.tree_util.keystr(path)} {array.dtype} {list(array.shape)}\n".encode())
         hasher.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

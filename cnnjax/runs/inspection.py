@@ -6,6 +6,7 @@ followed.
 
 import os
 import re
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -20,9 +21,10 @@ from cnnjax.data.datasets import load_dataset
 from cnnjax.errors import UserError, unknown_name
 from cnnjax.runs import directory, manifest, records, recovery
 from cnnjax.runs.files import SUMS, changes, check_local, check_sums, file_sha256, is_inside, show
+from cnnjax.runs.run import make_run
 from cnnjax.runs.schema import EncodedConfig, Result, Row, Session
 from cnnjax.runs.source import source_of
-from cnnjax.runs.trained import restore_best
+from cnnjax.step import TrainState
 from cnnjax.train import train_and_evaluate
 
 NOT_LISTED = "not listed in SHA256SUMS"  # A file that we list when we write it.
@@ -180,7 +182,7 @@ def reproduce(
     metrics = run_dir / "metrics.jsonl"
     if not metrics.exists() or file_sha256(metrics) != old["sha256"]["metrics"]:
         raise UserError(
-            f"{metrics} must be the one that result.json names, SHA-256 {old['sha256']['metrics']}. {records.REWRITE}"
+            f"{metrics} must be the one that result.json names, SHA-256 {old['sha256']['metrics']}. {records.rewrite()}"
         )
     sessions = manifest.read_manifest(run_dir)["sessions"]
     _take_cores(sessions[-1]["cores"])
@@ -190,16 +192,22 @@ def reproduce(
     for name, (there, here) in environment.items():
         report.say(f"{name} is {show(there)} there and {show(here)} here: the bits may differ")
     dataset = load_dataset(config.dataset, data_dir, report.say, version=records.data_version(run_dir))
-    new = train_and_evaluate(config, run_dir=into, resume=resume, devices=devices, report=report, dataset=dataset)
+    last = old["stopped_epoch"]
+
+    def on_epoch(row: Mapping[str, Any], state: TrainState) -> bool:
+        return row["epoch"] == last  # A callback had stopped the run here.
+
+    options: Any = {"resume": resume, "devices": devices, "report": report, "dataset": dataset}
+    new = train_and_evaluate(config, run_dir=into, on_epoch=on_epoch, **options).finished_result()
     rows = list(zip(*(records.read_rows(folder) for folder in (run_dir, into)), strict=True))
     epochs = [x["epoch"] for x, y in rows if x["params_sha256"] != y["params_sha256"]]
     moved = {}
     if new["sha256"] != old["sha256"]:
-        change = max(abs(x["train_accuracy"] - y["train_accuracy"]) for x, y in rows)
+        change = max(abs(x["train_loss"] - y["train_loss"]) for x, y in rows)
         moved = {
             "test accuracy": f"{old['test_accuracy']:.2%} there, {new['test_accuracy']:.2%} here",
             "test loss": f"{old['test_loss']:.6g} there, {new['test_loss']:.6g} here",
-            "training accuracy": f"by at most {change:.2%} over all epochs",
+            "training loss": f"by at most {change:.6g} over all epochs",
         }
         with suppress(UserError):  # The checkpoint may be gone.
             moved["best parameters"] = f"by {_distance(run_dir, into, config):.1e} of their norm"
@@ -288,6 +296,6 @@ def _outcome(run_dir: Path) -> dict[str, Any]:
 def _distance(a: Path, b: Path, config: Config) -> float:
     """Returns the norm of the difference of the best parameters, relative to the norm of those of `a`."""
     facts = records.read_record(a).data
-    x, y = (jax.tree.leaves(restore_best(run_dir, config, facts).state.params) for run_dir in (a, b))
+    x, y = (jax.tree.leaves(make_run(run_dir, config, facts).state.params) for run_dir in (a, b))
     square = sum(float(np.sum((np.asarray(p, np.float64) - q) ** 2)) for p, q in zip(x, y, strict=True))
     return float(np.sqrt(square / sum(float(np.sum(np.asarray(p, np.float64) ** 2)) for p in x)))

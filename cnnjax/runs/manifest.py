@@ -13,6 +13,7 @@ from typing import Any
 
 from cnnjax.cli.process import processor
 from cnnjax.cli.signals import Interrupted
+from cnnjax.compiler import compiler_options
 from cnnjax.errors import UserError
 from cnnjax.layers import onednn
 from cnnjax.runs.files import SUMS, changes, read_json, show, write_file, write_json, write_sums
@@ -22,7 +23,8 @@ PACKAGES = ("cnnjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ten
 ACCELERATOR_PACKAGES = ("jax-cuda13-plugin", "jax-cuda12-plugin", "nvidia-cudnn-cu13", "nvidia-cudnn-cu12", "libtpu")
 # What determines the bits, besides configuration and data.
 CODE = ("commit", "package_commit", "diff_sha256", "files")
-DECISIVE = (*CODE, "versions", "device", "num_devices", "processor", "cores", "driver", "kernels", "flags")
+MACHINE = ("versions", "device", "num_devices", "processor", "cores", "driver", "kernels")
+DECISIVE = (*CODE, *MACHINE, "flags", "compiler_options")
 
 
 def environment(devices: Sequence[Any]) -> dict[str, Any]:
@@ -48,6 +50,7 @@ def environment(devices: Sequence[Any]) -> dict[str, Any]:
         "driver": " ".join(driver),
         "kernels": "oneDNN" if first.platform == "cpu" and onednn.in_use() else "XLA",
         "flags": flags,
+        "compiler_options": compiler_options(),
         "host": platform.node(),
         "system": platform.platform(),
     }

@@ -8,12 +8,12 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cnnjax.config import Config
 from cnnjax.data.batches import Standardization
 from cnnjax.data.datasets import ImageDataset
-from cnnjax.errors import UserError
+from cnnjax.errors import UserError, for_reader, option
 from cnnjax.runs.codec import decode
 from cnnjax.runs.files import (
     check_listed,
@@ -27,7 +27,17 @@ from cnnjax.runs.files import (
 )
 from cnnjax.runs.schema import DataFacts, EncodedConfig, Result, Row, Timing
 
-REWRITE = "Resume the run, which writes it again: --resume."
+T = TypeVar("T")
+
+
+def rewrite() -> str:
+    """Returns the end of a message about a file that a resumed run writes again."""
+    return f"Resume the run, which writes it again: {option('resume')}."
+
+
+def run_argument() -> str:
+    """Returns what a message calls the directory of a run that is read."""
+    return for_reader("run", "run_dir")
 
 
 @dataclass(frozen=True)
@@ -58,8 +68,8 @@ def read_record(run_dir: Path) -> Record:
     check_links(run_dir)
     path = run_dir / "config.json"
     if not os.path.lexists(path):
-        check_local("run", run_dir)
-        raise UserError(f"`run` must be the directory of a run, with a config.json, got {run_dir}.")
+        check_local(run_argument(), run_dir)
+        raise UserError(f"`{run_argument()}` must be the directory of a run, with a config.json, got {run_dir}.")
     return read_json(path, Record)
 
 
@@ -108,16 +118,24 @@ def read_rows(run_dir: Path) -> list[Row]:
     Raises:
       UserError: it cannot be read, or a line is not a `Row`.
     """
-    path = run_dir / "metrics.jsonl"
+    return _read_lines(run_dir / "metrics.jsonl", Row)
+
+
+def read_timing(run_dir: Path) -> list[Timing]:
+    """Returns the rows of timing.jsonl, see `read_rows`."""
+    return _read_lines(run_dir / "timing.jsonl", Timing)
+
+
+def _read_lines(path: Path, schema: type[T]) -> list[T]:
     if not os.path.lexists(path):
         return []
     try:
         with open_regular(path) as file:
             content = file.read()
     except OSError as error:
-        raise UserError(f"{path} must be readable, got {error}. {REWRITE}") from error
-    rows = [parse_json(line, Row, f"{path}, line {i}", REWRITE) for i, line in enumerate(content.splitlines(), 1)]
-    check_listed(path, content, REWRITE)
+        raise UserError(f"{path} must be readable, got {error}. {rewrite()}") from error
+    rows = [parse_json(line, schema, f"{path}, line {i}", rewrite()) for i, line in enumerate(content.splitlines(), 1)]
+    check_listed(path, content, rewrite())
     return rows
 
 
@@ -129,4 +147,4 @@ def write_rows(path: Path, rows: Sequence[Row | Timing]) -> None:
 def read_result(run_dir: Path) -> Result | None:
     """Returns the content of result.json, or None if the run has not finished."""
     path = run_dir / "result.json"
-    return read_json(path, Result, REWRITE) if os.path.lexists(path) else None
+    return read_json(path, Result, rewrite()) if os.path.lexists(path) else None

@@ -10,7 +10,7 @@ from typing_extensions import TypedDict  # pydantic needs this one before Python
 from cnnjax.data.batches import Standardization
 from cnnjax.errors import check
 
-FORMAT = 3  # Of the run directory.
+FORMAT = 4  # Of the run directory.
 
 ImageShape = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=3, max_length=3)]  # (H, W, C)
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -67,13 +67,21 @@ class EncodedConfig(TypedDict):
     num_epochs: Positive
 
 
+@with_config(ConfigDict(extra="allow"))
 class Row(TypedDict):
-    """A line of metrics.jsonl: the same bits for the same seed."""
+    """A line of metrics.jsonl: the same bits for the same seed.
+
+    Keys:
+      train_accuracy: if the labels in training are class indices.
+      train_grad_norm: the mean of the steps.
+      train_<name>: the mean of a value that the loss returns, perhaps infinite or nan.
+    """
 
     epoch: Positive
     step: Positive
     train_loss: FiniteFloat
-    train_accuracy: Fraction
+    train_accuracy: NotRequired[Fraction]
+    train_grad_norm: float
     validation_loss: NotRequired[FiniteFloat]
     validation_accuracy: NotRequired[Fraction]
     params_sha256: Sha256
@@ -87,12 +95,21 @@ class Timing(TypedDict):
     seconds: Amount
 
 
+class Sums(TypedDict):
+    """`metrics.Totals`."""
+
+    loss: FiniteFloat
+    num_examples: Count
+    values: dict[str, int | float]
+
+
 class SavedProgress(TypedDict):
     """progress.json of a checkpoint: what the loop knows besides the state.
 
     Keys:
-      totals: the sums of loss, correct predictions and examples of the current epoch.
+      totals, grad_norm: the sums of the current epoch.
       seconds: of training, in all sessions.
+      stopped_within: the `num_epochs` of the run if `on_epoch` stopped it after this epoch. A longer run continues.
       best_step: the step of the best checkpoint; None without validation.
       validation: the scores at the end of an epoch, which rank a checkpoint by "accuracy" if present; None within one.
       files: the names of the other files of the checkpoint, except SHA256SUMS.
@@ -100,8 +117,10 @@ class SavedProgress(TypedDict):
 
     rows: list[Row]
     timing: list[Timing]
-    totals: tuple[FiniteFloat, Count, Count]
+    totals: Sums
+    grad_norm: float
     seconds: Amount
+    stopped_within: Positive | None
     best_step: Count | None
     validation: dict[str, FiniteFloat] | None
     files: Annotated[list[str], Field(min_length=1)]
@@ -111,14 +130,19 @@ class Digests(TypedDict):
     """The SHA-256 of what a run ended with."""
 
     params: Sha256
-    batch_stats: Sha256
+    model_state: Sha256
     opt_state: Sha256
     best_params: Sha256
     metrics: Sha256
 
 
 class Result(TypedDict):
-    """result.json."""
+    """result.json.
+
+    Keys:
+      num_epochs: of the configuration.
+      stopped_epoch: the epoch after which `on_epoch` stopped the run, or None.
+    """
 
     test_accuracy: Fraction
     test_loss: FiniteFloat
@@ -126,6 +150,7 @@ class Result(TypedDict):
     best_validation_accuracy: Fraction | None
     best_epoch: Positive
     num_epochs: Positive
+    stopped_epoch: Positive | None
     training_seconds: Amount
     num_params: Count
     seed: Count

@@ -6,6 +6,7 @@ import reprlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
+from contextvars import copy_context
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -108,7 +109,7 @@ def train_seeds(
                 if stop.signum is not None:  # This seed was still waiting.
                     raise Interrupted(stop.signum)
                 with jax.default_device(device):
-                    return train_and_evaluate(
+                    run = train_and_evaluate(
                         config,
                         run_dir=run_dir,
                         resume=resume,
@@ -119,6 +120,7 @@ def train_seeds(
                         dataset=dataset,
                         code=code,
                     )
+                    return run.finished_result()
             finally:
                 free.put(device)
 
@@ -129,7 +131,9 @@ def train_seeds(
         # Without progress bars, which would overwrite each other.
         reports = [report.with_prefix(f"seed {seed}: ") for seed in seeds]
         with stop.held(), ThreadPoolExecutor(len(devices)) as threads:
-            futures = [threads.submit(train, *job) for job in zip(folders, configs, reports, strict=True)]
+            futures = [
+                threads.submit(copy_context().run, train, *job) for job in zip(folders, configs, reports, strict=True)
+            ]
             # Python handles signals only in this thread, and a signal to another thread does not wake it.
             while wait(futures, timeout=0.1).not_done:
                 pass

@@ -85,8 +85,11 @@ def layers(args: argparse.Namespace) -> str:
     import jax.numpy as jnp
     import numpy as np
 
+    from cnnjax import keep_memory
+    from cnnjax.compiler import jit
     from cnnjax.layers.conv import conv2d
 
+    keep_memory()
     rng, (batch, n) = np.random.default_rng(0), (1, 64) if args.small else (128, 2048)
 
     def normal(*shape: int, dtype: str = "float32") -> jax.Array:
@@ -105,14 +108,14 @@ def layers(args: argparse.Namespace) -> str:
         "the kernel's gradient": lambda image, kernel, bias, g: jax.vjp(lambda x: conv(image, x, bias), kernel)[1](g),
     }
     product = ("", "matrix product", "float32")
-    work: dict[Any, Any] = {product: (jax.jit(jnp.dot), (normal(n, n), normal(n, n)), 2 * n**3)}
+    work: dict[Any, Any] = {product: (jit(jnp.dot), (normal(n, n), normal(n, n)), 2 * n**3)}
     for dtype in ("float32", "bfloat16"):
         for c, k, h in LAYERS:
             image, g = (normal(batch, h, h, channels, dtype=dtype) for channels in (c, k))
             arguments, flops = (image, normal(3, 3, c, k), normal(k), g), 2 * batch * h * h * 9 * c * k
             layer = f"{c} → {k} at {h}×{h}"
-            work[layer, "both ways", dtype] = (jax.jit(both_ways), arguments, flops * (3 if c > 3 else 2))
-            work |= {(layer, name, dtype): (jax.jit(f), arguments, flops) for name, f in alone.items() if c > 3}
+            work[layer, "both ways", dtype] = (jit(both_ways), arguments, flops * (3 if c > 3 else 2))
+            work |= {(layer, name, dtype): (jit(f), arguments, flops) for name, f in alone.items() if c > 3}
 
     def time_of(function, arguments, flops):
         repeats = 1 if args.small else max(2, int(2e10 / flops))

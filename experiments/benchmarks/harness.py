@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent
 EXPERIMENTS, ROOT, REPORT = HERE.parent, HERE.parent.parent, HERE / "BENCHMARKS.md"
-# The environment of other processes. Importing cnnjax adds XLA flags to the environment of this one.
+# The environment of other processes.
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
 ANSWER = "answer: "  # Libraries print other lines.
 

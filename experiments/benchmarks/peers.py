@@ -22,8 +22,9 @@ def cnnjax_passes(image: np.ndarray, label: np.ndarray, batch_size: int, dtype: 
     import jax.numpy as jnp
     import optax
 
-    from cnnjax import CNN, Batch, init_state, train_step
+    from cnnjax import CNN, Batch, init_state, keep_memory, train_step
 
+    keep_memory()
     model, tx, key = CNN(10, dtype=dtype), optax.adam(1e-3), jax.random.key(0)
     state = init_state(key, jnp.zeros((1, 32, 32, 3)), model=model, tx=tx)
     parts = [slice(i, i + batch_size) for i in range(0, len(label), batch_size)]

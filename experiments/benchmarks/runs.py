@@ -43,13 +43,14 @@ def cost(args: argparse.Namespace) -> str:
     import jax
     import jax.numpy as jnp
 
-    from cnnjax import init_state, train_step
+    from cnnjax import init_state, keep_memory, train_step
     from cnnjax.cli.experiment import load_experiment
     from cnnjax.runs import manifest
     from cnnjax.runs.checkpoints import Checkpoints
     from cnnjax.runs.files import tree_sha256
     from cnnjax.step import copy_state
 
+    keep_memory()
     config = load_experiment(str(harness.EXPERIMENTS / "cifar10_cnn.py")).config
     steps_per_epoch, num_steps, key = -(-45_000 // config.batch_size), 2 if args.small else 64, jax.random.key(0)
     tx = config.optim.make_tx(steps_per_epoch * config.num_epochs, config.num_epochs)
@@ -96,6 +97,7 @@ def make_pass(way: str, model_name: str, num_seeds: int, num_steps: int) -> Call
 
     import cnnjax
 
+    cnnjax.keep_memory()
     model, tx = getattr(cnnjax, model_name)(10), optax.adam(1e-3)
     batches = make_batches(MODELS[model_name][0], num_steps, 128)
     keys: Any = [jax.random.key(seed) for seed in range(num_seeds)]
@@ -105,7 +107,7 @@ def make_pass(way: str, model_name: str, num_seeds: int, num_steps: int) -> Call
         stack = partial(jax.tree.map, lambda *leaves: jnp.stack(leaves))
         states, keys = [stack(*states)], [jnp.stack(keys)]
         batches = [jax.tree.map(lambda leaf: np.stack([leaf] * num_seeds), batch) for batch in batches]
-        step = jax.jit(jax.vmap(step), donate_argnums=0)
+        step = jax.jit(jax.vmap(step), donate_argnums=0, compiler_options=cnnjax.compiler_options())
     elif way == "devices":
         places = [jax.devices()[seed % len(jax.devices())] for seed in range(num_seeds)]
         states, keys = jax.device_put(states, places), jax.device_put(keys, places)

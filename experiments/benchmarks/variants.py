@@ -24,8 +24,18 @@ import numpy as np
 from harness import EXPERIMENTS, serve
 from jax import lax
 
-from cnnjax import Batch, Config, Muon, ParamGroup, SpeedNet, init_from_data, load_dataset
-from cnnjax import step as steps
+from cnnjax import (
+    Batch,
+    Config,
+    Muon,
+    ParamGroup,
+    SpeedNet,
+    compiler_options,
+    init_from_data,
+    keep_memory,
+    load_dataset,
+)
+from cnnjax import program as steps
 from cnnjax.cli.console import Report
 from cnnjax.cli.experiment import load_experiment
 from cnnjax.cli.signals import Stop
@@ -36,9 +46,10 @@ from cnnjax.models import speednet
 from cnnjax.models.speednet import SpeedConv
 from cnnjax.optim import transforms
 from cnnjax.prepare import INIT_IMAGES, Setup, set_up
+from cnnjax.program import Program, evaluate, init_run
 from cnnjax.runs.directory import OpenRun
 from cnnjax.runs.files import tree_sha256
-from cnnjax.step import Program, TrainState, evaluate, init_run
+from cnnjax.step import TrainState
 from cnnjax.train import plan_dispatches
 
 MUON, NINETY_SIX, TUTORIAL = "cifar10_airbench94_muon", "cifar10_airbench96", "cifar10_tutorial"
@@ -68,14 +79,6 @@ def instead(module: Any, **functions: Any) -> Change:
     """Replaces functions of a module of the package."""
     assert functions.keys() <= vars(module).keys(), functions
     return lambda config: vars(module).update(functions) or config
-
-
-def plain_norm_gelu(x, bias, residual=None):
-    """Lets JAX differentiate, which keeps more arrays."""
-    wide = x.astype(jnp.float32)
-    mean, var = wide.mean((0, 1, 2)), wide.var((0, 1, 2))
-    y = norm._norm_gelu(x, mean, lax.rsqrt(var + norm.EPSILON), bias, residual)
-    return y, lax.stop_gradient(mean), lax.stop_gradient(var)
 
 
 def norm_gelu_in_sums_of_16_bits(x, bias, residual=None):
@@ -171,11 +174,11 @@ VARIANTS = {
     "channels first": Variant("--xla_gpu_force_conv_nchw=true"),
     "float16": Variant(change=lambda config: replace(config, model=replace(config.model, dtype="float16"))),
     "statistics in 16 bits": Variant(change=instead(norm, batch_norm_gelu=norm_gelu_in_sums_of_16_bits)),
-    "norm and GELU by JAX": Variant(change=instead(norm, batch_norm_gelu=plain_norm_gelu)),
+    "norm and GELU by JAX": Variant(change=instead(norm, batch_norm_gelu=norm.plain_batch_norm_gelu)),
     "pool after the norm": Variant(change=pool_after_the_norm),
     "pool by comparison": Variant(change=pool_by_comparison),
     "every output before a pool": Variant(
-        change=instead(speednet, SpeedConv=lambda width, even=False: SpeedConv(width))
+        change=instead(speednet, SpeedConv=lambda width, even=False, plain=False: SpeedConv(width))
     ),
     "Muon of each kernel alone": Variant(change=instead(transforms, lax=EACH_ALONE)),
     "whitening bias trained throughout": Variant(change=whitening_bias_trained_throughout),
@@ -263,7 +266,8 @@ def seconds_to_train(setup: Setup, seeds: Sequence[int], way: str) -> float:
 def vmapped_steps(program: Program, frozen: tuple[str, ...]) -> Any:
     """Returns `train_steps` for many states, plans and keys at the same time."""
     steps_of_one = partial(steps.train_steps, program=program, frozen=frozen)
-    return jax.jit(jax.vmap(steps_of_one, in_axes=(0, None, 0, 0, 0)), donate_argnums=0)
+    many = jax.vmap(steps_of_one, in_axes=(0, None, 0, 0, 0))
+    return jax.jit(many, donate_argnums=0, compiler_options=compiler_options())
 
 
 def kernels(folder: str) -> str:
@@ -304,6 +308,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=float, help="score this fraction of the training split, not the test split")
     parser.add_argument("--small", action="store_true", help="one epoch of a small network on few random images")
     args = parser.parse_args()
+    keep_memory()
     start, variant = time.perf_counter(), VARIANTS[args.variant]
     config = load_experiment(str(EXPERIMENTS / f"{args.recipe or variant.recipe}.py")).config
     if args.held_out is not None:

@@ -1,12 +1,13 @@
 import errno
 import io
 import sys
+from contextlib import contextmanager
 
 import pytest
 
 from cnnjax import MLP, Config, train_and_evaluate
 from cnnjax.cli.console import Report, track
-from cnnjax.step import Scores
+from cnnjax.metrics import Scores
 
 
 class Tee:
@@ -29,7 +30,7 @@ class ClosedTerminal(io.StringIO):
 
 def show_progress(report):
     with report.progress(num_epochs=1, steps_per_epoch=2, start=0):
-        report.step(1, Scores(loss=0.5, accuracy=0.5, num_examples=2))
+        report.step(1, Scores(loss=0.5, num_examples=2, values={"accuracy": 0.5}))
         report.say("a line")
     assert list(track([1, 2], "", 2)) == [1, 2]
 
@@ -69,6 +70,46 @@ def test_the_library_leaves_the_streams_alone(prepared_dir, tmp_path, monkeypatc
     out = Tee()
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(sys, "stderr", None)
-    result = train_and_evaluate(config, run_dir=tmp_path / "run", data_dir=prepared_dir)
+    result = train_and_evaluate(config, run_dir=tmp_path / "run", data_dir=prepared_dir).finished_result()
     assert result["num_test_examples"] == 170
     assert (sys.stdout, sys.stderr, out.text) == (out, None, "")
+
+
+class Logger(Report):
+    """A logger of the user."""
+
+    def __init__(self):
+        super().__init__(quiet=True)
+        self.events = []
+
+    def say(self, line):
+        self.events.append("say")
+
+    @contextmanager
+    def progress(self, num_epochs, steps_per_epoch, start):
+        self.events.append(("progress", num_epochs, steps_per_epoch, start))
+        yield
+        self.events.append("end")
+
+    def step(self, step, means):
+        self.events.append(("step", step, means.num_examples, *means.values))
+
+    def epoch(self, row, num_epochs):
+        self.events.append(("epoch", row["epoch"], row["best_epoch"], row["train_loss"], num_epochs))
+
+    def result(self, result, run_dir):
+        self.events.append(("result", result["test_accuracy"], run_dir))
+
+
+def test_a_logger_of_the_user_receives_everything(prepared_dir, tmp_path):
+    config, logger = Config(dataset="generated", model=MLP(), num_epochs=1, batch_size=195), Logger()
+    run = train_and_evaluate(config, run_dir=tmp_path / "run", data_dir=prepared_dir, report=logger)
+    assert [event for event in logger.events if event != "say"] == [
+        ("progress", 1, 2, 0),
+        ("step", 1, 195, "accuracy"),
+        ("step", 2, 390, "accuracy"),
+        ("epoch", 1, 1, run.history["train_loss"][0], 1),
+        "end",
+        ("result", run.test_accuracy, tmp_path / "run"),
+    ]
+    assert "say" in logger.events

@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 
 import cnnjax
-from cnnjax import load_trained
+from cnnjax import load_run
 from cnnjax.cli.console import Report
 from cnnjax.cli.main import main
 from cnnjax.data.datasets import load_dataset
-from cnnjax.step import Scores
+from cnnjax.metrics import Scores
 
 PROGRAMS = Path(__file__).parents[1] / "programs"
 
@@ -120,16 +120,14 @@ def test_predict_inverts_colors_and_not_the_alpha_channel(run_dir, tmp_path, cap
     image = rng.integers(0, 256, (28, 28, 4), np.uint8)
     Image.fromarray(image).save(tmp_path / "rgba.png")
 
-    def load_alpha(*args):
-        trained = load_trained(run_dir)
-        return trained._replace(facts=replace(trained.facts, image_shape=(28, 28, 4), mean=(99.0,) * 4, std=(1.0,) * 4))
+    class Alpha:
+        facts = replace(load_run(run_dir).facts, image_shape=(28, 28, 4), mean=(99.0,) * 4, std=(1.0,) * 4)
 
-    def classify(trained, image):
-        seen.append(image)
-        return np.ones(10) / 10
+        def predict(self, images):
+            seen.append(images[0])
+            return np.ones((1, 10)) / 10
 
-    monkeypatch.setattr("cnnjax.runs.trained.load_trained", load_alpha)
-    monkeypatch.setattr("cnnjax.runs.trained.classify", classify)
+    monkeypatch.setattr("cnnjax.runs.run.load_run", lambda *args: Alpha())
     main(["predict", str(run_dir), str(tmp_path / "rgba.png"), "--invert"])
     np.testing.assert_array_equal(seen[0], np.dstack([255 - image[..., :3], image[..., 3]]))
 
@@ -235,7 +233,7 @@ def test_a_terminal_shows_a_progress_bar_above_the_lines(train, tmp_path, monkey
     monkeypatch.setenv("COLUMNS", "200")
     train(tmp_path / "run")
     shown = terminal.getvalue()
-    assert re.search(r"epoch 3/3.*/39.*loss \d\.\d{3}  accuracy \d+\.\d%.*images/s", shown)
+    assert re.search(r"epoch 3/3.*/39.*loss \d\.\d{4}  accuracy \d+\.\d\d%.*images/s", shown)
     assert "Test accuracy " in shown.splitlines()[-1]
 
 
@@ -244,7 +242,7 @@ def test_one_of_several_runs_has_a_prefix_and_no_progress_bar(monkeypatch, capsy
     monkeypatch.setattr(sys, "stderr", terminal)
     report = Report().with_prefix("seed 1: ")
     with report.progress(num_epochs=1, steps_per_epoch=2, start=0):
-        report.step(1, Scores(loss=0.5, accuracy=0.5, num_examples=2))
+        report.step(1, Scores(loss=0.5, num_examples=2, values={"accuracy": 0.5}))
         report.say("a line")
     assert terminal.getvalue() == ""
     assert capsys.readouterr().out == "seed 1: a line\n"

@@ -172,7 +172,7 @@ def test_an_experiment_is_found_by_its_name(tmp_path, monkeypatch, capsys):
 def test_an_experiment_may_import_files_beside_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [*sys.path])
-    Path("my_losses.py").write_text("def absolute(logits, label):\n    return abs(logits).sum(1)\n")
+    Path("my_losses.py").write_text("def absolute(logits, batch):\n    return abs(logits).sum(1)\n")
     Path("mine.py").write_text(
         "from cnnjax import Config\nfrom my_losses import absolute\nCONFIG = Config(loss=absolute)\n"
     )

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from reference import TOLERANCE, assert_near, convolution_by_numpy, draw, select_kernels, simulate_accelerator
 
+from cnnjax.compiler import compiler_options
 from cnnjax.layers import onednn
 from cnnjax.layers.conv import conv2d, convolution_on_accelerators, image_grad_by_xla, kernel_grad_by_xla
 
@@ -41,7 +42,7 @@ KERNELS = [
     ("xla with its own flags", "float32"),
     ("xla with its own flags", "bfloat16"),
 ]
-# jaxlib's defaults of the flags that `set_flags` changes on a CPU. The first one only affects convolutions.
+# jaxlib's defaults of the options that `compiler_options` changes on a CPU. The first one only affects convolutions.
 XLA_DEFAULTS = {
     "xla_cpu_experimental_ynn_fusion_type": ",".join(
         f"LIBRARY_FUSION_TYPE_{name}" for name in ("INDIVIDUAL_DOT", "REDUCE", "INDIVIDUAL_CONVOLUTION")
@@ -85,7 +86,7 @@ def test_convolution_and_gradients_match_numpy(h, w, c, k, kernel_size, padding,
     assert (len(calls) > 0) == kernels.startswith("onednn")
     narrow = dtype == "bfloat16" and "without" not in kernels and onednn.has_bfloat16()
     assert all(("bf16" in call) == narrow for call in calls)
-    program = lowered.compile(XLA_DEFAULTS if kernels == "xla with its own flags" else None)
+    program = lowered.compile(XLA_DEFAULTS if kernels == "xla with its own flags" else compiler_options())
     got = program(image, kernel, bias, g)
     if kernels.startswith("xla"):  # Its own flags select kernels for fused convolutions.
         fused = re.search(r"ROOT \S+ = \S+ convolution\(", program.as_text()) is not None

@@ -125,3 +125,16 @@ def test_activations_have_the_dtype_and_logits_are_float32(dtype):
 def test_invalid_options(fields, message):
     with pytest.raises(UserError, match=message):
         CNN(**fields)
+
+
+def test_pooled_features_are_sown():
+    """The logits are those of the last two layers."""
+    model, image = CNN(3), np.random.default_rng(0).normal(size=(2, 8, 8, 1)).astype(np.float32)
+    variables = jax.jit(partial(model.init, train=False))(jax.random.key(0), image)
+    assert variables.keys() == {"params"}
+    logits, sown = model.apply(variables, image, train=False, mutable=["intermediates"])
+    (pooled,) = sown["intermediates"]["pooled"]
+    assert pooled.shape == (2, 2 * 2 * 64)
+    hidden, last = (variables["params"][f"Dense_{i}"] for i in range(2))
+    x = np.maximum(np.asarray(pooled) @ hidden["kernel"] + hidden["bias"][None], 0)
+    np.testing.assert_allclose(x @ last["kernel"] + last["bias"][None], logits, rtol=1e-4, atol=1e-5)

@@ -1,5 +1,6 @@
 """The network of the speed records, and its whitening."""
 
+import re
 from functools import partial
 
 import jax
@@ -19,6 +20,11 @@ RNG = np.random.default_rng(0)
 NOISE = RNG.normal(size=(200, 13, 13, 3)).astype(np.float32)
 IMAGE = sum(NOISE[:, i : i + 10, j : j + 10] for i in range(4) for j in range(4)) / 4
 MODEL, TX, KEY = SpeedNet(widths=(4, 4, 4)), optax.adamw(0.1, weight_decay=0.5), jax.random.key(0)
+
+
+def whitened(model, image, *, train=False):
+    """Returns the initial variables of a network that is ready for use."""
+    return model.init_from_data(jax.jit(partial(model.init, train=train))(KEY, image), image)
 
 
 def conv(x, kernel, padding):
@@ -51,7 +57,7 @@ def test_logits_equal_those_of_plain_operations(train):
     image = rng.normal(size=(4, 17, 20, 3)).astype(np.float32)
     drawn = jax.tree.map(
         lambda leaf: jnp.asarray(np.abs(rng.normal(size=leaf.shape)) + 0.1, jnp.float32),  # A variance is positive.
-        jax.eval_shape(partial(model.init, train=False), KEY, image),
+        jax.eval_shape(partial(whitened, model), image),
     )
     params = drawn["params"]
 
@@ -125,11 +131,13 @@ def test_activations_have_the_dtype_and_logits_are_float32(dtype):
     ("fields", "message"),
     [
         ({"dtype": "float31"}, "`model.dtype` must be a known name, got 'float31'. Did you mean float32"),
+        ({"widths": [4, 4, 4]}, r"`model.widths` must be a tuple, which is hashable, got \[4, 4, 4\]\."),
         ({"widths": (4, 4)}, r"`model.widths` must be 3 numbers of at least 1, got \(4, 4\)\."),
         ({"widths": (4, 0, 4)}, r"`model.widths` must be 3 numbers of at least 1, got \(4, 0, 4\)\."),
         ({"depth": 4}, r"`model.depth` must be 2 or 3, got 4\."),
     ],
 )
+@pytest.mark.usefixtures("no_type_checks")
 def test_invalid_options(fields, message):
     with pytest.raises(UserError, match=message):
         SpeedNet(**fields)
@@ -155,18 +163,52 @@ def test_the_covariance_equals_numpys_in_float64(monkeypatch):
 
 
 def test_initialization_from_data_sets_only_the_whitening_kernel(state):
-    assert not state.batch_stats["whiten"]["kernel"].any()
-    whitened = init_from_data(state, IMAGE, model=MODEL, tx=TX)
-    np.testing.assert_array_equal(whitened.batch_stats["whiten"]["kernel"], whitening_kernel(IMAGE))
-    rest = whitened._replace(batch_stats={**whitened.batch_stats, "whiten": state.batch_stats["whiten"]})
+    before = state.model_state["batch_stats"]
+    assert before["whiten"]["kernel"].shape == (2, 2, 3, 0)
+    got = init_from_data(state, IMAGE, model=MODEL, tx=TX)
+    after = got.model_state["batch_stats"]
+    np.testing.assert_array_equal(after["whiten"]["kernel"], whitening_kernel(IMAGE))
+    rest = got._replace(model_state={"batch_stats": {**after, "whiten": before["whiten"]}})
     jax.tree.map(np.testing.assert_array_equal, rest, state)
+
+
+def test_whitening_can_be_traced():
+    variables = jax.eval_shape(partial(MODEL.init, train=False), KEY, IMAGE)
+    shapes = jax.eval_shape(MODEL.init_from_data, variables, IMAGE)
+    kernel = shapes["batch_stats"]["whiten"]["kernel"]
+    assert (kernel.shape, kernel.dtype) == ((2, 2, 3, 24), jnp.float32)
+    np.testing.assert_array_equal(jax.jit(whitening_kernel)(IMAGE), whitening_kernel(IMAGE))
+
+
+@pytest.mark.parametrize(("images", "channels"), [(None, 3), (IMAGE[..., :1], 1)])
+def test_a_network_without_the_whitening_of_its_images_is_an_error_when_traced(images, channels):
+    variables = MODEL.init(KEY, IMAGE[:1] if images is None else images[:1], train=False)
+    if images is not None:
+        variables = MODEL.init_from_data(variables, images)
+    filters = 0 if images is None else 8
+    message = (
+        f"`model` must be whitened: the shape of its whitening kernel must be (2, 2, 3, 24) for these images, got "
+        f"(2, 2, {channels}, {filters}). Call `init_from_data(state, images, model=model, tx=tx)`."
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        jax.eval_shape(partial(MODEL.apply, train=False), variables, IMAGE)
+
+
+def test_pooled_features_are_sown():
+    """The logits are their product with the head, divided by 9."""
+    variables = whitened(MODEL, IMAGE)
+    assert variables.keys() == {"params", "batch_stats"}
+    logits, sown = MODEL.apply(variables, IMAGE[:4], train=False, mutable=["intermediates"])
+    (pooled,) = sown["intermediates"]["pooled"]
+    assert pooled.shape == (4, 4)
+    np.testing.assert_allclose(np.asarray(pooled) @ variables["params"]["head"] / 9, logits, rtol=1e-5, atol=1e-6)
 
 
 def test_a_step_trains_the_whitening_bias_but_not_the_kernel(state):
     state = init_from_data(jax.tree.map(jnp.copy, state), IMAGE, model=MODEL, tx=TX)
     batch = Batch(IMAGE[:20], np.arange(20, dtype=np.int32) % 10, np.ones(20, bool))
     state, _ = train_step(state, batch, KEY, model=MODEL, tx=TX)
-    np.testing.assert_array_equal(state.batch_stats["whiten"]["kernel"], whitening_kernel(IMAGE))
+    np.testing.assert_array_equal(state.model_state["batch_stats"]["whiten"]["kernel"], whitening_kernel(IMAGE))
     assert state.params["whiten"]["bias"].any()
 
 

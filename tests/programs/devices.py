@@ -26,10 +26,10 @@ from cnnjax.cli.signals import Stop
 from cnnjax.data.batches import make_batch
 from cnnjax.layers.modules import Dropout
 from cnnjax.prepare import set_up
+from cnnjax.program import train_steps
 from cnnjax.runs.directory import OpenRun
 from cnnjax.runs.files import tree_sha256
 from cnnjax.sharding import place
-from cnnjax.step import train_steps
 from cnnjax.train import plan_dispatches
 
 CONFIG = Config(
@@ -81,6 +81,6 @@ if __name__ == "__main__":
         found[n], state = train(jax.devices()[:n], data_dir)
         vectors[n] = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(state.params)]).astype(np.float64)
         found[n]["distance"] = np.linalg.norm(vectors[n] - vectors[1]) / np.linalg.norm(vectors[1])
-    found["run on 8"] = train_and_evaluate(CONFIG, run_dir=folder, data_dir=data_dir)
+    found["run on 8"] = train_and_evaluate(CONFIG, run_dir=folder, data_dir=data_dir).result
     found["6 examples on 4"] = place(6, jax.devices()[:4]).num_devices
     print(json.dumps(found))

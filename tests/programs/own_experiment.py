@@ -56,8 +56,8 @@ class Noise(Augment):
         return batch._replace(image=batch.image + self.scale * noise)
 
 
-def focal_loss(logits: jax.Array, label: jax.Array) -> jax.Array:
-    log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), label[:, None], axis=1)[:, 0]
+def focal_loss(logits: jax.Array, batch: Batch) -> jax.Array:
+    log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.label[:, None], axis=1)[:, 0]
     return -((1 - jnp.exp(log_p)) ** 2) * log_p
 
 

@@ -5,7 +5,7 @@ Usage: JAX_PLATFORMS=... platforms.py RUN_DIR DATA_DIR
 
 import sys
 
-from cnnjax import Config, UserError, load_trained, train_and_evaluate
+from cnnjax import Config, UserError, load_run, train_and_evaluate
 from cnnjax.cli.main import main
 
 run_dir, data_dir = sys.argv[1:]
@@ -14,8 +14,8 @@ for command in (["train", "--dataset", "generated", "--data-dir", data_dir], ["e
         main(command)
     except SystemExit as stopped:
         print(f"status {stopped.code}", file=sys.stderr)
-for function, argument in ((train_and_evaluate, Config(dataset="generated")), (load_trained, run_dir)):
+for use in (lambda: train_and_evaluate(Config(dataset="generated")), lambda: load_run(run_dir).state):
     try:
-        function(argument)
+        use()
     except UserError as error:
         print(error, file=sys.stderr)

@@ -1,6 +1,7 @@
 """Trains seeds of a run's configuration on two devices, is stopped by a signal, and resumes three of them.
 
-A worker thread receives the signal, while seed 2 trains. Usage: two_devices.py RUN_DIR DATA_DIR FOLDER
+A worker thread receives the signal, while seed 2 trains. At last seed 1 is in use. Usage: two_devices.py RUN_DIR
+DATA_DIR FOLDER
 """
 
 import signal
@@ -9,9 +10,10 @@ import threading
 from pathlib import Path
 
 import jax
+from filelock import FileLock
 
-from cnnjax import Interrupted
-from cnnjax.cli.console import Report
+from cnnjax import Interrupted, Report, UserError
+from cnnjax.errors import messages_for_shell
 from cnnjax.runs.inspection import find_runs, read_info
 from cnnjax.runs.records import read_record
 from cnnjax.runs.seeds import train_seeds, use_cores
@@ -42,3 +44,8 @@ except Interrupted as stop:
     print(stop)
 print({path.name: read_info(path).state for path in find_runs(folder)})
 train_seeds(config, (0, 1, 2), folder=folder, data_dir=data_dir, resume=True, report=Report())
+with messages_for_shell(), FileLock(folder / "seed1" / "lock"):
+    try:
+        train_seeds(config, (0, 1), folder=folder, data_dir=data_dir, resume=True)
+    except UserError as error:
+        print(error)

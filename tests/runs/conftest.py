@@ -7,8 +7,8 @@ from typing import Any, NamedTuple, cast
 import pytest
 
 from cnnjax import MLP, Adam, Augment, Config, ParamGroup
+from cnnjax.program import train_steps
 from cnnjax.runs.seeds import train_seeds
-from cnnjax.step import train_steps
 
 # The group's learning rate is that of the other parameters, and it is never frozen.
 CONFIG = Config(

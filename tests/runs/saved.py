@@ -22,7 +22,9 @@ def make_abstract_state(model):
 
 
 def make_progress(best_step=None, seconds=0.0):
-    return {"rows": [], "timing": [], "totals": [0.5, 2, 3], "seconds": seconds, "best_step": best_step}
+    totals = {"loss": 0.5, "num_examples": 3, "values": {"accuracy": 2}}
+    counted = {"totals": totals, "grad_norm": 0.5, "stopped_within": None}
+    return {"rows": [], "timing": [], **counted, "seconds": seconds, "best_step": best_step}
 
 
 def save_epochs(folder, *accuracies):

@@ -72,12 +72,12 @@ class Noise(Augment):
 class Focal:
     gamma: float = 2.0
 
-    def __call__(self, logits, label):
-        return softmax_cross_entropy(logits, label)
+    def __call__(self, logits, batch):
+        return softmax_cross_entropy(logits, batch)
 
 
-def focal_loss(logits, label, gamma: Any = 2.0):
-    return softmax_cross_entropy(logits, label)
+def focal_loss(logits, batch, gamma: Any = 2.0):
+    return softmax_cross_entropy(logits, batch)
 
 
 def load_arrays():
@@ -184,13 +184,15 @@ def test_a_name_that_is_not_passed_names_the_file_to_pass():
         with pytest.raises(UserError) as error:
             decode(content, names, ["mine.py"])
         assert str(error.value) == (
-            f"`{part}` of this run is {name}, which is not part of cnnjax, and a run directory imports no code. Pass "
-            "the file that defines it: --experiment mine.py"
+            f"`{part}` of this run is {name}, which is not part of cnnjax, and a run directory imports no code. Pass a "
+            "`config` that has it, such as that of training."
         )
     called = {**content, "model": {"class": "focal_loss", "logits": 0, "label": 0}}  # It is no class.
     with pytest.raises(UserError, match="`model` of this run is focal_loss, which is not part of cnnjax"):
         decode(called, collect_names(OWN[0]))
-    with pytest.raises(UserError, match=r"`dataset` of this run is \(arrays in memory\), .*: --experiment FILE$"):
+    with pytest.raises(
+        UserError, match=r"`dataset` of this run is \(arrays in memory\), .* Pass a `config` that has it"
+    ):
         decode(encode(OWN[3]), {})
 
 
@@ -224,7 +226,7 @@ def test_a_value_out_of_range_is_refused_as_on_the_command_line(no_type_checks):
         ({"validation_fraction": "0.1"}, "`validation_fraction` must be a float, got '0.1'."),
         ({"optim": {**content["optim"], "learning_rate": None}}, "`optim.learning_rate` must be a float, got None."),
         ({"model": {**content["model"], "dtype": ["float32"]}}, "`model.dtype` must be a str, got ('float32',)."),
-        ({"model": 3}, "`model` must be an instance of flax's Module, got 3."),
+        ({"model": 3}, "`model` must be a Linen module, or an object with functions init and apply, got 3."),
     ):
         with pytest.raises(UserError) as error:
             decode({**content, **edit}, {})

@@ -31,11 +31,12 @@ RESULT = {
     "best_validation_accuracy": None,
     "best_epoch": 2,
     "num_epochs": 2,
+    "stopped_epoch": None,
     "training_seconds": 1.5,
     "num_params": 3,
     "seed": 0,
     "device": "cpu",
-    "sha256": dict.fromkeys(("params", "batch_stats", "opt_state", "best_params", "metrics"), "c" * 64),
+    "sha256": dict.fromkeys(("params", "model_state", "opt_state", "best_params", "metrics"), "c" * 64),
 }
 QUIET = Report(quiet=True)
 
@@ -68,7 +69,7 @@ def test_a_directory_is_locked_during_a_session(tmp_path):
 
 def test_a_directory_with_a_run_is_not_overwritten(tmp_path):
     begin(tmp_path)
-    with pytest.raises(UserError, match=r"`run_dir` .* exists already\. Resume that run with --resume, or"):
+    with pytest.raises(UserError, match=r"`run_dir` .* exists already\. Resume that run, resume=True, or"):
         begin(tmp_path)
     with pytest.raises(
         UserError,
@@ -85,7 +86,7 @@ def test_a_run_is_resumed_with_its_own_configuration(tmp_path):
     assert str(error.value) == (
         f"{tmp_path} must be resumed with its own configuration: `batch_size` is 128 there and 8 here; "
         "`model.dense_dropout` is 0.5 there and 0.2 here. Pass the same values, or choose another directory: "
-        "--run-dir DIR."
+        "run_dir=DIR."
     )
     with pytest.raises(UserError, match=r"`optim\.class` is 'cnnjax\.Adam' there and 'cnnjax\.SGD' here"):
         begin(tmp_path, replace(CONFIG, optim=SGD()), resume=True)
@@ -132,7 +133,8 @@ def test_a_run_whose_steps_depend_on_its_length_is_not_trained_longer(optim, tmp
 def test_a_run_is_resumed_with_its_own_data(change, message, tmp_path):
     begin(tmp_path)
     with pytest.raises(
-        UserError, match=rf"must hold the data that .* was trained on, but in .*, {message}\. Pass the same --data-dir"
+        UserError,
+        match=rf"must hold the data that .* was trained on, but in .*, {message}\. Pass the same data_dir=",
     ):
         begin(tmp_path, resume=True, facts=replace(FACTS, **change))
     begin(tmp_path, resume=True, facts=replace(FACTS, source="another source", version="2.0.0"))
@@ -250,9 +252,7 @@ def test_a_file_system_without_locks(tmp_path, error, monkeypatch):
         raise error
 
     monkeypatch.setattr(FileLock, "acquire", fail)
-    with pytest.raises(
-        UserError, match=r"must be on a file system that can lock files, .*\. Choose another: --run-dir"
-    ):
+    with pytest.raises(UserError, match=r"must be on a file system that can lock files, .*\. Choose another: run_dir="):
         begin(tmp_path / "run")
     assert tree(tmp_path) == []
 
@@ -282,7 +282,7 @@ def test_a_directory_without_a_manifest_is_of_another_version(tmp_path):
 
 def test_a_directory_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"`run_dir` .*file/run cannot be written \(.*\)\. Choose another: --run-dir"):
+    with pytest.raises(UserError, match=r"`run_dir` .*file/run cannot be written \(.*\)\. Choose another: run_dir="):
         begin(tmp_path / "file" / "run")
     with pytest.raises(UserError, match=r"`run_dir` must be a directory, got the file"):
         begin(tmp_path / "file")

@@ -98,7 +98,7 @@ def test_the_advice_of_verify_works(seeds, run_dir, prepared_dir, tmp_path, caps
     change_last_session(run_dir, state="running")
     advice = "Resume the run with --resume: it starts from the latest intact checkpoint."
     assert advice in exits(capsys, "verify", str(run_dir))
-    result = train_and_evaluate(config, run_dir=run_dir, data_dir=prepared_dir, resume=True)
+    result = train_and_evaluate(config, run_dir=run_dir, data_dir=prepared_dir, resume=True).finished_result()
     assert result["sha256"] == expected
     (run_dir / "config.json").unlink()
     advice = "config.json cannot be computed again. Restore it from a backup, or train again in another directory."

@@ -8,6 +8,7 @@ import pytest
 
 from cnnjax import UserError
 from cnnjax.cli.signals import Interrupted
+from cnnjax.runs import manifest
 from cnnjax.runs.manifest import (
     changes_since_last_session,
     differences,
@@ -101,6 +102,20 @@ def test_the_environment_has_versions_device_and_kernels(monkeypatch):
     assert environment([device])["kernels"] == "XLA"
 
 
+def test_runs_that_were_compiled_with_other_options_differ(tmp_path, monkeypatch):
+    """Whatever XLA_FLAGS contains: XLA may have read it before it was changed."""
+    ours = environment(jax.devices()[:1])
+    monkeypatch.setattr(manifest, "compiler_options", lambda: {"xla_gpu_deterministic_ops": True})
+    with session(tmp_path, environment(jax.devices()[:1]), ()):
+        pass
+    saved = read_manifest(tmp_path)["sessions"][0]
+    missing = ours["compiler_options"].keys() - {"xla_gpu_deterministic_ops"}
+    assert missing
+    assert differences(ours, saved) == {
+        f"compiler_options.{name}": (ours["compiler_options"][name], None) for name in missing
+    }
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
 def test_the_cores_are_those_of_the_process():
     cores = os.sched_getaffinity(0)
@@ -136,5 +151,5 @@ def test_a_session_in_another_environment_or_under_a_clock_that_went_back(tmp_pa
 
 def test_a_manifest_of_another_version(tmp_path):
     (tmp_path / "manifest.json").write_text('{"format": 1, "runs": [{}]}')
-    with pytest.raises(UserError, match=r"manifest\.json must be of format 3, got 1: another version of cnnjax wrote"):
+    with pytest.raises(UserError, match=r"manifest\.json must be of format 4, got 1: another version of cnnjax wrote"):
         read_manifest(tmp_path)

@@ -90,7 +90,7 @@ def test_a_changed_result_is_not_used(content, message, run_dir):
     path = run_dir / "result.json"
     whole = json.loads(path.read_text())
     write_json(path, whole | content if content else content)
-    with pytest.raises(UserError, match=rf"{message}.*\. Resume the run, which writes it again: --resume\."):
+    with pytest.raises(UserError, match=rf"{message}.*\. Resume the run, which writes it again: resume=True\."):
         read_result(run_dir)
 
 
@@ -101,8 +101,8 @@ def test_a_changed_result_is_not_used(content, message, run_dir):
         ({"sessions": [{}]}, "`sessions.0.state` in .* must be there, got nothing"),
         ({"sessions": []}, "`sessions` in .* must have at least 1 item"),
         ({"sessions": None}, "`sessions` in .* must be a valid array, got None"),
-        ({"format": 2}, "must be of format 3, got 2: another version of cnnjax wrote it"),
-        ({"format": "3"}, "`format` in .* must be a valid integer, got '3'"),
+        ({"format": 3}, "must be of format 4, got 3: another version of cnnjax wrote it"),
+        ({"format": "4"}, "`format` in .* must be a valid integer, got '4'"),
     ],
 )
 def test_a_changed_manifest_is_not_used(content, message, run_dir):
@@ -131,7 +131,7 @@ def test_a_session_has_the_cores_that_a_reproduction_needs(run_dir):
 def test_a_changed_line_of_metrics_is_not_used(line, message, run_dir):
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write(line)
-    with pytest.raises(UserError, match=rf"{message}.*\. Resume the run, which writes it again: --resume\."):
+    with pytest.raises(UserError, match=rf"{message}.*\. Resume the run, which writes it again: resume=True\."):
         read_rows(run_dir)
 
 

@@ -36,7 +36,9 @@ def test_seeds_share_one_compilation_and_have_the_bits_of_single_runs(seeds, pre
     assert seeds.num_compilations == 1
     assert [result["seed"] for result in seeds.results] == [0, 1, 2]
     assert [path.name for path in find_runs(seeds.folder)] == ["seed0", "seed1", "seed2"]
-    alone = train_and_evaluate(replace(seeds.config, seed=1), run_dir=tmp_path / "run", data_dir=prepared_dir)
+    alone = train_and_evaluate(
+        replace(seeds.config, seed=1), run_dir=tmp_path / "run", data_dir=prepared_dir
+    ).finished_result()
     assert alone["sha256"] == seeds.results[1]["sha256"]
     assert alone["sha256"]["params"] != seeds.results[0]["sha256"]["params"]
 
@@ -55,7 +57,7 @@ def test_each_device_trains_a_seed_until_a_signal_stops_them_all(seeds, prepared
     command = [sys.executable, str(PROGRAM), str(seeds.folder / "seed0"), str(prepared_dir), str(tmp_path)]
     done = subprocess.run(command, env={**os.environ, **flags}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    devices, stopped, states, *lines = done.stdout.splitlines()
+    devices, stopped, states, *lines, in_use = done.stdout.splitlines()
     assert devices == "2 devices"
     assert re.match("Stopped by SIGTERM; (the checkpoint of step|nothing is lost)", stopped)
     states = ast.literal_eval(states)
@@ -63,6 +65,7 @@ def test_each_device_trains_a_seed_until_a_signal_stops_them_all(seeds, prepared
     assert {*states.values()} == {"finished", "interrupted"}
     assert len(states) <= 4  # None began after the signal.
     assert any(line.startswith("seed 2: epoch 2/2") for line in lines)
+    assert in_use.endswith("seed1 is in use by another process. Choose another: --run-dir DIR.")  # In a thread, too.
     for seed in (0, 1, 2):
         result = read_result(tmp_path / f"seed{seed}")
         assert result is not None and result["sha256"] == seeds.results[seed]["sha256"]  # As alone, on one device.

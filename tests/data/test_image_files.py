@@ -1,96 +1,11 @@
-import json
 import os
-import shutil
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from cnnjax import UserError, load_trained, train_and_evaluate
-from cnnjax.cli.experiment import load_experiment
-from cnnjax.runs.files import tree_sha256
-from cnnjax.runs.trained import classify, read_image, score
-
-# Its best epoch is not the last, its seed is not 0, the test split has two views, and there are batch statistics.
-CONFIG: Any = load_experiment(str(Path(__file__).parents[1] / "programs" / "research.py")).config
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run directory, and its result."""
-    run_dir = tmp_path_factory.mktemp("trained") / "run"
-    return run_dir, train_and_evaluate(CONFIG, run_dir=run_dir)
-
-
-def test_the_best_checkpoint_is_restored_and_not_the_latest(run):
-    run_dir, result = run
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert result["best_epoch"] < len(rows)
-    state = load_trained(run_dir, CONFIG).state
-    assert state.step == rows[result["best_epoch"] - 1]["step"]
-    assert tree_sha256(state.params) == result["sha256"]["best_params"] != result["sha256"]["params"]
-    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
-
-
-def test_loading_does_not_touch_the_run(run):
-    (run[0] / "checkpoints" / "7.orbax-checkpoint-tmp").mkdir()  # Perhaps of a training that is still saving.
-    before = sorted(run[0].rglob("*"))
-    load_trained(run[0], CONFIG)
-    assert sorted(run[0].rglob("*")) == before
-
-
-def test_scores_equal_those_of_the_run(run):
-    run_dir, result = run
-    best = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[result["best_epoch"] - 1])
-    trained = load_trained(run_dir, CONFIG)
-    test, validation = (score(trained, split) for split in ("test", "validation"))
-    assert test == (result["test_loss"], result["test_accuracy"], result["num_test_examples"])
-    assert validation[:2] == (best["validation_loss"], best["validation_accuracy"])
-    assert validation.num_examples == 110 - 88
-    # Only the test split has several views, and the held-out part depends on the seed.
-    plain, other = (trained._replace(config=c) for c in (replace(CONFIG, tta="none"), replace(CONFIG, seed=0)))
-    assert score(plain, "test").loss != test.loss
-    assert score(plain, "validation") == validation
-    assert score(other, "validation").loss != validation.loss
-
-
-def test_a_built_in_run_is_loaded_without_its_configuration(seeds, prepared_dir):
-    trained = load_trained(seeds.folder / "seed1")
-    assert trained.config == replace(seeds.config, seed=1)
-    scores = score(trained, "test", prepared_dir)
-    assert (scores.loss, scores.accuracy) == (seeds.results[1]["test_loss"], seeds.results[1]["test_accuracy"])
-
-
-def test_the_configuration_provides_the_classes_and_the_values_are_those_of_the_run(run):
-    assert load_trained(run[0], replace(CONFIG, batch_size=99)).config == CONFIG
-    with pytest.raises(UserError, match=r"`model` of this run is Net, .* --experiment .*research\.py"):
-        load_trained(run[0])
-
-
-def test_scoring_other_data_or_a_part_that_does_not_exist(run):
-    trained = load_trained(run[0], CONFIG)
-    other = trained._replace(facts=replace(trained.facts, sha256={"train": "0", "test": "1"}))
-    with pytest.raises(UserError, match=r"`dataset` must hold the 'arrays' of this run, SHA-256 {'train': '0'"):
-        score(other, "test")
-    whole = trained._replace(config=replace(CONFIG, validation_fraction=0.0))
-    with pytest.raises(UserError, match="`split` must be test if `validation_fraction` was 0, got validation"):
-        score(whole, "validation")
-
-
-def test_classes_have_the_probabilities_of_the_network(run):
-    """In inference mode: with the running statistics, of standardized pixels."""
-    trained = load_trained(run[0], CONFIG)
-    image = CONFIG.dataset[2]
-    standardized = ((image - np.array(trained.facts.mean)) / trained.facts.std).astype(np.float32)
-    variables = {"params": trained.state.params, "batch_stats": trained.state.batch_stats}
-    logits = np.asarray(trained.config.model.apply(variables, standardized, train=False), np.float64)
-    expected = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    for i in range(5):
-        np.testing.assert_allclose(classify(trained, image[i]), expected[i], atol=1e-5)
+from cnnjax import UserError
+from cnnjax.data.image_files import read_image
 
 
 def test_a_png_of_the_right_size_is_read_exactly(tmp_path):
@@ -241,58 +156,3 @@ def test_any_error_of_a_decoder_is_a_message(tmp_path, monkeypatch):
     monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", fail)
     with pytest.raises(UserError, match=r"`image` must be an image file .*image\.png \(IndexError\)"):
         read_image(tmp_path / "image.png", (8, 8, 1))
-
-
-def test_no_run(tmp_path):
-    with pytest.raises(UserError, match=rf"`run` must be the directory of a run, .*, got {tmp_path}"):
-        load_trained(tmp_path)
-
-
-def test_a_run_without_a_finished_epoch(seeds, tmp_path):
-    shutil.copy(seeds.folder / "seed0" / "config.json", tmp_path)
-    with pytest.raises(
-        UserError, match=r"`run` must have the checkpoint of the end of an epoch, got .* without it\. Resume it with"
-    ):
-        load_trained(tmp_path)
-
-
-def test_only_the_best_checkpoint_of_a_finished_run_is_used(seeds, run_dir):
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    best = rows[seeds.results[0]["best_epoch"] - 1]["step"]
-    expected = load_trained(run_dir).state.params
-    (other,) = {13, 26} - {best}
-    (run_dir / "checkpoints" / str(other) / "progress.json").write_text("{")
-    jax.tree.map(np.testing.assert_array_equal, load_trained(run_dir).state.params, expected)
-    shutil.rmtree(run_dir / "checkpoints" / str(best))
-    message = rf"`run` must have the checkpoint of step {best}, its best, got .* Train it again: cnnjax reproduce"
-    with pytest.raises(UserError, match=message):
-        load_trained(run_dir)
-
-
-def test_the_checkpoint_of_another_run_is_not_used(seeds, run_dir):
-    shutil.rmtree(run_dir / "checkpoints")
-    shutil.copytree(seeds.folder / "seed1" / "checkpoints", run_dir / "checkpoints")
-    with pytest.raises(UserError, match=r"`run` must have the (parameters that result\.json names|checkpoint of step)"):
-        load_trained(run_dir)
-
-
-@pytest.mark.parametrize(
-    ("old", "new"), [('"seed": 0', '"seed": 1'), ('"std": [ ', '"std": [ 1'), ("Trouser", "Trouses")]
-)
-def test_a_plausible_change_of_the_configuration_is_noticed(old, new, run_dir):
-    path = run_dir / "config.json"
-    assert old in " ".join(path.read_text().split())
-    path.write_text(" ".join(path.read_text().split()).replace(old, new))
-    with pytest.raises(
-        UserError,
-        match=r"config\.json must match its checksum in SHA256SUMS, got other bytes: one of the two is damaged",
-    ):
-        load_trained(run_dir)
-
-
-def test_a_damaged_latest_checkpoint_of_an_unfinished_run_is_not_passed_over(run_dir):
-    (run_dir / "result.json").unlink()
-    load_trained(run_dir)
-    (run_dir / "checkpoints" / "26" / "progress.json").write_text("{")
-    with pytest.raises(UserError, match=r"checkpoints/26 is damaged\. Resume the run with --resume: an earlier one"):
-        load_trained(run_dir)

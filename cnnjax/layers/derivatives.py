@@ -1,0 +1,61 @@
+"""Fast operations with a gradient of their own; the error for other derivatives names the switch `plain`."""
+
+from collections.abc import Callable
+from functools import update_wrapper
+from typing import Any
+
+import jax
+from jaxtyping import Array
+
+_MESSAGE = (
+    "`model` must use plain XLA operations to be differentiated twice or in forward mode, got fast kernels. Build it "
+    "with `plain=True`."
+)
+
+
+class fast_vjp:  # noqa: N801  A decorator.
+    """`jax.custom_vjp` whose error in forward mode names the switch.
+
+    JAX raises its own error, "can't apply forward-mode autodiff (jvp) to a custom_vjp function", if it notices only
+    after the call: in `jax.linearize`, and if the derivative, or the function in it, is jitted.
+
+    Attributes:
+      fun: the operation without its gradient, for `fwd` and `bwd`: a second derivative then reaches a kernel
+        `without_derivative`, or is exact.
+
+    Raises:
+      TypeError: the call is differentiated in forward mode.
+    """
+
+    def __init__(self, fun: Callable[..., Any], nondiff_argnums: tuple[int, ...] = ()) -> None:
+        self.fun = fun
+        self._with_gradient = jax.custom_vjp(fun, nondiff_argnums=nondiff_argnums)
+        update_wrapper(self, fun)
+
+    def defvjp(self, fwd: Callable[..., Any], bwd: Callable[..., Any]) -> None:
+        """Sets the gradient, as `jax.custom_vjp.defvjp` does."""
+        self._with_gradient.defvjp(fwd, bwd)
+
+    def __call__(self, *args: Any) -> Any:
+        """Calls the operation."""
+        try:
+            return self._with_gradient(*args)
+        except (TypeError, NotImplementedError) as error:
+            if "forward-mode" not in str(error) and "custom_lin" not in str(error):
+                raise
+            raise TypeError(_MESSAGE) from error
+
+
+def without_derivative(f: Callable[..., Array]) -> Callable[..., Array]:
+    """Makes the derivative of a kernel raise an error that names the switch.
+
+    Raises:
+      TypeError: a gradient that uses the kernel is differentiated.
+    """
+    f = jax.custom_jvp(f)
+
+    @f.defjvp
+    def jvp(primals: Any, tangents: Any) -> Any:
+        raise TypeError(_MESSAGE)
+
+    return f

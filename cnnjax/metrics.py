@@ -1,0 +1,126 @@
+"""Metrics: sums over the examples of a batch on the device, and totals and means on the host."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from cnnjax.errors import ArgumentError
+from cnnjax.network import logits_of
+from cnnjax.typing import AnyArray, BatchLike, LossFn, describe_shapes
+
+
+class Metrics(NamedTuple):
+    """Sums over the unmasked examples; divide by `num_examples` once, on the host.
+
+    Attributes:
+      loss: with the losses that the network has sown, counted for each example.
+      num_examples: number of unmasked examples.
+      values: "accuracy", the number of correct predictions, int32, if the labels are class indices, int [B]; and the
+        named values of the loss.
+      norm: see `grad_norm`; None in evaluation.
+    """
+
+    loss: Float[Array, ""]
+    num_examples: Int[Array, ""]
+    values: dict[str, Array]
+    norm: Float[Array, ""] | None = None
+
+    @property
+    def correct(self) -> AnyArray:
+        """The number of correct predictions.
+
+        Raises:
+          ValueError: the labels were not class indices.
+        """
+        if "accuracy" not in self.values:
+            raise ArgumentError("`batch.label` must be class indices, int [B], to be counted as correct, got others.")
+        return self.values["accuracy"]
+
+    @property
+    def grad_norm(self) -> AnyArray:
+        """The global norm of the gradient of the mean loss.
+
+        Raises:
+          ValueError: these are metrics of `eval_step`, which computes no gradient.
+        """
+        if self.norm is None:
+            raise ArgumentError("`metrics` must be those of `train_step` to have a gradient, got those of `eval_step`.")
+        return self.norm
+
+
+def sum_metrics(output: Any, batch: BatchLike, loss_fn: LossFn) -> Metrics:
+    """Returns the metrics of a batch.
+
+    Args:
+      output: of the network, the logits or a tuple that begins with them.
+
+    Raises:
+      ValueError: the loss, one of its values, the mask or a label has the wrong shape.
+    """
+    size = batch.image.shape[:1]
+    if getattr(batch.mask, "shape", None) != size or batch.mask.dtype != jnp.bool_:
+        raise ArgumentError(
+            f"`batch.mask` must be bool of shape {size}, like the images, got {describe_shapes(batch.mask)}."
+        )
+    for path, leaf in jax.tree.leaves_with_path(batch.label):
+        if jnp.shape(leaf)[:1] != size:
+            name = f"batch.label{jax.tree_util.keystr(path)}"
+            raise ArgumentError(
+                f"`{name}` must have the {size[0]} examples of the images as first axis, got {jnp.shape(leaf)}."
+            )
+    result = loss_fn(output, batch)
+    loss, values = result if isinstance(result, tuple) else (result, {})
+    for name, value in {"": loss, **values}.items():
+        if jnp.shape(value) != size or (not name and not jnp.issubdtype(loss.dtype, jnp.floating)):
+            what = f"values {name!r}" if name else "floating-point values"
+            raise ArgumentError(
+                f"`loss_fn` must return {what} of shape {size}, one per example, got {describe_shapes(value)}."
+            )
+    if taken := {"loss", "accuracy", "grad_norm"} & values.keys():
+        raise ArgumentError(f"`loss_fn` must return values with names of their own, got {sorted(taken)}.")
+    logits, label = logits_of(output), batch.label
+    if jnp.ndim(logits) == 2 and getattr(label, "shape", None) == size and jnp.issubdtype(label.dtype, jnp.integer):
+        values = {"accuracy": jnp.argmax(logits, axis=-1) == label, **values}
+
+    def masked_sum(x: Array) -> Array:
+        return jnp.sum(jnp.where(batch.mask, x, jnp.zeros_like(x)), dtype=jnp.int32 if x.dtype == bool else None)
+
+    sums = {name: masked_sum(value) for name, value in values.items()}
+    return Metrics(masked_sum(loss), jnp.sum(batch.mask, dtype=jnp.int32), sums)
+
+
+class Totals(NamedTuple):
+    """Sums of metrics on the host, as Python numbers."""
+
+    loss: float = 0.0
+    num_examples: int = 0
+    values: dict[str, float] = {}  # noqa: RUF012  Never changed.
+
+    def add(self, metrics: Metrics) -> "Totals":
+        """Returns the totals plus the metrics of one step, or of several [S]. Waits for the device."""
+        loss, num_examples, values = jax.device_get(metrics[:3])
+        values = {name: sum(np.ravel(x).tolist(), self.values.get(name, 0)) for name, x in values.items()}
+        return Totals(
+            sum(np.ravel(loss).tolist(), self.loss), sum(np.ravel(num_examples).tolist(), self.num_examples), values
+        )
+
+    def means(self) -> "Scores":
+        """Returns the means over all examples."""
+        n = self.num_examples
+        return Scores(self.loss / n, n, {name: total / n for name, total in self.values.items()})
+
+
+class Scores(NamedTuple):
+    """Means over `num_examples` examples."""
+
+    loss: float
+    num_examples: int
+    values: dict[str, float]
+
+    @property
+    def accuracy(self) -> float:
+        """The fraction of correct predictions."""
+        return self.values["accuracy"]

@@ -1,0 +1,118 @@
+"""Many steps as one program, and the evaluation of a data set."""
+
+from typing import NamedTuple
+
+import jax
+import optax
+from jax import lax
+from jaxtyping import Array, Float, Key, PyTree
+
+from cnnjax.compiler import jit
+from cnnjax.data.augment import Augment
+from cnnjax.data.batches import Pixels, make_batch
+from cnnjax.data.order import Plan, plain_plan
+from cnnjax.losses import softmax_cross_entropy
+from cnnjax.metrics import Metrics, Scores, Totals, sum_metrics
+from cnnjax.network import Network, logits_of
+from cnnjax.optim.optimizer import Optimizer
+from cnnjax.sharding import Placement, place
+from cnnjax.step import TrainState, apply_views, init_state, train_step
+from cnnjax.typing import AnyArray, LossFn
+
+# Examples; divisors of the usual test sets. The larger one is for images of up to 32 by 32 on an accelerator.
+EVAL_BATCH_SIZE, ACCELERATOR_EVAL_BATCH_SIZE = 500, 2000
+
+
+class Program(NamedTuple):
+    """The static arguments of `train_steps`: compared by value, so that many seeds share one compilation."""
+
+    model: Network
+    optim: Optimizer
+    augment: Augment
+    loss_fn: LossFn
+    num_steps: int  # Of the whole run.
+    num_epochs: int
+
+    def make_tx(self) -> optax.GradientTransformation:
+        """Returns the optimizer."""
+        return self.optim.make_tx(self.num_steps, self.num_epochs)
+
+    def frozen_names(self, params: PyTree, step: int) -> tuple[str, ...]:
+        """Returns the names in `params` whose gradients affect no update from `step` on."""
+        return self.optim.frozen(params, step, self.num_steps, self.num_epochs)
+
+
+@jit(static_argnames=("program",))
+def init_run(key: Key[Array, ""], image: Float[AnyArray, "B H W C"], *, program: Program) -> TrainState:
+    """Returns the initial state; see `init_state`."""
+    return init_state(key, image, model=program.model, tx=program.make_tx())
+
+
+@jit(static_argnames=("program", "frozen"), donate_argnames=("state",))
+def train_steps(
+    state: TrainState,
+    pixels: Pixels,
+    plan: Plan,
+    key: Key[Array, ""],
+    augment_key: Key[Array, ""],
+    *,
+    program: Program,
+    frozen: tuple[str, ...] = (),
+) -> tuple[TrainState, Metrics]:
+    """Applies `train_step` to each row of a plan; on an accelerator, one program that never waits for the host.
+
+    Args:
+      state: donated.
+      pixels: the training set.
+      plan: S rows of one epoch.
+      key: the same for every step, see `train_step`.
+      augment_key: the key of the epoch, see `make_batch`.
+      program: what to compile.
+      frozen: see `train_step`.
+
+    Returns:
+      The next state, and the metrics of each step [S].
+    """
+    tx = program.make_tx()
+
+    def step(state: TrainState, plan: Plan) -> tuple[TrainState, Metrics]:
+        batch = make_batch(pixels, plan, program.augment, augment_key)
+        return train_step(state, batch, key, model=program.model, tx=tx, loss_fn=program.loss_fn, frozen=frozen)
+
+    if len(plan.example) > 1:
+        return lax.scan(step, state, plan)
+    # Inside a loop XLA does not lay out convolutions for its fast CPU kernels (jax issue 12868).
+    state, metrics = step(state, plan.row(0))
+    return state, jax.tree.map(lambda value: value[None], metrics)
+
+
+@jit(static_argnames=("model", "tta"))
+def _score(state: TrainState, pixels: Pixels, plan: Plan, *, model: Network, tta: str) -> Metrics:
+    batch = make_batch(pixels, plan)
+    return sum_metrics(logits_of(apply_views(state, batch, model, tta)), batch, softmax_cross_entropy)
+
+
+def evaluate(
+    state: TrainState, pixels: Pixels, *, model: Network, tta: str = "none", placement: Placement | None = None
+) -> Scores:
+    """Scores every example once, by softmax cross-entropy and accuracy. Waits for the device.
+
+    Args:
+      pixels: the data set, on the device or on the host.
+      tta: see `eval_step`.
+      placement: how devices share a batch; None: the first device works alone.
+    """
+    num_examples = len(pixels.label)
+    placement = placement or place(1)
+    platform = placement.devices[0].platform
+    small = pixels.image.shape[1] * pixels.image.shape[2] <= 32 * 32
+    batch_size = ACCELERATOR_EVAL_BATCH_SIZE if platform != "cpu" and small else EVAL_BATCH_SIZE
+    batch_size = -(-min(batch_size, num_examples) // placement.num_devices) * placement.num_devices
+    plan = plain_plan(num_examples, batch_size)
+    rows = jax.device_put([plan.row(i) for i in range(len(plan.example))], placement.batch_sharding)
+    pixels = jax.device_put(pixels, placement.state_sharding)
+    totals, metrics = Totals(), _score(state, pixels, rows[0], model=model, tta=tta)
+    for row in rows[1:]:  # At most two at a time: each running batch has its own scratch memory.
+        upcoming = _score(state, pixels, row, model=model, tta=tta)
+        totals, metrics = totals.add(metrics), upcoming
+    return totals.add(metrics).means()

@@ -1,0 +1,191 @@
+"""The progress of a run: what is recorded, reported and saved after steps and epochs, and whether the run stops."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from cnnjax.cli.signals import Interrupted
+from cnnjax.errors import NonFiniteLossError, UserError
+from cnnjax.metrics import Metrics, Scores, Totals
+from cnnjax.prepare import Setup
+from cnnjax.runs.checkpoints import all_finite
+from cnnjax.runs.directory import OpenRun
+from cnnjax.runs.files import tree_sha256
+from cnnjax.runs.records import write_rows
+from cnnjax.runs.schema import Row, Timing
+from cnnjax.step import TrainState
+
+OnStep = Callable[[int, dict[str, float]], object]
+OnEpoch = Callable[[dict[str, Any], TrainState], object]
+
+
+class Progress(NamedTuple):
+    """Progress on the host; saved in every checkpoint."""
+
+    rows: list[Row]  # Of metrics.jsonl: one per epoch, the same bits for the same seed.
+    timing: list[Timing]
+    totals: Totals = Totals()  # Of the current epoch.
+    grad_norm: float = 0.0  # The sum over the steps of the current epoch.
+    seconds: float = 0.0  # Of training, in all sessions.
+    stopped_within: int | None = None  # See `SavedProgress`.
+
+    def best(self) -> Row | None:
+        """Returns the row with the best validation accuracy, the latest of equals; without validation, the latest."""
+        return max(self.rows, key=lambda row: (row.get("validation_accuracy", 0.0), row["epoch"]), default=None)
+
+
+class EndedEpoch(NamedTuple):
+    """An epoch that is saved and reported while the device trains the next one."""
+
+    state: TrainState  # A copy: the next step reuses the memory of the original.
+    steps: tuple[int, int]  # Before and after the last dispatch.
+    train: Scores
+    grad_norm: float  # The mean of the steps.
+    validation: Scores | None
+    timing: Timing
+
+
+@dataclass
+class Callbacks:
+    """Functions of the user, see `train_and_evaluate`.
+
+    Attributes:
+      raised: what one of them raised.
+    """
+
+    on_step: OnStep | None = None
+    on_epoch: OnEpoch | None = None
+    raised: BaseException | None = None
+
+    def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except BaseException as error:
+            self.raised = error
+            raise
+
+    def report_steps(self, first: int, metrics: Metrics) -> None:
+        """Calls `on_step` with the means over the batch of each of several steps, the first of which has this number.
+
+        Args:
+          metrics: arrays [S] on the host.
+        """
+        if self.on_step is None:
+            return
+        sums: dict[str, Any] = {"loss": metrics.loss, **metrics.values}
+        for i, num_examples in enumerate(metrics.num_examples.tolist()):
+            means = {name: float(values[i]) / num_examples for name, values in sums.items()}
+            self._call(self.on_step, first + i, {**means, "grad_norm": float(metrics.grad_norm[i])})
+
+    def stops(self, row: dict[str, Any], state: TrainState) -> bool:
+        """Calls `on_epoch`; returns its decision.
+
+        Raises:
+          UserError: it returned something else than True, False or None, or donated the state.
+        """
+        decision = None if self.on_epoch is None else self._call(self.on_epoch, row, state)
+        if decision is not None and not isinstance(decision, (bool, np.bool_)):
+            raise UserError(
+                f"`on_epoch` must return True to stop, or False or None to continue, got {decision!r} of type "
+                f"{type(decision).__name__}. Convert it: bool(...)."
+            )
+        if any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
+            raise UserError(
+                "`on_epoch` must keep its state, got one that was donated. Pass donate=False to `train_step`."
+            )
+        return bool(decision)
+
+
+def restore(setup: Setup, state: TrainState, run: OpenRun) -> tuple[TrainState, Progress]:
+    """Returns the latest checkpoint, or `state` and no progress if there is none."""
+    if (latest := run.checkpoints.latest()) is None:
+        return state, Progress([], [])
+    state, saved = run.checkpoints.restore(latest, state, setup.placement.state_sharding)
+    known: Any = {name: saved[name] for name in Progress._fields}
+    return state, Progress(**known | {"totals": Totals(**saved["totals"])})
+
+
+def end_epoch(
+    run: OpenRun, progress: Progress, ended: EndedEpoch, callbacks: Callbacks, *, must_save: bool
+) -> Progress:
+    """Reports an epoch and saves it, unless the disk is busy; returns the progress with its rows.
+
+    Args:
+      callbacks: decide whether the run stops. The checkpoint contains the decision.
+      must_save: if False, an epoch without validation is not saved while the previous save is running, so that training
+        does not wait for a slow disk: without validation only the latest checkpoint matters.
+    """
+    check_finite(run, ended.state, ended.steps)
+    if ended.validation is not None and not math.isfinite(ended.validation.loss):
+        raise make_non_finite_error(f"The validation loss became {ended.validation.loss}", ended.steps, run)
+    rows, timing = [*progress.rows, metrics_row(ended)], [*progress.timing, ended.timing]
+    progress = progress._replace(rows=rows, timing=timing)
+    row: Any = {**rows[-1], **ended.timing}
+    row["best_epoch"] = (progress.best() or row)["epoch"]
+    if callbacks.stops(dict(row), ended.state) and row["epoch"] < run.config.num_epochs:
+        progress, must_save = progress._replace(stopped_within=run.config.num_epochs), True
+    if must_save or ended.validation is not None or not run.checkpoints.is_saving():
+        scores = ended.validation
+        validation = {"num_examples": 0} if scores is None else {"loss": scores.loss, "accuracy": scores.accuracy}
+        save(run, ended.state, progress, validation)
+    write_progress(run.run_dir, progress)
+    run.report.epoch(row, run.config.num_epochs)
+    return progress
+
+
+def check_finite(run: OpenRun, state: TrainState, steps: tuple[int, int]) -> None:
+    """Raises `NonFiniteLossError` if a parameter became infinite or nan between steps[0] and steps[1]."""
+    if not all_finite(state.params):
+        raise make_non_finite_error("The parameters became infinite or nan", steps, run)
+
+
+def save(run: OpenRun, state: TrainState, progress: Progress, validation: dict[str, Any] | None = None) -> None:
+    """Starts to save a state, which must not be donated; `validation` are the scores at the end of an epoch."""
+    best = progress.best()
+    if best is None or "validation_accuracy" not in best:  # Only the latest matters.
+        best = {"step": None}
+    kept = {**progress._asdict(), "totals": progress.totals._asdict(), "best_step": best["step"]}
+    run.checkpoints.save(state, kept, validation)
+
+
+def raise_if_stopped(run: OpenRun, step: int) -> None:
+    """Raises `Interrupted` after a signal, once the checkpoint of `step` is on disk."""
+    if run.stop.signum is not None:
+        run.checkpoints.wait()
+        raise Interrupted(run.stop.signum, step)
+
+
+def make_non_finite_error(problem: str, steps: tuple[int, int], run: OpenRun) -> NonFiniteLossError:
+    """Returns the error for a run that diverged between two steps."""
+    run.checkpoints.wait()
+    latest = run.checkpoints.latest()
+    kept = "there is no checkpoint yet" if latest is None else f"last finite checkpoint: step {latest}"
+    cause = "Check `loss` and the images, or try" if steps[0] == 0 else "Try"
+    return NonFiniteLossError(
+        f"{problem} between steps {steps[0]} and {steps[1]}; {kept}. {cause} a lower `optim.learning_rate` "
+        f"(now {run.config.optim.learning_rate}), in another run directory."
+    )
+
+
+def metrics_row(ended: EndedEpoch) -> Row:
+    """Returns a row of metrics.jsonl, with the keys in the order of `Row`: a restored one must have the same bytes."""
+    values = dict(ended.train.values)
+    row: Any = {"epoch": ended.timing["epoch"], "step": ended.steps[1], "train_loss": ended.train.loss}
+    if "accuracy" in values:
+        row["train_accuracy"] = values.pop("accuracy")
+    row["train_grad_norm"] = ended.grad_norm
+    if ended.validation is not None:
+        row |= {"validation_loss": ended.validation.loss, "validation_accuracy": ended.validation.accuracy}
+    row["params_sha256"] = tree_sha256(ended.state.params)
+    return row | {f"train_{name}": value for name, value in values.items()}
+
+
+def write_progress(run_dir: Path, progress: Progress) -> None:
+    """Writes metrics.jsonl and timing.jsonl."""
+    write_rows(run_dir / "metrics.jsonl", progress.rows)
+    write_rows(run_dir / "timing.jsonl", progress.timing)

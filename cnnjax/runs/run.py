@@ -1,0 +1,302 @@
+"""A run as an object: its configuration, its history, its result, and the network that it trained."""
+
+import os
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.traverse_util import flatten_dict
+from jaxtyping import Array, Float, UInt8
+
+from cnnjax.cli.process import start_jax
+from cnnjax.compiler import jit
+from cnnjax.config import Config, word
+from cnnjax.data.batches import Pixels, Standardization, standardize
+from cnnjax.data.datasets import load_dataset
+from cnnjax.data.order import split_validation
+from cnnjax.data.tfds_format import Examples
+from cnnjax.errors import UserError, check_name, option
+from cnnjax.metrics import Scores
+from cnnjax.network import Network, apply_in_evaluation, logits_of, mode_of
+from cnnjax.program import evaluate
+from cnnjax.runs.checkpoints import Checkpoints
+from cnnjax.runs.codec import collect_names
+from cnnjax.runs.files import tree_sha256
+from cnnjax.runs.manifest import read_manifest
+from cnnjax.runs.records import read_record, read_result, read_rows, read_timing, run_argument
+from cnnjax.runs.recovery import list_steps
+from cnnjax.runs.schema import DataFacts, Result, Row, Timing
+from cnnjax.sharding import place
+from cnnjax.step import TrainState, abstract_state, eval_params
+from cnnjax.typing import AnyArray
+
+BATCH_SIZE = 128  # Images per call of the network.
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Run:
+    """A run, finished or not. `train_and_evaluate` and `load_run` return it.
+
+    Attributes:
+      run_dir: the run directory.
+      config: the configuration, with the number of classes of the data.
+      facts: shape of the images, names of the classes, digests, mean and standard deviation of the pixels.
+      result: the content of result.json, or None if the run is not finished.
+      step: the step of the checkpoint that `state` holds; None: the best by validation, or else the last.
+    """
+
+    run_dir: Path
+    config: Config
+    facts: DataFacts
+    result: Result | None
+    step: int | None = None
+    _trained: tuple[TrainState, list[Row], list[Timing]] | None = None  # Of a run that this process has trained.
+
+    def __repr__(self) -> str:
+        dataset = self.facts.source if not isinstance(self.config.dataset, str) else self.config.dataset
+        outcome = "not finished"
+        if self.result is not None:
+            num_epochs = self.result["stopped_epoch"] or self.result["num_epochs"]
+            outcome = f"test accuracy {self.test_accuracy:.2%} after {num_epochs} epochs"
+        return f"Run({self.run_dir}: {word(type(self.config.model))} on {dataset}, seed {self.config.seed}, {outcome})"
+
+    @property
+    def test_accuracy(self) -> float:
+        """The fraction of the test set that is classified correctly, by the best checkpoint.
+
+        Raises:
+          UserError: the run is not finished.
+        """
+        return self.finished_result()["test_accuracy"]
+
+    @property
+    def test_loss(self) -> float:
+        """The mean cross-entropy of the test set in nats; see `test_accuracy`."""
+        return self.finished_result()["test_loss"]
+
+    def finished_result(self) -> Result:
+        """Returns `result`.
+
+        Raises:
+          UserError: the run is not finished.
+        """
+        if self.result is None:
+            raise UserError(
+                f"`{run_argument()}` must be finished to have a test score, got {self.run_dir}, which is not. Resume "
+                f"the run: {option('resume')}."
+            )
+        return self.result
+
+    @cached_property
+    def history(self) -> dict[str, np.ndarray]:
+        """The numbers in metrics.jsonl and timing.jsonl: {name: values [epochs]}, for pandas.DataFrame or plots.
+
+        Raises:
+          UserError: a file is damaged.
+        """
+        _, rows, timing = self._trained or (None, read_rows(self.run_dir), read_timing(self.run_dir))
+        seconds: dict[int, Any] = {line["epoch"]: line for line in timing}  # A kill can come before it is written.
+        merged: list[dict[str, Any]] = [{**row, **seconds.get(row["epoch"], {})} for row in rows]
+        names = dict.fromkeys(name for row in merged for name in row if name != "params_sha256")
+        return {name: np.array([row.get(name, np.nan) for row in merged]) for name in names}
+
+    @cached_property
+    def state(self) -> TrainState:
+        """The state of the network and its optimizer; restored from its checkpoint when it is first used.
+
+        Raises:
+          UserError: there is no such checkpoint, or it is damaged.
+        """
+        return self._restore() if self._trained is None else self._trained[0]
+
+    def _restore(self) -> TrainState:
+        start_jax()
+        # Only the structure of its state matters here, and it must allow for one update and one synchronization.
+        optim = self.config.optim
+        tx = optim.make_tx(num_steps=optim.accumulate_steps * max(optim.lookahead, 1))
+        target = abstract_state(self.facts.image_shape, model=self.config.model, tx=tx)
+        fix = f"Resume it: {option('resume')}." if self.result is None else "Train it again: cnnjax reproduce."
+        with closing(Checkpoints(self.run_dir / "checkpoints")) as checkpoints:
+            best = self._best_step() if self.result else None if self.step else checkpoints.best()
+            step = self.step or best
+            if step is None or step not in checkpoints.steps():
+                of_step = "the end of an epoch" if step is None else f"step {step}, its best"
+                raise UserError(
+                    f"`{run_argument()}` must have the checkpoint of {of_step}, got {self.run_dir} without it. {fix}"
+                )
+            state, _ = checkpoints.restore(step, target)
+        if self.result and step == best and tree_sha256(state.params) != self.result["sha256"]["best_params"]:
+            raise UserError(
+                f"`{run_argument()}` must have the parameters that result.json names, got others in {self.run_dir}. "
+                f"{fix}"
+            )
+        return state
+
+    def _best_step(self) -> int | None:
+        """Returns the step of the best epoch of a finished run."""
+        best = self.finished_result()["best_epoch"]
+        return next((row["step"] for row in read_rows(self.run_dir) if row["epoch"] == best), None)
+
+    def new_state(self, tx: optax.GradientTransformation) -> TrainState:
+        """Returns a state of step 0 for `train_step`: a copy of the network, and the initial state of an optimizer.
+
+        Args:
+          tx: an optax optimizer.
+        """
+        return _restart(self.state, tx=tx)
+
+    def predict(self, images: Any) -> Float[np.ndarray, "N K"]:
+        """Returns the probability of each class, float32, without test-time augmentation.
+
+        Args:
+          images: uint8 [N H W C], as in training; or [N H W] if C is 1. Any N compiles one program.
+
+        Raises:
+          UserError: `images` has another dtype or shape.
+        """
+        model, standardization = self.config.model, self.facts.standardization
+        return self._in_batches(images, lambda x: _probabilities(self.state, x, standardization, model=model))
+
+    def features(self, images: Any, layer: str) -> Float[np.ndarray, "N ..."]:
+        """Returns the output of a layer of a Linen module, float32.
+
+        Args:
+          images: see `predict`.
+          layer: the name of a submodule that is called once, "Conv_0" or "block/Dense_0"; or of a value that the
+            network sows into "intermediates", such as "pooled".
+
+        Raises:
+          UserError: there is no such layer; the message lists them. See also `predict`.
+        """
+        model, standardization = self.config.model, self.facts.standardization
+        return self._in_batches(images, lambda x: _features(self.state, x, standardization, model=model, layer=layer))
+
+    def _in_batches(
+        self, images: Any, fn: Callable[[UInt8[np.ndarray, "B H W C"]], Float[Array, "B ..."]]
+    ) -> Float[np.ndarray, "N ..."]:
+        images = np.asarray(images)
+        height, width, channels = self.facts.image_shape
+        if images.ndim == 3 and channels == 1 and images.shape[1:] == (height, width):
+            images = images[..., None]
+        if images.dtype != np.uint8 or images.shape[1:] != self.facts.image_shape:
+            gray = f" or [N {height} {width}]" if channels == 1 else ""
+            one = " For one image: images[None]." if images.shape == self.facts.image_shape else ""
+            raise UserError(
+                f"`images` must be uint8 [N {height} {width} {channels}]{gray}, with values from 0 to 255 as in the "
+                f"training images, got {images.dtype} {[*images.shape]}.{one}"
+            )
+        parts = []
+        for i in range(0, max(len(images), 1), BATCH_SIZE):
+            part = images[i : i + BATCH_SIZE]
+            padding = [(0, BATCH_SIZE - len(part)), (0, 0), (0, 0), (0, 0)]
+            parts.append(np.asarray(fn(np.pad(part, padding)))[: len(part)])
+        return np.concatenate(parts)
+
+    def evaluate(self, split: str = "test", *, data_dir: str | os.PathLike[str] | None = None) -> Scores:
+        """Scores every image of the "test" split, or of the "validation" part that the run was not trained on.
+
+        Args:
+          split: "test" is scored with the `tta` of the configuration, as at the end of training.
+          data_dir: the tfds directory; tfds's default if None.
+
+        Raises:
+          UserError: the data are not those of the run, or it has no validation part.
+        """
+        check_name("split", split, ("test", "validation"))
+        config, facts = self.config, self.facts
+        dataset = load_dataset(config.dataset, data_dir, version=facts.version)
+        if dataset.sha256 != facts.sha256:
+            parameter = "data_dir" if dataset.folder else "dataset"
+            raise UserError(
+                f"`{parameter}` must hold the {dataset.name!r} of this run, SHA-256 {facts.sha256}, got "
+                f"{dataset.sha256} from {dataset.folder or dataset.source}."
+            )
+        if split == "test":
+            examples = dataset.load("test")
+        else:
+            whole = dataset.load("train")
+            if config.validation_fraction == 0:
+                raise UserError("`split` must be test if `validation_fraction` was 0, got validation.")
+            _, part = split_validation(config.seed, whole.label, config.validation_fraction)
+            examples = Examples(whole.image[part], whole.label[part])
+        pixels = Pixels(*examples, facts.standardization)
+        tta = config.tta if split == "test" else "none"  # As in training.
+        placement = place(1, [*self.state.step.devices()])
+        return evaluate(self.state, pixels, model=config.model, tta=tta, placement=placement)
+
+
+def load_run(run_dir: str | os.PathLike[str], config: Config | None = None, *, step: int | None = None) -> Run:
+    """Reads a run, finished or not, and does not change it.
+
+    Example:
+      >>> load_run("runs/mnist_mlp-seed0").predict(images).argmax(axis=1)
+
+    Args:
+      run_dir: the run directory.
+      config: a configuration with the classes, functions and arrays of the run; None: they are all cnnjax's own.
+      step: of the checkpoint to use; None: the best by validation, or else the last.
+
+    Raises:
+      UserError: `run_dir` holds no run, or no checkpoint of `step`, or `config` lacks a class.
+    """
+    run_dir = Path(os.path.expanduser(run_dir))
+    record = read_record(run_dir)
+    if (run_dir / "manifest.json").exists():
+        read_manifest(run_dir)  # A run of another version ends here.
+    config = record.decode({} if config is None else collect_names(config))
+    if step is not None and step not in (steps := list_steps(run_dir / "checkpoints")):
+        raise UserError(f"`step` must be that of a checkpoint in {run_dir} ({steps}), got {step}.")
+    return make_run(run_dir, config, record.data, step)
+
+
+def make_run(run_dir: Path, config: Config, facts: DataFacts, step: int | None = None) -> Run:
+    """Returns the run in a directory, if its configuration is known."""
+    return Run(run_dir, config.with_num_classes(len(facts.class_names)), facts, read_result(run_dir), step)
+
+
+@jit(static_argnames=("tx",))
+def _restart(state: TrainState, *, tx: optax.GradientTransformation) -> TrainState:
+    params, model_state = jax.tree.map(jnp.copy, (eval_params(state), state.model_state))
+    return TrainState(jnp.zeros((), jnp.int32), params, model_state, tx.init(params))
+
+
+@jit(static_argnames=("model",))
+def _probabilities(
+    state: TrainState, image: UInt8[AnyArray, "B H W C"], standardization: Standardization, *, model: Network
+) -> Float[Array, "B K"]:
+    pixels = standardize(image, standardization)
+    logits = logits_of(apply_in_evaluation(model, eval_params(state), state.model_state, pixels))
+    return jax.nn.softmax(logits.astype(jnp.float32))
+
+
+@jit(static_argnames=("model", "layer"))
+def _features(
+    state: TrainState,
+    image: UInt8[AnyArray, "B H W C"],
+    standardization: Standardization,
+    *,
+    model: Network,
+    layer: str,
+) -> Float[Array, "B ..."]:
+    if not isinstance(model, nn.Module):
+        raise UserError(f"`layer` must be a part of a Linen module, got a run of {word(type(model))}.")
+    variables = {"params": eval_params(state), **state.model_state}
+    options: Any = {"capture_intermediates": True, "mutable": ["intermediates"]}
+    pixels = standardize(image, standardization)
+    _, written = model.apply(variables, pixels, **mode_of(model, train=False), **options)
+    found = {}
+    for path, values in flatten_dict(written["intermediates"]).items():
+        one = values[0] if isinstance(values, tuple) and len(values) == 1 else values
+        if path != ("__call__",) and getattr(one, "shape", ())[:1] == image.shape[:1]:
+            found["/".join(path).removesuffix("/__call__")] = one
+    if layer not in found:
+        raise UserError(f"`layer` must be one of {', '.join(found)}, got {layer!r}.")
+    return found[layer].astype(jnp.float32)

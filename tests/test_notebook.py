@@ -1,0 +1,65 @@
+"""The notebook: trains, is interrupted, resumes, stops early, shows its history and predicts."""
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+NOTEBOOK = Path(__file__).parents[1] / "experiments" / "notebook.ipynb"
+
+
+@pytest.fixture(scope="module")
+def cells(tmp_path_factory):
+    """The outputs of the code cells, {kind: text}; at the end, those of the cell that resumes, run again."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs for cell in code)  # In the repository it has none.
+    resources = {"metadata": {"path": str(tmp_path_factory.mktemp("notebook"))}}
+    client = NotebookClient(notebook, timeout=100, kernel_name="python3", resources=resources)
+    with client.setup_kernel():
+        found = [text_of(client.execute_cell(cell, notebook.cells.index(cell))) for cell in code]
+        found.append(text_of(client.execute_cell(code[3], notebook.cells.index(code[3]))))
+    return found
+
+
+def text_of(cell):
+    found = {"stdout": "", "stderr": "", "display": "", "result": ""}
+    for output in cell.outputs:
+        if output.output_type == "stream":
+            found[output.name] += output.text
+        else:
+            kind = {"display_data": "display", "execute_result": "result"}[output.output_type]
+            found[kind] += output.data["text/plain"]
+    return found
+
+
+def test_an_interrupt_saves_and_running_the_cell_again_resumes(cells):
+    interrupted, resumed, again = cells[2], cells[3], cells[-1]
+    assert "Stopped by SIGINT; the checkpoint of step 60 is saved." in interrupted["stdout"]
+    assert re.findall(r"epoch +(\d+)/12", interrupted["stdout"]) == ["1"]
+    assert "resuming at step 60 of 516" in resumed["stdout"]
+    epochs = re.findall(r"epoch +(\d+)/12", resumed["stdout"])
+    assert epochs == [str(2 + i) for i in range(len(epochs))] and len(epochs) < 11  # It stops early.
+    name = r"Run\(runs/shapes: cnn on arrays in memory, seed 0, "
+    assert re.fullmatch(rf"{name}test accuracy 9\d\.\d+% after {epochs[-1]} epochs\)", resumed["result"])
+    assert again["result"] == resumed["result"]  # Nothing is left to do.
+    assert again["stdout"] == resumed["stdout"].splitlines(keepends=True)[-1]
+
+
+def test_progress_is_one_line_that_is_updated(cells):
+    for cell in cells[2:4]:
+        assert re.fullmatch(r"epoch \d+/12 ━.* \d+/516 loss \d\.\d+ .*images/s.*", cell["display"])
+        assert cell["stderr"] == ""
+
+
+def test_history_and_predictions_are_printed(cells):
+    history, predictions, features = (cell["stdout"] for cell in cells[4:7])
+    accuracy = re.search(r"test accuracy (\d+\.\d\d)", cells[3]["result"])
+    right = re.search(r"(\d+\.\d)% of the test images are right, (\d+) of 300 wrong", predictions)
+    assert accuracy is not None and right is not None
+    assert float(right[1]) == pytest.approx(float(accuracy[1]), abs=0.06)
+    assert int(right[2]) == round(300 * (1 - float(accuracy[1]) / 100))
+    assert history.startswith("epoch 1  training loss ")
+    assert "its nearest neighbours are ['" in features

@@ -1,0 +1,494 @@
+"""Research with `train_step`: other objectives, collections and random streams, compared with plain Flax and optax."""
+
+import zlib
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import lax
+
+from cnnjax import (
+    Adam,
+    Batch,
+    Config,
+    CutMix,
+    Optimizer,
+    SpeedNet,
+    TrainState,
+    eval_step,
+    init_state,
+    load_run,
+    train_and_evaluate,
+    train_step,
+)
+from cnnjax.runs.files import is_key
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+KEY = jax.random.key(7)
+TX = optax.sgd(0.1)
+SHAPE = (4, 3, 1)
+RNG = np.random.default_rng(0)
+IMAGE = RNG.normal(size=(6, *SHAPE)).astype(np.float32)
+LABEL = np.array([0, 3, 1, 2, 2, 0], np.int32)
+MASK = np.array([True, True, True, True, True, False])
+BATCH = Batch(IMAGE, LABEL, MASK)
+
+
+class Linear(nn.Module):
+    """A linear network without an argument `train`."""
+
+    num_classes: int = 4
+
+    @nn.compact
+    def __call__(self, image):
+        return nn.Dense(self.num_classes)(image.reshape(len(image), -1))
+
+
+def start(model, tx: optax.GradientTransformation = TX):
+    return init_state(jax.random.key(0), jnp.zeros((1, *SHAPE)), model=model, tx=tx)
+
+
+def step_by_hand(objective, state, tx=TX):
+    """Returns what a step of plain optax makes of the parameters; `objective` is a function of them."""
+    loss, grads = jax.value_and_grad(objective)(state.params)
+    updates, _ = tx.update(grads, state.opt_state, state.params)
+    return loss, optax.apply_updates(state.params, updates), optax.tree.norm(grads)
+
+
+def assert_step(state, batch, objective, tx=TX, **options):
+    """Checks a step against `objective`, the mean loss of plain Flax; returns the next state and the metrics."""
+    loss, params, norm = step_by_hand(objective, state, tx)
+    after, metrics = train_step(state, batch, KEY, tx=tx, donate=False, **options)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-6), after.params, params)
+    np.testing.assert_allclose(metrics.loss / metrics.num_examples, loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics.grad_norm, norm, rtol=1e-5)
+    return after, metrics
+
+
+def cross_entropy(logits: Any, label: Any) -> Any:
+    return optax.softmax_cross_entropy_with_integer_labels(logits, label)
+
+
+# --- Objectives -----------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_with_named_values():
+    def loss_fn(logits, batch):
+        ce, penalty = cross_entropy(logits, batch.label), jnp.square(logits).sum(1)
+        return ce + 0.01 * penalty, {"ce": ce, "penalty": penalty}
+
+    def objective(params):
+        logits: Any = Linear().apply({"params": params}, IMAGE[:5])
+        return (cross_entropy(logits, LABEL[:5]) + 0.01 * jnp.square(logits).sum(1)).mean()
+
+    state = start(Linear())
+    _, metrics = assert_step(state, BATCH, objective, model=Linear(), loss_fn=loss_fn)
+    logits = np.asarray(Linear().apply({"params": state.params}, IMAGE[:5]), np.float64)
+    assert metrics.values.keys() == {"accuracy", "ce", "penalty"}
+    np.testing.assert_allclose(metrics.values["penalty"], (logits**2).sum(), rtol=1e-5)
+    np.testing.assert_allclose(metrics.values["ce"], cross_entropy(logits, LABEL[:5]).sum(), rtol=1e-5)
+    assert metrics.correct == (logits.argmax(1) == LABEL[:5]).sum()
+    evaluated = eval_step(state, BATCH, model=Linear(), loss_fn=loss_fn)
+    np.testing.assert_allclose(evaluated.values["penalty"], metrics.values["penalty"], rtol=1e-6)
+
+
+class Segmenter(nn.Module):
+    """Returns logits for each pixel, and features."""
+
+    @nn.compact
+    def __call__(self, image, *, train):
+        features = nn.Conv(3, (3, 3))(image)
+        return nn.Conv(2, (1, 1))(nn.relu(features)), features
+
+
+def test_labels_that_are_a_pytree_of_pixel_masks_and_weights():
+    pixels, weight = RNG.integers(0, 2, (6, *SHAPE[:2])), RNG.random(6).astype(np.float32)
+
+    def loss_fn(output, batch):
+        logits, features = output
+        pixel = cross_entropy(logits, batch.label["pixels"]).mean((1, 2))
+        return batch.label["weight"] * pixel + 0.1 * jnp.square(features).mean((1, 2, 3))
+
+    def objective(params):
+        output: Any = Segmenter().apply({"params": params}, IMAGE[:5], train=True)
+        logits, features = output
+        pixel = cross_entropy(logits, pixels[:5]).mean((1, 2))
+        return (weight[:5] * pixel + 0.1 * jnp.square(features).mean((1, 2, 3))).mean()
+
+    batch = Batch(IMAGE, {"pixels": pixels, "weight": weight}, MASK)
+    _, metrics = assert_step(start(Segmenter()), batch, objective, model=Segmenter(), loss_fn=loss_fn)
+    assert metrics.values == {}
+
+
+def test_multi_label_targets():
+    target = RNG.integers(0, 2, (6, 4)).astype(np.float32)
+
+    def loss_fn(logits, batch):
+        return optax.sigmoid_binary_cross_entropy(logits, batch.label).sum(1)
+
+    def objective(params):
+        logits: Any = Linear().apply({"params": params}, IMAGE[:5])
+        return optax.sigmoid_binary_cross_entropy(logits, target[:5]).sum(1).mean()
+
+    assert_step(start(Linear()), Batch(IMAGE, target, MASK), objective, model=Linear(), loss_fn=loss_fn)
+
+
+def test_soft_labels_with_as_many_examples_as_classes():
+    target = np.asarray(jax.nn.softmax(RNG.normal(size=(4, 4))), np.float32)
+
+    def objective(params):
+        logits: Any = Linear().apply({"params": params}, IMAGE[:4])
+        return optax.softmax_cross_entropy(logits, target).mean()
+
+    _, metrics = assert_step(start(Linear()), Batch(IMAGE[:4], target, MASK[:4]), objective, model=Linear())
+    assert "accuracy" not in metrics.values
+
+
+class Distillation(NamedTuple):
+    """A batch with more fields: a teacher's logits for each example, and a coefficient."""
+
+    image: Any
+    label: Any
+    mask: Any
+    teacher: Any
+    coefficient: Any
+
+
+def test_a_batch_with_a_teacher_and_a_coefficient_that_is_annealed_without_recompilation():
+    teacher, traces = RNG.normal(size=(6, 4)).astype(np.float32), []
+
+    def loss_fn(logits, batch):
+        traces.append(1)
+        soft = optax.softmax_cross_entropy(logits, jax.nn.softmax(batch.teacher))
+        return (1 - batch.coefficient) * cross_entropy(logits, batch.label) + batch.coefficient * soft
+
+    state = start(Linear())
+    for coefficient in (0.0, 0.25, 1.0):
+
+        def objective(params, coefficient=coefficient):
+            logits: Any = Linear().apply({"params": params}, IMAGE[:5])
+            soft = optax.softmax_cross_entropy(logits, jax.nn.softmax(teacher[:5]))
+            return ((1 - coefficient) * cross_entropy(logits, LABEL[:5]) + coefficient * soft).mean()
+
+        batch = Distillation(*BATCH, teacher, jnp.asarray(coefficient))
+        state, _ = assert_step(state, batch, objective, model=Linear(), loss_fn=loss_fn)
+    assert len(traces) == 1
+
+
+def test_a_learning_rate_that_changes_without_recompilation():
+    tx, traces = optax.inject_hyperparams(optax.sgd)(learning_rate=0.1), []
+
+    def loss_fn(logits, batch):
+        traces.append(1)
+        return cross_entropy(logits, batch.label)
+
+    state = start(Linear(), tx)
+    for rate in (0.1, 0.3):
+        state.opt_state.hyperparams["learning_rate"] = jnp.asarray(rate)
+        before = state.params
+        state, _ = train_step(state, BATCH, KEY, model=Linear(), tx=tx, loss_fn=loss_fn, donate=False)
+        objective = lambda p: cross_entropy(Linear().apply({"params": p}, IMAGE[:5]), LABEL[:5]).mean()  # noqa: E731
+        expected = jax.tree.map(lambda p, g, rate=rate: p - rate * g, before, jax.grad(objective)(before))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-6), state.params, expected)
+    assert len(traces) == 1
+
+
+# --- Nothing wrong in silence ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("batch", "loss_fn", "message"),
+    [
+        (
+            BATCH._replace(label=LABEL[:, None]),
+            None,
+            r"`batch.label` must be class indices, .* with logits \[B K\] of shape \(6, 4\), got int32\[6, 1\]\.",
+        ),
+        (
+            BATCH._replace(label=LABEL[:1]),
+            None,
+            r"`batch.label` must have the 6 examples of the images as first axis, got \(1,\)",
+        ),
+        (
+            BATCH._replace(label={"a": np.zeros(5)}),
+            lambda logits, batch: logits[:, 0],
+            r"`batch.label\['a'\]` must have the 6 examples of the images as first axis, got \(5,\)",
+        ),
+        (
+            BATCH,
+            lambda logits, batch: logits[:, :1],
+            r"`loss_fn` must return floating-point values of shape \(6,\), one per example, got float32\[6, 1\]\.",
+        ),
+        (
+            BATCH,
+            lambda logits, batch: logits.mean(),
+            r"`loss_fn` must return floating-point values of shape \(6,\), one per example, got float32\[\]\.",
+        ),
+        (
+            BATCH,
+            lambda logits, batch: logits.argmax(1),
+            r"`loss_fn` must return floating-point values of shape \(6,\), one per example, got int32\[6\]\.",
+        ),
+        (
+            BATCH,
+            lambda logits, batch: (logits[:, 0], {"a": logits}),
+            r"`loss_fn` must return values 'a' of shape \(6,\), one per example, got float32\[6, 4\]\.",
+        ),
+        (
+            BATCH,
+            lambda logits, batch: (logits[:, 0], {"accuracy": logits[:, 0]}),
+            r"`loss_fn` must return values with names of their own, got \['accuracy'\]\.",
+        ),
+        (
+            BATCH._replace(mask=np.ones((6, 1), bool)),
+            None,
+            r"`batch.mask` must be bool of shape \(6,\), like the images, got bool\[6, 1\]\.",
+        ),
+        (BATCH._replace(mask=np.ones(6, np.float32)), None, r"`batch.mask` must be bool of .*, got float32\[6\]\."),
+    ],
+)
+def test_a_wrong_shape_is_an_error(batch, loss_fn, message):
+    options: Any = {} if loss_fn is None else {"loss_fn": loss_fn}
+    for call in (
+        lambda: train_step(start(Linear()), batch, KEY, model=Linear(), tx=TX, **options),
+        lambda: eval_step(start(Linear()), batch, model=Linear(), **options),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_a_network_that_was_never_whitened():
+    model, image = SpeedNet(widths=(8, 8, 8)), np.zeros((2, 9, 9, 3), np.float32)
+    state = init_state(KEY, image, model=model, tx=TX)
+    with pytest.raises(ValueError, match=r"\(2, 2, 3, 24\).*\(2, 2, 3, 0\).*init_from_data"):
+        train_step(state, Batch(image, LABEL[:2], MASK[:2]), KEY, model=model, tx=TX)
+
+
+class Listed(nn.Module):
+    """A network with a list as a field."""
+
+    widths: Any = ()
+
+    @nn.compact
+    def __call__(self, image):
+        return nn.Dense(4)(image.reshape(len(image), -1))
+
+
+def test_a_network_with_a_list_as_a_field():
+    model = Listed([1, 2])
+    message = r"`model` must be hashable, got Listed .*Use tuples instead of lists in its fields"
+    state = start(Listed((1, 2)))
+    for call in (
+        lambda: start(model),
+        lambda: train_step(state, BATCH, KEY, model=model, tx=TX),
+        lambda: eval_step(state, BATCH, model=model),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+# --- Collections and random streams ---------------------------------------------------------------------------------
+
+
+class Remembers(nn.Module):
+    """Keeps a memory, sows losses, and drops paths with a stream of its own."""
+
+    @nn.compact
+    def __call__(self, image, *, train):
+        x = nn.Dense(5)(image.reshape(len(image), -1))
+        memory = self.variable("memory", "seen", jnp.zeros, (5,))
+        if train:
+            memory.value = 0.5 * memory.value + x.mean(0)
+            x = x * jax.random.bernoulli(self.make_rng("path"), 0.5, (len(x), 1))
+        x = nn.Dropout(0.5, deterministic=not train)(jnp.add(x, memory.value[None]))
+        self.sow("losses", "activity", 0.1 * jnp.square(x).mean())
+        self.sow("intermediates", "x", x)
+        return nn.Dense(4)(x)
+
+
+def test_collections_are_kept_streams_have_keys_and_sown_losses_are_added():
+    model = Remembers()
+    state = start(model)
+    assert state.model_state.keys() == {"memory"}
+    for _ in range(2):  # The second step reads the memory of the first.
+        dropout = jax.random.fold_in(KEY, state.step)
+        rngs = {"dropout": dropout, "path": jax.random.fold_in(dropout, zlib.crc32(b"path"))}
+        memory = []
+
+        def objective(params, state=state, rngs=rngs, memory=memory):
+            variables, batch = {"params": params, **state.model_state}, BATCH
+            logits, after = model.apply(variables, batch.image, train=True, rngs=rngs, mutable=["memory", "losses"])
+            memory.append(lax.stop_gradient(after["memory"]["seen"]))
+            (activity,) = after["losses"]["activity"]
+            return cross_entropy(logits[:5], LABEL[:5]).mean() + activity
+
+        after, _ = assert_step(state, BATCH, objective, model=model)
+        objective(state.params)
+        np.testing.assert_allclose(after.model_state["memory"]["seen"], memory[-1], 1e-4, 1e-6)
+        state = after
+    evaluated = eval_step(state, BATCH, model=model)  # Without sown losses.
+    logits = model.apply({"params": state.params, **state.model_state}, IMAGE[:5], train=False)
+    np.testing.assert_allclose(evaluated.loss, cross_entropy(logits, LABEL[:5]).sum(), rtol=1e-5)
+    with pytest.raises(ValueError, match="`metrics` must be those of `train_step` to have a gradient"):
+        _ = evaluated.grad_norm
+
+
+def test_no_key_is_used_twice():
+    with jax.debug_key_reuse(True):
+        state = start(Remembers())
+        for _ in range(2):
+            state, _ = train_step(state, BATCH, KEY, model=Remembers(), tx=TX)
+
+
+class Noise(nn.Module):
+    """Adds noise of two streams, always, and in `init`, too."""
+
+    scales: tuple[float, float] = (0.0, 0.0)
+
+    @nn.compact
+    def __call__(self, image):
+        x = image.reshape(len(image), -1)
+        for stream, scale in zip(("first", "second"), self.scales, strict=True):
+            x = x + scale * jax.random.normal(self.make_rng(stream), x.shape)
+        return nn.Dense(4)(x)
+
+
+def test_each_random_stream_has_its_own_key():
+    state = init_state(KEY, jnp.zeros((1, *SHAPE)), model=Noise(), tx=TX)
+    zeros = BATCH._replace(image=np.zeros_like(IMAGE))
+    first, second = (
+        train_step(state, zeros, KEY, model=Noise(scales), tx=TX, donate=False)[1].loss
+        for scales in ((1.0, 0.0), (0.0, 1.0))
+    )
+    assert first != second
+
+
+class SowsVectors(nn.Module):
+    """Sows the loss of each example."""
+
+    @nn.compact
+    def __call__(self, image):
+        self.sow("losses", "each", image.mean((1, 2, 3)))
+        return nn.Dense(4)(image.reshape(len(image), -1))
+
+
+def test_a_sown_loss_that_is_no_scalar():
+    with pytest.raises(ValueError, match=r'`model` must sow scalars into "losses", .* got the shape \(6,\) from'):
+        train_step(start(SowsVectors()), BATCH, KEY, model=SowsVectors(), tx=TX)
+
+
+class NoParameters(nn.Module):
+    """Has nothing to train."""
+
+    def __call__(self, image):
+        return image.mean((1, 2))
+
+
+def test_a_network_without_parameters():
+    with pytest.raises(ValueError, match=r"`model` must have parameters to train, got \[\] from NoParameters\."):
+        start(NoParameters())
+
+
+# --- The state ------------------------------------------------------------------------------------------------------
+
+
+def test_a_state_that_is_not_donated_stays_alive():
+    state = start(Linear(), optax.ema(0.9))
+    ema = state.params  # An average that starts as the parameters.
+    forks = [train_step(state, BATCH, KEY, model=Linear(), tx=TX, donate=False)[0] for _ in range(2)]
+    jax.tree.map(np.testing.assert_array_equal, forks[0], forks[1])
+    jax.tree.map(np.testing.assert_array_equal, state.params, ema)
+    donated, _ = train_step(state, BATCH, KEY, model=Linear(), tx=TX)
+    jax.tree.map(np.testing.assert_array_equal, donated, forks[0])
+    with pytest.raises(RuntimeError, match="deleted"):
+        np.asarray(jax.tree.leaves(ema)[0])
+
+
+def test_a_gradient_through_the_step_as_in_maml():
+    state = start(Linear())
+
+    def after_one_step(params):
+        inner, _ = train_step(state._replace(params=params), BATCH, KEY, model=Linear(), tx=TX, donate=False)
+        return eval_step(inner, BATCH, model=Linear()).loss
+
+    def by_hand(params):
+        mean = lambda p: cross_entropy(Linear().apply({"params": p}, IMAGE[:5]), LABEL[:5]).mean()  # noqa: E731
+        inner = jax.tree.map(lambda p, g: p - 0.1 * g, params, jax.grad(mean)(params))
+        return 5 * mean(inner)
+
+    expected = jax.grad(by_hand)(state.params)
+    for grad in (jax.grad(after_one_step), jax.jit(jax.grad(after_one_step))):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-4, 1e-6), grad(state.params), expected)
+
+
+def train(key, steps=3):
+    """Trains from a key, as one pure function."""
+    state = init_state(key, jnp.zeros((1, *SHAPE)), model=Remembers(), tx=TX)
+
+    def step(state, _):
+        return train_step(state, BATCH, key, model=Remembers(), tx=TX)
+
+    return lax.scan(step, state, length=steps)
+
+
+def test_many_seeds_by_vmap_and_scan_equal_single_steps():
+    keys = jax.random.split(jax.random.key(3), 2)
+    together, metrics = jax.jit(jax.vmap(train))(keys)
+    assert metrics.grad_norm.shape == (2, 3)
+    for i, key in enumerate(keys):
+        state = init_state(key, jnp.zeros((1, *SHAPE)), model=Remembers(), tx=TX)
+        for _ in range(3):
+            state, _ = train_step(state, BATCH, key, model=Remembers(), tx=TX)
+        of_seed: TrainState = jax.tree.map(lambda x, i=i: x[i], together)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-6), of_seed, state)
+
+
+# --- The loop -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Noisy(Optimizer):
+    """Has a PRNG key in its state."""
+
+    def transform(self, learning_rate):
+        return optax.noisy_sgd(learning_rate, key=jax.random.key(3))
+
+
+def arrays(size=40):
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 256, (size, 6, 6, 1), np.uint8), np.arange(size) % 4
+
+
+def config(**changes):
+    return Config(dataset=(*arrays(), *arrays(20)), num_epochs=2, batch_size=9, model=Linear(), **changes)
+
+
+def test_an_optimizer_with_a_key_in_its_state_resumes_with_the_same_bits(tmp_path):
+    def stop(step, metrics):
+        if step == 5:
+            raise TimeoutError
+
+    whole = train_and_evaluate(config(optim=Noisy()), run_dir=tmp_path / "whole")
+    with pytest.raises(TimeoutError):
+        train_and_evaluate(config(optim=Noisy()), run_dir=tmp_path / "run", on_step=stop, checkpoint_seconds=0.0)
+    resumed = train_and_evaluate(config(optim=Noisy()), run_dir=tmp_path / "run", resume="auto")
+    assert resumed.finished_result()["sha256"] == whole.finished_result()["sha256"]
+    keys = [leaf for leaf in jax.tree.leaves(load_run(tmp_path / "run", config(optim=Noisy())).state) if is_key(leaf)]
+    assert len(keys) == 1
+
+
+def test_a_run_under_strict_dtype_promotion_has_the_same_bits(tmp_path):
+    """With soft labels, weight decay, clipping, accumulation and test-time augmentation."""
+    optim = Adam(weight_decay=1e-3, clip_norm=1.0, accumulate_steps=2, schedule="one_cycle")
+    strict = config(optim=optim, augment=CutMix(flip="random", cutout=2), tta="uncertain")
+    digests = []
+    for promotion in ("standard", "strict"):
+        with jax.numpy_dtype_promotion(promotion):
+            run = train_and_evaluate(strict, run_dir=tmp_path / promotion)
+        digests.append(run.finished_result()["sha256"])
+    assert digests[0] == digests[1]
