@@ -13,6 +13,7 @@ with _epy.lazy_api_imports(globals()):  # `cnnjax --help` does not wait for jax.
     from cnnjax.data.datasets import load_dataset
     from cnnjax.errors import NonFiniteLossError, UserError
     from cnnjax.losses import CrossEntropy, softmax_cross_entropy
+    from cnnjax.metrics import Metrics
     from cnnjax.models.cnn import CNN
     from cnnjax.models.mlp import MLP
     from cnnjax.models.speednet import SpeedNet
@@ -20,7 +21,7 @@ with _epy.lazy_api_imports(globals()):  # `cnnjax --help` does not wait for jax.
     from cnnjax.optim.optimizer import Optimizer, ParamGroup
     from cnnjax.optim.recipes import SGD, Adam, Muon
     from cnnjax.runs.run import Run, load_run
-    from cnnjax.step import Metrics, TrainState, eval_params, eval_step, init_from_data, init_state, train_step
+    from cnnjax.step import TrainState, eval_params, eval_step, init_from_data, init_state, train_step
     from cnnjax.train import train_and_evaluate
     from cnnjax.typing import Batch
 

@@ -1,4 +1,4 @@
-"""`jit` with the options that cnnjax's programs need from XLA: fast convolutions on a CPU, determinism on a GPU."""
+"""`jax.jit` with the XLA options that cnnjax's programs need: fast convolutions on a CPU, determinism on a GPU."""
 
 import os
 import re
@@ -23,13 +23,13 @@ R = TypeVar("R")
 def compiler_options() -> dict[str, bool | str]:
     """Returns the options with which cnnjax compiles its programs, except those that XLA_FLAGS sets.
 
-    jax accepts options only for a whole program, so one of your own that contains a function of cnnjax needs them, too:
+    JAX accepts options only for a whole program. If a program of your own calls a function of cnnjax, pass them to it:
     `jax.jit(f, compiler_options=cnnjax.compiler_options())`.
     """
     return dict(_options())
 
 
-@cache  # XLA reads XLA_FLAGS only once, too.
+@cache  # XLA reads XLA_FLAGS once per process, too.
 def _options() -> dict[str, bool | str]:
     if jax.default_backend() not in ("cpu", "gpu"):  # Other compilers refuse these options.
         return {}
@@ -66,8 +66,12 @@ class Jitted(Generic[P, R]):
         return self._jit(compiler_options=compiler_options())
 
     @cached_property
+    def _program_in_trace(self) -> Any:
+        return self._jit(compiler_options=compiler_options(), donate_argnames=())  # A derivative needs the arguments.
+
+    @cached_property
     def _part(self) -> Any:
-        return self._jit()
+        return self._jit(donate_argnames=())
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Calls the function: as a program of its own, or as a part of the program that is being traced.
@@ -77,7 +81,15 @@ class Jitted(Generic[P, R]):
         """
         for name in self._static_argnames:
             _check_hashable(name, kwargs.get(name))
-        return (self._program if _accepts_options(args, kwargs) else self._part)(*args, **kwargs)
+        if get_opaque_trace_state(convention="cnnjax") == _top_level():
+            return self._program(*args, **kwargs)
+        try:  # vmap and jvp accept options; jit, scan and linearize do not; grad does since jax 0.12.
+            _identity()([x for x in jax.tree.leaves((args, kwargs)) if isinstance(x, Tracer)])
+            return self._program_in_trace(*args, **kwargs)
+        except ValueError as error:
+            if "`compiler_options` can only be passed" not in str(error):
+                raise
+        return self._part(*args, **kwargs)
 
     def __reduce__(self) -> str:
         """Pickles by name, like a function."""
@@ -126,20 +138,9 @@ def _check_hashable(name: str, value: Any) -> None:
     except TypeError as error:
         got = f"{type(value).__name__} ({' '.join(str(error).split())})"
         raise ArgumentError(
-            f"`{name}` must be hashable, got {got}. Use tuples instead of lists in its fields, no arrays, and "
-            "@dataclass(frozen=True)."
+            f"`{name}` must be hashable, got {got}. Use tuples instead of lists, no arrays, and "
+            "@dataclass(frozen=True) for a class."
         ) from error
-
-
-def _accepts_options(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Returns whether jax accepts options for a function that is called here with these arguments."""
-    if get_opaque_trace_state(convention="cnnjax") == _top_level():  # The usual case.
-        return True
-    try:  # vmap and jvp accept them; jit, scan and linearize do not; grad does since jax 0.12.
-        _identity()([x for x in jax.tree.leaves((args, kwargs)) if isinstance(x, Tracer)])
-    except ValueError:
-        return False
-    return True
 
 
 @cache

@@ -2,23 +2,23 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from cnnjax.data.augment import Augment
 from cnnjax.data.tta import TTA
-from cnnjax.errors import UserError, check, check_name
+from cnnjax.errors import UserError, check, check_name, describe_shapes
 from cnnjax.fields import check_fields
 from cnnjax.losses import CrossEntropy
 from cnnjax.models.cnn import CNN
-from cnnjax.network import Network
+from cnnjax.network import check_network
 from cnnjax.optim.optimizer import Optimizer
 from cnnjax.optim.recipes import Adam
 
 Arrays = tuple[Any, Any, Any, Any]  # (x_train, y_train, x_test, y_test)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Config:
     """A run. The same configuration and seed on the same machine give the same bits.
 
@@ -67,8 +67,7 @@ class Config:
         fraction = self.validation_fraction
         check("validation_fraction", "at least 0 and below 1", 0 <= fraction < 1, fraction)
         check_name("tta", self.tta, TTA)
-        valid = isinstance(self.model, Network) and not isinstance(self.model, type)
-        check("model", "a Linen module, or an object with functions init and apply", valid, repr(self.model))
+        check_network(self.model)
         check("loss", "a function of logits and a batch", callable(self.loss), repr(self.loss))
         for name in ("model", "optim", "augment", "loss"):
             value = getattr(self, name)
@@ -80,6 +79,12 @@ class Config:
                 ) from error
         # A run directory may get a suffix, and a file name has at most 255 bytes.
         check("name", "short: at most 200 characters with the seed", len(self.run_name) <= 200, repr(self.run_name))
+
+    def __repr__(self) -> str:
+        values = {f.name: repr(getattr(self, f.name)) for f in fields(self) if f.name != "dataset"}
+        dataset = describe_shapes(self.dataset) if isinstance(self.dataset, tuple) else repr(self.dataset)
+        values = {"name": values.pop("name"), "dataset": dataset, **values}
+        return f"Config({', '.join(f'{name}={value}' for name, value in values.items())})"
 
     @property
     def run_name(self) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
 
 _LIBRARIES = Path(__file__).parent, Path(sysconfig.get_path("stdlib"))
 
@@ -18,7 +19,7 @@ class UserError(Exception):
 
 
 class ArgumentError(UserError, ValueError):
-    """An argument, or what a network or a loss returned, breaks a rule."""
+    """An argument, or the result of a network or a loss, breaks a rule."""
 
 
 class StorageError(UserError, OSError):
@@ -47,6 +48,17 @@ def check_name(parameter: str, value: str, valid: Iterable[str]) -> None:
     """Raises a `UserError` unless `value` is one of `valid`."""
     if value not in (valid := tuple(valid)):
         raise unknown_name(parameter, value, valid)
+
+
+def describe_shapes(tree: Any) -> str:
+    """Returns the dtypes and shapes of a pytree of arrays in words, for messages: int32[8, 1]."""
+    if hasattr(tree, "dtype"):
+        return f"{tree.dtype}{list(tree.shape)}"
+    if isinstance(tree, dict):
+        return "{" + ", ".join(f"{name!r}: {describe_shapes(part)}" for name, part in tree.items()) + "}"
+    if isinstance(tree, (tuple, list)):
+        return f"({', '.join(map(describe_shapes, tree))})"
+    return repr(tree)
 
 
 # --- What messages call an option -----------------------------------------------------------------------------------

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from cnnjax.errors import ArgumentError, check
+from cnnjax.errors import ArgumentError, check, describe_shapes
 from cnnjax.fields import check_fields
-from cnnjax.typing import BatchLike, describe_shapes
+from cnnjax.typing import BatchLike
 
 
 def softmax_cross_entropy(logits: Float[Array, "B K"] | PyTree, batch: BatchLike) -> Float[Array, " B"]:
@@ -18,7 +18,8 @@ def softmax_cross_entropy(logits: Float[Array, "B K"] | PyTree, batch: BatchLike
 
     Args:
       logits: of the classes.
-      batch: its `label` holds class indices, int [B], or probabilities of the classes, float [B K].
+      batch: its `label` holds class indices, int [B], or probabilities of the classes, float [B K]. The loss of an
+        index outside of the classes is nan: mask what should not count.
 
     Raises:
       ValueError: logits or labels have another shape or dtype.
@@ -26,7 +27,8 @@ def softmax_cross_entropy(logits: Float[Array, "B K"] | PyTree, batch: BatchLike
     label = _check_label(logits, batch.label)
     if label.ndim == 2:
         return optax.softmax_cross_entropy(logits, label.astype(logits.dtype))
-    return optax.softmax_cross_entropy_with_integer_labels(logits, label)
+    outside = logits.shape[1]  # Its loss is nan, while -1 would be the last class.
+    return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(label < 0, outside, label))
 
 
 def _check_label(logits: Any, label: Any) -> Array:
@@ -42,7 +44,7 @@ def _check_label(logits: Any, label: Any) -> Array:
             f"`batch.label` must be class indices, int [B], or probabilities, float [B K], for the cross-entropy with "
             f"logits [B K] of shape {shape}, got {describe_shapes(label)}."
         )
-    return jnp.asarray(label)
+    return jnp.asarray(label, jnp.int32) if indices else jnp.asarray(label)
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class CrossEntropy:
         if not self.label_smoothing:
             return softmax_cross_entropy(logits, batch)
         label = _check_label(logits, batch.label)
-        target = jax.nn.one_hot(label, logits.shape[-1]) if label.ndim == 1 else label
+        target = label if label.ndim == 2 else jax.nn.one_hot(label, logits.shape[-1])
         target = optax.smooth_labels(target.astype(logits.dtype), self.label_smoothing)
-        return optax.softmax_cross_entropy(logits, target)
+        loss = optax.softmax_cross_entropy(logits, target)
+        return loss if label.ndim == 2 else jnp.where((label < 0) | (label >= logits.shape[1]), jnp.nan, loss)

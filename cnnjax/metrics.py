@@ -7,16 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from cnnjax.errors import ArgumentError
+from cnnjax.errors import ArgumentError, describe_shapes
 from cnnjax.network import logits_of
-from cnnjax.typing import AnyArray, BatchLike, LossFn, describe_shapes
+from cnnjax.typing import AnyArray, BatchLike, LossFn
 
 
 class Metrics(NamedTuple):
     """Sums over the unmasked examples; divide by `num_examples` once, on the host.
 
     Attributes:
-      loss: with the losses that the network has sown, counted for each example.
+      loss: the sum of the losses; the losses that the network sows count once per example.
       num_examples: number of unmasked examples.
       values: "accuracy", the number of correct predictions, int32, if the labels are class indices, int [B]; and the
         named values of the loss.
@@ -36,7 +36,9 @@ class Metrics(NamedTuple):
           ValueError: the labels were not class indices.
         """
         if "accuracy" not in self.values:
-            raise ArgumentError("`batch.label` must be class indices, int [B], to be counted as correct, got others.")
+            raise ArgumentError(
+                "`metrics` must be those of logits [B K] and labels int [B] to have correct predictions, got others."
+            )
         return self.values["accuracy"]
 
     @property
@@ -69,24 +71,30 @@ def sum_metrics(output: Any, batch: BatchLike, loss_fn: LossFn) -> Metrics:
         if jnp.shape(leaf)[:1] != size:
             name = f"batch.label{jax.tree_util.keystr(path)}"
             raise ArgumentError(
-                f"`{name}` must have the {size[0]} examples of the images as first axis, got {jnp.shape(leaf)}."
+                f"`{name}` must have the {size[0]} examples of the images as its first axis, got {jnp.shape(leaf)}."
             )
     result = loss_fn(output, batch)
-    loss, values = result if isinstance(result, tuple) else (result, {})
-    for name, value in {"": loss, **values}.items():
-        if jnp.shape(value) != size or (not name and not jnp.issubdtype(loss.dtype, jnp.floating)):
-            what = f"values {name!r}" if name else "floating-point values"
+    loss, values = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise ArgumentError(
+            f"`loss_fn` must return loss [B] or (loss [B], {{name: value [B]}}), got {describe_shapes(result)}."
+        )
+    for name, value in [(None, loss), *values.items()]:
+        if getattr(value, "shape", None) != size or (name is None and not jnp.issubdtype(value.dtype, jnp.floating)):
+            what = "floating-point values" if name is None else f"values {name!r}"
             raise ArgumentError(
                 f"`loss_fn` must return {what} of shape {size}, one per example, got {describe_shapes(value)}."
             )
     if taken := {"loss", "accuracy", "grad_norm"} & values.keys():
-        raise ArgumentError(f"`loss_fn` must return values with names of their own, got {sorted(taken)}.")
+        raise ArgumentError(f"`loss_fn` must not name a value loss, accuracy or grad_norm, got {sorted(taken)}.")
     logits, label = logits_of(output), batch.label
     if jnp.ndim(logits) == 2 and getattr(label, "shape", None) == size and jnp.issubdtype(label.dtype, jnp.integer):
-        values = {"accuracy": jnp.argmax(logits, axis=-1) == label, **values}
+        values = {"accuracy": jnp.argmax(logits, axis=-1) == label.astype(jnp.int32), **values}
 
     def masked_sum(x: Array) -> Array:
-        return jnp.sum(jnp.where(batch.mask, x, jnp.zeros_like(x)), dtype=jnp.int32 if x.dtype == bool else None)
+        narrow = jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits < 32  # Float16 ends at 65504.
+        dtype = jnp.int32 if x.dtype == bool else jnp.float32 if narrow else None
+        return jnp.sum(jnp.where(batch.mask, x, jnp.zeros_like(x)), dtype=dtype)
 
     sums = {name: masked_sum(value) for name, value in values.items()}
     return Metrics(masked_sum(loss), jnp.sum(batch.mask, dtype=jnp.int32), sums)
@@ -101,7 +109,7 @@ class Totals(NamedTuple):
 
     def add(self, metrics: Metrics) -> "Totals":
         """Returns the totals plus the metrics of one step, or of several [S]. Waits for the device."""
-        loss, num_examples, values = jax.device_get(metrics[:3])
+        loss, num_examples, values = jax.device_get((metrics.loss, metrics.num_examples, metrics.values))
         values = {name: sum(np.ravel(x).tolist(), self.values.get(name, 0)) for name, x in values.items()}
         return Totals(
             sum(np.ravel(loss).tolist(), self.loss), sum(np.ravel(num_examples).tolist(), self.num_examples), values

@@ -11,10 +11,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.errors import InvalidRngError
+from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float, Key, PyTree
 
-from cnnjax.errors import ArgumentError
-from cnnjax.typing import AnyArray, describe_shapes
+from cnnjax.errors import ArgumentError, describe_shapes
+from cnnjax.typing import AnyArray
 
 OUTPUTS = ("losses", "intermediates")  # Collections that a forward pass writes for its caller.
 
@@ -52,7 +53,7 @@ class Functions:
 
 
 class Passed(NamedTuple):
-    """What a forward pass in training returns.
+    """The result of a forward pass in training.
 
     Attributes:
       output: the logits, or a tuple that begins with them.
@@ -86,11 +87,10 @@ def init_variables(model: Network, key: Key[Array, ""], image: AnyArray) -> dict
       key: the stream "params", of which Flax derives any other stream that `init` requests.
 
     Raises:
-      ValueError: `model` is no network, or `init` returns something else than its rule says.
+      ValueError: `init` does not return what `Network` describes.
     """
-    check_network(model)
     if isinstance(model, nn.Module):
-        variables: Any = model.init(key, image, **mode_of(model, train=False))
+        variables: Any = model.init(key, image, **_mode_of(model, train=False))
         rule = "`model` must have parameters to train"
     else:
         variables = model.init(key, image)
@@ -105,7 +105,7 @@ def init_variables(model: Network, key: Key[Array, ""], image: AnyArray) -> dict
             raise ArgumentError(
                 f'`init` of {_name(model)} must return arrays, in "params" of floating-point numbers, got '
                 f"{describe_shapes(leaf)} at {jax.tree_util.keystr(path)}. Return other arrays in another entry, and "
-                "keep what is no array in the network."
+                "keep anything that is not an array in the network."
             )
     return variables
 
@@ -119,17 +119,19 @@ def apply_in_training(
       key: the stream "dropout"; the name of any other stream is folded into it.
 
     Raises:
-      ValueError: a sown loss is no scalar, or `apply` returns something else than its rule says.
+      ValueError: a sown loss is not a scalar, or `apply` does not return what `Network` describes.
     """
-    variables = {"params": params, **model_state}
     if not isinstance(model, nn.Module):
-        output, changed = _apply(model, variables, image, key)
+        output, changed = _apply(model, {"params": params, **model_state}, image, key)
         return Passed(output, {**model_state, **changed})
-    mutable = [*model_state, "losses"]
+    written = {name: value for name, value in model_state.items() if name in OUTPUTS}  # Not to be added to.
+    before = {name: value for name, value in model_state.items() if name not in OUTPUTS}
+    variables = {"params": params, **before}
+    options, mutable = _mode_of(model, train=True), [*before, "losses"]
     streams = {"dropout": key}
     while True:
         try:
-            output, mutated = model.apply(variables, image, **mode_of(model, train=True), rngs=streams, mutable=mutable)
+            output, mutated = model.apply(variables, image, **options, rngs=streams, mutable=mutable)
             break
         except InvalidRngError as error:  # Only Flax knows which streams a network requests.
             name = re.search(r'needs PRNG for "(.+)"', str(error))
@@ -141,11 +143,28 @@ def apply_in_training(
         if jnp.shape(loss) != ():
             raise ArgumentError(
                 f'`model` must sow scalars into "losses", which are added to the mean loss, got the shape '
-                f"{jnp.shape(loss)} from {jax.tree_util.keystr(path)}."
+                f"{jnp.shape(loss)} from {jax.tree_util.keystr(path)}. Sow the sum (from `nn.scan`, return the loss "
+                "and sow the sum outside)."
             )
         losses.append(jnp.asarray(loss, jnp.float32))
     extra_loss = jnp.sum(jnp.stack(losses)) if losses else None
-    return Passed(output, {name: mutated.get(name, value) for name, value in model_state.items()}, extra_loss)
+    after = {name: _like(name, mutated.get(name, value), value) for name, value in before.items()}
+    return Passed(output, {**after, **written}, extra_loss)
+
+
+def _like(name: str, after: PyTree, before: PyTree) -> PyTree:
+    """Returns a collection in the dtypes that it had: with float64 enabled, Flax's statistics become wider."""
+    if jax.tree.structure(after) != jax.tree.structure(before):
+        raise ArgumentError(
+            f"`model` must keep the structure of its collection {name!r}, {describe_shapes(before)}, got "
+            f"{describe_shapes(after)}. To sow into it, pass `reduce_fn=lambda _, new: new` and an `init_fn`."
+        )
+
+    def narrow(new: Array, old: Array) -> Array:
+        wider = new.dtype != old.dtype and jnp.promote_types(old.dtype, new.dtype) == new.dtype
+        return new.astype(old.dtype) if wider else new
+
+    return jax.tree.map(narrow, after, before)
 
 
 def apply_in_evaluation(model: Network, params: PyTree, model_state: dict[str, PyTree], image: AnyArray) -> Any:
@@ -153,7 +172,25 @@ def apply_in_evaluation(model: Network, params: PyTree, model_state: dict[str, P
     variables = {"params": params, **model_state}
     if not isinstance(model, nn.Module):
         return _apply(model, variables, image, None)[0]
-    return model.apply(variables, image, **mode_of(model, train=False))
+    try:
+        return model.apply(variables, image, **_mode_of(model, train=False))
+    except InvalidRngError as error:
+        raise ArgumentError(
+            f"`model` must draw no random numbers in evaluation, got {' '.join(str(error).split())} Draw them if the "
+            "argument `train` is true."
+        ) from error
+
+
+def layers_of(model: nn.Module, params: PyTree, model_state: dict[str, PyTree], image: AnyArray) -> dict[str, Array]:
+    """Returns the outputs of the submodules of a Linen module in evaluation, and the values that it sows, by name."""
+    options: Any = {"capture_intermediates": True, "mutable": ["intermediates"]}
+    _, written = model.apply({"params": params, **model_state}, image, **_mode_of(model, train=False), **options)
+    found = {}
+    for path, values in flatten_dict(written["intermediates"]).items():
+        one = values[0] if isinstance(values, tuple) and len(values) == 1 else values
+        if path != ("__call__",) and getattr(one, "shape", ())[:1] == image.shape[:1]:
+            found["/".join(path).removesuffix("/__call__")] = one
+    return found
 
 
 def logits_of(output: Any) -> Any:
@@ -161,11 +198,20 @@ def logits_of(output: Any) -> Any:
     return output[0] if isinstance(output, tuple) else output
 
 
-def mode_of(model: nn.Module, *, train: bool) -> dict[str, Any]:
+def _mode_of(model: nn.Module, *, train: bool) -> dict[str, Any]:
     """Returns the argument `train`, if the module accepts it."""
-    parameters = inspect.signature(model.__call__).parameters.values()
-    accepted = any(p.name == "train" or p.kind is p.VAR_KEYWORD for p in parameters)
-    return {"train": train} if accepted else {}
+    called: Any = model
+    while isinstance(called, nn.Sequential):  # It passes the arguments on to its first layer.
+        called = called.layers[0]
+    parameters = inspect.signature(called.__call__ if isinstance(called, nn.Module) else called).parameters.values()
+    if any(p.name == "train" or p.kind is p.VAR_KEYWORD for p in parameters):
+        return {"train": train}
+    if others := {"training", "is_training", "deterministic"} & {p.name for p in parameters}:
+        raise ArgumentError(
+            f"`model` must be called as model(image) or model(image, train=bool), got the argument {min(others)!r} of "
+            f"{_name(model)}. Rename it."
+        )
+    return {}
 
 
 def _apply(

@@ -15,7 +15,7 @@ from cnnjax.data.batches import Pixels, make_batch, pixel_statistics, standardiz
 from cnnjax.data.datasets import ImageDataset
 from cnnjax.data.order import plain_plan, split_validation, steps_per_epoch
 from cnnjax.data.tfds_format import Examples
-from cnnjax.errors import UserError, check, describe, user_code
+from cnnjax.errors import UserError, check, describe, describe_shapes, user_code
 from cnnjax.memory import device_memory, explain_out_of_memory, gib, largest_result, num_bytes
 from cnnjax.metrics import sum_metrics
 from cnnjax.network import apply_in_evaluation, apply_in_training, init_variables, logits_of
@@ -28,7 +28,6 @@ from cnnjax.runs.records import make_facts
 from cnnjax.runs.schema import DataFacts
 from cnnjax.sharding import Placement, place
 from cnnjax.step import TrainState, abstract_state, init_from_data
-from cnnjax.typing import describe_shapes
 
 INIT_IMAGES = 5000  # Number of training images that a network may be initialized from.
 

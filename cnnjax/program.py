@@ -44,7 +44,7 @@ class Program(NamedTuple):
 
 @jit(static_argnames=("program",))
 def init_run(key: Key[Array, ""], image: Float[AnyArray, "B H W C"], *, program: Program) -> TrainState:
-    """Returns the initial state; see `init_state`."""
+    """Returns the initial state, see `init_state`. Equal programs share one compilation, unlike equal optimizers."""
     return init_state(key, image, model=program.model, tx=program.make_tx())
 
 
@@ -67,7 +67,7 @@ def train_steps(
       plan: S rows of one epoch.
       key: the same for every step, see `train_step`.
       augment_key: the key of the epoch, see `make_batch`.
-      program: what to compile.
+      program: the static arguments.
       frozen: see `train_step`.
 
     Returns:

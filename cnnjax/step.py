@@ -49,9 +49,14 @@ def init_state(
       tx: an optax optimizer.
 
     Raises:
-      ValueError: `model` is no network, is not hashable, or has no parameters.
+      ValueError: `model` is not a network, is not hashable, or has no parameters.
     """
     check_network(model)
+    if not hasattr(tx, "update"):
+        raise ArgumentError(
+            f"`tx` must be an optax optimizer, got {type(tx).__name__}. Make one of a cnnjax `Optimizer` by "
+            "`make_tx(num_steps)`."
+        )
     return _init_state(key, image, model=model, tx=tx)
 
 
@@ -72,9 +77,11 @@ def init_from_data(
     Args:
       image: standardized training images.
     """
+    if not hasattr(model, "init_from_data"):
+        raise ArgumentError(f"`model` must have a method init_from_data, got {type(model).__name__} without it.")
     before = jax.tree.leaves(state.params)
-    init: Any = model
-    variables = {**init.init_from_data({"params": state.params, **state.model_state}, image)}
+    network: Any = model
+    variables = {**network.init_from_data({"params": state.params, **state.model_state}, image)}
     params = variables.pop("params")
     unchanged = [*map(id, before)] == [*map(id, jax.tree.leaves(params))]
     opt_state = state.opt_state if unchanged else init_optimizer(tx, params)
@@ -151,10 +158,10 @@ def _step(
     loss_fn: LossFn,
     frozen: tuple[str, ...],
 ) -> tuple[TrainState, Metrics]:
+    check_batch(batch)
     names = sorted(state.params) if isinstance(state.params, dict) else []
-    if unknown := {frozen} if isinstance(frozen, str) else {*frozen} - {*names}:
-        got = sorted(map(str, unknown))
-        raise ArgumentError(f"`frozen` must be a tuple of top-level names in `state.params` ({names}), got {got}.")
+    if not isinstance(frozen, tuple) or not {*frozen} <= {*names}:
+        raise ArgumentError(f"`frozen` must be a tuple of top-level names in `state.params` ({names}), got {frozen!r}.")
     key = jax.random.fold_in(key, state.step)
 
     def mean_loss(params: PyTree) -> tuple[Float[Array, ""], tuple[Metrics, dict[str, PyTree]]]:
@@ -175,6 +182,7 @@ def _step(
     return TrainState(state.step + 1, params, model_state, opt_state), metrics
 
 
+# Two programs: whether an argument is donated is decided at `jit`, not at the call.
 _STATIC = ("model", "tx", "loss_fn", "frozen")
 _donating_step = jit(_step, static_argnames=_STATIC, donate_argnames=("state",))
 _keeping_step = jit(_step, static_argnames=_STATIC)
@@ -197,10 +205,10 @@ def update(
             return tx.update(grads, state.opt_state, state.params, **extra)
     except Exception as error:
         raise ArgumentError(
-            "The optimizer must work with gradients, parameters, and those of `value`, `grad` and `value_fn` that it "
-            "accepts. If it needs other arguments or refuses these, as optax.contrib.sam may do, wrap its `update` in "
-            "one that passes what it accepts. optax.lookahead cannot work, nor a line search for some of the "
-            f"parameters. It failed at {describe(error)}"
+            "`tx` must be the optimizer of `state`, and accept gradients, parameters, and any of `value`, `grad` and "
+            f"`value_fn`, got {describe(error)} If it needs other arguments, as the opaque mode of optax.contrib.sam "
+            "does, or refuses these, wrap its `update`. optax.lookahead, and a line search over some parameters, are "
+            "not supported."
         ) from error
 
 
@@ -227,7 +235,6 @@ def eval_params(state: TrainState) -> PyTree:
     return params
 
 
-@jit(static_argnames=("model", "loss_fn", "tta"))
 def eval_step(
     state: TrainState,
     batch: BatchLike,
@@ -239,10 +246,25 @@ def eval_step(
     """Returns the metrics of a batch, without dropout, with running statistics and `eval_params`.
 
     Args:
-      loss_fn: see `train_step`.
+      state: not donated.
+      batch, model, loss_fn: see `train_step`.
       tta: test-time augmentation, see `cnnjax.data.tta.mean_logits`; the loss then receives only the logits.
     """
+    check_network(model)
+    return _eval_step(state, batch, model=model, loss_fn=loss_fn, tta=tta)
+
+
+@jit(static_argnames=("model", "loss_fn", "tta"))
+def _eval_step(state: TrainState, batch: BatchLike, *, model: Network, loss_fn: LossFn, tta: str) -> Metrics:
+    check_batch(batch)
     return sum_metrics(apply_views(state, batch, model, tta), batch, loss_fn)
+
+
+def check_batch(batch: Any) -> None:
+    """Raises a `ValueError` unless `batch` has the fields of a `Batch`."""
+    if not isinstance(batch, BatchLike):
+        got = type(batch).__name__
+        raise ArgumentError(f"`batch` must be a Batch, or a NamedTuple with its fields and more, got {got}.")
 
 
 def apply_views(state: TrainState, batch: BatchLike, model: Network, tta: str) -> Any:

@@ -17,12 +17,15 @@ from cnnjax.config import Config
 from cnnjax.data.batches import Pixels
 from cnnjax.data.datasets import ImageDataset, load_dataset
 from cnnjax.data.order import Plan, epoch_plan
-from cnnjax.errors import NonFiniteLossError, UserError
+from cnnjax.errors import NonFiniteLossError, UserError, check
 from cnnjax.memory import explain_out_of_memory
 from cnnjax.metrics import Totals
 from cnnjax.prepare import Setup, count_params, device_name, set_up
 from cnnjax.program import evaluate, train_steps
-from cnnjax.progress import (
+from cnnjax.runs import manifest
+from cnnjax.runs.directory import OpenRun, open_run
+from cnnjax.runs.files import file_sha256, tree_sha256, write_json
+from cnnjax.runs.progress import (
     Callbacks,
     EndedEpoch,
     OnEpoch,
@@ -36,9 +39,6 @@ from cnnjax.progress import (
     save,
     write_progress,
 )
-from cnnjax.runs import manifest
-from cnnjax.runs.directory import OpenRun, open_run
-from cnnjax.runs.files import file_sha256, tree_sha256, write_json
 from cnnjax.runs.records import data_version, read_record
 from cnnjax.runs.run import Run, make_run
 from cnnjax.runs.schema import Result, Timing
@@ -73,11 +73,11 @@ def train_and_evaluate(
       ...     report=Report(),
       ... )
 
-    What a callback raises reaches the caller, and the run can be resumed. A resumed run calls them for the steps and
-    epochs after its checkpoint, perhaps for the second time.
+    An exception in a callback is raised unchanged, and the run can be resumed. A resumed run calls the callbacks for
+    all steps and epochs after its checkpoint, some of them for the second time.
 
     Args:
-      config: what to train.
+      config: the configuration of the run.
       run_dir: runs/<name>-seed<k> if None.
       data_dir: the tfds directory; tfds's default if None.
       resume: True and "auto" resume the run in `run_dir` exactly where it stopped, or start it; True says so if there
@@ -85,19 +85,21 @@ def train_and_evaluate(
         number (a constant learning rate, no lookahead). False: `run_dir` must be new.
       on_step: called as `on_step(step, metrics)` with the number of steps so far and, as floats, the means over the
         batch: "loss", "accuracy" (if the labels are class indices), "grad_norm", and the values that the loss names.
-        On an accelerator an epoch is one program, so the calls for its steps come at its end.
-      on_epoch: called as `on_epoch(row, state)` after each epoch, before it is saved. `row` is the line of
-        metrics.jsonl and that of timing.jsonl, with "best_epoch", which is that of the best validation accuracy so far
-        (the latest epoch, without validation). `state` may be kept, but not donated. Returning True stops the run,
-        which is then scored; returning False or None continues. The decision should depend on the arguments alone: then
-        a run that was killed, and is resumed with the same `on_epoch`, stops after the same epoch.
+        What it returns is ignored. On an accelerator an epoch is one program, so the calls for its steps come at its
+        end.
+      on_epoch: called as `on_epoch(row, state)` after each epoch, before it is saved. `row` contains the values of the
+        epoch in metrics.jsonl and timing.jsonl, and "best_epoch", the epoch with the best validation accuracy so far
+        (of equals, the latest; without validation, the latest). `state` may be kept, but not donated. Returning True
+        stops the run, which is then scored; returning False or None continues. The decision should depend on the
+        arguments alone: then a run that was killed, and is resumed with the same `on_epoch`, stops after the same
+        epoch.
       checkpoint_seconds: save during an epoch, too, this long after the last save; no bit depends on it. On an
         accelerator an epoch is one program, so only its end is saved.
-      devices: share each batch; all devices if None.
+      devices: the devices that share each batch; all if None.
       report: receives messages and metrics, see `Report`; None: nothing is printed.
       stop: receives signals, for a caller that trains in several threads; None: this function handles them.
       dataset: the data set, if the caller has loaded it.
-      code: what trains, if the caller has recorded it.
+      code: the source code that trains, if the caller has recorded it.
 
     Raises:
       UserError: the user has to fix something; see its message.
@@ -106,6 +108,11 @@ def train_and_evaluate(
     """
     if not isinstance(resume, bool) and resume != "auto":
         raise UserError(f"`resume` must be False, True or 'auto', got {resume!r}.")
+    check("config", "a Config", isinstance(config, Config), repr(config))
+    check("report", "a Report or None", report is None or isinstance(report, Report), repr(report))
+    check("devices", "a sequence of devices, or None", devices is None or len([*devices]) > 0, repr(devices))
+    for name, callback in (("on_step", on_step), ("on_epoch", on_epoch)):
+        check(name, "a function or None", callback is None or callable(callback), repr(callback))
     start_jax()
     report = report or Report(quiet=True)
     run_dir = Path("runs") / config.run_name if run_dir is None else Path(os.path.expanduser(run_dir))
@@ -121,7 +128,7 @@ def train_and_evaluate(
             with run.stop.held():  # An exception that interrupts XLA's compiler crashes the process when it ends.
                 setup, state = set_up(run, dataset, devices)
             run.begin(setup.facts, manifest.environment(setup.placement.devices))
-            state, progress = restore(setup, state, run)
+            state, progress = restore(run, state, setup.placement.state_sharding)
             run.write_config(setup.facts)
             if run.checkpoints.latest() is not None:
                 report.say(f"resuming at step {state.step} of {setup.program.num_steps}")
@@ -210,12 +217,12 @@ def fit(
             seconds = time.perf_counter() - start
             timing: Timing = {"epoch": epoch + 1, "images_per_second": images_per_second, "seconds": seconds}
             ended = EndedEpoch(
-                copy_state(state),
-                (first, step),
-                progress.totals.means(),
-                progress.grad_norm / steps,
-                scores,
-                timing,
+                state=copy_state(state),
+                steps=(first, step),
+                train=progress.totals.means(),
+                grad_norm=progress.grad_norm / steps,
+                validation=scores,
+                timing=timing,
             )
             progress = progress._replace(totals=Totals(), grad_norm=0.0, seconds=seconds)
             if run.stop.signum is not None or epoch + 1 == config.num_epochs:

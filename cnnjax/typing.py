@@ -14,10 +14,11 @@ class Batch(NamedTuple):
 
     Padding affects neither loss, gradient nor metrics of a network that treats images independently. Batch statistics
     do include it: pad training batches with real images.
+    Padding must be finite.
 
     Attributes:
       image: standardized images.
-      label: class indices; or whatever the loss understands, such as class probabilities [B K].
+      label: class indices, or anything that the loss accepts, such as class probabilities [B K].
       mask: whether an example counts.
     """
 
@@ -45,14 +46,3 @@ class BatchLike(Protocol):
 
 # (logits [B K], batch) -> loss [B], or (loss [B], {name: value [B]})
 LossFn = Callable[[Any, Any], Float[Array, " B"] | tuple[Float[Array, " B"], dict[str, Array]]]
-
-
-def describe_shapes(tree: Any) -> str:
-    """Returns the dtypes and shapes of a pytree of arrays in words, for messages: int32[8, 1]."""
-    if hasattr(tree, "dtype"):
-        return f"{tree.dtype}{list(tree.shape)}"
-    if isinstance(tree, dict):
-        return "{" + ", ".join(f"{name!r}: {describe_shapes(part)}" for name, part in tree.items()) + "}"
-    if isinstance(tree, (tuple, list)):
-        return f"({', '.join(map(describe_shapes, tree))})"
-    return repr(tree)

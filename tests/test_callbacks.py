@@ -24,10 +24,10 @@ from cnnjax.data.order import split_validation
 from cnnjax.metrics import Metrics
 from cnnjax.prepare import set_up
 from cnnjax.program import train_steps
-from cnnjax.progress import Callbacks
 from cnnjax.runs.files import tree_sha256
 from cnnjax.runs.inspection import reproduce, verify
 from cnnjax.runs.manifest import read_manifest
+from cnnjax.runs.progress import Callbacks
 from cnnjax.step import TrainState
 
 PROGRAMS = Path(research.__file__).parent
@@ -149,7 +149,6 @@ def test_named_values_of_the_loss_are_recorded_and_accuracy_only_of_class_indice
     assert resumed.result["sha256"] == whole.result["sha256"]  # The bytes of metrics.jsonl, too.
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_an_epoch_as_one_program_reports_its_steps_at_its_end_and_may_be_discarded(tmp_path, monkeypatch):
     """As on an accelerator."""
     dispatched, calls = [], Calls()
@@ -236,6 +235,7 @@ def test_a_process_killed_at_any_moment_of_a_stop_ends_with_the_same_bits(stoppe
         assert killed.returncode == -signal.SIGKILL
         assert (run_dir / "checkpoints" / "12").exists() == (moment != "save")
     run = train_and_evaluate(CONFIG, run_dir=run_dir, resume=True, on_step=never, on_epoch=never)
+    assert read_rows(run_dir) == read_rows(stopped.run_dir)
     assert run.result["sha256"] == stopped.result["sha256"]
     assert run.result["stopped_epoch"] == 2
     assert [s["state"] for s in read_manifest(run_dir)["sessions"]] == ["killed"] * 3 + ["finished"]

@@ -34,6 +34,13 @@ class Weighted:
         return softmax_cross_entropy(logits, batch) / self.num_classes
 
 
+def test_arrays_are_shown_by_their_shapes():
+    image, label = np.zeros((600, 8, 8), np.uint8), np.zeros(600, np.int64)
+    shown = repr(Config(dataset=(image, label, image[:5], label[:5])))
+    assert "dataset=(uint8[600, 8, 8], int64[600], uint8[5, 8, 8], int64[5]), seed=0" in shown
+    assert repr(Config(name="a")).startswith("Config(name='a', dataset='cifar10', seed=0, num_epochs=10, ")
+
+
 class Net(nn.Module):
     sizes: list[int]
 
@@ -73,8 +80,11 @@ def test_a_configuration_cannot_be_changed_and_is_compared_by_value():
         ({"name": "a" * 195}, r"`name` must be short: at most 200 characters with the seed, got 'a+-seed0'\."),
         ({"model": Sized(width="4")}, r"`model\.width` must be an int, got '4'\."),
         ({"loss": Weighted("2")}, r"`loss\.num_classes` must be an int, got '2'\."),
-        ({"model": MLP}, r"`model` must be a Linen module, or an object with functions .* got <class .*MLP'>\."),
-        ({"model": "mlp"}, r"`model` must be a Linen module, or an object with functions init and apply, got 'mlp'\."),
+        ({"model": MLP}, r"`model` must be a Linen module, or an object with functions .* got the class MLP\."),
+        (
+            {"model": "mlp"},
+            r"`model` must be a Linen module, or an object with functions init and apply, got an object",
+        ),
         ({"optim": MLP()}, r"`optim` must be an instance of cnnjax's Optimizer, got MLP"),
         ({"augment": "mixup"}, r"`augment` must be an instance of cnnjax's Augment, got 'mixup'\."),
         ({"loss": 0.1}, r"`loss` must be a function of logits and a batch, got 0\.1\."),

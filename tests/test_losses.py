@@ -56,7 +56,7 @@ def test_labels_of_another_shape_or_dtype(loss, label):
         loss(LOGITS, labeled(label))
 
 
-def test_what_is_no_array_of_logits():
+def test_logits_that_are_not_an_array():
     with pytest.raises(
         ValueError, match=r"`logits` must be an array \[B K\] .*, got \(float32\[2, 3\], 'more'\)\. Pass"
     ):
@@ -67,3 +67,9 @@ def test_what_is_no_array_of_logits():
 def test_label_smoothing_out_of_range(value):
     with pytest.raises(UserError, match=rf"`loss.label_smoothing` must be at least 0 and below 1, got {value}\."):
         CrossEntropy(label_smoothing=value)
+
+
+@pytest.mark.parametrize("loss", [softmax_cross_entropy, CrossEntropy(label_smoothing=0.1)])
+def test_a_label_outside_of_the_classes_has_no_loss(loss):
+    """-1 is not the last class."""
+    assert np.isnan(loss(LOGITS, labeled(np.array([-1, 3], np.int32)))).all()

@@ -7,12 +7,23 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+EDITED = """
+import flax.linen as nn
+
+class Edited(nn.Module):
+    @nn.compact
+    def __call__(self, image):
+        return nn.Dense(6)(FACTOR * image.reshape(len(image), -1))
+
+few = Config(dataset=(*make(40, 2), *make(20, 3)), num_epochs=1, batch_size=20, model=Edited(), validation_fraction=0.0)
+_ = train_and_evaluate(few, run_dir="runs/edited", resume="auto", report=Report())
+"""
 NOTEBOOK = Path(__file__).parents[1] / "experiments" / "notebook.ipynb"
 
 
 @pytest.fixture(scope="module")
 def cells(tmp_path_factory):
-    """The outputs of the code cells, {kind: text}; at the end, those of the cell that resumes, run again."""
+    """The outputs of the code cells, {kind: text}; then of the cell that resumes, run again, and of an edited one."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert not any(cell.outputs for cell in code)  # In the repository it has none.
@@ -21,6 +32,9 @@ def cells(tmp_path_factory):
     with client.setup_kernel():
         found = [text_of(client.execute_cell(cell, notebook.cells.index(cell))) for cell in code]
         found.append(text_of(client.execute_cell(code[3], notebook.cells.index(code[3]))))
+        for factor in ("1", "2"):
+            notebook.cells.append(nbformat.v4.new_code_cell(EDITED.replace("FACTOR", factor)))
+            found.append(text_of(client.execute_cell(notebook.cells[-1], len(notebook.cells) - 1)))
     return found
 
 
@@ -36,7 +50,7 @@ def text_of(cell):
 
 
 def test_an_interrupt_saves_and_running_the_cell_again_resumes(cells):
-    interrupted, resumed, again = cells[2], cells[3], cells[-1]
+    interrupted, resumed, again = cells[2], cells[3], cells[-3]
     assert "Stopped by SIGINT; the checkpoint of step 60 is saved." in interrupted["stdout"]
     assert re.findall(r"epoch +(\d+)/12", interrupted["stdout"]) == ["1"]
     assert "resuming at step 60 of 516" in resumed["stdout"]
@@ -63,3 +77,8 @@ def test_history_and_predictions_are_printed(cells):
     assert int(right[2]) == round(300 * (1 - float(accuracy[1]) / 100))
     assert history.startswith("epoch 1  training loss ")
     assert "its nearest neighbours are ['" in features
+
+
+def test_code_that_was_edited_in_a_cell_is_noticed(cells):
+    assert "changed" not in cells[-2]["stdout"]
+    assert "Edited in a cell changed after this run had finished, so this is its old result." in cells[-1]["stdout"]

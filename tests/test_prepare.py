@@ -160,7 +160,7 @@ def refused(tmp_path, **changes):
         ({"optim": Strange(mistake="transform")}, "`optim`", 'ValueError("transform")', "ValueError: transform."),
         (
             {"optim": Strange(mistake="update")},
-            "The optimizer must work with gradients",
+            "`tx` must be the optimizer of `state`, and accept gradients, parameters, and any of",
             'ValueError("update")',
             "ValueError: update.",
         ),
@@ -183,8 +183,8 @@ def refused(tmp_path, **changes):
 )
 def test_an_exception_in_the_users_code_is_one_line(changes, part, line, text, tmp_path):
     error = refused(tmp_path, **changes)
-    assert str(error).startswith(part) and " failed at " in str(error)
-    assert str(error).endswith(f"{line_of(line)}: {text}")
+    assert str(error).startswith(f"{part} ")
+    assert f"{line_of(line)}: {text}" in str(error)
     assert error.__cause__ is not None and type(error.__cause__).__name__ == text.partition(":")[0]
 
 

@@ -18,7 +18,6 @@ from cnnjax import (
     Config,
     CutMix,
     Optimizer,
-    SpeedNet,
     TrainState,
     eval_step,
     init_state,
@@ -198,6 +197,17 @@ def test_a_learning_rate_that_changes_without_recompilation():
     assert len(traces) == 1
 
 
+def test_sums_of_narrow_losses_are_wide():
+    image, label = np.ones((4096, *SHAPE), np.float32), np.zeros(4096, np.int32)
+    batch = Batch(image, label, np.ones(4096, bool))
+
+    def loss_fn(logits, batch):
+        return (33 + 0 * logits[:, 0]).astype(jnp.float16)
+
+    metrics = eval_step(start(Linear()), batch, model=Linear(), loss_fn=loss_fn)
+    assert metrics.loss == 4096 * 33  # Float16 ends at 65504.
+
+
 # --- Nothing wrong in silence ---------------------------------------------------------------------------------------
 
 
@@ -212,12 +222,12 @@ def test_a_learning_rate_that_changes_without_recompilation():
         (
             BATCH._replace(label=LABEL[:1]),
             None,
-            r"`batch.label` must have the 6 examples of the images as first axis, got \(1,\)",
+            r"`batch.label` must have the 6 examples of the images as its first axis, got \(1,\)",
         ),
         (
             BATCH._replace(label={"a": np.zeros(5)}),
             lambda logits, batch: logits[:, 0],
-            r"`batch.label\['a'\]` must have the 6 examples of the images as first axis, got \(5,\)",
+            r"`batch.label\['a'\]` must have the 6 examples of the images as its first axis, got \(5,\)",
         ),
         (
             BATCH,
@@ -242,7 +252,27 @@ def test_a_learning_rate_that_changes_without_recompilation():
         (
             BATCH,
             lambda logits, batch: (logits[:, 0], {"accuracy": logits[:, 0]}),
-            r"`loss_fn` must return values with names of their own, got \['accuracy'\]\.",
+            r"`loss_fn` must not name a value loss, accuracy or grad_norm, got \['accuracy'\]\.",
+        ),
+        (
+            BATCH,
+            lambda logits, batch: (logits[:, 0], logits[:, 0]),
+            r"`loss_fn` must return loss \[B\] or \(loss \[B\], .*, got \(float32\[6\], float32\[6\]\)\.",
+        ),
+        (
+            BATCH,
+            lambda logits, batch: [logits[:, 0], {}],
+            r"`loss_fn` must return floating-point values of shape \(6,\), .*, got \(float32\[6\], \{\}\)\.",
+        ),
+        (
+            BATCH,
+            lambda logits, batch: (logits.mean(), {"": logits[:, 0]}),
+            r"`loss_fn` must return floating-point values of shape \(6,\), one per example, got float32\[\]\.",
+        ),
+        (
+            {"image": IMAGE, "label": LABEL, "mask": MASK},
+            None,
+            r"`batch` must be a Batch, or a NamedTuple with its fields and more, got dict\.",
         ),
         (
             BATCH._replace(mask=np.ones((6, 1), bool)),
@@ -252,6 +282,7 @@ def test_a_learning_rate_that_changes_without_recompilation():
         (BATCH._replace(mask=np.ones(6, np.float32)), None, r"`batch.mask` must be bool of .*, got float32\[6\]\."),
     ],
 )
+@pytest.mark.usefixtures("no_type_checks")
 def test_a_wrong_shape_is_an_error(batch, loss_fn, message):
     options: Any = {} if loss_fn is None else {"loss_fn": loss_fn}
     for call in (
@@ -260,13 +291,6 @@ def test_a_wrong_shape_is_an_error(batch, loss_fn, message):
     ):
         with pytest.raises(ValueError, match=message):
             call()
-
-
-def test_a_network_that_was_never_whitened():
-    model, image = SpeedNet(widths=(8, 8, 8)), np.zeros((2, 9, 9, 3), np.float32)
-    state = init_state(KEY, image, model=model, tx=TX)
-    with pytest.raises(ValueError, match=r"\(2, 2, 3, 24\).*\(2, 2, 3, 0\).*init_from_data"):
-        train_step(state, Batch(image, LABEL[:2], MASK[:2]), KEY, model=model, tx=TX)
 
 
 class Listed(nn.Module):
@@ -281,7 +305,7 @@ class Listed(nn.Module):
 
 def test_a_network_with_a_list_as_a_field():
     model = Listed([1, 2])
-    message = r"`model` must be hashable, got Listed .*Use tuples instead of lists in its fields"
+    message = r"`model` must be hashable, got Listed .*Use tuples instead of lists, no arrays"
     state = start(Listed((1, 2)))
     for call in (
         lambda: start(model),
@@ -338,7 +362,7 @@ def test_collections_are_kept_streams_have_keys_and_sown_losses_are_added():
         _ = evaluated.grad_norm
 
 
-def test_no_key_is_used_twice():
+def test_no_key_of_a_stream_is_used_twice():
     with jax.debug_key_reuse(True):
         state = start(Remembers())
         for _ in range(2):
@@ -377,9 +401,81 @@ class SowsVectors(nn.Module):
         return nn.Dense(4)(image.reshape(len(image), -1))
 
 
-def test_a_sown_loss_that_is_no_scalar():
+def test_a_sown_loss_that_is_not_a_scalar():
     with pytest.raises(ValueError, match=r'`model` must sow scalars into "losses", .* got the shape \(6,\) from'):
         train_step(start(SowsVectors()), BATCH, KEY, model=SowsVectors(), tx=TX)
+
+
+class Gathers(nn.Module):
+    """Sows into a collection of its own, which grows, unless a value replaces the one before."""
+
+    grows: bool = False
+
+    @nn.compact
+    def __call__(self, image):
+        x = nn.Dense(4)(image.reshape(len(image), -1))
+        options: Any = {} if self.grows else {"reduce_fn": lambda _, new: new, "init_fn": lambda: jnp.zeros(())}
+        self.sow("gathered", "mean", x.mean(), **options)
+        self.sow("losses", "square", jnp.square(x).mean())
+        return x
+
+
+def test_a_collection_that_grows_is_an_error():
+    after, _ = train_step(start(Gathers()), BATCH, KEY, model=Gathers(), tx=TX)
+    assert after.model_state["gathered"]["mean"].shape == ()
+    message = r"`model` must keep the structure of its collection 'gathered', .* pass `reduce_fn=lambda _, new: new`"
+    with pytest.raises(ValueError, match=message):
+        train_step(start(Gathers(grows=True)), BATCH, KEY, model=Gathers(grows=True), tx=TX)
+
+
+def test_losses_in_a_state_made_by_hand_are_not_counted_again():
+    state = start(Gathers())
+    sown: Any = Gathers().init(jax.random.key(0), IMAGE)["losses"]
+    copy = jax.tree.map(jnp.copy, state)
+    by_hand = copy._replace(model_state={**copy.model_state, "losses": sown})
+    for _ in range(2):
+        state, metrics = train_step(state, BATCH, KEY, model=Gathers(), tx=TX)
+        by_hand, other = train_step(by_hand, BATCH, KEY, model=Gathers(), tx=TX)
+        assert metrics.loss == other.loss
+
+
+class Draws(nn.Module):
+    """Draws random numbers in evaluation, too."""
+
+    @nn.compact
+    def __call__(self, image):
+        noise = jnp.zeros((len(image), 1))
+        if not self.is_initializing():
+            noise = jax.random.normal(self.make_rng("noise"), noise.shape)
+        return nn.Dense(4)(image.reshape(len(image), -1)) + noise
+
+
+class Deterministic(nn.Module):
+    """Has an argument that nothing would set."""
+
+    @nn.compact
+    def __call__(self, image, deterministic=True):
+        return nn.Dense(4)(nn.Dropout(0.5, deterministic=deterministic)(image.reshape(len(image), -1)))
+
+
+def test_what_would_have_no_effect_is_an_error():
+    with pytest.raises(ValueError, match=r'`model` must draw no random numbers in evaluation, got .*"noise"'):
+        eval_step(start(Draws()), BATCH, model=Draws())
+    with pytest.raises(ValueError, match=r"`model` must be called as .*, got the argument 'deterministic' of Determin"):
+        start(Deterministic())
+
+
+def flatten(image):
+    return image.reshape(len(image), -1)
+
+
+def test_a_sequence_of_layers():
+    model = nn.Sequential((flatten, nn.Dense(4)))
+
+    def objective(params):
+        return cross_entropy(model.apply({"params": params}, IMAGE[:5]), LABEL[:5]).mean()
+
+    assert_step(start(model), BATCH, objective, model=model)
 
 
 class NoParameters(nn.Module):
@@ -398,22 +494,22 @@ def test_a_network_without_parameters():
 
 
 def test_a_state_that_is_not_donated_stays_alive():
-    state = start(Linear(), optax.ema(0.9))
-    ema = state.params  # An average that starts as the parameters.
+    state = start(Linear())
+    average = state.params  # The same arrays.
     forks = [train_step(state, BATCH, KEY, model=Linear(), tx=TX, donate=False)[0] for _ in range(2)]
     jax.tree.map(np.testing.assert_array_equal, forks[0], forks[1])
-    jax.tree.map(np.testing.assert_array_equal, state.params, ema)
+    jax.tree.map(np.testing.assert_array_equal, state.params, average)
     donated, _ = train_step(state, BATCH, KEY, model=Linear(), tx=TX)
     jax.tree.map(np.testing.assert_array_equal, donated, forks[0])
     with pytest.raises(RuntimeError, match="deleted"):
-        np.asarray(jax.tree.leaves(ema)[0])
+        np.asarray(jax.tree.leaves(average)[0])
 
 
 def test_a_gradient_through_the_step_as_in_maml():
     state = start(Linear())
 
     def after_one_step(params):
-        inner, _ = train_step(state._replace(params=params), BATCH, KEY, model=Linear(), tx=TX, donate=False)
+        inner, _ = train_step(state._replace(params=params), BATCH, KEY, model=Linear(), tx=TX)
         return eval_step(inner, BATCH, model=Linear()).loss
 
     def by_hand(params):
@@ -424,6 +520,19 @@ def test_a_gradient_through_the_step_as_in_maml():
     expected = jax.grad(by_hand)(state.params)
     for grad in (jax.grad(after_one_step), jax.jit(jax.grad(after_one_step))):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-4, 1e-6), grad(state.params), expected)
+
+
+def test_a_gradient_of_what_the_optimizer_closes_over():
+    state = start(Linear())
+
+    def after_one_step(rate):  # Outside of jit, nothing is donated either.
+        inner, _ = train_step(state, BATCH, KEY, model=Linear(), tx=optax.sgd(rate))
+        return eval_step(inner, BATCH, model=Linear()).loss
+
+    mean = lambda p: cross_entropy(Linear().apply({"params": p}, IMAGE[:5]), LABEL[:5]).mean()  # noqa: E731
+    grads = jax.grad(mean)(state.params)
+    moved = lambda rate: 5 * mean(jax.tree.map(lambda p, g: p - rate * g, state.params, grads))  # noqa: E731
+    np.testing.assert_allclose(jax.grad(after_one_step)(0.1), jax.grad(moved)(0.1), rtol=1e-4)
 
 
 def train(key, steps=3):

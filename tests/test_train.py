@@ -53,12 +53,12 @@ from cnnjax.data.sources import RawSet, RawSplit
 from cnnjax.data.tfds_format import write_tfds
 from cnnjax.prepare import set_up
 from cnnjax.program import train_steps
-from cnnjax.progress import Progress
 from cnnjax.runs.checkpoints import Checkpoints
 from cnnjax.runs.codec import encode
 from cnnjax.runs.directory import OpenRun, check_run
 from cnnjax.runs.inspection import reproduce, verify
 from cnnjax.runs.manifest import read_manifest
+from cnnjax.runs.progress import Progress
 from cnnjax.runs.records import Record, read_record, write_record
 from cnnjax.train import plan_dispatches
 

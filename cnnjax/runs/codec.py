@@ -5,10 +5,12 @@ msgspec build dataclasses from annotations; neither looks up Linen modules by na
 """
 
 import dataclasses
+import hashlib
 import inspect
 import math
 import sysconfig
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -159,7 +161,7 @@ def _build(cls: Any, values: Mapping[str, Any]) -> Any:
 
 
 def _missing(path: str, name: str, files: tuple[str, ...]) -> UserError:
-    file = next(iter(files), "FILE")
+    file = next((file for file in files if not file.endswith(" in a cell")), "FILE")
     fix = for_reader(
         f"Pass the file that defines it: --experiment {file}", "Pass a `config` that has it, such as that of training."
     )
@@ -175,15 +177,28 @@ def source_files(config: Config) -> dict[str, str]:
     for x in objects:
         try:
             file = inspect.getsourcefile(x)
-        except (TypeError, OSError):  # Defined in C.
-            continue
-        if file is None or not Path(file).is_file():  # Typed into a notebook or an interpreter.
+        except (TypeError, OSError):  # Defined in C, or typed into a notebook or an interpreter.
+            file = None
+        if file is None or not Path(file).is_file():
+            if typed := _typed_source(x):
+                found[f"{x.__qualname__} in a cell"] = hashlib.sha256(typed.encode()).hexdigest()
             continue
         if not any(Path(file).is_relative_to(folder) for folder in libraries):
             path, here = Path(file).resolve(), Path.cwd()
             name = str(path.relative_to(here) if path.is_relative_to(here) else path)
             found[name.encode(errors="backslashreplace").decode()] = file_sha256(path)
     return dict(sorted(found.items()))
+
+
+def _typed_source(x: Any) -> str:
+    """Returns the source of a class or function that was typed into a notebook, or "" if it is not known."""
+    if getattr(x, "__module__", "") != "__main__":
+        return ""
+    parts = []
+    for part in vars(x).values() if isinstance(x, type) else [x]:
+        with suppress(TypeError, OSError):
+            parts.append(inspect.getsource(inspect.unwrap(part)))
+    return "".join(parts)
 
 
 def collect_names(config: Config, others: Iterable[Any] = ()) -> dict[str, Any]:

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float, UInt8
 
 from cnnjax.cli.process import start_jax
@@ -25,7 +24,7 @@ from cnnjax.data.order import split_validation
 from cnnjax.data.tfds_format import Examples
 from cnnjax.errors import UserError, check_name, option
 from cnnjax.metrics import Scores
-from cnnjax.network import Network, apply_in_evaluation, logits_of, mode_of
+from cnnjax.network import Network, apply_in_evaluation, layers_of, logits_of
 from cnnjax.program import evaluate
 from cnnjax.runs.checkpoints import Checkpoints
 from cnnjax.runs.codec import collect_names
@@ -35,7 +34,7 @@ from cnnjax.runs.records import read_record, read_result, read_rows, read_timing
 from cnnjax.runs.recovery import list_steps
 from cnnjax.runs.schema import DataFacts, Result, Row, Timing
 from cnnjax.sharding import place
-from cnnjax.step import TrainState, abstract_state, eval_params
+from cnnjax.step import TrainState, abstract_state, eval_params, init_optimizer
 from cnnjax.typing import AnyArray
 
 BATCH_SIZE = 128  # Images per call of the network.
@@ -108,14 +107,23 @@ class Run:
         names = dict.fromkeys(name for row in merged for name in row if name != "params_sha256")
         return {name: np.array([row.get(name, np.nan) for row in merged]) for name in names}
 
-    @cached_property
+    @property
     def state(self) -> TrainState:
         """The state of the network and its optimizer; restored from its checkpoint when it is first used.
+
+        To train on, use `new_state`, or `train_step(..., donate=False)`. If it was donated, it is restored again.
 
         Raises:
           UserError: there is no such checkpoint, or it is damaged.
         """
-        return self._restore() if self._trained is None else self._trained[0]
+        if _is_deleted(self._kept_state):
+            del vars(self)["_kept_state"]
+        return self._kept_state
+
+    @cached_property
+    def _kept_state(self) -> TrainState:
+        trained = self._trained is not None and self.step is None and not _is_deleted(self._trained[0])
+        return self._trained[0] if self._trained is not None and trained else self._restore()
 
     def _restore(self) -> TrainState:
         start_jax()
@@ -148,10 +156,23 @@ class Run:
     def new_state(self, tx: optax.GradientTransformation) -> TrainState:
         """Returns a state of step 0 for `train_step`: a copy of the network, and the initial state of an optimizer.
 
+        Example:
+          >>> state = run.new_state(tx)
+          >>> batch = Batch(run.standardize(images), label, jnp.ones(len(label), bool))
+          >>> state, metrics = train_step(state, batch, key, model=run.config.model, tx=tx)
+
         Args:
           tx: an optax optimizer.
         """
         return _restart(self.state, tx=tx)
+
+    def standardize(self, images: Any) -> Float[np.ndarray, "N H W C"]:
+        """Returns images as the network was trained on them: float32, with the mean and deviation of its training set.
+
+        Args:
+          images: see `predict`.
+        """
+        return np.asarray(standardize(self._checked(images), self.facts.standardization))
 
     def predict(self, images: Any) -> Float[np.ndarray, "N K"]:
         """Returns the probability of each class, float32, without test-time augmentation.
@@ -182,7 +203,18 @@ class Run:
     def _in_batches(
         self, images: Any, fn: Callable[[UInt8[np.ndarray, "B H W C"]], Float[Array, "B ..."]]
     ) -> Float[np.ndarray, "N ..."]:
-        images = np.asarray(images)
+        images, parts = self._checked(images), []
+        for i in range(0, max(len(images), 1), BATCH_SIZE):
+            part = images[i : i + BATCH_SIZE]
+            padding = [(0, BATCH_SIZE - len(part)), (0, 0), (0, 0), (0, 0)]
+            parts.append(np.asarray(fn(np.pad(part, padding)))[: len(part)])
+        return np.concatenate(parts)
+
+    def _checked(self, images: Any) -> UInt8[np.ndarray, "N H W C"]:
+        try:
+            images = np.asarray(images)
+        except ValueError as error:
+            raise UserError(f"`images` must be one array, or of one size, got {error}.") from error
         height, width, channels = self.facts.image_shape
         if images.ndim == 3 and channels == 1 and images.shape[1:] == (height, width):
             images = images[..., None]
@@ -193,12 +225,7 @@ class Run:
                 f"`images` must be uint8 [N {height} {width} {channels}]{gray}, with values from 0 to 255 as in the "
                 f"training images, got {images.dtype} {[*images.shape]}.{one}"
             )
-        parts = []
-        for i in range(0, max(len(images), 1), BATCH_SIZE):
-            part = images[i : i + BATCH_SIZE]
-            padding = [(0, BATCH_SIZE - len(part)), (0, 0), (0, 0), (0, 0)]
-            parts.append(np.asarray(fn(np.pad(part, padding)))[: len(part)])
-        return np.concatenate(parts)
+        return images
 
     def evaluate(self, split: str = "test", *, data_dir: str | os.PathLike[str] | None = None) -> Scores:
         """Scores every image of the "test" split, or of the "validation" part that the run was not trained on.
@@ -252,8 +279,9 @@ def load_run(run_dir: str | os.PathLike[str], config: Config | None = None, *, s
     if (run_dir / "manifest.json").exists():
         read_manifest(run_dir)  # A run of another version ends here.
     config = record.decode({} if config is None else collect_names(config))
-    if step is not None and step not in (steps := list_steps(run_dir / "checkpoints")):
-        raise UserError(f"`step` must be that of a checkpoint in {run_dir} ({steps}), got {step}.")
+    steps = list_steps(run_dir / "checkpoints")
+    if step is not None and not (isinstance(step, int) and step in steps):
+        raise UserError(f"`step` must be that of a checkpoint in {run_dir} ({steps}), got {step!r}.")
     return make_run(run_dir, config, record.data, step)
 
 
@@ -262,10 +290,14 @@ def make_run(run_dir: Path, config: Config, facts: DataFacts, step: int | None =
     return Run(run_dir, config.with_num_classes(len(facts.class_names)), facts, read_result(run_dir), step)
 
 
+def _is_deleted(state: TrainState) -> bool:
+    return any(leaf.is_deleted() for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array))
+
+
 @jit(static_argnames=("tx",))
 def _restart(state: TrainState, *, tx: optax.GradientTransformation) -> TrainState:
     params, model_state = jax.tree.map(jnp.copy, (eval_params(state), state.model_state))
-    return TrainState(jnp.zeros((), jnp.int32), params, model_state, tx.init(params))
+    return TrainState(jnp.zeros((), jnp.int32), params, model_state, init_optimizer(tx, params))
 
 
 @jit(static_argnames=("model",))
@@ -288,15 +320,7 @@ def _features(
 ) -> Float[Array, "B ..."]:
     if not isinstance(model, nn.Module):
         raise UserError(f"`layer` must be a part of a Linen module, got a run of {word(type(model))}.")
-    variables = {"params": eval_params(state), **state.model_state}
-    options: Any = {"capture_intermediates": True, "mutable": ["intermediates"]}
-    pixels = standardize(image, standardization)
-    _, written = model.apply(variables, pixels, **mode_of(model, train=False), **options)
-    found = {}
-    for path, values in flatten_dict(written["intermediates"]).items():
-        one = values[0] if isinstance(values, tuple) and len(values) == 1 else values
-        if path != ("__call__",) and getattr(one, "shape", ())[:1] == image.shape[:1]:
-            found["/".join(path).removesuffix("/__call__")] = one
+    found = layers_of(model, eval_params(state), state.model_state, standardize(image, standardization))
     if layer not in found:
         raise UserError(f"`layer` must be one of {', '.join(found)}, got {layer!r}.")
     return found[layer].astype(jnp.float32)

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from cnnjax import Batch, UserError, init_state, load_run, train_and_evaluate, train_step
+from cnnjax import Batch, UserError, init_state, load_run, softmax_cross_entropy, train_and_evaluate, train_step
 from cnnjax.cli.experiment import load_experiment
 from cnnjax.runs.files import tree_sha256
 from cnnjax.runs.run import Run, _probabilities
@@ -325,6 +325,23 @@ def test_a_new_state_is_trained_on_without_changing_the_run(run):
     state, _ = train_step(state, batch, jax.random.key(0), model=run.config.model, tx=tx)
     assert state.step == 1
     assert_equal(run.state, before)  # None of its arrays was donated.
+    np.testing.assert_allclose(run.standardize(IMAGES), (IMAGES - np.array(run.facts.mean)) / run.facts.std, atol=1e-5)
+    train_step(run.state, batch, jax.random.key(0), model=run.config.model, tx=CONFIG.optim.make_tx(18, 3))
+    assert_equal(run.state, before)  # Restored.
+
+
+def test_an_optimizer_with_weak_types_is_compiled_once(run):
+    tx, state = optax.lbfgs(), run.new_state(optax.lbfgs())
+    batch, traces = Batch(np.ones((2, 6, 5, 3), np.float32), np.array([0, 3], np.int32), np.ones(2, bool)), []
+
+    def loss_fn(logits, batch):
+        traces.append(1)
+        return softmax_cross_entropy(logits, batch)
+
+    state, _ = train_step(state, batch, jax.random.key(0), model=run.config.model, tx=tx, loss_fn=loss_fn)
+    once = len(traces)  # The line search calls it, too.
+    train_step(state, batch, jax.random.key(0), model=run.config.model, tx=tx, loss_fn=loss_fn)
+    assert len(traces) == once
 
 
 def test_a_schedule_free_run_uses_its_parameters_for_evaluation(run):

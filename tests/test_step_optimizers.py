@@ -317,9 +317,7 @@ def test_parts_with_schedule_free_optimizers_of_their_own_by_vmap():
     ids=["opaque sam", "sam in a chain", "sophia", "lookahead of optax"],
 )
 def test_an_optimizer_that_cannot_work_says_so(make, text):
-    message = (
-        rf"The optimizer must work with .* wrap its `update` .* optax.lookahead cannot work, .* failed at .*{text}"
-    )
+    message = rf"`tx` must be the optimizer of .* got .*{text}\. If it .* wrap its `update`\. optax.lookahead, .* not"
     with pytest.raises(ValueError, match=message) as caught:
         train(make())
     assert "\n" not in str(caught.value)
@@ -383,7 +381,7 @@ OPTIONS = {"clip_norm": 1.0, "accumulate_steps": 2, "lookahead": 2, "groups": GR
 def test_such_an_optimizer_works_with_every_option(of, option):
     tx = Wrapping(of=of, **{option: OPTIONS[option]}).make_tx(4)
     if (of, option) == ("lbfgs", "groups"):  # A line search needs all parameters.
-        with pytest.raises(ValueError, match="The optimizer must work with gradients"):
+        with pytest.raises(ValueError, match="`tx` must be the optimizer of"):
             trace(tx, Dropped())
     else:
         trace(tx, Dropped())

@@ -1,4 +1,4 @@
-"""The progress of a run: what is recorded, reported and saved after steps and epochs, and whether the run stops."""
+"""The progress of a run: records, reports and saves it after steps and epochs, and decides whether the run stops."""
 
 import math
 from collections.abc import Callable
@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Sharding
 
 from cnnjax.cli.signals import Interrupted
 from cnnjax.errors import NonFiniteLossError, UserError
 from cnnjax.metrics import Metrics, Scores, Totals
-from cnnjax.prepare import Setup
 from cnnjax.runs.checkpoints import all_finite
 from cnnjax.runs.directory import OpenRun
 from cnnjax.runs.files import tree_sha256
@@ -55,7 +55,7 @@ class Callbacks:
     """Functions of the user, see `train_and_evaluate`.
 
     Attributes:
-      raised: what one of them raised.
+      raised: the exception that one of them raised.
     """
 
     on_step: OnStep | None = None
@@ -101,11 +101,11 @@ class Callbacks:
         return bool(decision)
 
 
-def restore(setup: Setup, state: TrainState, run: OpenRun) -> tuple[TrainState, Progress]:
+def restore(run: OpenRun, state: TrainState, sharding: Sharding) -> tuple[TrainState, Progress]:
     """Returns the latest checkpoint, or `state` and no progress if there is none."""
     if (latest := run.checkpoints.latest()) is None:
         return state, Progress([], [])
-    state, saved = run.checkpoints.restore(latest, state, setup.placement.state_sharding)
+    state, saved = run.checkpoints.restore(latest, state, sharding)
     known: Any = {name: saved[name] for name in Progress._fields}
     return state, Progress(**known | {"totals": Totals(**saved["totals"])})
 
