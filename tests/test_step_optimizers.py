@@ -127,7 +127,11 @@ ALL = {
 }
 
 
-@pytest.mark.parametrize("name", ALL)
+# Most are pairs of functions like these; `make test-slow` tries all of them.
+FEW = {"adam", "adafactor", "lion", "muon", "sgd", "schedule_free_adamw", *BY_HAND}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in FEW else pytest.mark.slow) for name in ALL])
 def test_an_optimizer_equals_optax_alone_and_is_traced_once(name):
     make, extra = ALL[name]
     tx, traces = make(), []

@@ -83,6 +83,14 @@ def network(request):
     return make, flax, jax.tree.map(move, variables), image
 
 
+# For SpeedNet these compile for half a minute, and CNN has the same operations except for the norm and GELU.
+mostly = pytest.mark.parametrize(
+    "network",
+    [pytest.param(name, marks=pytest.mark.slow if name == "speednet" else ()) for name in NETWORKS],
+    indirect=True,
+)
+
+
 def loss_of(model, variables, image, train=True):
     """Returns a function of the parameters that returns the loss, and (logits, updated statistics)."""
     rest = {name: value for name, value in variables.items() if name != "params"}
@@ -114,6 +122,7 @@ def test_plain_and_fast_networks_equal_flax_in_training(network):
             np.testing.assert_allclose(got, expected, rtol=2e-4, atol=2e-4 * np.abs(expected).max())
 
 
+@mostly
 def test_derivatives_of_plain_networks_equal_flax(network):
     """Forward mode, and the product of the Hessian and a vector in all modes."""
     make, flax, variables, image = network
@@ -144,6 +153,7 @@ def test_derivatives_of_plain_networks_equal_flax(network):
         assert_trees_near(got, wanted, 1e-3)
 
 
+@mostly
 def test_hessian_and_gradients_of_each_example_equal_flax(network):
     make, flax, variables, image = network
 
@@ -274,6 +284,7 @@ def test_a_fast_operation_in_forward_mode_names_the_switch(name, way):
     assert str(raised.value) == MESSAGE
 
 
+@mostly
 @pytest.mark.parametrize("jitted", [False, True], ids=["called", "jitted"])
 @pytest.mark.parametrize("way", ["forward over reverse", "reverse over reverse", "Hessian"])
 def test_the_second_derivative_of_a_fast_network_names_the_switch(network, way, jitted):
