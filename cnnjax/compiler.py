@@ -54,8 +54,6 @@ def _options() -> dict[str, bool | str]:
 class Jitted(Generic[P, R]):
     """A function that `jit` compiles."""
 
-    __qualname__: str
-
     def __init__(self, fun: Callable[P, R], static_argnames: tuple[str, ...], donate_argnames: tuple[str, ...]) -> None:
         update_wrapper(self, fun)
         self._static_argnames = static_argnames
@@ -90,10 +88,6 @@ class Jitted(Generic[P, R]):
             if "`compiler_options` can only be passed" not in str(error):
                 raise
         return self._part(*args, **kwargs)
-
-    def __reduce__(self) -> str:
-        """Pickles by name, like a function."""
-        return self.__qualname__
 
     def trace(self, *args: P.args, **kwargs: P.kwargs) -> Traced:
         """Traces the program. The first call with such arguments uses the trace."""

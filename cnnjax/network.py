@@ -217,7 +217,6 @@ def _mode_of(model: nn.Module, *, train: bool) -> dict[str, Any]:
 def _apply(
     model: Network, variables: dict[str, PyTree], image: AnyArray, key: Key[Array, ""] | None
 ) -> tuple[Any, dict[str, PyTree]]:
-    check_network(model)
     fresh = jax.tree.map(lambda leaf: leaf, variables)  # An `equinox.nn.State` can be used only once.
     result = model.apply(fresh, image, key, key is not None)
     name, entries = f"`apply` of {_name(model)}", {name: part for name, part in variables.items() if name != "params"}

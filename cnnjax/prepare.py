@@ -28,6 +28,7 @@ from cnnjax.runs.records import make_facts
 from cnnjax.runs.schema import DataFacts
 from cnnjax.sharding import Placement, place
 from cnnjax.step import TrainState, abstract_state, init_from_data
+from cnnjax.typing import BatchLike
 
 INIT_IMAGES = 5000  # Number of training images that a network may be initialized from.
 
@@ -125,9 +126,8 @@ def check_parts(setup: Setup) -> TrainState:
     plan = plain_plan(batch_size, batch_size).row(0)
     with user_code("`augment.transform`"):
         batch = jax.eval_shape(lambda plan: make_batch(setup.train, plan, config.augment, key), plan)
-    missing = [name for name in ("image", "label", "mask") if not hasattr(batch, name)]
-    if missing:
-        raise UserError(f"`augment.transform` must return a Batch, got {type(batch).__name__} without {missing[0]}.")
+    if not isinstance(batch, BatchLike):
+        raise UserError(f"`augment.transform` must return a Batch, got {type(batch).__name__}. Use batch._replace.")
     check_shape("augment.transform", "images", (batch_size, *image_shape), batch.image)
     check_shape("augment.transform", "a mask", (batch_size,), batch.mask)
     for leaf in jax.tree.leaves(batch.label):

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from cnnjax.compiler import jit
 from cnnjax.data.tta import mean_logits
-from cnnjax.errors import ArgumentError, describe
+from cnnjax.errors import ArgumentError, describe, describe_shapes
 from cnnjax.losses import softmax_cross_entropy
 from cnnjax.metrics import Metrics, sum_metrics
 from cnnjax.network import Network, apply_in_evaluation, apply_in_training, check_network, init_variables, logits_of
@@ -144,6 +144,7 @@ def train_step(
     Raises:
       ValueError: an argument or a shape is wrong, or `tx` needs more arguments.
     """
+    check_network(model)
     step = _donating_step if donate else _keeping_step
     return step(state, batch, key, model=model, tx=tx, loss_fn=loss_fn, frozen=frozen)
 
@@ -261,10 +262,15 @@ def _eval_step(state: TrainState, batch: BatchLike, *, model: Network, loss_fn: 
 
 
 def check_batch(batch: Any) -> None:
-    """Raises a `ValueError` unless `batch` has the fields of a `Batch`."""
+    """Raises a `ValueError` unless `batch` has the fields of a `Batch`, and images of floating-point numbers."""
     if not isinstance(batch, BatchLike):
         got = type(batch).__name__
         raise ArgumentError(f"`batch` must be a Batch, or a NamedTuple with its fields and more, got {got}.")
+    if not hasattr(batch.image, "dtype") or not jnp.issubdtype(batch.image.dtype, jnp.floating):
+        raise ArgumentError(
+            f"`batch.image` must be standardized, of floating-point numbers, got {describe_shapes(batch.image)}. Bytes "
+            "are not scaled."
+        )
 
 
 def apply_views(state: TrainState, batch: BatchLike, model: Network, tta: str) -> Any:

@@ -13,8 +13,7 @@ class Batch(NamedTuple):
     """Images and labels; padding is masked.
 
     Padding affects neither loss, gradient nor metrics of a network that treats images independently. Batch statistics
-    do include it: pad training batches with real images.
-    Padding must be finite.
+    do include it: pad training batches with real images. Padding must be finite.
 
     Attributes:
       image: standardized images.

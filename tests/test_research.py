@@ -279,6 +279,11 @@ def test_sums_of_narrow_losses_are_wide():
             None,
             r"`batch.mask` must be bool of shape \(6,\), like the images, got bool\[6, 1\]\.",
         ),
+        (
+            BATCH._replace(image=np.zeros((6, *SHAPE), np.uint8)),
+            None,
+            r"`batch.image` must be .*, got uint8\[6, 4,",
+        ),
         (BATCH._replace(mask=np.ones(6, np.float32)), None, r"`batch.mask` must be bool of .*, got float32\[6\]\."),
     ],
 )

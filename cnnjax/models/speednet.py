@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from cnnjax.compiler import jit
-from cnnjax.errors import UserError, check, check_name
+from cnnjax.errors import ArgumentError, UserError, check, check_name
 from cnnjax.fields import check_fields
 from cnnjax.layers.conv import conv2d, plain_conv2d
 from cnnjax.layers.modules import Conv
@@ -108,7 +108,7 @@ class Whiten(nn.Module):
         if self.is_initializing():
             kernel = jnp.zeros(shape, jnp.float32)
         elif kernel.shape != shape:
-            raise ValueError(
+            raise ArgumentError(
                 f"`model` must be whitened: the shape of its whitening kernel must be {shape} for these images, got "
                 f"{kernel.shape}. Call `init_from_data(state, images, model=model, tx=tx)`."
             )

@@ -122,8 +122,9 @@ class Run:
 
     @cached_property
     def _kept_state(self) -> TrainState:
-        trained = self._trained is not None and self.step is None and not _is_deleted(self._trained[0])
-        return self._trained[0] if self._trained is not None and trained else self._restore()
+        if self._trained is not None and self.step is None and not _is_deleted(self._trained[0]):
+            return self._trained[0]
+        return self._restore()
 
     def _restore(self) -> TrainState:
         start_jax()
