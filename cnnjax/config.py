@@ -1,11 +1,14 @@
 """The configuration of a run: together with the code, it determines every bit of the result."""
 
 import re
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from pathlib import PurePath
 from typing import Any
 
 from cnnjax.data.augment import Augment
+from cnnjax.data.image_files import LISTS, RESIZE
 from cnnjax.data.tta import TTA
 from cnnjax.errors import UserError, check, check_name, describe_shapes
 from cnnjax.fields import check_fields
@@ -15,6 +18,8 @@ from cnnjax.network import check_network
 from cnnjax.optim.optimizer import Optimizer
 from cnnjax.optim.recipes import Adam
 
+NAME_OR_CONFIG = r"\w[\w-]*(/\w[\w.-]*)?(:[\d.]+)?/?"  # Of tfds.
+BALANCE, BEST_BY = ("none", "balanced"), ("accuracy", "balanced_accuracy")
 Arrays = tuple[Any, Any, Any, Any]  # (x_train, y_train, x_test, y_test)
 
 
@@ -28,13 +33,15 @@ class Config:
     name: str = ""
     """Name of the run directory, before the seed; the name of the experiment file, or DATASET_MODEL, if empty."""
     dataset: str | Arrays | Callable[[], Arrays] = "cifar10"
-    """mnist, fashion_mnist, cifar10, cifar100, or a set of 8-bit images of one size in the tfds directory."""
+    """mnist, fashion_mnist, cifar10, cifar100, another set in the tfds directory (NAME:VERSION for one version), or the
+    path of a folder of images, or of a .csv or .jsonl file with the columns path and label."""
     seed: int = 0
     """Determines the held-out examples, the initial parameters, the order of the data, augmentation and dropout."""
     num_epochs: int = 10
     """Number of passes over the training examples."""
-    batch_size: int = 128
-    """Number of examples per step."""
+    batch_size: int | None = None
+    """Number of examples per step; by default 128, or an eighth of the training examples (at least 8) if that is less.
+    """
     validation_fraction: float = 0.1
     """Fraction of each class held out of the training split for validation; 0 trains on all of it."""
     tta: str = "none"
@@ -48,6 +55,26 @@ class Config:
     """Augmentation of the training images, on the device."""
     loss: Any = field(default_factory=CrossEntropy)
     """The training loss, (logits [B K], batch) -> loss [B]. Validation and test report the cross-entropy."""
+    sampling: str = "none"
+    """none: an epoch visits every example once; balanced: it draws equally often from every class."""
+    class_weights: str = "none"
+    """none; balanced: the loss of an example is divided by the share of its class, relative to equal classes."""
+    best_by: str = "accuracy"
+    """The validation score that selects the best checkpoint: accuracy, or balanced_accuracy (mean recall)."""
+    image_size: int | tuple[int, int] | None = None
+    """Height and width to which images are brought; by default that of the network for a folder, else unchanged."""
+    resize: str = "crop"
+    """How: crop (the shorter side fits, the center is kept), pad (the longer side fits, black borders) or stretch."""
+    channels: int | None = None
+    """1: gray, 3: color over white, 4: color and alpha; by default 3 for a folder, or if there is alpha."""
+    skip_unreadable: bool = False
+    """Train on a folder without its unreadable files, instead of refusing it."""
+    test_split: str | None = None
+    """The split to score at the end; by default test, or a part of the training split if there is none."""
+    test_fraction: float = 0.2
+    """Fraction of each class that becomes the test set if the data have none."""
+    test_seed: int = 0
+    """Draws these examples, independently of `seed`: all seeds of an experiment share a test set."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -58,12 +85,28 @@ class Config:
             repr(self.name),
         )
         if isinstance(self.dataset, str):
-            valid = re.fullmatch(r"\w[\w-]*(/\w[\w.-]*)?/?", self.dataset, re.ASCII) is not None
-            check("dataset", "a tfds name, such as cifar10 or name/config", valid, repr(self.dataset))
+            valid = self.dataset.strip() != "" and "\0" not in self.dataset and "://" not in self.dataset
+            rule = "a tfds name, such as cifar10 or name/config, or the path of a folder or a list of images"
+            check("dataset", rule, valid, repr(self.dataset))
+        for name, valid in (
+            ("resize", RESIZE),
+            ("sampling", BALANCE),
+            ("class_weights", BALANCE),
+            ("best_by", BEST_BY),
+        ):
+            check_name(name, getattr(self, name), valid)
+        both = self.sampling == self.class_weights == "balanced"
+        check("class_weights", "none if `sampling` is balanced, which has the same effect", not both, "balanced")
+        size = self.image_size if isinstance(self.image_size, tuple) else (self.image_size or 1,)
+        check("image_size", "from 1 to 4096", all(1 <= n <= 4096 for n in size), self.image_size)
+        check("channels", "1, 3 or 4", self.channels in (None, 1, 3, 4), self.channels)
+        check("test_fraction", "above 0 and below 1", 0 < self.test_fraction < 1, self.test_fraction)
+        check("test_seed", "between 0 and 2**32 - 1", 0 <= self.test_seed < 2**32, self.test_seed)
         check("seed", "between 0 and 2**32 - 1", 0 <= self.seed < 2**32, self.seed)
         for name in ("num_epochs", "batch_size"):
-            check(name, "at least 1", getattr(self, name) >= 1, getattr(self, name))
-            check(name, "below 2**31", getattr(self, name) < 2**31, getattr(self, name))
+            if (value := getattr(self, name)) is not None:
+                check(name, "at least 1", value >= 1, value)
+                check(name, "below 2**31", value < 2**31, value)
         fraction = self.validation_fraction
         check("validation_fraction", "at least 0 and below 1", 0 <= fraction < 1, fraction)
         check_name("tta", self.tta, TTA)
@@ -90,8 +133,18 @@ class Config:
     def run_name(self) -> str:
         """The name of the run directory: `name`, or DATASET_MODEL, and the seed."""
         dataset = self.dataset if isinstance(self.dataset, str) else getattr(self.dataset, "__name__", "arrays")
-        name = self.name or f"{dataset.replace('/', '-')}_{word(type(self.model))}"
+        if re.fullmatch(NAME_OR_CONFIG, dataset, re.ASCII) is None:  # A path.
+            path = PurePath(dataset)
+            plain = unicodedata.normalize("NFKD", path.stem if path.suffix in LISTS else path.name)
+            words = re.findall(r"[a-z0-9][a-z0-9_.-]*", plain.encode("ascii", "ignore").decode(), re.IGNORECASE)
+            dataset = "-".join(words) or "images"
+        name = self.name or f"{re.sub('[/:]', '-', dataset)}_{word(type(self.model))}"
         return f"{name}-seed{self.seed}"
+
+    def data_options(self) -> dict[str, Any]:
+        """Returns the arguments of `load_dataset` that determine the examples and their shape."""
+        names = ("image_size", "resize", "channels", "skip_unreadable", "test_split", "test_fraction", "test_seed")
+        return {name: getattr(self, name) for name in names} | {"default_size": getattr(self.model, "image_size", 64)}
 
     def with_num_classes(self, num_classes: int) -> "Config":
         """Returns the configuration with the field `num_classes` set in every object that has one.

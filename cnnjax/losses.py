@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
@@ -45,6 +46,44 @@ def _check_label(logits: Any, label: Any) -> Array:
             f"logits [B K] of shape {shape}, got {describe_shapes(label)}."
         )
     return jnp.asarray(label, jnp.int32) if indices else jnp.asarray(label)
+
+
+@dataclass(frozen=True)
+class ClassWeighted:
+    """Multiplies the loss of each example by the weight of its class.
+
+    Labels are class indices, or probabilities of the classes: then the weight is the mean over the classes.
+    """
+
+    loss: Any
+    """The loss, see `train_step`."""
+    weights: tuple[float, ...]
+    """One weight per class, see `balanced_weights`."""
+
+    def __call__(self, logits: PyTree, batch: BatchLike) -> Any:
+        """Returns what the loss returns, weighted."""
+        weights, label = jnp.asarray(self.weights, jnp.float32), batch.label
+        weight = label @ weights if label.ndim == 2 else weights[label]
+        result = self.loss(logits, batch)
+        loss, *values = result if isinstance(result, tuple) else (result,)
+        loss = loss * weight.astype(loss.dtype)
+        return (loss, *values) if isinstance(result, tuple) else loss
+
+
+def balanced_weights(label: np.ndarray, num_classes: int) -> tuple[float, ...]:
+    """Returns the weight of each class, N / (K n), where n is its number of examples and K that of classes with any.
+
+    The mean weight of the examples is 1, and the weights of all classes sum to the same. A class without examples has
+    the weight 0.
+
+    Args:
+      label: class indices, int [N].
+
+    Source: King and Zeng, "Logistic Regression in Rare Events Data" (2001); scikit-learn's `class_weight="balanced"`.
+    """
+    counts = np.bincount(label, minlength=num_classes)
+    present = np.count_nonzero(counts)
+    return tuple(len(label) / (present * count) if count else 0.0 for count in counts.tolist())
 
 
 @dataclass(frozen=True)

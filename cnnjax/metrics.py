@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from cnnjax.class_scores import Confusion, class_scores
 from cnnjax.errors import ArgumentError, describe_shapes
 from cnnjax.network import logits_of
 from cnnjax.typing import AnyArray, BatchLike, LossFn
@@ -122,13 +123,29 @@ class Totals(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Means over `num_examples` examples."""
+    """Means over `num_examples` examples.
+
+    Attributes:
+      confusion: {(true class, predicted class): number of examples}, see `class_scores`; empty in training.
+    """
 
     loss: float
     num_examples: int
     values: dict[str, float]
+    confusion: Confusion = {}  # noqa: RUF012  Never changed.
 
     @property
     def accuracy(self) -> float:
         """The fraction of correct predictions."""
         return self.values["accuracy"]
+
+    @property
+    def balanced_accuracy(self) -> float:
+        """The mean recall over the classes that have examples.
+
+        Raises:
+          ValueError: these are scores of training, without `confusion`.
+        """
+        if not self.confusion:
+            raise ArgumentError("`scores` must be those of an evaluation to have a balanced accuracy, got others.")
+        return class_scores(self.confusion, 1 + max(map(max, self.confusion))).means()["recall"]

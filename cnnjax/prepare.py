@@ -1,7 +1,8 @@
 """What a run sets up before its first step: the data on the device, the initial state, and checks of user code."""
 
 import math
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,24 +11,27 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
+from cnnjax.cli.process import num_cores
 from cnnjax.config import Config, word
-from cnnjax.data.batches import Pixels, make_batch, pixel_statistics, standardize
-from cnnjax.data.datasets import ImageDataset
-from cnnjax.data.order import plain_plan, split_validation, steps_per_epoch
-from cnnjax.data.tfds_format import Examples
+from cnnjax.data.batches import Pixels, Standardization, make_batch, pixel_statistics, standardize
+from cnnjax.data.datasets import ImageDataset, load_dataset
+from cnnjax.data.order import plain_plan, steps_per_epoch
+from cnnjax.data.stored import Examples
+from cnnjax.data.weights import load_weights
 from cnnjax.errors import UserError, check, describe, describe_shapes, user_code
+from cnnjax.losses import ClassWeighted, balanced_weights
 from cnnjax.memory import device_memory, explain_out_of_memory, gib, largest_result, num_bytes
 from cnnjax.metrics import sum_metrics
+from cnnjax.models.pretrained import Weights
 from cnnjax.network import apply_in_evaluation, apply_in_training, init_variables, logits_of
 from cnnjax.program import Program, init_run, train_steps
-from cnnjax.runs import manifest
 from cnnjax.runs.checkpoints import all_finite
 from cnnjax.runs.directory import OpenRun
 from cnnjax.runs.files import changes
 from cnnjax.runs.records import make_facts
 from cnnjax.runs.schema import DataFacts
 from cnnjax.sharding import Placement, place
-from cnnjax.step import TrainState, abstract_state, init_from_data
+from cnnjax.step import TrainState, abstract_state, init_from_data, init_from_weights
 from cnnjax.typing import BatchLike
 
 INIT_IMAGES = 5000  # Number of training images that a network may be initialized from.
@@ -39,6 +43,8 @@ class Setup(NamedTuple):
     config: Config
     dataset: ImageDataset
     facts: DataFacts
+    batch_size: int
+    balanced_label: np.ndarray | None  # Of the training examples, if classes are drawn equally often.
     train: Pixels  # On every device.
     validation: Pixels
     program: Program
@@ -48,34 +54,83 @@ class Setup(NamedTuple):
     augment_key: Key[Array, ""]
     placement: Placement
 
+    def frozen_names(self, state: TrainState, step: int) -> tuple[str, ...]:
+        """Returns the top-level names in the parameters whose gradients need not be computed at a step.
+
+        Without them it is another program. On a CPU compiling it takes longer than it saves, except for parameters that
+        are frozen from the start, as in fine-tuning.
+        """
+        names = self.program.frozen_names(state.params, step)
+        if self.placement.devices[0].platform == "cpu":
+            names = tuple(name for name in names if name in self.program.frozen_names(state.params, 0))
+        return names
+
+
+def load_data(
+    config: Config,
+    data_dir: str | os.PathLike[str] | None = None,
+    say: Callable[[str], None] = print,
+    *,
+    version: str | None = None,
+) -> ImageDataset:
+    """Loads the data set of a configuration, see `load_dataset`, with the image size and interpolation of its weights.
+
+    Args:
+      version: the version of the set to use if it is prepared; the newest one otherwise.
+    """
+    options = config.data_options()
+    if (weights := _weights_of(config, say)) is not None:
+        expected = weights.preprocessing
+        options |= {"default_size": expected.image_size, "interpolation": expected.interpolation}
+    return load_dataset(config.dataset, data_dir, say, version=version, **options)
+
+
+def _weights_of(config: Config, say: Callable[[str], None]) -> Weights | None:
+    """Returns the pretrained weights that the network of a configuration names, or None."""
+    if getattr(config.model, "weights", None) is None:
+        return None
+    with user_code("`model.weights`"):
+        return load_weights(config.model, say)
+
+
+def _standardization_of(weights: Weights, image_shape: tuple[int, ...]) -> Standardization:
+    check("channels", "3 for pretrained weights", image_shape[-1] == 3, image_shape[-1])
+    mean, std = weights.preprocessing.mean, weights.preprocessing.std
+    return Standardization(np.array(mean, np.float32), np.array(std, np.float32))
+
 
 def set_up(run: OpenRun, dataset: ImageDataset, devices: Sequence[Any] | None) -> tuple[Setup, TrainState]:
     """Loads the training split, resolves what the data determine, and makes the initial state."""
     with user_code("The configuration"):
         config = run.config.with_num_classes(dataset.num_classes)
-    placement, examples = place(config.batch_size, devices), dataset.load("train")
-    size, available = num_bytes(examples), device_memory(placement.devices[0])
+    train, validation = dataset.load_parts(config.seed, config.validation_fraction)
+    num_examples = len(train.label)
+    batch_size = config.batch_size or min(128, max(8, num_examples // 8), num_examples)
+    steps = steps_per_epoch(num_examples, batch_size)
+    placement = place(batch_size, devices)
+    size, available = num_bytes(train) + num_bytes(validation), device_memory(placement.devices[0])
     if available is not None and size > available:  # Arrays in memory may be files that are mapped.
-        raise UserError(f"`dataset` must fit into the {gib(available)} of memory, got training images of {gib(size)}.")
-    kept, held_out = split_validation(config.seed, examples.label, config.validation_fraction)
-    validation = Examples(examples.image[held_out], examples.label[held_out])
-    train = Examples(examples.image[kept], examples.label[kept]) if len(held_out) else examples
-    del examples  # The copy replaces it.
-    image_shape, standardization = train.image.shape[1:], pixel_statistics(train.image)
+        raise UserError(f"`dataset` must fit into the {gib(available)} of memory, got images of {gib(size)}.")
+    weights = _weights_of(config, lambda line: None)  # `load_data` has named them.
+    image_shape = train.image.shape[1:]
+    standardization = pixel_statistics(train.image) if weights is None else _standardization_of(weights, image_shape)
     with user_code("`augment`"):
         config.augment.check_size(image_shape[:2])
     for line in oddities(train, dataset.num_classes):
         run.report.say(line)
-    steps = steps_per_epoch(len(train.label), config.batch_size)
     check("num_epochs", "less than 2**31 steps", steps * config.num_epochs < 2**31, f"{config.num_epochs} × {steps}")
-    program = Program(
-        config.model, config.optim, config.augment, config.loss, steps * config.num_epochs, config.num_epochs
-    )
+    loss_fn = config.loss
+    if config.class_weights == "balanced":
+        loss_fn = ClassWeighted(loss_fn, balanced_weights(train.label, dataset.num_classes))
+    optim = config.optim.for_network(config.model)
+    program = Program(config.model, optim, config.augment, loss_fn, steps * config.num_epochs, config.num_epochs)
     init_key, train_key, augment_key = jax.random.split(jax.random.key(config.seed), 3)
     setup = Setup(
         config=config,
         dataset=dataset,
-        facts=make_facts(dataset, image_shape, standardization),
+        facts=make_facts(dataset, standardization, None if weights is None else weights.sha256),
+        batch_size=batch_size,
+        balanced_label=train.label if config.sampling == "balanced" else None,
         train=jax.device_put(Pixels(*train, standardization), placement.state_sharding),
         validation=jax.device_put(Pixels(*validation, standardization), placement.state_sharding),
         program=program,
@@ -87,6 +142,9 @@ def set_up(run: OpenRun, dataset: ImageDataset, devices: Sequence[Any] | None) -
     )
     check_step(setup, check_parts(setup))
     state = init_run(init_key, jnp.zeros((1, *image_shape)), program=program)
+    if weights is not None:
+        with user_code("`model.variables_from_torch`"):
+            state = init_from_weights(state, weights, model=config.model, tx=program.make_tx())
     if hasattr(config.model, "init_from_data"):
         images = standardize(setup.train.image[:INIT_IMAGES], standardization)
         with user_code("`model.init_from_data`"), explain_out_of_memory():
@@ -122,7 +180,7 @@ def check_parts(setup: Setup) -> TrainState:
       UserError: a shape is wrong, or a part raised an exception.
     """
     config, key = setup.config, setup.augment_key
-    batch_size, image_shape, num_classes = config.batch_size, setup.facts.image_shape, setup.dataset.num_classes
+    batch_size, image_shape, num_classes = setup.batch_size, setup.facts.image_shape, setup.dataset.num_classes
     plan = plain_plan(batch_size, batch_size).row(0)
     with user_code("`augment.transform`"):
         batch = jax.eval_shape(lambda plan: make_batch(setup.train, plan, config.augment, key), plan)
@@ -171,10 +229,10 @@ def check_step(setup: Setup, state: TrainState) -> None:
     Raises:
       UserError: it does not, or the network or the optimizer raised an exception.
     """
-    device, config, placement = setup.placement.devices[0], setup.config, setup.placement
-    plan = plain_plan(setup.steps_per_dispatch * config.batch_size, config.batch_size)
+    device, placement, batch_size = setup.placement.devices[0], setup.placement, setup.batch_size
+    plan = plain_plan(setup.steps_per_dispatch * batch_size, batch_size)
     plan = jax.device_put(plan, placement.plan_sharding)
-    frozen = () if device.platform == "cpu" else setup.program.frozen_names(state.params, 0)
+    frozen = setup.frozen_names(state, 0)
     keys = jax.device_put((setup.train_key, setup.augment_key), placement.state_sharding)
     placed: Any = jax.tree.map(lambda x: x.update(sharding=placement.state_sharding), state)
     with user_code("The training step of `model`, `loss` and `optim`"):
@@ -195,7 +253,7 @@ def check_step(setup: Setup, state: TrainState) -> None:
         needed = data + max(copies * (sizes + intermediate), (2 * copies + 1) * sizes)
     available = device_memory(device)
     if available is not None and needed > available:
-        fix = "the size of the network" if sizes > intermediate else f"`batch_size` (now {config.batch_size})"
+        fix = "the size of the network" if sizes > intermediate else f"`batch_size` (now {batch_size})"
         raise UserError(
             f"`model` must fit into the {gib(available)} of memory, got {count_params(state):,} parameters. Training "
             f"needs at least {gib(needed)}: {gib(sizes)} for parameters and optimizer state, {gib(intermediate)} for "
@@ -211,6 +269,6 @@ def count_params(state: TrainState) -> int:
 def device_name(device: Any) -> str:
     """Describes a device of jax in words."""
     if device.platform == "cpu":
-        count = manifest.num_cores()
+        count = num_cores()
         return f"cpu, {count} core{'s' if count != 1 else ''}"
     return f"{device.platform}, {device.device_kind}"

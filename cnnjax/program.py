@@ -3,10 +3,13 @@
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Float, Int, Key, PyTree
 
+from cnnjax.class_scores import count_pairs
 from cnnjax.compiler import jit
 from cnnjax.data.augment import Augment
 from cnnjax.data.batches import Pixels, make_batch
@@ -87,15 +90,19 @@ def train_steps(
 
 
 @jit(static_argnames=("model", "tta"))
-def _score(state: TrainState, pixels: Pixels, plan: Plan, *, model: Network, tta: str) -> Metrics:
+def _score(
+    state: TrainState, pixels: Pixels, plan: Plan, *, model: Network, tta: str
+) -> tuple[Metrics, Int[Array, " B"]]:
+    """Returns the metrics of a batch, and the predicted classes."""
     batch = make_batch(pixels, plan)
-    return sum_metrics(logits_of(apply_views(state, batch, model, tta)), batch, softmax_cross_entropy)
+    logits = logits_of(apply_views(state, batch, model, tta))
+    return sum_metrics(logits, batch, softmax_cross_entropy), jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
 def evaluate(
     state: TrainState, pixels: Pixels, *, model: Network, tta: str = "none", placement: Placement | None = None
 ) -> Scores:
-    """Scores every example once, by softmax cross-entropy and accuracy. Waits for the device.
+    """Scores every example once, by softmax cross-entropy, accuracy and the pairs of classes. Waits for the device.
 
     Args:
       pixels: the data set, on the device or on the host.
@@ -111,8 +118,12 @@ def evaluate(
     plan = plain_plan(num_examples, batch_size)
     rows = jax.device_put([plan.row(i) for i in range(len(plan.example))], placement.batch_sharding)
     pixels = jax.device_put(pixels, placement.state_sharding)
-    totals, metrics = Totals(), _score(state, pixels, rows[0], model=model, tta=tta)
+    metrics, predicted = _score(state, pixels, rows[0], model=model, tta=tta)
+    totals, predictions = Totals(), [predicted]
     for row in rows[1:]:  # At most two at a time: each running batch has its own scratch memory.
-        upcoming = _score(state, pixels, row, model=model, tta=tta)
+        upcoming, predicted = _score(state, pixels, row, model=model, tta=tta)
         totals, metrics = totals.add(metrics), upcoming
-    return totals.add(metrics).means()
+        predictions.append(predicted)
+    predicted = np.concatenate(jax.device_get(predictions))[:num_examples]  # Without the padding.
+    confusion = count_pairs(np.asarray(pixels.label), predicted)
+    return totals.add(metrics).means()._replace(confusion=confusion)

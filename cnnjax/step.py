@@ -17,7 +17,9 @@ from cnnjax.data.tta import mean_logits
 from cnnjax.errors import ArgumentError, describe, describe_shapes
 from cnnjax.losses import softmax_cross_entropy
 from cnnjax.metrics import Metrics, sum_metrics
+from cnnjax.models.pretrained import Weights, insert_weights
 from cnnjax.network import Network, apply_in_evaluation, apply_in_training, check_network, init_variables, logits_of
+from cnnjax.optim.transforms import AverageState
 from cnnjax.typing import AnyArray, BatchLike, LossFn
 
 
@@ -86,6 +88,29 @@ def init_from_data(
     unchanged = [*map(id, before)] == [*map(id, jax.tree.leaves(params))]
     opt_state = state.opt_state if unchanged else init_optimizer(tx, params)
     return TrainState(state.step, params, variables, opt_state)
+
+
+def init_from_weights(
+    state: TrainState, weights: Weights, *, model: Network, tx: optax.GradientTransformation
+) -> TrainState:
+    """Initializes a network from pretrained weights, except for a head with another number of classes.
+
+    Example:
+      >>> model = EfficientNetLite0(num_classes=3, weights="imagenet")
+      >>> weights = load_weights(model)
+      >>> state = init_from_weights(init_state(key, image, model=model, tx=tx), weights, model=model, tx=tx)
+      >>> batch = Batch((image - weights.standardization.mean) / weights.standardization.std, label, mask)
+
+    Args:
+      weights: of `load_weights`.
+      model: a network with the methods `variables_from_torch` and `depths`, see `EfficientNetLite0`.
+
+    Raises:
+      UserError: an array has another shape than the network's.
+    """
+    variables = insert_weights({"params": state.params, **state.model_state}, weights, model)
+    params = variables.pop("params")
+    return TrainState(state.step, params, variables, init_optimizer(tx, params))
 
 
 def abstract_state(image_shape: tuple[int, ...], *, model: Network, tx: optax.GradientTransformation) -> TrainState:
@@ -214,12 +239,18 @@ def update(
 
 
 def eval_params(state: TrainState) -> PyTree:
-    """Returns the parameters to evaluate: those of a schedule-free optimizer, else `state.params`.
+    """Returns the parameters to evaluate: those of a moving average or a schedule-free optimizer, else `state.params`.
 
     Batch statistics remain those of the training parameters.
 
     Source: Defazio et al., "The Road Less Scheduled" (2024), as in `optax.contrib.schedule_free_eval_params`.
     """
+
+    def is_average(x: Any) -> bool:
+        return isinstance(x, AverageState)
+
+    for found in filter(is_average, jax.tree.leaves(state.opt_state, is_leaf=is_average)):
+        return found.params
 
     def is_schedule_free(x: Any) -> bool:
         return isinstance(x, optax.contrib.ScheduleFreeState)

@@ -10,17 +10,18 @@ from typing import Any, Literal
 import jax
 from jaxtyping import Array, Key
 
+from cnnjax.class_scores import class_scores, confusion_matrix
 from cnnjax.cli.console import Report
 from cnnjax.cli.process import start_jax
 from cnnjax.cli.signals import Stop
 from cnnjax.config import Config
 from cnnjax.data.batches import Pixels
-from cnnjax.data.datasets import ImageDataset, load_dataset
+from cnnjax.data.datasets import ImageDataset
 from cnnjax.data.order import Plan, epoch_plan
 from cnnjax.errors import NonFiniteLossError, UserError, check
 from cnnjax.memory import explain_out_of_memory
 from cnnjax.metrics import Totals
-from cnnjax.prepare import Setup, count_params, device_name, set_up
+from cnnjax.prepare import Setup, count_params, device_name, load_data, set_up
 from cnnjax.program import evaluate, train_steps
 from cnnjax.runs import manifest
 from cnnjax.runs.directory import OpenRun, open_run
@@ -88,11 +89,11 @@ def train_and_evaluate(
         What it returns is ignored. On an accelerator an epoch is one program, so the calls for its steps come at its
         end.
       on_epoch: called as `on_epoch(row, state)` after each epoch, before it is saved. `row` contains the values of the
-        epoch in metrics.jsonl and timing.jsonl, and "best_epoch", the epoch with the best validation accuracy so far
-        (of equals, the latest; without validation, the latest). `state` may be kept, but not donated. Returning True
-        stops the run, which is then scored; returning False or None continues. The decision should depend on the
-        arguments alone: then a run that was killed, and is resumed with the same `on_epoch`, stops after the same
-        epoch.
+        epoch in metrics.jsonl and timing.jsonl, and "best_epoch", the epoch with the best validation score so far (see
+        `Config.best_by`; of equals, the latest; without validation, the latest). `state` may be kept, but not donated.
+        Returning True stops the run, which is then scored; returning False or None continues. The decision should
+        depend on the arguments alone: then a run that was killed, and is resumed with the same `on_epoch`, stops after
+        the same epoch.
       checkpoint_seconds: save during an epoch, too, this long after the last save; no bit depends on it. On an
         accelerator an epoch is one program, so only its end is saved.
       devices: the devices that share each batch; all if None.
@@ -124,7 +125,7 @@ def train_and_evaluate(
         if run.finished() is not None:
             trained = make_run(run_dir, config, read_record(run_dir).data)
         else:
-            dataset = dataset or load_dataset(config.dataset, data_dir, report.say, version=data_version(run_dir))
+            dataset = dataset or load_data(config, data_dir, report.say, version=data_version(run_dir))
             with run.stop.held():  # An exception that interrupts XLA's compiler crashes the process when it ends.
                 setup, state = set_up(run, dataset, devices)
             run.begin(setup.facts, manifest.environment(setup.placement.devices))
@@ -167,7 +168,6 @@ def fit(
     """
     config, steps = setup.config, setup.steps_per_epoch
     first = step = int(state.step)
-    on_cpu = setup.placement.devices[0].platform == "cpu"
     dispatches = plan_dispatches(setup, step)
     next_dispatch = next(dispatches)
     start = time.perf_counter() - progress.seconds  # When a run without interruptions would have begun.
@@ -181,8 +181,7 @@ def fit(
             epoch_start, examples_before = time.perf_counter(), progress.totals.num_examples
             while step < (epoch + 1) * steps:
                 plan, augment_key = next_dispatch
-                # Without frozen parameters it is another program. On a CPU compiling it takes longer than it saves.
-                frozen = () if on_cpu else setup.program.frozen_names(state.params, step)
+                frozen = setup.frozen_names(state, step)
                 state, metrics = train_steps(
                     state, setup.train, plan, setup.train_key, augment_key, program=setup.program, frozen=frozen
                 )
@@ -241,9 +240,10 @@ def plan_dispatches(setup: Setup, step: int) -> Iterator[tuple[Plan, Key[Array, 
             config.seed,
             epoch,
             len(train.label),
-            batch_size=config.batch_size,
+            batch_size=setup.batch_size,
             augment=config.augment,
             image_size=(height, width),
+            balanced_label=setup.balanced_label,
         )
         key = jax.device_put(jax.random.fold_in(setup.augment_key, epoch), placement.state_sharding)
         for i in range(first, setup.steps_per_epoch, setup.steps_per_dispatch):
@@ -253,7 +253,7 @@ def plan_dispatches(setup: Setup, step: int) -> Iterator[tuple[Plan, Key[Array, 
 
 def score_test_set(setup: Setup, last: TrainState, progress: Progress, run: OpenRun) -> tuple[Result, TrainState]:
     """Scores the best checkpoint on the test split; returns the content of result.json, and its state."""
-    best, config = progress.best(), setup.config
+    best, config = progress.best(setup.config.best_by), setup.config
     if best is None:
         raise UserError(f"The checkpoints in {run.run_dir} must include the end of an epoch, got none. Train again.")
     state, _ = run.checkpoints.restore(best["step"], last, setup.placement.state_sharding)
@@ -261,11 +261,19 @@ def score_test_set(setup: Setup, last: TrainState, progress: Progress, run: Open
     scores = evaluate(state, pixels, model=config.model, tta=config.tta, placement=setup.placement)
     if not math.isfinite(scores.loss):
         raise NonFiniteLossError(f"The test loss must be finite, got {scores.loss}. Try a lower `optim.learning_rate`.")
+    names = setup.facts.class_names
+    classes = class_scores(scores.confusion, len(names))
+    means = classes.means()
     result: Result = {
         "test_accuracy": scores.accuracy,
+        "test_balanced_accuracy": means["recall"],
+        "test_macro_precision": means["precision"],
+        "test_macro_recall": means["recall"],
+        "test_macro_f1": means["f1"],
         "test_loss": scores.loss,
         "num_test_examples": scores.num_examples,
         "best_validation_accuracy": best.get("validation_accuracy"),
+        "best_validation_balanced_accuracy": best.get("validation_balanced_accuracy"),
         "best_epoch": best["epoch"],
         "num_epochs": config.num_epochs,
         "stopped_epoch": None if progress.stopped_within is None else len(progress.rows),
@@ -280,5 +288,7 @@ def score_test_set(setup: Setup, last: TrainState, progress: Progress, run: Open
             "best_params": tree_sha256(state.params),
             "metrics": file_sha256(run.run_dir / "metrics.jsonl"),
         },
+        "classes": classes.rows(names),
+        "confusion_matrix": confusion_matrix(scores.confusion, len(names)),
     }
     return result, state

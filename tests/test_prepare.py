@@ -13,7 +13,7 @@ import pytest
 
 from cnnjax import SGD, Augment, Config, Mixup, Optimizer, UserError, memory, train_and_evaluate
 from cnnjax import prepare as prepare_module
-from cnnjax.data.tfds_format import Examples
+from cnnjax.data.stored import Examples
 from cnnjax.memory import explain_out_of_memory, largest_result
 from cnnjax.prepare import oddities
 
@@ -264,7 +264,7 @@ def test_the_limit_is_the_state_its_copy_the_first_checkpoint_and_the_data(tmp_p
 
 def test_images_that_no_memory_holds(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_module, "device_memory", lambda device: 40 * (60 + 4) - 1)
-    message = "`dataset` must fit into the 0.0 GiB of memory, got training images of 0.0 GiB."
+    message = "`dataset` must fit into the 0.0 GiB of memory, got images of 0.0 GiB."
     assert str(refused(tmp_path)) == message
 
 

@@ -1,4 +1,5 @@
 import re
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -346,6 +347,8 @@ def test_evaluation_of_a_size_that_the_batch_does_not_divide_equals_numpy(tta):
 
     assert scores.num_examples == 703
     assert scores.accuracy == (probability.argmax(1) == pixels.label).mean()
+    pairs = zip(pixels.label.tolist(), probability.argmax(1).tolist(), strict=True)
+    assert scores.confusion == Counter(pairs)
     assert scores.loss == pytest.approx(-np.log(probability[np.arange(703), pixels.label]).mean(), rel=1e-5)
 
 

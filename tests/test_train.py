@@ -202,15 +202,17 @@ def test_a_run_equals_a_loop_by_hand(whole_research):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), trained, states[0])
 
 
-def test_the_best_epoch_is_that_of_the_best_validation_accuracy():
-    def best(*accuracies, name="validation_accuracy"):
-        rows = [{"epoch": i, "train_accuracy": i / 10, name: value} for i, value in enumerate(accuracies, 1)]
-        row = Progress(rows, []).best()
+def test_the_best_epoch_is_that_of_the_best_validation_score():
+    def best(*scores, name="validation_accuracy", by="accuracy"):
+        rows = [{"epoch": i, "train_accuracy": i / 10, name: value} for i, value in enumerate(scores, 1)]
+        row = Progress(rows, []).best(by)
         return None if row is None else row["epoch"]
 
     assert best(0.5, 0.8, 0.7) == 2
     assert best(0.5, 0.8, 0.8, 0.7) == 3  # The latest of equals.
     assert best(0.5, 0.4, name="other") == 2  # Without validation, the latest.
+    assert best(0.5, 0.4, name="validation_balanced_accuracy") == 2
+    assert best(0.5, 0.4, name="validation_balanced_accuracy", by="balanced_accuracy") == 1
     assert best() is None
 
 

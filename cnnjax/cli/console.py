@@ -13,7 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.progress import track as rich_track
 
+from cnnjax.class_scores import is_uneven
 from cnnjax.cli.streams import Output, reason
+from cnnjax.cli.tables import accuracies, class_lines
 
 T = TypeVar("T")
 
@@ -41,6 +43,7 @@ class Report:
 
     def __init__(self, quiet: bool = False, prefix: str = ""):
         self._prefix = prefix
+        self._one_of_several = False
         self._out = _console(Output(sys.stdout, self._lose), quiet=quiet)
         self._err = _console(Output(sys.stderr), quiet=quiet)
         self._bar: Progress | None = None
@@ -51,9 +54,9 @@ class Report:
         self._out.print(self._prefix + line, markup=False)
 
     def with_prefix(self, prefix: str) -> "Report":
-        """Returns a report with this prefix, for one of several simultaneous runs."""
+        """Returns a report with this prefix, for one of several runs, that shows no table of the classes."""
         report = copy.copy(self)
-        report._prefix = prefix
+        report._prefix, report._one_of_several = prefix, True
         return report
 
     def _lose(self, error: Exception) -> None:
@@ -115,7 +118,7 @@ class Report:
             self._cell.show(self._bar)
 
     def epoch(self, row: Mapping[str, Any], num_epochs: int) -> None:
-        """Prints the metrics and the timing of an epoch.
+        """Prints the metrics and the timing of an epoch, with a balanced accuracy that is a point or more off.
 
         Args:
           row: see `on_epoch` of `train_and_evaluate`.
@@ -123,7 +126,11 @@ class Report:
         """
         train = {name.removeprefix("train_"): value for name, value in row.items() if name.startswith("train_")}
         train.pop("grad_norm", None)
-        validation = {"loss": row.get("validation_loss"), "accuracy": row.get("validation_accuracy")}
+        names = ("loss", "accuracy", "balanced_accuracy")
+        validation = {name.replace("_", " "): row.get(f"validation_{name}") for name in names}
+        accuracy, balanced = row.get("validation_accuracy"), validation["balanced accuracy"]
+        if accuracy is None or balanced is None or abs(accuracy - balanced) < 0.01:
+            del validation["balanced accuracy"]
         self.say(
             f"epoch {row['epoch']:>{len(str(num_epochs))}}/{num_epochs}  {_scores(train)}  "
             + (f"validation {_scores(validation)}  " if "validation_loss" in row else "")
@@ -131,13 +138,21 @@ class Report:
         )
 
     def result(self, result: Mapping[str, Any], run_dir: Path) -> None:
-        """Prints the content of result.json as a sentence."""
-        best = result["best_validation_accuracy"]
-        validation = "no validation" if best is None else f"validation accuracy {best:.2%}"
+        """Prints the content of result.json as a sentence, after a table of the classes if they are uneven."""
+        classes, best = result["classes"], result["best_validation_accuracy"]
+        uneven = is_uneven([row["count"] for row in classes])
+        if uneven and not self._one_of_several:
+            means = {name: result[f"test_macro_{name}"] for name in ("precision", "recall", "f1")}
+            for line in class_lines(classes, result["confusion_matrix"], means, f"All are in {run_dir}/result.json."):
+                self.say(line)
+        test = accuracies(result["test_accuracy"], result["test_balanced_accuracy"], uneven)
+        validation = "no validation"
+        if best is not None:
+            validation = f"validation {accuracies(best, result['best_validation_balanced_accuracy'], uneven)}"
         stopped = result["stopped_epoch"]
         early = "" if stopped is None else f", stopped after epoch {stopped}"
         self.say(
-            f"Test accuracy {result['test_accuracy']:.2%} (loss {result['test_loss']:.4f}) on all "
+            f"Test {test} (loss {result['test_loss']:.4f}) on all "
             f"{result['num_test_examples']:,} test images, with the parameters of epoch {result['best_epoch']} of "
             f"{result['num_epochs']} ({validation}{early}); seed {result['seed']}, {result['num_params']:,} "
             f"parameters, {result['training_seconds']:.0f} s of training on {result['device']}. All of it is in "
@@ -166,7 +181,8 @@ class _Cell:
 
 
 def _scores(values: Mapping[str, Any]) -> str:
-    return "  ".join(f"{name} {value:{'.2%' if name == 'accuracy' else '.4f'}}" for name, value in values.items())
+    percent = ("accuracy", "balanced accuracy")
+    return "  ".join(f"{name} {value:{'.2%' if name in percent else '.4f'}}" for name, value in values.items())
 
 
 def _console(file: Any, **options: Any) -> Console:

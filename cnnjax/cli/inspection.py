@@ -2,16 +2,16 @@
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from rich.cells import cell_len
 from tyro.conf import Positional
 
 from cnnjax.cli.streams import reason
+from cnnjax.cli.tables import printable, table
 from cnnjax.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,11 +38,6 @@ def config_of(run_dir: Path, experiment: str | None) -> "Config":
             file=sys.stderr,
         )
     return config
-
-
-def printable(text: object) -> str:
-    """Returns `text` with the characters escaped that would break a line or control a terminal."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
 def expand(path: Path | None) -> Path | None:
@@ -93,15 +88,6 @@ class Runs:
                 print(line)
         for line in others if found or others else [f"There are no runs in {self.folder} yet."]:
             print(printable(line), file=sys.stderr)
-
-
-def table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Yields `rows` as lines with aligned columns, however wide they are."""
-    rows = [[printable(cell) for cell in row] for row in rows]
-    widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = (cell + " " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True))
-        yield "  ".join(cells).rstrip()
 
 
 @dataclass(frozen=True)
@@ -214,8 +200,10 @@ class Compare:
     """An experiment: the name before -seed<k> in runs/, or a folder of runs."""
     b: Positional[str]
     """Another."""
-    metric: Literal["test_accuracy", "test_loss", "best_validation_accuracy"] = "test_accuracy"
-    """The metric to compare; make choices with best_validation_accuracy."""
+    metric: str = "test_accuracy"
+    """The metric to compare: test_accuracy, test_balanced_accuracy (the mean recall of the classes), test_loss,
+    test_macro_precision, test_macro_recall, test_macro_f1; precision:CLASS, recall:CLASS or f1:CLASS, of a class in the
+    test set. Make choices with best_validation_accuracy or best_validation_balanced_accuracy."""
 
     def __call__(self) -> None:
         """Prints the two means, their difference and the verdict."""

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 from tyro.conf import Positional
 
-from cnnjax.cli.inspection import Compare, Diff, Reproduce, Runs, Verify, config_of, printable
+from cnnjax.cli.inspection import Compare, Diff, Reproduce, Runs, Verify, config_of
 from cnnjax.cli.process import keep_memory
 from cnnjax.cli.signals import Interrupted, ignore_signals, stop_signals
 from cnnjax.cli.streams import OutputError, guarded_streams, quote
+from cnnjax.cli.tables import accuracies, class_lines, printable
 from cnnjax.errors import UserError, check, messages_for_shell
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ REQUEUE = 75
 
 @dataclass(frozen=True)
 class Eval:
-    """Score a trained network on every image of a split."""
+    """Score a trained network on every image of a split, and on those of each class."""
 
     run: Positional[Path]
     """The run directory."""
@@ -44,14 +45,21 @@ class Eval:
     """The experiment file, if the run has classes or data of its own."""
 
     def __call__(self) -> None:
-        """Prints accuracy and loss."""
+        """Prints the scores of the classes, accuracy and loss."""
+        from cnnjax.class_scores import class_scores, confusion_matrix, is_uneven
         from cnnjax.runs.run import load_run
 
         run = load_run(self.run, config_of(self.run, self.experiment))
         scores = run.evaluate(self.split, data_dir=self.data_dir)
+        names = run.facts.class_names
+        classes, matrix = class_scores(scores.confusion, len(names)), confusion_matrix(scores.confusion, len(names))
+        rest = f"In Python, load_run({str(self.run)!r}).evaluate({self.split!r}) counts all of them."
+        for line in class_lines(classes.rows(names), matrix, classes.means(), rest):
+            print(line)
         unfinished = "" if run.result else ", which is not finished"
+        score = accuracies(scores.accuracy, scores.balanced_accuracy, is_uneven(classes.num_examples.tolist()))
         print(
-            f"{self.split} accuracy {scores.accuracy:.2%}, loss {scores.loss:.4f}, on all "
+            f"{self.split} {score}, loss {scores.loss:.4f}, on all "
             f"{scores.num_examples:,} images ({self.run}{unfinished})"
         )
 
@@ -82,12 +90,12 @@ class Predict:
 
         check("images", "at least one file", bool(self.images), "none")
         check("top", "at least 1", self.top >= 1, self.top)
-        logging.getLogger("PIL").setLevel(logging.CRITICAL)  # Its lines do not name the file; the exception does.
         run = load_run(self.run, config_of(self.run, self.experiment))
         status = 0
         for path in self.images:
             try:
-                image = read_image(path, run.facts.image_shape)
+                facts = run.facts
+                image = read_image(path, facts.image_shape, facts.resize, facts.interpolation)
             except UserError as error:
                 print(printable(error), file=sys.stderr)
                 status = 2
@@ -106,18 +114,25 @@ class Predict:
 
 @dataclass(frozen=True)
 class Data:
-    """Download, check and prepare a data set, and describe it."""
+    """Download, check and prepare a data set, and describe it; or check a folder of images, and report on it."""
 
     dataset: Positional[str]
-    """mnist, fashion_mnist, cifar10, cifar100, or any image classification set of TensorFlow Datasets."""
+    """mnist, fashion_mnist, cifar10, cifar100, or any image classification set of TensorFlow Datasets; or the path of a
+    folder of images, or of a .csv or .jsonl file with the columns path and label."""
     data_dir: Path | None = None
     """The tfds directory; $TFDS_DATA_DIR or ~/tensorflow_datasets by default."""
 
     def __call__(self) -> None:
-        """Prints source, folder, shapes, digests and class names."""
-        from cnnjax.data.datasets import load_dataset
+        """Prints source, folder, shapes, digests and class names; or the report on a folder of images."""
+        from cnnjax.data.datasets import is_path, load_dataset
+        from cnnjax.data.folders import absolute, default_data_dir
 
-        dataset = load_dataset(self.dataset, self.data_dir)
+        data_dir = default_data_dir() if self.data_dir is None else absolute(self.data_dir)
+        if is_path(self.dataset, data_dir, print):
+            from cnnjax.data.image_folder import check_folder
+
+            return check_folder(Path(os.path.expanduser(self.dataset)), data_dir)
+        dataset = load_dataset(self.dataset, data_dir)
         print(f"{dataset.name}, from {dataset.source}, in {dataset.folder}")
         for split, sha256 in dataset.sha256.items():
             shape = "×".join(map(str, dataset.load(split).image.shape))
@@ -170,7 +185,8 @@ def run_experiment(config: "Config") -> None:
 
 def _run(parse: Callable[[], Any], resumable: bool, process_ends: bool = False) -> None:
     keep_memory()
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Messages of tfds that do not help users.
+    for name in ("absl", "PIL"):  # Messages of tfds that do not help users; those of Pillow do not name the file.
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     with messages_for_shell(), guarded_streams(), stop_signals(process_ends) if resumable else nullcontext() as stop:
 
         def run() -> Any:

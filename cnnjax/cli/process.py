@@ -33,6 +33,11 @@ def keep_memory() -> None:
     mallopt(m_top_pad, 2**26)
 
 
+def num_cores() -> int:
+    """Returns the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def start_jax() -> None:
     """Starts jax on its devices. Run before anything else uses them, because jax's own errors are long tracebacks.
 

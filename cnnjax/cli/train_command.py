@@ -45,6 +45,7 @@ class Train:
 
     def __call__(self) -> None:
         """Trains, and prints the result."""
+        from cnnjax.class_scores import is_uneven
         from cnnjax.cli.console import Report
         from cnnjax.cli.inspection import describe, expand
         from cnnjax.runs.seeds import parse_seeds, train_seeds, use_cores
@@ -61,7 +62,10 @@ class Train:
             train_and_evaluate(self.config, run_dir=expand(self.run_dir), **options)
             return
         results = train_seeds(self.config, seeds, folder=expand(self.run_dir), **options)
-        report.say(f"{len(results)} seeds, {self.seeds}: {describe([result['test_accuracy'] for result in results])}")
+        uneven = is_uneven([row["count"] for row in results[0]["classes"]])
+        for metric in ("test_accuracy", *(["test_balanced_accuracy"] if uneven else [])):
+            summary = describe([result[metric] for result in results], metric)
+            report.say(f"{len(results)} seeds, {self.seeds}: {summary}")
 
 
 def parse_train(experiment: Experiment, arguments: Sequence[str], prog: str | None = None) -> Train:

@@ -1,4 +1,4 @@
-"""The decoded arrays of a prepared tfds directory, and what is known about them, next to its shards.
+"""The decoded arrays of a prepared tfds directory, and what is known about them, in a folder next to its shards.
 
 Whatever is damaged counts as missing: the caller decodes the shards again.
 """
@@ -13,36 +13,48 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from cnnjax.data.tfds_format import Examples
+from cnnjax.data.stored import Examples
 from cnnjax.errors import UserError
 from cnnjax.runs.files import atomic_write, open_regular, read_json, write_sums
 from cnnjax.runs.schema import ImageShape, Splits
 
-CACHE = "cnnjax_arrays"  # The name of the folder.
+CACHE = "cnnjax_arrays"  # The name of the folder of arrays.
 
 
 @dataclass(frozen=True)
 class Facts:
-    """The content of facts.json, see `ImageDataset`. It does not name the folder, which may move."""
+    """The content of facts.json, see `StoredSet`. It does not name the folder, which may move."""
 
     source: str
     class_names: Annotated[tuple[str, ...], Field(min_length=1)]
     image_shape: ImageShape
     sha256: Splits
+    splits: tuple[str, ...]
 
 
-def read_facts(folder: Path) -> Facts | None:
-    """Returns the facts of a prepared directory whose splits have been decoded and checked, or None."""
+def read_facts(cache: Path) -> Facts | None:
+    """Returns the facts of a set whose splits have been decoded and checked, or None."""
     try:
-        return read_json(folder / CACHE / "facts.json", Facts)
+        return read_json(cache / "facts.json", Facts)
     except UserError:
         return None
 
 
-def read_arrays(folder: Path, split: str) -> Examples | None:
+def write_facts(cache: Path, facts: Facts) -> None:
+    """Writes the facts, after the arrays.
+
+    Raises:
+      OSError: the disk is full or cannot be written.
+    """
+    with atomic_write(cache / "facts.json", shared=True) as file:
+        file.write(json.dumps(asdict(facts), indent=2).encode())
+    write_sums(cache, ["facts.json"], shared=True)  # `read_json` checks it.
+
+
+def read_arrays(cache: Path, split: str) -> Examples | None:
     """Returns the decoded arrays of a split, or None. The caller verifies their digest."""
     try:
-        image, label = (_read_array(folder / CACHE / f"{split}_{name}.npy") for name in Examples._fields)
+        image, label = (_read_array(cache / f"{split}_{name}.npy") for name in Examples._fields)
     except Exception:  # A damaged header raises a dozen types, among them MemoryError for a huge shape.
         return None
     intact = (image.dtype, label.dtype) == (np.uint8, np.int32) and label.shape == image.shape[:1] and image.ndim == 4
@@ -54,33 +66,21 @@ def _read_array(path: Path) -> np.ndarray:
         return np.lib.format.read_array(file, allow_pickle=False)
 
 
-def write_cache(folder: Path, splits: dict[str, Examples], facts: Facts) -> None:
-    """Writes the decoded arrays of both splits, then the facts; in case of an error removes what would take room.
-
-    Raises:
-      OSError: the disk is full or cannot be written.
-    """
-    try:
-        for split, examples in splits.items():
-            write_arrays(folder, split, examples)
-        with atomic_write(folder / CACHE / "facts.json", shared=True) as file:
-            file.write(json.dumps(asdict(facts), indent=2).encode())
-        write_sums(folder / CACHE, ["facts.json"], shared=True)  # `read_json` checks it.
-    except OSError:
-        shutil.rmtree(folder / CACHE, ignore_errors=True)
-        raise
-
-
-def write_arrays(folder: Path, split: str, examples: Examples) -> None:
+def write_arrays(cache: Path, split: str, examples: Examples) -> None:
     """Writes the decoded arrays of a split.
 
     Raises:
       OSError: the disk is full or cannot be written.
     """
-    (folder / CACHE).mkdir(exist_ok=True)
+    cache.mkdir(exist_ok=True)
     for name, array in examples._asdict().items():
-        with atomic_write(folder / CACHE / f"{split}_{name}.npy", shared=True) as file:
+        with atomic_write(cache / f"{split}_{name}.npy", shared=True) as file:
             np.save(file, array)
+
+
+def remove_cache(cache: Path) -> None:
+    """Removes incomplete arrays, which would take room."""
+    shutil.rmtree(cache, ignore_errors=True)
 
 
 def remove_partial_files(folder: Path) -> None:

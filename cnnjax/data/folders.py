@@ -55,9 +55,20 @@ def prepared_folder(name: str, data_dir: Path, version: str | None = None) -> Pa
     Raises:
       UserError: the folder of the set cannot be read.
     """
+    found = versions(name, data_dir)
+    if not found:
+        return None
+    return data_dir / name / (version if version in found else found[-1])
+
+
+def versions(name: str, data_dir: Path) -> list[str]:
+    """Returns the versions of a set that are prepared in `data_dir`, from the oldest to the newest.
+
+    Raises:
+      UserError: the folder of the set cannot be read.
+    """
     folders = [folder for folder in _entries(data_dir / name) if _VERSION.fullmatch(folder.name) and _is_there(folder)]
-    newest = max(folders, key=lambda folder: [int(number) for number in folder.name.split(".")], default=None)
-    return next((folder for folder in folders if folder.name == version), newest)
+    return sorted((folder.name for folder in folders), key=lambda name: [int(number) for number in name.split(".")])
 
 
 def _is_there(folder: Path) -> bool:

@@ -1,30 +1,48 @@
-"""Image files of any format, as input of a network."""
+"""Images of any size and format, as input of a network."""
 
 import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from cnnjax.cli.console import track
+from cnnjax.cli.process import num_cores
 from cnnjax.cli.streams import reason
 from cnnjax.errors import UserError
 from cnnjax.runs.files import open_regular
 
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # Of Pillow, for each number of channels.
+RESIZE = ("crop", "pad", "stretch")
+AHEAD = 256  # Number of images in work at a time.
+T = TypeVar("T")
+R = TypeVar("R")
+LISTS = (".csv", ".jsonl")  # Files that list images.
+INTERPOLATIONS = ("lanczos", "bicubic", "bilinear")
 
 
-def read_image(path: Path, image_shape: tuple[int, ...]) -> np.ndarray:
-    """Reads an image file, or the first frame of an animation, as uint8 [H W C].
+def read_image(
+    path: Path, image_shape: tuple[int, ...], resize: str = "crop", interpolation: str = "lanczos"
+) -> UInt8[np.ndarray, "H W C"]:
+    """Reads an image file as `open_image` does, and brings it to a shape as `fit_image` does."""
+    check_channels(image_shape)
+    return fit_image(open_image(path), image_shape, resize, interpolation)
 
-    It is rotated by its EXIF orientation, put on a white background if it is transparent and C is 1 or 3, converted to
-    gray or color, and scaled to H×W with a center crop of the longer side. If C is 2 or 4, the last channel is alpha.
+
+def open_image(path: Path) -> Image.Image:
+    """Reads an image file, or the first frame of an animation.
+
+    Returns:
+      The image, upright by its EXIF orientation, with 8 bits per channel in the mode L, RGB, or RGBA if it has
+      transparency.
 
     Raises:
-      UserError: `path` is not an image that Pillow can read, or C is above 4.
+      UserError: `path` is not an image that Pillow can read.
     """
-    height, width, channels = image_shape
-    if channels not in MODES:
-        raise UserError(f"`image` must have 1 to 4 channels to be read from a file, got a network of {channels}.")
     try:
         # Pillow warns of large images, up to twice that size, and of metadata.
         with warnings.catch_warnings(action="ignore"), open_regular(path) as stream, Image.open(stream) as file:
@@ -34,17 +52,89 @@ def read_image(path: Path, image_shape: tuple[int, ...]) -> np.ndarray:
             image: Image.Image = file
             if image.mode.startswith("I;16"):  # Pillow would clip 16-bit gray instead of scaling it.
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            if image.mode not in ("L", "RGB") or image.has_transparency_data:  # A copy of a photograph is large.
-                image = image.convert("RGBA")
-                if channels in (1, 3):
-                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            if image.mode != MODES[channels]:
-                image = image.convert(MODES[channels])
-            fitted = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+            if image.has_transparency_data:
+                return image.convert("RGBA")
+            if image.mode not in ("L", "RGB"):
+                return image.convert("L" if image.mode == "1" else "RGB")
+            image.load()  # It stays in memory when the file is closed.
+            return image
     except UserError:
         raise
     except Exception as error:  # The decoders of Pillow raise errors of many types.
         unknown = isinstance(error, UnidentifiedImageError)
         why = "of an unknown format" if unknown else reason(error) or type(error).__name__
         raise UserError(f"`image` must be an image file (PNG, JPEG, WebP, ...), got {path} ({why}).") from error
-    return np.array(fitted).reshape(image_shape)
+
+
+def fit_image(
+    image: Image.Image, image_shape: tuple[int, ...], resize: str = "crop", interpolation: str = "lanczos"
+) -> UInt8[np.ndarray, "H W C"]:
+    """Brings an image to a shape (H, W, C).
+
+    Args:
+      image: in the mode L, LA, RGB or RGBA. It is put on a white background if it is transparent and C is 1 or 3, and
+        converted to gray or color. If C is 2 or 4, the last channel is alpha.
+      image_shape: C is 1 to 4.
+      resize: "crop": the shorter side is scaled to fit, and the center is kept; "pad": the longer side is scaled to
+        fit, and the rest is black, or transparent; "stretch": both sides are scaled.
+      interpolation: "lanczos", "bicubic" or "bilinear", each with antialiasing. An image of the right size keeps its
+        pixels.
+    """
+    height, width, channels = image_shape
+    if channels in (1, 3) and image.mode in ("LA", "RGBA"):
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if image.mode != MODES[channels]:
+        image = image.convert(MODES[channels])
+    method = Image.Resampling[interpolation.upper()]
+    match resize:
+        case "crop":
+            image = ImageOps.fit(image, (width, height), method)
+        case "pad":
+            image = ImageOps.pad(image, (width, height), method)
+        case _:
+            image = image.resize((width, height), method)
+    return np.array(image).reshape(image_shape)
+
+
+def fit_array(
+    image: UInt8[np.ndarray, "H W C"], image_shape: tuple[int, ...], resize: str, interpolation: str
+) -> UInt8[np.ndarray, "H2 W2 C2"]:
+    """Brings an image of 1 to 4 channels to a shape as `fit_image` does."""
+    pixels = image.squeeze(-1) if image.shape[-1] == 1 else image
+    return fit_image(Image.fromarray(pixels), image_shape, resize, interpolation)
+
+
+def fit_images(
+    images: UInt8[np.ndarray, "N H W C"], image_shape: tuple[int, ...], resize: str, interpolation: str, name: str
+) -> UInt8[np.ndarray, "N H2 W2 C2"]:
+    """Brings images of 1 to 4 channels to a shape as `fit_image` does, on all cores.
+
+    Args:
+      name: what they are, for the progress bar.
+    """
+    result = np.empty((len(images), *image_shape), np.uint8)
+
+    def fit(i: int) -> None:
+        result[i] = fit_array(images[i], image_shape, resize, interpolation)
+
+    for _ in track(on_all_cores(fit, range(len(images))), f"resizing {name}", total=len(images)):
+        pass
+    return result
+
+
+def on_all_cores(fn: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+    """Yields the results of a function in order, computed in threads: Pillow releases the interpreter's lock."""
+    with ThreadPoolExecutor(num_cores()) as threads:
+        for i in range(0, len(items), AHEAD):  # So that an interruption waits for few, and few results are in memory.
+            yield from threads.map(fn, items[i : i + AHEAD])
+
+
+def check_channels(image_shape: tuple[int, ...]) -> None:
+    """Checks that images of a shape (H, W, C) can be made of files.
+
+    Raises:
+      UserError: C is above 4.
+    """
+    if (channels := image_shape[-1]) not in MODES:
+        raise UserError(f"`image` must have 1 to 4 channels to be read from a file, got a network of {channels}.")

@@ -91,7 +91,7 @@ def _read_cifar100_archive(folder: Path) -> RawSet:
 # --- The packages ---------------------------------------------------------------------------------------------------
 
 
-def _run(command: Sequence[str], folder: Path) -> None:
+def run_client(command: Sequence[str], folder: Path) -> None:
     """Runs a registry client in `folder`; raises `Unavailable` if it is missing, fails or times out."""
     if shutil.which(command[0]) is None:
         raise Unavailable(f"{command[0]} is not installed")
@@ -106,7 +106,7 @@ def _run(command: Sequence[str], folder: Path) -> None:
 
 def _npm_pack(package: str) -> Callable[[Path], None]:
     def fetch_package(folder: Path) -> None:
-        _run(["npm", "pack", package, "--silent", "--fetch-retries=1"], folder)
+        run_client(["npm", "pack", package, "--silent", "--fetch-retries=1"], folder)
         with tarfile.open(next(folder.glob("*.tgz"))) as tar:
             tar.extractall(folder, filter="data")
 
@@ -116,13 +116,13 @@ def _npm_pack(package: str) -> Callable[[Path], None]:
 def _apt_download(package: str) -> Callable[[Path], None]:
     def fetch_package(folder: Path) -> None:
         try:
-            _run(["apt-get", "download", package], folder)
+            run_client(["apt-get", "download", package], folder)
         except Unavailable:  # The system's package lists may be empty, and only root can update them.
             (folder / "lists" / "partial").mkdir(parents=True)
             lists = ["-o", f"Dir::State::Lists={folder / 'lists'}", "-o", f"Dir::Cache={folder}"]
-            _run(["apt-get", *lists, "update"], folder)
-            _run(["apt-get", *lists, "download", package], folder)
-        _run(["dpkg-deb", "-x", next(folder.glob("*.deb")).name, "."], folder)
+            run_client(["apt-get", *lists, "update"], folder)
+            run_client(["apt-get", *lists, "download", package], folder)
+        run_client(["dpkg-deb", "-x", next(folder.glob("*.deb")).name, "."], folder)
 
     return fetch_package
 

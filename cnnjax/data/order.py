@@ -4,6 +4,8 @@ A plan is a pure function of (seed, epoch). Its random bits come from the raw st
 stable sort: NumPy guarantees that stream forever, while the algorithms behind `Generator.permutation` may change.
 """
 
+import hashlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +16,7 @@ from cnnjax.errors import UserError
 from cnnjax.typing import AnyArray
 
 # The purposes of random streams, which share no bits.
-SPLIT, ORDER, FLIP, SHIFT, CUTOUT = range(5)
+SPLIT, ORDER, FLIP, SHIFT, CUTOUT, BALANCE = range(6)
 
 
 class Plan(NamedTuple):
@@ -52,8 +54,37 @@ def steps_per_epoch(num_examples: int, batch_size: int) -> int:
     return -(-num_examples // batch_size)
 
 
+def balanced_order(seed: int, epoch: int, label: np.ndarray) -> np.ndarray:
+    """Returns the examples of an epoch that draws equally often from each class, int64 [N].
+
+    Of a class with many examples, each is drawn at most once per epoch; one with few examples is repeated: the numbers
+    of draws of two examples of a class differ by at most 1. If the classes do not divide N, some have one draw more,
+    others in each epoch.
+
+    Args:
+      label: int [N].
+    """
+    classes = np.unique(label)
+    share, rest = divmod(len(label), len(classes))
+    extra = {*np.argsort(random_bits(seed, BALANCE, epoch, len(classes)), kind="stable")[:rest].tolist()}
+    drawn = []
+    for i, k in enumerate(classes):
+        members, draws = np.flatnonzero(label == k), share + (i in extra)
+        bits = random_bits(seed, BALANCE + 1 + i, epoch, len(members) * -(-draws // len(members)))
+        cycles = np.argsort(bits.reshape(-1, len(members)), axis=1, kind="stable")
+        drawn.append(members[cycles.ravel()[:draws]])
+    return np.concatenate(drawn)[epoch_order(seed, epoch, len(label))]
+
+
 def epoch_plan(
-    seed: int, epoch: int, num_examples: int, *, batch_size: int, augment: Augment, image_size: tuple[int, int]
+    seed: int,
+    epoch: int,
+    num_examples: int,
+    *,
+    batch_size: int,
+    augment: Augment,
+    image_size: tuple[int, int],
+    balanced_label: np.ndarray | None = None,
 ) -> Plan:
     """Returns the plan of an epoch (from 0), S = `steps_per_epoch` rows.
 
@@ -63,13 +94,17 @@ def epoch_plan(
     Args:
       augment: alternating flips mirror one half of the examples in even epochs and the other half in odd ones.
       image_size: height and width.
+      balanced_label: of the training examples, to draw equally often from every class, see `balanced_order`.
 
     Raises:
       UserError: see `steps_per_epoch`.
     """
     steps = steps_per_epoch(num_examples, batch_size)
     position = np.arange(steps * batch_size)
-    order = epoch_order(seed, epoch, num_examples)
+    if balanced_label is None:
+        order = epoch_order(seed, epoch, num_examples)
+    else:
+        order = balanced_order(seed, epoch, balanced_label)
     if augment.flip == "none":
         mirrored = np.zeros(num_examples, bool)
     elif augment.flip == "random":
@@ -102,13 +137,16 @@ def plain_plan(num_examples: int, batch_size: int) -> Plan:
     return Plan(position % num_examples, position < num_examples, np.zeros(position.shape, bool), zeros, zeros)
 
 
-def split_validation(seed: int, label: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+def split_validation(
+    seed: int, label: np.ndarray, fraction: float, class_names: Sequence[str] = ()
+) -> tuple[np.ndarray, np.ndarray]:
     """Holds out a class-balanced part of the training examples.
 
     Args:
       seed: selects the examples.
       label: int [N].
       fraction: of each class, in [0, 1); rounded to whole examples, at least one per class. 0 holds out none.
+      class_names: of the labels, for messages.
 
     Returns:
       The indices of the training part and of the validation part, each sorted.
@@ -126,7 +164,47 @@ def split_validation(seed: int, label: np.ndarray, fraction: float) -> tuple[np.
         if count == len(members):
             raise UserError(
                 f"`validation_fraction` must leave a training example of each class, got {fraction} with "
-                f"{len(members)} of class {k}."
+                f"{len(members)} of class {class_names[k] if class_names else k}. Add images, or set it to 0."
             )
         held_out[members[:count]] = True
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def split_test(
+    seed: int, image: np.ndarray, label: np.ndarray, fraction: float, class_names: Sequence[str] = ()
+) -> tuple[np.ndarray, np.ndarray]:
+    """Holds out a class-balanced test set, whose examples depend on their pixels and not on the order of the examples.
+
+    Identical images are on the same side, even under several labels. If images are added later, the others stay on
+    their sides, except for a few at the boundary.
+
+    Args:
+      seed: selects the examples.
+      image: uint8 [N H W C].
+      label: int [N].
+      fraction: of each class, in (0, 1); rounded to whole examples, at least one per class.
+      class_names: of the labels, for messages.
+
+    Returns:
+      The indices of the training part and of the test part, each sorted.
+
+    Raises:
+      UserError: `fraction` leaves no training example of some class.
+    """
+    salt = seed.to_bytes(16, "little")
+    digests = [hashlib.blake2b(x.tobytes(), digest_size=8, salt=salt).digest() for x in image]
+    rank = np.frombuffer(b"".join(digests), "<u8")
+    chosen = []
+    for k in np.unique(label):
+        ranks, counts = np.unique(rank[label == k], return_counts=True)  # Sorted.
+        target = max(1, round(fraction * counts.sum()))
+        chosen.append(ranks[np.cumsum(counts) - counts < target])
+    held_out = np.isin(rank, np.concatenate(chosen))
+    if (lost := np.setdiff1d(label, label[~held_out])).size:
+        k = int(lost[0])
+        raise UserError(
+            f"`test_fraction` must leave a training image of each class, got {fraction} with {np.sum(label == k)} "
+            f"images of class {class_names[k] if class_names else k}, of which {len(np.unique(rank[label == k]))} "
+            "differ. Add images."
+        )
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)

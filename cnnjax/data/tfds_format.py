@@ -10,34 +10,40 @@ import io
 import os
 import struct
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from cnnjax.cli.console import track
 from cnnjax.cli.streams import Output
 from cnnjax.data.folders import check_free, describe, publish, unknown_set
+from cnnjax.data.image_files import fit_array
 from cnnjax.data.sources import NamedSet, RawSet
-from cnnjax.errors import UserError
+from cnnjax.data.stored import Examples, Fit
+from cnnjax.errors import UserError, option
 from cnnjax.runs.files import open_regular
 
 # The functions import tfds, which takes 1.1 s: a set whose arrays are cached does not need it.
 
 
-class Examples(NamedTuple):
-    """Images and labels in memory."""
-
-    image: np.ndarray  # uint8 [N H W C]
-    label: np.ndarray  # int32 [N]
-
-
 # --- Reading --------------------------------------------------------------------------------------------------------
 
 
-def decode(folder: Path, split: str) -> Examples:
-    """Decodes a split of a prepared tfds directory, in record order.
+def inspect_set(folder: Path) -> tuple[tuple[str, ...], bool]:
+    """Returns the splits of a prepared tfds directory, and whether its description states the size of its images."""
+    builder = _builder(folder)
+    features = builder.info.features
+    image_name, _ = _image_and_label(builder)
+    shape = getattr(features[image_name], "shape", ()) if image_name in features else ()
+    return tuple(builder.info.splits), None not in (shape or ())[:2]
+
+
+def decode(folder: Path, split: str, fit: Fit | None = None) -> Examples:
+    """Decodes a split of a prepared tfds directory, in record order, and brings its images to one shape by `fit`.
 
     Raises:
       UserError: the split is missing or damaged, or does not hold images of one shape with one class label each.
@@ -63,6 +69,7 @@ def decode(folder: Path, split: str) -> Examples:
     count = splits[split].num_examples
     image, label, read = None, _empty(folder, (count,), np.int32), 0
     for row in track(_rows(builder, split), f"decoding {split}", total=count):
+        row[image_name] = _fitted(row[image_name], fit)
         if image is None:
             image = _empty(folder, (count, *row[image_name].shape), np.uint8)
             if 0 in image.shape[1:]:
@@ -70,7 +77,7 @@ def decode(folder: Path, split: str) -> Examples:
         if row[image_name].shape != image.shape[1:]:
             raise UserError(
                 f"{folder} must hold images of one shape, got {image.shape[1:]} and {row[image_name].shape} "
-                f"(record {read})."
+                f"(record {read}). Bring them to one size: {option('image_size', 'SIZE')}."
             )
         if read < count:
             image[read], label[read] = row[image_name], row[label_name]
@@ -83,6 +90,13 @@ def decode(folder: Path, split: str) -> Examples:
             f"{label.min()} to {label.max()}."
         )
     return Examples(image, label)
+
+
+def _fitted(image: np.ndarray, fit: Fit | None) -> np.ndarray:
+    if fit is None or fit.image_size is None:
+        return image
+    fit = fit if fit.channels or image.shape[-1] != 4 else fit._replace(channels=3)
+    return fit_array(image, fit.shape_of(image.shape), fit.resize, fit.interpolation)
 
 
 def class_names(folder: Path) -> tuple[str, ...]:
@@ -199,29 +213,64 @@ def write_tfds(named: NamedSet, raw: RawSet, data_dir: Path, say: Callable[[str]
     stock = tfds.builder_cls(named.name)
     say(f"writing {named.name} in the format of TensorFlow Datasets")
 
+    def info(builder: Any) -> Any:
+        info: Any = stock._info(builder)  # The stock description, features and citation; downloads nothing.
+        for feature, names in raw.label_names.items():
+            info.features[feature].names = list(names)
+        return info
+
+    def examples(split: str, features: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+        images, labels = raw.splits[split]
+        for key, image in enumerate(images):
+            example: dict[str, Any] = {feature: int(label[key]) for feature, label in labels.items()}
+            if "id" in features:
+                example["id"] = f"{split}_{key:05d}"
+            yield key, {**example, "image": io.BytesIO(png(image))}
+
+    splits = {split: partial(examples, split) for split in raw.splits}
+    return write_examples(named.name, named.version, info, splits, data_dir, pkg_dir_path=stock.pkg_dir_path)
+
+
+def write_examples(
+    name: str,
+    version: str,
+    info: Callable[[Any], Any],
+    splits: Mapping[str, Callable[[Any], Iterator[tuple[int, dict[str, Any]]]]],
+    data_dir: Path,
+    *,
+    pkg_dir_path: Any = None,
+) -> Path:
+    """Writes a prepared tfds set in `data_dir`.
+
+    Args:
+      name: of the set.
+      version: of the set.
+      info: returns the `tfds.core.DatasetInfo` of a builder.
+      splits: for each split, a function of the set's features that yields a key and the values of each example.
+      data_dir: the tfds directory.
+      pkg_dir_path: the folder of a stock builder, with its metadata.
+
+    Returns:
+      The folder of the prepared version, `data_dir/name/version`.
+
+    Raises:
+      OSError: the disk is full or cannot be written.
+    """
+    import tensorflow_datasets as tfds
+
     class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        name = named.name
-        VERSION = tfds.core.Version(named.version)
-        pkg_dir_path = stock.pkg_dir_path
+        VERSION = tfds.core.Version(version)
 
         def _info(self) -> tfds.core.DatasetInfo:
-            info: Any = stock._info(self)  # The stock description, features and citation; downloads nothing.
-            for feature, names in raw.label_names.items():
-                info.features[feature].names = list(names)
-            return info
+            return info(self)
 
         def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-            return {split: self._generate_examples(split) for split in raw.splits}
+            return {split: examples(self.info.features) for split, examples in splits.items()}
 
-        def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
-            features: Any = self.info.features
-            images, labels = raw.splits[split]
-            for key, image in enumerate(images):
-                example: dict[str, Any] = {feature: int(label[key]) for feature, label in labels.items()}
-                if "id" in features:
-                    example["id"] = f"{split}_{key:05d}"
-                yield key, {**example, "image": _png(image)}
+        def _generate_examples(self) -> Any:
+            raise NotImplementedError
 
+    Builder.name, Builder.pkg_dir_path = name, pkg_dir_path
     if not Output(sys.stderr).isatty():
         tfds.disable_progress_bar()
     builder = Builder(data_dir=data_dir)
@@ -236,13 +285,14 @@ def write_tfds(named: NamedSet, raw: RawSet, data_dir: Path, say: Callable[[str]
     return Path(builder.data_dir)
 
 
-def _png(image: np.ndarray) -> io.BytesIO:
+def png(image: np.ndarray) -> bytes:
+    """Returns an image, uint8 [H W C], as a PNG file."""
     from PIL import Image
 
     file = io.BytesIO()
-    Image.fromarray(image if image.shape[-1] == 3 else image[..., 0]).save(file, "PNG", compress_level=1)
-    file.seek(0)
-    return file
+    image_file = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    image_file.save(file, "PNG", compress_level=1, compress_type=zlib.Z_RLE)  # Of photos faster and smaller.
+    return file.getvalue()
 
 
 # --- Preparing with TensorFlow ---------------------------------------------------------------------------------------

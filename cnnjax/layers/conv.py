@@ -150,6 +150,8 @@ def kernel_grad(
         cpu = _kernel_grad_by_xla_in_float32
     elif image.dtype == jnp.bfloat16 and onednn.has_bfloat16():
         cpu = _kernel_grad_by_convolution
+    elif image.shape[1] * image.shape[2] <= 16:  # The product has I*J parts, most of them of padding.
+        cpu = _kernel_grad_by_xla_in_float32
     else:
         cpu = _kernel_grad_by_matmul
     cpu, default = (partial(f, padding=padding) for f in (cpu, kernel_grad_by_xla))

@@ -70,21 +70,25 @@ def on_cpu(fast: Callable[..., Array], plain: Callable[..., Array], *operands: A
 
 def convolution(
     image: Float[Array, "B H W C"],
-    kernel: Float[Array, "I J C K"],
+    kernel: Float[Array, "I J C2 K"],
     bias: Float[Array, " K"] | None = None,
     *,
     padding: Padding,
+    stride: int = 1,
+    groups: int = 1,
     relu: bool = False,
     dtype: DTypeLike | None = None,
 ) -> Float[Array, "B H2 W2 K"]:
-    """Returns the cross-correlation of stride 1 plus `bias`, followed by a ReLU if `relu` is true.
+    """Returns the cross-correlation plus `bias`, followed by a ReLU if `relu` is true.
 
     Args:
       image, kernel, bias: operands of one dtype, float32 or bfloat16; sums are accumulated in float32.
       padding: zeros around the image.
+      groups: see `feature_group_count` of `jax.lax.conv_general_dilated`.
       dtype: dtype of the result; by default that of the operands.
     """
-    size = [n + sum(pad) - k + 1 for n, pad, k in zip(image.shape[1:3], padding, kernel.shape[:2], strict=True)]
+    sides = zip(image.shape[1:3], padding, kernel.shape[:2], strict=True)
+    size = [(n + sum(pad) - k) // stride + 1 for n, pad, k in sides]
     pads = {"pad_left": [low for low, _ in padding], "pad_right": [high for _, high in padding]}
     data = {"data": {"batch_dim": 0, "feature_dim": 3, "spatial_dims": [1, 2]}}
     config = {
@@ -92,9 +96,9 @@ def convolution(
         "input": data,
         "kernel": {"filter": {"input_feature_dim": 2, "output_feature_dim": 3, "spatial_dims": [0, 1]}},
         "output": data,
-        "window": {**pads, "strides": [1, 1], "window_dilations": [1, 1]},
+        "window": {**pads, "strides": [stride, stride], "window_dilations": [1, 1]},
         "fusions": {"ops": ["BIAS"] * (bias is not None) + ["RELU"] * relu},
-        "feature_groups": 1,
+        "feature_groups": groups,
     }
     result = jax.ShapeDtypeStruct((image.shape[0], *size, kernel.shape[3]), dtype or image.dtype)
     operands = (image, kernel) if bias is None else (image, kernel, bias)

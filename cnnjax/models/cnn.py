@@ -18,6 +18,8 @@ class CNN(nn.Module):
     Source: Petar Veličković, "Deep learning for complete beginners: convolutional neural networks with keras" (2017).
     """
 
+    image_size = 32  # For a folder of images.
+
     num_classes: int = 10
     """Number of classes; set from the data."""
     conv_dropout: float = 0.25

@@ -20,6 +20,8 @@ class MLP(nn.Module):
     Source: Petar Veličković, "Deep learning for complete beginners: recognising handwritten digits" (2017).
     """
 
+    image_size = 32  # For a folder of images.
+
     num_classes: int = 10
     """Number of classes; set from the data."""
     dense_dropout: float = 0.5

@@ -36,6 +36,8 @@ class SpeedNet(nn.Module):
     Source: Keller Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU" (2024), sections 3 and A.
     """
 
+    image_size = 32  # For a folder of images.
+
     num_classes: int = 10
     """Number of classes; set from the data."""
     widths: tuple[int, ...] = (64, 256, 256)

@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 
 from cnnjax.errors import UserError, check, check_name
 from cnnjax.fields import check_fields
-from cnnjax.optim.transforms import lookahead
+from cnnjax.optim.transforms import average, delay, lookahead
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,13 @@ class ParamGroup:
     pattern: str
     """A regular expression, searched for in parameter paths such as Conv_0/kernel. The first matching group applies."""
     multiplier: float = 1.0
-    """Factor on the learning rate. The weight decay per update stays the same."""
+    """Factor on the learning rate. Without `weight_decay`, the weight decay per update stays the same."""
     num_epochs: int | None = None
     """Number of epochs after which the learning rate is 0; 0: frozen from the start, None: never."""
+    start_epoch: int = 0
+    """Number of epochs before which the parameters are frozen, as if training began then."""
+    weight_decay: float | None = None
+    """Weight decay per update of these parameters, multiplied by their learning rate."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -36,6 +40,11 @@ class ParamGroup:
             raise UserError(f"`pattern` must be a regular expression, got {self.pattern!r} ({error}).") from error
         check("multiplier", "above 0 and finite (`num_epochs=0` freezes)", 0 < self.multiplier < inf, self.multiplier)
         check("num_epochs", "at least 0", self.num_epochs is None or self.num_epochs >= 0, self.num_epochs)
+        check("start_epoch", "at least 0", self.start_epoch >= 0, self.start_epoch)
+        empty = self.num_epochs is not None and 0 < self.num_epochs <= self.start_epoch
+        check("num_epochs", f"above the `start_epoch` {self.start_epoch}", not empty, self.num_epochs)
+        valid = self.weight_decay is None or 0 <= self.weight_decay < inf
+        check("weight_decay", "at least 0 and finite", valid, self.weight_decay)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +70,13 @@ class Optimizer(ABC):
     lookahead: int = 0
     """Synchronize with the slow weights every this many updates (Zhang et al. 2019); 0: never."""
     groups: tuple[ParamGroup, ...] = ()
-    """Parameters with another learning rate, or frozen after some epochs."""
+    """Parameters with another learning rate, or frozen in some epochs."""
+    freeze_epochs: int = 0
+    """Number of epochs in which only the head of the network is trained, for fine-tuning. Needs its `depths`."""
+    depth_decay: float = 1.0
+    """Factor on the learning rate for each layer below the head (Clark et al. 2020). Needs the network's `depths`."""
+    ema: float = 0.0
+    """Decay of a moving average of the parameters, which is evaluated in place of them; 0: none."""
 
     def __post_init__(self) -> None:
         check_fields(self, "optim")
@@ -74,6 +89,9 @@ class Optimizer(ABC):
             check(f"optim.{name}", "at least 0 and finite", 0 <= getattr(self, name) < inf, getattr(self, name))
         check("optim.accumulate_steps", "at least 1", self.accumulate_steps >= 1, self.accumulate_steps)
         check("optim.lookahead", "at least 0", self.lookahead >= 0, self.lookahead)
+        check("optim.freeze_epochs", "at least 0", self.freeze_epochs >= 0, self.freeze_epochs)
+        check("optim.depth_decay", "above 0 and at most 1", 0 < self.depth_decay <= 1, self.depth_decay)
+        check("optim.ema", "at least 0 and below 1", 0 <= self.ema < 1, self.ema)
         patterns = [group.pattern for group in self.groups]
         check("optim.groups", "of distinct patterns", len({*patterns}) == len(patterns), patterns)
 
@@ -97,13 +115,47 @@ class Optimizer(ABC):
         down = optax.linear_schedule(peak, self.end_factor * peak, num_updates - rise)
         return optax.join_schedules([up, down], [rise])
 
+    def for_network(self, model: Any) -> "Optimizer":
+        """Returns the optimizer with a group for each layer of a network, if `freeze_epochs` or `depth_decay` is set.
+
+        Args:
+          model: has a method `depths`, which returns the top-level names in its parameters from input to head.
+
+        Raises:
+          UserError: it has no such method.
+        """
+        if not self._needs_network():
+            return self
+        if not hasattr(model, "depths"):
+            raise UserError(
+                "`model` must have a method depths() -> tuple of the top-level names of its parameters, from input to "
+                f"head, for `optim.freeze_epochs` and `optim.depth_decay`, got {type(model).__name__} without it. Set "
+                "`optim.groups` instead."
+            )
+        names = model.depths()
+        layers = tuple(
+            ParamGroup(
+                f"^{re.escape(name)}(/|$)",
+                multiplier=self.depth_decay**below,
+                start_epoch=self.freeze_epochs if below else 0,
+                weight_decay=self.weight_decay,
+            )
+            for below, name in enumerate(reversed(names))
+        )
+        return replace(self, groups=(*self.groups, *layers), freeze_epochs=0, depth_decay=1.0)
+
+    def _needs_network(self) -> bool:
+        return self.freeze_epochs > 0 or self.depth_decay < 1
+
     def make_tx(self, num_steps: int, num_epochs: int = 1) -> optax.GradientTransformation:
         """Returns the optimizer for a run of `num_steps` batches in `num_epochs` epochs.
 
         Raises:
           UserError: the run is too short for `accumulate_steps` or `lookahead`, or (in `init`) a group matches no
-            parameter.
+            parameter; or `for_network` has not been called although it is necessary.
         """
+        rule = "0, and `optim.depth_decay` 1, without a network: call `for_network(model)` first"
+        check("optim.freeze_epochs", rule, not self._needs_network(), self.freeze_epochs)
         updates = num_steps // self.accumulate_steps
         rule = f"at most the {num_steps} steps of the run"
         check("optim.accumulate_steps", rule, updates > 0, self.accumulate_steps)
@@ -117,6 +169,8 @@ class Optimizer(ABC):
             tx = optax.chain(optax.clip_by_global_norm(self.clip_norm), tx)
         if self.lookahead:
             tx = lookahead(tx, self.lookahead, updates)
+        if self.ema:
+            tx = average(tx, self.ema)
         if self.accumulate_steps > 1:
             tx = optax.MultiSteps(tx, self.accumulate_steps).gradient_transformation()
         return tx
@@ -126,22 +180,27 @@ class Optimizer(ABC):
     ) -> optax.GradientTransformation:
         if group.num_epochs == 0:
             return optax.set_to_zero()
-        end = _last_update(group, updates, num_epochs)
+        start, end = _first_update(group, updates, num_epochs), _last_update(group, updates, num_epochs)
 
         def learning_rate(update: Any) -> Any:
-            rate = schedule(update)
+            rate = schedule(update + start) if start else schedule(update)
             # Not a factor on the update, which would change how XLA rounds it.
-            return group.multiplier * (rate if end is None else jnp.where(jnp.asarray(update) < end, rate, 0.0))
+            return group.multiplier * (rate if end is None else jnp.where(jnp.asarray(update) < end - start, rate, 0.0))
 
-        return replace(self, weight_decay=self.weight_decay / group.multiplier).transform(learning_rate)
+        decay = self.weight_decay / group.multiplier if group.weight_decay is None else group.weight_decay
+        tx = replace(self, weight_decay=decay).transform(learning_rate)
+        return delay(tx, start) if start else tx
 
     def frozen(self, params: PyTree, step: int, num_steps: int, num_epochs: int) -> tuple[str, ...]:
         """Returns the top-level names in `params`, if it is a dict, whose gradients affect no update from `step` on."""
         if self.clip_norm or not isinstance(params, dict):  # The global norm depends on every gradient.
             return ()
         updates, update = num_steps // self.accumulate_steps, step // self.accumulate_steps
-        ends = {group.pattern: _last_update(group, updates, num_epochs) for group in self.groups}
-        frozen = {pattern for pattern, end in ends.items() if end is not None and update >= end}
+        frozen = set()
+        for group in self.groups:
+            start, end = _first_update(group, updates, num_epochs), _last_update(group, updates, num_epochs)
+            if update < start or (end is not None and update >= end):
+                frozen.add(group.pattern)
         labels = param_labels(params, self.groups)
         return tuple(name for name in params if frozen.issuperset(jax.tree.leaves(labels[name])))
 
@@ -149,7 +208,8 @@ class Optimizer(ABC):
         """Returns whether an update depends on the number of updates that follow it."""
         methods = ("make_schedule", "make_tx")
         custom = any(getattr(type(self), name) is not getattr(Optimizer, name) for name in methods)
-        rounded = self.accumulate_steps > 1 and any(group.num_epochs for group in self.groups)
+        timed = self.freeze_epochs or any(group.num_epochs or group.start_epoch for group in self.groups)
+        rounded = self.accumulate_steps > 1 and bool(timed)
         return custom or self.schedule != "constant" or self.lookahead > 0 or rounded
 
 
@@ -172,6 +232,11 @@ def param_labels(params: PyTree, groups: tuple[ParamGroup, ...]) -> PyTree:
         names = jax.tree.leaves(names)
         raise UserError(f"`optim.groups` must each match a parameter, got {min(unused)!r}. Parameters: {names}.")
     return labels
+
+
+def _first_update(group: ParamGroup, updates: int, num_epochs: int) -> int:
+    """Returns the number of updates before which a group is frozen."""
+    return round(updates * group.start_epoch / num_epochs)
 
 
 def _last_update(group: ParamGroup, updates: int, num_epochs: int) -> int | None:

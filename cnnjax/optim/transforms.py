@@ -60,6 +60,74 @@ def keep_norm() -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
+class DelayState(NamedTuple):
+    """The state of `delay`.
+
+    Attributes:
+      step: number of updates, int32.
+      inner: the state of the wrapped optimizer.
+    """
+
+    step: Int[Array, ""]
+    inner: Any
+
+
+def delay(tx: optax.GradientTransformation, start: int) -> optax.GradientTransformationExtraArgs:
+    """Freezes the parameters and the state of an optimizer for the first `start` updates."""
+    tx = optax.with_extra_args_support(tx)
+
+    def init(params: PyTree) -> DelayState:
+        return DelayState(jnp.zeros((), jnp.int32), tx.init(params))
+
+    def update(updates: PyTree, state: Any, params: PyTree = None, **extra: Any) -> tuple[PyTree, DelayState]:
+        updates, inner = tx.update(updates, state.inner, params, **extra)
+        started = state.step >= start
+        updates = jax.tree.map(lambda u: jnp.where(started, u, jnp.full_like(u, -0.0)), updates)  # -0.0 changes no bit.
+        inner = jax.tree.map(lambda new, old: jnp.where(started, new, old), inner, state.inner)
+        return updates, DelayState(state.step + 1, inner)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+class AverageState(NamedTuple):
+    """The state of `average`.
+
+    Attributes:
+      step: number of updates, int32.
+      params: the average, which `eval_params` returns.
+      inner: the state of the wrapped optimizer.
+    """
+
+    step: Int[Array, ""]
+    params: PyTree
+    inner: Any
+
+
+def average(tx: optax.GradientTransformation, decay: float) -> optax.GradientTransformationExtraArgs:
+    """Keeps an exponential moving average of the parameters, which changes no update.
+
+    After update t (from 1) it keeps min(decay, t / (9 + t)) of its value: little at first.
+
+    Source: TensorFlow's `ExponentialMovingAverage` with `num_updates`; Polyak and Juditsky (1992).
+    """
+    tx = optax.with_extra_args_support(tx)
+
+    def init(params: PyTree) -> AverageState:
+        return AverageState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params), tx.init(params))
+
+    def update(updates: PyTree, state: Any, params: PyTree = None, **extra: Any) -> tuple[PyTree, AverageState]:
+        updates, inner = tx.update(updates, state.inner, params, **extra)
+        count = state.step + 1
+        kept = jnp.minimum(decay, count / (9 + count))
+
+        def of(a: Array, p: Array, u: Array) -> Array:
+            return a + (1 - kept).astype(a.dtype) * (p + u.astype(p.dtype) - a)
+
+        return updates, AverageState(count, jax.tree.map(of, state.params, params, updates), inner)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
 class LookaheadState(NamedTuple):
     """The state of `lookahead`.
 

@@ -41,7 +41,7 @@ _ORBAX = threading.Lock()
 class Checkpoints:
     """The checkpoints of one run, numbered by step.
 
-    Keeps the latest two and the best two by validation accuracy; of equals, the later ones. If one is damaged, an
+    Keeps the latest two and the best two by validation score; of equals, the later ones. If one is damaged, an
     earlier one remains to resume from, with the best checkpoint of the epochs before it.
 
     Attributes:
@@ -87,7 +87,7 @@ class Checkpoints:
 
     def _ends(self) -> list[int]:
         """Returns the ends of epochs, the best first. Without validation all are equal, and the latest is the best."""
-        scored = [(x["validation"].get("accuracy", 0.0), step) for step, x in self._saved.items() if x["validation"]]
+        scored = [(x["validation"].get("score", 0.0), step) for step, x in self._saved.items() if x["validation"]]
         return [step for _, step in sorted(scored, reverse=True)]
 
     def save(self, state: TrainState, progress: Mapping[str, Any], validation: dict[str, Any] | None = None) -> None:

@@ -17,8 +17,8 @@ import numpy as np
 
 from cnnjax.cli.console import Report
 from cnnjax.config import Config
-from cnnjax.data.datasets import load_dataset
-from cnnjax.errors import UserError, unknown_name
+from cnnjax.errors import UserError, check_name, unknown_name
+from cnnjax.prepare import load_data
 from cnnjax.runs import directory, manifest, records, recovery
 from cnnjax.runs.files import SUMS, changes, check_local, check_sums, file_sha256, is_inside, show
 from cnnjax.runs.run import make_run
@@ -27,6 +27,16 @@ from cnnjax.runs.source import source_of
 from cnnjax.step import TrainState
 from cnnjax.train import train_and_evaluate
 
+METRICS = (
+    "test_accuracy",
+    "test_balanced_accuracy",
+    "test_loss",
+    "test_macro_precision",
+    "test_macro_recall",
+    "test_macro_f1",
+    "best_validation_accuracy",
+    "best_validation_balanced_accuracy",
+)
 NOT_LISTED = "not listed in SHA256SUMS"  # A file that we list when we write it.
 
 
@@ -191,7 +201,8 @@ def reproduce(
     environment = manifest.environment_changes(sessions, now)
     for name, (there, here) in environment.items():
         report.say(f"{name} is {show(there)} there and {show(here)} here: the bits may differ")
-    dataset = load_dataset(config.dataset, data_dir, report.say, version=records.data_version(run_dir))
+    version = records.data_version(run_dir)
+    dataset = load_data(config, data_dir, report.say, version=version)
     last = old["stopped_epoch"]
 
     def on_epoch(row: Mapping[str, Any], state: TrainState) -> bool:
@@ -225,10 +236,11 @@ def scores(target: str, metric: str) -> tuple[dict[int, float], list[Path]]:
 
     Args:
       target: a folder of runs, or the name (or path) before -seed<k>.
-      metric: a key of result.json.
+      metric: one of `METRICS`, or precision:CLASS, recall:CLASS or f1:CLASS.
 
     Raises:
-      UserError: there is no such run, none has finished, they differ in more than the seed, or a seed occurs twice.
+      UserError: there is no such run or metric, none has finished, they differ in more than the seed, or a seed occurs
+        twice.
     """
     path = Path(target)
     is_folder = target != "" and os.path.isdir(path)
@@ -264,9 +276,10 @@ def scores(target: str, metric: str) -> tuple[dict[int, float], list[Path]]:
                     f"The runs of {target} must have different seeds, got seed {seed} in {of_seed[seed]} and "
                     f"in {folder}. Pass a folder, or a name, that holds one of them."
                 )
-            if result[metric] is None:
+            score = _score(result, metric)
+            if score is None:
                 raise UserError(f"`metric` must be one that every run has, got {metric}, which {folder} lacks.")
-            found[seed], of_seed[seed] = result[metric], folder
+            found[seed], of_seed[seed] = score, folder
     if not found:
         lacking = (
             f" with {len(unfinished)} unfinished runs. Resume them with --resume" if unfinished else " without a run"
@@ -276,6 +289,18 @@ def scores(target: str, metric: str) -> tuple[dict[int, float], list[Path]]:
             f"{target!r}{lacking}."
         )
     return found, unfinished
+
+
+def _score(result: Result, metric: str) -> float | None:
+    """Returns a metric of a run, see `scores`."""
+    kind, colon, name = metric.partition(":")
+    of_class = {row["name"]: row for row in result["classes"]}
+    kinds = ("precision", "recall", "f1")
+    if colon and kind in kinds:
+        check_name(f"{kind}:CLASS", name, of_class)
+        return of_class[name][kind]
+    check_name("metric", metric, (*METRICS, *(f"{kind}:CLASS" for kind in kinds)))
+    return result[metric]
 
 
 def _take_cores(count: int) -> None:
@@ -289,7 +314,8 @@ def _take_cores(count: int) -> None:
 
 def _outcome(run_dir: Path) -> dict[str, Any]:
     info = read_info(run_dir)
-    result = {k: v for k, v in (info.result or {}).items() if k not in ("training_seconds", "device", "seed")}
+    left_out = ("training_seconds", "device", "seed", "classes", "confusion_matrix")
+    result = {k: v for k, v in (info.result or {}).items() if k not in left_out}
     return {"state": info.state, **result}
 
 

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from cnnjax.cli.process import processor
+from cnnjax.cli.process import num_cores, processor
 from cnnjax.cli.signals import Interrupted
 from cnnjax.compiler import compiler_options
 from cnnjax.errors import UserError
@@ -19,7 +19,18 @@ from cnnjax.layers import onednn
 from cnnjax.runs.files import SUMS, changes, read_json, show, write_file, write_json, write_sums
 from cnnjax.runs.schema import FORMAT, Manifest, Session, Versioned
 
-PACKAGES = ("cnnjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy", "scipy")
+PACKAGES = (
+    "cnnjax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "tensorflow-datasets",
+    "numpy",
+    "pillow",
+    "scipy",
+)
 ACCELERATOR_PACKAGES = ("jax-cuda13-plugin", "jax-cuda12-plugin", "nvidia-cudnn-cu13", "nvidia-cudnn-cu12", "libtpu")
 # What determines the bits, besides configuration and data.
 CODE = ("commit", "package_commit", "diff_sha256", "files")
@@ -54,11 +65,6 @@ def environment(devices: Sequence[Any]) -> dict[str, Any]:
         "host": platform.node(),
         "system": platform.platform(),
     }
-
-
-def num_cores() -> int:
-    """Returns the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
@@ -117,13 +123,18 @@ def read_manifest(run_dir: Path) -> Manifest:
       UserError: it is missing, damaged, or of another format.
     """
     path = run_dir / "manifest.json"
+    check_format(path)
+    return read_json(path, Manifest)
+
+
+def check_format(path: Path) -> None:
+    """Raises a `UserError` if a manifest.json is damaged, or of another format."""
     found = read_json(path, Versioned, listed=False)["format"]
     if found != FORMAT:
         raise UserError(
             f"{path} must be of format {FORMAT}, got {found}: another version of cnnjax wrote it. Use that version, or "
             "train in another directory."
         )
-    return read_json(path, Manifest)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

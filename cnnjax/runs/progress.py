@@ -34,9 +34,13 @@ class Progress(NamedTuple):
     seconds: float = 0.0  # Of training, in all sessions.
     stopped_within: int | None = None  # See `SavedProgress`.
 
-    def best(self) -> Row | None:
-        """Returns the row with the best validation accuracy, the latest of equals; without validation, the latest."""
-        return max(self.rows, key=lambda row: (row.get("validation_accuracy", 0.0), row["epoch"]), default=None)
+    def best(self, by: str) -> Row | None:
+        """Returns the row with the best validation score, the latest of equals; without validation, the latest.
+
+        Args:
+          by: "accuracy" or "balanced_accuracy".
+        """
+        return max(self.rows, key=lambda row: (row.get(f"validation_{by}", 0.0), row["epoch"]), default=None)
 
 
 class EndedEpoch(NamedTuple):
@@ -126,12 +130,12 @@ def end_epoch(
     rows, timing = [*progress.rows, metrics_row(ended)], [*progress.timing, ended.timing]
     progress = progress._replace(rows=rows, timing=timing)
     row: Any = {**rows[-1], **ended.timing}
-    row["best_epoch"] = (progress.best() or row)["epoch"]
+    row["best_epoch"] = (progress.best(run.config.best_by) or row)["epoch"]
     if callbacks.stops(dict(row), ended.state) and row["epoch"] < run.config.num_epochs:
         progress, must_save = progress._replace(stopped_within=run.config.num_epochs), True
     if must_save or ended.validation is not None or not run.checkpoints.is_saving():
         scores = ended.validation
-        validation = {"num_examples": 0} if scores is None else {"loss": scores.loss, "accuracy": scores.accuracy}
+        validation = {"num_examples": 0} if scores is None else {"score": getattr(scores, run.config.best_by)}
         save(run, ended.state, progress, validation)
     write_progress(run.run_dir, progress)
     run.report.epoch(row, run.config.num_epochs)
@@ -146,7 +150,7 @@ def check_finite(run: OpenRun, state: TrainState, steps: tuple[int, int]) -> Non
 
 def save(run: OpenRun, state: TrainState, progress: Progress, validation: dict[str, Any] | None = None) -> None:
     """Starts to save a state, which must not be donated; `validation` are the scores at the end of an epoch."""
-    best = progress.best()
+    best = progress.best(run.config.best_by)
     if best is None or "validation_accuracy" not in best:  # Only the latest matters.
         best = {"step": None}
     kept = {**progress._asdict(), "totals": progress.totals._asdict(), "best_step": best["step"]}
@@ -180,7 +184,8 @@ def metrics_row(ended: EndedEpoch) -> Row:
         row["train_accuracy"] = values.pop("accuracy")
     row["train_grad_norm"] = ended.grad_norm
     if ended.validation is not None:
-        row |= {"validation_loss": ended.validation.loss, "validation_accuracy": ended.validation.accuracy}
+        names = ("loss", "accuracy", "balanced_accuracy")
+        row |= {f"validation_{name}": getattr(ended.validation, name) for name in names}
     row["params_sha256"] = tree_sha256(ended.state.params)
     return row | {f"train_{name}": value for name, value in values.items()}
 

@@ -25,6 +25,7 @@ from cnnjax.runs.files import (
     write_file,
     write_json,
 )
+from cnnjax.runs.manifest import check_format
 from cnnjax.runs.schema import DataFacts, EncodedConfig, Result, Row, Timing
 
 T = TypeVar("T")
@@ -70,19 +71,24 @@ def read_record(run_dir: Path) -> Record:
     if not os.path.lexists(path):
         check_local(run_argument(), run_dir)
         raise UserError(f"`{run_argument()}` must be the directory of a run, with a config.json, got {run_dir}.")
+    if os.path.lexists(run_dir / "manifest.json"):
+        check_format(run_dir / "manifest.json")  # A run of another version may have other keys.
     return read_json(path, Record)
 
 
-def make_facts(dataset: ImageDataset, image_shape: tuple[int, ...], standardization: Standardization) -> DataFacts:
-    """Returns the facts of a data set and of its training images' statistics."""
+def make_facts(dataset: ImageDataset, standardization: Standardization, weights_sha256: str | None) -> DataFacts:
+    """Returns the facts of a data set, of the standardization of its images, and of the pretrained weights."""
     return DataFacts(
-        image_shape=image_shape,
+        image_shape=dataset.image_shape,
         class_names=dataset.class_names,
         sha256=dataset.sha256,
         version=dataset.version,
         source=dataset.source,
         mean=tuple(standardization.mean.tolist()),
         std=tuple(standardization.std.tolist()),
+        resize=dataset.fit.resize,
+        interpolation=dataset.fit.interpolation,
+        weights_sha256=weights_sha256,
     )
 
 

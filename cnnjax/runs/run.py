@@ -20,8 +20,6 @@ from cnnjax.compiler import jit
 from cnnjax.config import Config, word
 from cnnjax.data.batches import Pixels, Standardization, standardize
 from cnnjax.data.datasets import load_dataset
-from cnnjax.data.order import split_validation
-from cnnjax.data.tfds_format import Examples
 from cnnjax.errors import UserError, check_name, option
 from cnnjax.metrics import Scores
 from cnnjax.network import Network, apply_in_evaluation, layers_of, logits_of
@@ -129,7 +127,7 @@ class Run:
     def _restore(self) -> TrainState:
         start_jax()
         # Only the structure of its state matters here, and it must allow for one update and one synchronization.
-        optim = self.config.optim
+        optim = self.config.optim.for_network(self.config.model)
         tx = optim.make_tx(num_steps=optim.accumulate_steps * max(optim.lookahead, 1))
         target = abstract_state(self.facts.image_shape, model=self.config.model, tx=tx)
         fix = f"Resume it: {option('resume')}." if self.result is None else "Train it again: cnnjax reproduce."
@@ -240,7 +238,9 @@ class Run:
         """
         check_name("split", split, ("test", "validation"))
         config, facts = self.config, self.facts
-        dataset = load_dataset(config.dataset, data_dir, version=facts.version)
+        size, interpolation = facts.image_shape[:2], facts.interpolation
+        options = config.data_options() | {"image_size": size, "interpolation": interpolation}
+        dataset = load_dataset(config.dataset, data_dir, version=facts.version, **options)
         if dataset.sha256 != facts.sha256:
             parameter = "data_dir" if dataset.folder else "dataset"
             raise UserError(
@@ -250,11 +250,9 @@ class Run:
         if split == "test":
             examples = dataset.load("test")
         else:
-            whole = dataset.load("train")
             if config.validation_fraction == 0:
                 raise UserError("`split` must be test if `validation_fraction` was 0, got validation.")
-            _, part = split_validation(config.seed, whole.label, config.validation_fraction)
-            examples = Examples(whole.image[part], whole.label[part])
+            _, examples = dataset.load_parts(config.seed, config.validation_fraction)
         pixels = Pixels(*examples, facts.standardization)
         tta = config.tta if split == "test" else "none"  # As in training.
         placement = place(1, [*self.state.step.devices()])

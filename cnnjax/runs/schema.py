@@ -8,14 +8,15 @@ from pydantic import ConfigDict, Field, FiniteFloat, with_config
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12.
 
 from cnnjax.data.batches import Standardization
+from cnnjax.data.image_files import INTERPOLATIONS, RESIZE
 from cnnjax.errors import check
 
-FORMAT = 4  # Of the run directory.
+FORMAT = 5  # Of the run directory.
 
 ImageShape = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=3, max_length=3)]  # (H, W, C)
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Split = Annotated[str, Field(pattern="^(train|test)$")]
-Splits = Annotated[dict[Split, Sha256], Field(min_length=2, max_length=2)]  # See `data.datasets.digest`.
+Split = Annotated[str, Field(pattern=r"^[\w.-]+$")]
+Splits = Annotated[dict[Split, Sha256], Field(min_length=1)]  # See `data.stored.digest`.
 Fraction = Annotated[FiniteFloat, Field(ge=0, le=1)]
 Amount = Annotated[FiniteFloat, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -29,10 +30,12 @@ class DataFacts:
     Attributes:
       image_shape: (H, W, C).
       class_names: the name of each label, in order.
-      sha256: for each split, see `data.datasets.digest`.
-      version: the tfds version.
+      sha256: for each stored split that is used, see `data.stored.digest`.
+      version: the tfds version; for folders and arrays, 12 hexadecimal digits.
       source: where the pixels came from, in words.
-      mean, std: of the training images' channels, in pixel units (0 to 255).
+      mean, std: of the training images' channels, in pixel units (0 to 255); or those of the pretrained weights.
+      resize, interpolation: how images were brought to `image_shape`, see `data.image_files.fit_image`.
+      weights_sha256: of the file of pretrained weights, or None.
     """
 
     image_shape: ImageShape
@@ -42,6 +45,9 @@ class DataFacts:
     source: str
     mean: tuple[Annotated[FiniteFloat, Field(ge=0, le=255)], ...]
     std: tuple[Annotated[FiniteFloat, Field(gt=0, le=255)], ...]
+    resize: Annotated[str, Field(pattern=f"^({'|'.join(RESIZE)})$")]
+    interpolation: Annotated[str, Field(pattern=f"^({'|'.join(INTERPOLATIONS)})$")]
+    weights_sha256: Sha256 | None
 
     def __post_init__(self) -> None:
         for name, values in (("mean", self.mean), ("std", self.std)):
@@ -84,6 +90,7 @@ class Row(TypedDict):
     train_grad_norm: float
     validation_loss: NotRequired[FiniteFloat]
     validation_accuracy: NotRequired[Fraction]
+    validation_balanced_accuracy: NotRequired[Fraction]
     params_sha256: Sha256
 
 
@@ -111,7 +118,7 @@ class SavedProgress(TypedDict):
       seconds: of training, in all sessions.
       stopped_within: the `num_epochs` of the run if `on_epoch` stopped it after this epoch. A longer run continues.
       best_step: the step of the best checkpoint; None without validation.
-      validation: the scores at the end of an epoch, which rank a checkpoint by "accuracy" if present; None within one.
+      validation: at the end of an epoch, its "score", which ranks the checkpoint, if there is one; None within one.
       files: the names of the other files of the checkpoint, except SHA256SUMS.
     """
 
@@ -136,18 +143,39 @@ class Digests(TypedDict):
     metrics: Sha256
 
 
+class ClassResult(TypedDict):
+    """A class in result.json, see `class_scores.ClassScores`."""
+
+    name: str
+    count: Count
+    precision: Fraction
+    recall: Fraction | None
+    f1: Fraction | None
+
+
 class Result(TypedDict):
     """result.json.
 
     Keys:
+      test_balanced_accuracy, test_macro_recall: the same number under both of its names.
+      test_macro_precision, test_macro_recall, test_macro_f1: the means over the classes that have test images.
+      best_validation_*: at the best epoch, which is the best by the `best_by` of the configuration.
       num_epochs: of the configuration.
       stopped_epoch: the epoch after which `on_epoch` stopped the run, or None.
+      classes: the scores of each class on the test set, in the order of the labels.
+      confusion_matrix: the number of test images of each true class (rows) that were predicted as each class (columns);
+        None if there are more than `class_scores.MAX_CLASSES` classes.
     """
 
     test_accuracy: Fraction
+    test_balanced_accuracy: Fraction
+    test_macro_precision: Fraction
+    test_macro_recall: Fraction
+    test_macro_f1: Fraction
     test_loss: FiniteFloat
     num_test_examples: Positive
     best_validation_accuracy: Fraction | None
+    best_validation_balanced_accuracy: Fraction | None
     best_epoch: Positive
     num_epochs: Positive
     stopped_epoch: Positive | None
@@ -156,6 +184,8 @@ class Result(TypedDict):
     seed: Count
     device: str
     sha256: Digests
+    classes: Annotated[list[ClassResult], Field(min_length=1)]
+    confusion_matrix: list[list[Count]] | None
 
 
 @with_config(ConfigDict(extra="allow"))  # See `manifest.environment` and `source.source_code`.

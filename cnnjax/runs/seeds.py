@@ -15,13 +15,12 @@ from typing import Any
 import jax
 
 from cnnjax.cli.console import Report
-from cnnjax.cli.process import start_jax
+from cnnjax.cli.process import num_cores, start_jax
 from cnnjax.cli.signals import Interrupted, stop_signals
 from cnnjax.config import Config
-from cnnjax.data.datasets import load_dataset
 from cnnjax.errors import check
+from cnnjax.prepare import load_data
 from cnnjax.runs.directory import check_path, check_run
-from cnnjax.runs.manifest import num_cores
 from cnnjax.runs.records import data_version
 from cnnjax.runs.schema import Result
 from cnnjax.runs.source import source_of
@@ -96,7 +95,7 @@ def train_seeds(
             check_run(run_dir, c, resume)
     code = source_of(config, folder or Path("runs"))  # Once: what trains, even if a file is edited meanwhile.
     version = next(filter(None, map(data_version, folders)), None)
-    dataset = load_dataset(config.dataset, data_dir, report.say, version=version)
+    dataset = load_data(config, data_dir, report.say, version=version)
     devices = jax.local_devices()
     free: SimpleQueue[Any] = SimpleQueue()
     for device in devices:
@@ -125,6 +124,7 @@ def train_seeds(
                 free.put(device)
 
         if min(len(devices), len(seeds)) == 1:
+            report = report.with_prefix("")
             results = [train(run_dir, c, report) for run_dir, c in zip(folders, configs, strict=True)]
             stop.finished = True
             return results

@@ -63,7 +63,7 @@ def cost(args: argparse.Namespace) -> str:
             for i, batch in enumerate(batches):
                 state, _ = train_step(state, batch, key, model=config.model, tx=tx, loss_fn=config.loss)
                 if save and i == 0:
-                    checkpoints.save(copy_state(state), {"best_step": None}, {"accuracy": 0.5})
+                    checkpoints.save(copy_state(state), {"best_step": None}, {"score": 0.5})
             jax.block_until_ready(state)
             checkpoints.wait()
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from cnnjax.cli.inspection import printable, table
 from cnnjax.cli.main import main
 
 
@@ -83,18 +82,6 @@ def test_the_list_is_the_same_at_any_width_and_in_a_pipe(runs):
     assert [line.split()[0] for line in lines] == ["run", *(run.name for run in runs)]
     assert all(line == line.strip() for line in lines)
     assert len({line.index(word) for line, word in zip(lines, ("state", "finished", "finished"), strict=True)}) == 1
-
-
-def test_columns_are_aligned_in_every_script_and_controls_are_escaped():
-    rows = [["run", "x"], ["名前", "1"], ["é\n\x1b[31m", "2"], ["caf\u0065\u0301 a", ""], ["\udcff", "3"]]
-    assert [*table(rows)] == [
-        "run          x",
-        "名前         1",  # Each takes two columns.
-        "é\\n\\x1b[31m  2",
-        "cafe\u0301 a",
-        "\\udcff       3",
-    ]
-    assert printable(Path("a b/ü")) == "a b/ü"
 
 
 def test_a_run_that_cannot_be_read_does_not_hide_the_others(runs, capsys, monkeypatch):

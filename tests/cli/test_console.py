@@ -2,6 +2,7 @@ import errno
 import io
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -73,6 +74,68 @@ def test_the_library_leaves_the_streams_alone(prepared_dir, tmp_path, monkeypatc
     result = train_and_evaluate(config, run_dir=tmp_path / "run", data_dir=prepared_dir).finished_result()
     assert result["num_test_examples"] == 170
     assert (sys.stdout, sys.stderr, out.text) == (out, None, "")
+
+
+RESULT = {
+    "test_accuracy": 0.9,
+    "test_balanced_accuracy": 0.75,
+    "test_loss": 0.25,
+    "num_test_examples": 1000,
+    "best_validation_accuracy": 0.875,
+    "best_validation_balanced_accuracy": 0.625,
+    "best_epoch": 3,
+    "num_epochs": 4,
+    "stopped_epoch": None,
+    "seed": 7,
+    "num_params": 1234,
+    "training_seconds": 9.6,
+    "device": "cpu, 2 cores",
+    "test_macro_precision": 0.5,
+    "test_macro_recall": 0.75,
+    "test_macro_f1": 0.6,
+    "classes": [
+        {"name": "cat", "count": 600, "precision": 0.5, "recall": 0.75, "f1": 0.6},
+        {"name": "dog", "count": 400, "precision": 0.5, "recall": 0.75, "f1": 0.6},
+    ],
+    "confusion_matrix": [[450, 150], [100, 300]],
+}
+SENTENCE = (
+    "Test accuracy 90.00% (loss 0.2500) on all 1,000 test images, with the parameters of epoch 3 of 4 (validation "
+    "accuracy 87.50%); seed 7, 1,234 parameters, 10 s of training on cpu, 2 cores. All of it is in runs/x."
+)
+
+
+def test_the_result_is_a_sentence_after_a_table_if_the_classes_are_uneven(capsys):
+    Report().result(RESULT, Path("runs/x"))
+    assert capsys.readouterr().out == f"{SENTENCE}\n"
+    cat, dog = RESULT["classes"]
+    uneven = {**RESULT, "classes": [cat, {**dog, "count": 399}]}
+    sentence = SENTENCE.replace("90.00%", "90.00%, balanced accuracy 75.00%")
+    sentence = sentence.replace("87.50%", "87.50%, balanced accuracy 62.50%")
+    Report().result(uneven, Path("runs/x"))
+    assert capsys.readouterr().out.splitlines() == [
+        "class       images  precision  recall      F1",
+        "0      cat     600     50.00%  75.00%  60.00%",
+        "1      dog     399     50.00%  75.00%  60.00%",
+        "mean                   50.00%  75.00%  60.00%",
+        "Images of each class (rows), by predicted class (columns):",
+        "class         0    1",
+        "0      cat  450  150",
+        "1      dog  100  300",
+        sentence,
+    ]
+    Report().with_prefix("seed 7: ").result(uneven, Path("runs/x"))
+    assert capsys.readouterr().out == f"seed 7: {sentence}\n"  # No table per seed.
+    Report().result({**RESULT, "best_validation_accuracy": None}, Path("runs/x"))
+    assert "of 4 (no validation); seed 7" in capsys.readouterr().out
+
+
+def test_an_epoch_has_a_balanced_accuracy_if_it_differs_by_a_point(capsys):
+    row = {"epoch": 1, "train_loss": 0.5, "images_per_second": 10, "seconds": 1.2, "validation_loss": 0.25}
+    for balanced, expected in ((0.759, ""), (0.74, "  balanced accuracy 74.00%")):
+        Report().epoch({**row, "validation_accuracy": 0.75, "validation_balanced_accuracy": balanced}, 12)
+        line = f"epoch  1/12  loss 0.5000  validation loss 0.2500  accuracy 75.00%{expected}  10 images/s  1 s\n"
+        assert capsys.readouterr().out == line
 
 
 class Logger(Report):

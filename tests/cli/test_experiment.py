@@ -81,7 +81,7 @@ def test_help_lists_the_fields_with_their_docstrings(capsys):
         part: {*re.findall(rf" --{part} ([a-z0-9|]+) ", out)[0].split("|")} for part in ("model", "optim", "augment")
     }
     assert listed == {
-        "model": {"cnn", "mlp", "speednet", "convnet"},
+        "model": {"cnn", "efficientnetlite0", "mlp", "resnet18", "resnet50", "speednet", "convnet"},
         "optim": {"adam", "sgd", "muon", "lion"},
         "augment": {"augment", "mixup", "cutmix", "noise"},
     }

@@ -52,7 +52,14 @@ def test_eval_prints_the_score_of_every_image_of_a_split(run_dir, prepared_dir, 
     row = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[result["best_epoch"] - 1])
     main(["eval", str(run_dir), "--data-dir", str(prepared_dir)])
     main(["eval", str(run_dir), "--data-dir", str(prepared_dir), "--split", "validation"])
-    test, validation = capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 * (12 + 12 + 1)  # For each split the classes, the confusion matrix and a sentence.
+    for k in (0, 9):
+        scores = result["classes"][k]
+        percents = (f"{scores[name]:.2%}" for name in ("precision", "recall", "f1"))
+        assert lines[1 + k].split() == [str(k), *scores["name"].split(), str(scores["count"]), *percents]
+    assert [int(count) for count in lines[14].split()[-10:]] == result["confusion_matrix"][0]
+    test, validation = lines[24], lines[49]
     assert test == (
         f"test accuracy {result['test_accuracy']:.2%}, loss {result['test_loss']:.4f}, on all 170 images ({run_dir})"
     )
@@ -169,7 +176,10 @@ def test_mistakes_of_the_user_are_messages(run_dir, train, tmp_path, capsys):
         ("--augment mixup --augment.alpha -1", "`augment.alpha` must be "),
         ("--checkpoint-seconds nan", "`checkpoint_seconds` must be at least 0, got nan."),
         ("--optim sgd --seed 1 --optim=adam", "`--optim` must be given once, got 2 times."),
-        ("--model", "`model` must be a known name, got ''. Valid names: cnn, mlp, speednet."),
+        (
+            "--model",
+            "`model` must be a known name, got ''. Valid names: cnn, efficientnetlite0, mlp, resnet18, resnet50, speednet.",
+        ),
         ("--optim --seed 1", "`optim` must be a known name, got '--seed'. Valid names: adam, muon, sgd."),
     ],
 )
@@ -254,8 +264,7 @@ def test_the_public_interface_is_what_the_readme_lists():
     listed = [
         name for row in re.findall(r"^\| (`.+?) \|", section, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)
     ]
-    imports = re.findall(r"^    from cnnjax.* import (.+)$", Path(cnnjax.__file__).read_text(), re.MULTILINE)
-    assert sorted(listed) == sorted(name for names in imports for name in names.split(", "))
+    assert sorted(listed) == sorted(cnnjax.__all__)
     assert all(getattr(cnnjax, name).__doc__ for name in listed)
     namespace: dict = {}
     exec("from cnnjax import *", namespace)

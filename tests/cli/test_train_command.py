@@ -117,7 +117,7 @@ def test_a_field_that_holds_a_function_or_data_keeps_it():
             "a/b",
             "`name` must be letters, digits, '.', '_' and '-' that begin with a letter or digit, got 'a/b'",
         ),
-        ("--dataset", "../x", "`dataset` must be a tfds name, such as cifar10 or name/config, got '../x'"),
+        ("--dataset", "../x", "`dataset` must be an existing folder or list, got ../x (No such file or directory)"),
         ("--tta", "flp", "`tta` must be a known name, got 'flp'. Did you mean flip"),
         ("--loss.label-smoothing", "1", "`loss.label_smoothing` must be at least 0 and below 1, got 1"),
         ("--optim.learning-rate", "-1", "`optim.learning_rate` must be above 0 and finite, got -1"),
@@ -156,7 +156,10 @@ def test_a_word_without_a_value(capsys):
 def test_help_lists_the_words(capsys):
     main(["train", "--help"])
     out = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
-    assert "--model cnn|mlp|speednet --optim adam|muon|sgd --augment augment|cutmix|mixup" in out
+    assert (
+        "--model cnn|efficientnetlite0|mlp|resnet18|resnet50|speednet --optim adam|muon|sgd --augment augment|cutmix|mixup"
+        in out
+    )
 
 
 def test_an_experiment_is_found_by_its_name(tmp_path, monkeypatch, capsys):

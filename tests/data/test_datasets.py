@@ -19,9 +19,13 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from PIL import Image
 
 from cnnjax import UserError
-from cnnjax.data import datasets as data
-from cnnjax.data.datasets import CACHE, Examples, default_data_dir, digest, load_dataset, prepared_folder
+from cnnjax.data import prepared as data
+from cnnjax.data.cache import CACHE
+from cnnjax.data.datasets import load_dataset
+from cnnjax.data.folders import default_data_dir, prepared_folder
+from cnnjax.data.image_files import fit_image
 from cnnjax.data.named import NAMED_SETS
+from cnnjax.data.stored import Examples, digest
 from cnnjax.data.tfds_format import write_tfds
 
 FASHION_MNIST_NAMES = (
@@ -227,7 +231,7 @@ def test_damaged_facts_are_written_again(damage, cached_dir):
     else:
         path.write_text(damage if isinstance(damage, str) else json.dumps(json.loads(intact) | damage))
     again = load_dataset("generated", cached_dir)
-    assert again == dataclasses.replace(dataset, source=f"the prepared tfds directory {dataset.folder}")
+    assert again.stored == dataclasses.replace(dataset.stored, source=f"the prepared tfds directory {dataset.folder}")
     assert json.loads(path.read_bytes()) == json.loads(intact) | {"source": again.source}
     assert json.loads(intact)["image_shape"] == [28, 28, 1]
 
@@ -288,7 +292,7 @@ def test_a_function_that_returns_arrays_names_the_set():
 
     dataset = load_dataset(squares)
     assert dataset.name == "squares"
-    assert dataset == dataclasses.replace(load_dataset(squares()), name="squares")
+    assert dataset.stored == dataclasses.replace(load_dataset(squares()).stored, name="squares")
     assert load_dataset(functools.partial(squares)).name == "partial"
 
 
@@ -497,12 +501,139 @@ def test_a_set_without_labeled_8_bit_images_of_one_shape_is_an_error(features, e
         load_dataset("odd", tmp_path)
 
 
-def test_a_set_without_a_test_split_is_an_error(tmp_path):
-    features = {"image": IMAGE, "label": LABEL}
-    splits = {split: [{"image": png(2, 2, 3), "label": 0}] for split in ("train", "validation")}
-    prepare_odd(tmp_path, features, splits)
-    with pytest.raises(UserError, match=r"must have a split 'test', got \['train', 'validation'\]"):
+def make_images(count, *, seed=0, shape=(2, 2, 3)):
+    return np.random.default_rng(seed).integers(0, 256, (count, *shape), np.uint8)
+
+
+def encoded(image):
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    file.seek(0)
+    return file
+
+
+def prepare_images(data_dir, image, splits):
+    """Writes a set whose splits are slices of random images, of 2 classes in turn."""
+    examples = {
+        split: [{"image": encoded(image[i]), "label": i % 2} for i in range(len(image))[rows]]
+        for split, rows in splits.items()
+    }
+    prepare_odd(
+        data_dir, {"image": tfds.features.Image(shape=(None, None, image[0].shape[-1])), "label": LABEL}, examples
+    )
+
+
+def rows_of(examples):
+    return sorted(map(bytes, examples.image))
+
+
+def test_without_a_test_split_a_part_of_the_training_split_is_the_test_set(tmp_path):
+    image, lines = make_images(40), []
+    prepare_images(tmp_path, image, {"train": slice(40)})
+    dataset = load_dataset("odd", tmp_path, test_fraction=0.3, say=lines.append)
+    train, test = dataset.load("train"), dataset.load("test")
+    assert (np.bincount(train.label).tolist(), np.bincount(test.label).tolist()) == ([14, 14], [6, 6])
+    assert sorted([*rows_of(train), *rows_of(test)]) == sorted(map(bytes, image))
+    assert lines[-1].startswith(
+        "odd has no test split: 30% of each class of its training images, drawn with `test_seed` 0"
+    )
+    assert dataset.sha256.keys() == {"train"}
+    for other, same in (({"test_seed": 1}, False), ({}, True)):
+        again = load_dataset("odd", tmp_path, test_fraction=0.3, **other).load("test")
+        assert (rows_of(again) == rows_of(test)) == same
+
+
+def test_a_split_can_be_named_as_the_test_set(tmp_path):
+    image = make_images(12)
+    prepare_images(
+        tmp_path, image, {"train": slice(0, 6), "validation": slice(6, 8), "test": slice(8, 10), "extra": slice(10, 12)}
+    )
+    dataset = load_dataset("odd", tmp_path)
+    assert dataset.splits == ("train", "validation", "test")
+    assert (rows_of(dataset.load("validation")), rows_of(dataset.load("test"))) == (
+        sorted(map(bytes, image[6:8])),
+        sorted(map(bytes, image[8:10])),
+    )
+    for _ in range(2):  # Decoded and cached.
+        dataset = load_dataset("odd", tmp_path, test_split="extra")
+        assert rows_of(dataset.load("test")) == sorted(map(bytes, image[10:12]))
+        assert dataset.sha256.keys() == {"train", "validation", "extra"}
+    dataset = load_dataset("odd", tmp_path, test_split="validation")
+    assert dataset.splits == ("train", "test")
+    assert rows_of(dataset.load("test")) == sorted(map(bytes, image[6:8]))
+    for name in ("valid", "train"):
+        rule = rf"`test_split` must be a split of odd \(extra, test, validation\), got '{name}'"
+        with pytest.raises(UserError, match=rule):
+            load_dataset("odd", tmp_path, test_split=name)
+
+
+def test_a_validation_split_is_not_drawn_from_the_training_images(tmp_path):
+    image = make_images(12)
+    prepare_images(tmp_path, image, {"train": slice(0, 8), "validation": slice(8, 10), "test": slice(10, 12)})
+    dataset = load_dataset("odd", tmp_path)
+    train, validation = dataset.load_parts(0, 0.25)
+    assert (rows_of(train), rows_of(validation)) == (sorted(map(bytes, image[:8])), sorted(map(bytes, image[8:10])))
+    train, validation = dataset.load_parts(0, 0.0)
+    assert (len(train.label), len(validation.label)) == (8, 0)
+    train, validation = load_dataset("odd", tmp_path, test_split="validation").load_parts(0, 0.25)
+    assert (len(train.label), len(validation.label)) == (6, 2)
+
+
+def test_images_of_several_sizes_are_brought_to_one(tmp_path):
+    image = [make_images(1, seed=i, shape=(4 + i, 5, 4))[0] for i in range(6)]
+    prepare_images(tmp_path, image, {"train": slice(0, 4), "test": slice(4, 6)})
+    with pytest.raises(UserError, match=r"images of one shape, got .* Bring them to one size: image_size=SIZE\."):
         load_dataset("odd", tmp_path)
+    for options in ({}, {"resize": "pad", "channels": 4}):
+        shape = (8, 6, options.get("channels", 3))
+        expected = {i: fit_image(Image.fromarray(image[i]), shape, options.get("resize", "crop")) for i in range(6)}
+        for _ in range(2):  # Decoded and cached.
+            dataset = load_dataset("odd", tmp_path, image_size=(8, 6), **options)
+            assert dataset.image_shape == shape
+            assert rows_of(dataset.load("train")) == sorted(bytes(expected[i]) for i in range(4))
+            assert rows_of(dataset.load("test")) == sorted(bytes(expected[i]) for i in range(4, 6))
+
+
+def test_images_in_memory_are_brought_to_a_size_and_to_colors():
+    x = make_images(3, shape=(4, 5, 1))
+    dataset = load_dataset((x, np.arange(3), x[:1, ..., 0], np.zeros(1, int)), image_size=8, channels=3)
+    assert (dataset.image_shape, dataset.stored.image_shape) == ((8, 8, 3), (4, 5, 1))
+    expected = [fit_image(Image.fromarray(image[..., 0]), (8, 8, 3)) for image in x]
+    np.testing.assert_array_equal(dataset.load("train").image, expected)
+    assert dataset.sha256 == load_dataset((x, np.arange(3), x[:1], np.zeros(1, int))).sha256
+
+
+def test_images_with_alpha_are_put_on_white_unless_four_channels_are_wanted(tmp_path):
+    image = make_images(4, shape=(3, 3, 4))
+    features = {"image": tfds.features.Image(shape=(3, 3, 4)), "label": LABEL}
+    examples = [{"image": encoded(x), "label": i % 2} for i, x in enumerate(image)]
+    prepare_odd(tmp_path, features, {"train": examples, "test": [{"image": encoded(image[0]), "label": 0}]})
+    expected = fit_image(Image.fromarray(image[0]), (3, 3, 3))
+    np.testing.assert_array_equal(load_dataset("odd", tmp_path).load("test").image[0], expected)
+    np.testing.assert_array_equal(load_dataset("odd", tmp_path, channels=4).load("test").image[0], image[0])
+
+
+def test_a_version_can_be_named(data_dir):
+    (data_dir / "generated" / "3.0.1").rename(data_dir / "generated" / "1.2.3")
+    shutil.copytree(data_dir / "generated" / "1.2.3", data_dir / "generated" / "2.0.0")
+    assert load_dataset("generated", data_dir).version == "2.0.0"
+    assert load_dataset("generated:1.2.3", data_dir).version == "1.2.3"
+    rule = r"`dataset` must name a version in .* \(1\.2\.3, 2\.0\.0\), got generated:1\.2\."
+    with pytest.raises(UserError, match=rule):
+        load_dataset("generated:1.2", data_dir)
+
+
+def test_a_path_that_is_also_the_name_of_a_set_is_ambiguous(data_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("generated").mkdir()
+    with pytest.raises(UserError, match=r"must be unambiguous, got 'generated': .* Write \./generated for the path"):
+        load_dataset("generated", data_dir)
+    Path("fashion_mnist").mkdir()
+    (data_dir / "generated").rename(data_dir / "fashion_mnist")
+    lines = []
+    with pytest.raises(UserError, match="is not the known one"):  # It is not the folder.
+        load_dataset("fashion_mnist", data_dir, say=lines.append)
+    assert lines[0] == "fashion_mnist is the data set of this name; for the folder, write ./fashion_mnist"
 
 
 @pytest.mark.parametrize(

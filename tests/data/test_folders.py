@@ -15,10 +15,9 @@ import tensorflow_datasets as tfds
 from filelock import FileLock
 
 from cnnjax import UserError
-from cnnjax.data import datasets as data
+from cnnjax.data import datasets
 from cnnjax.data.cache import CACHE
-from cnnjax.data.datasets import default_data_dir, prepared_folder
-from cnnjax.data.folders import exclusive, publish, staging
+from cnnjax.data.folders import default_data_dir, exclusive, prepared_folder, publish, staging
 from cnnjax.data.named import NAMED_SETS
 from cnnjax.data.tfds_format import prepare_with_tensorflow
 
@@ -30,7 +29,7 @@ def silent(line):
     pass
 
 
-load_dataset = functools.partial(data.load_dataset, say=silent)
+load_dataset = functools.partial(datasets.load_dataset, say=silent)
 
 
 @pytest.fixture
@@ -52,7 +51,7 @@ def test_an_unknown_name_suggests_similar_ones(name, near, data_dir):
         load_dataset(name, data_dir)
 
 
-@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "", ".", "x/" * 300, "mnist/../x\n"], ids=repr)
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "", "x/" * 300, "mnist/../x\n"], ids=repr)
 def test_a_name_that_can_be_no_folder(name, data_dir):
     with pytest.raises(UserError, match=r"`dataset` (must be a known name|.* is not prepared in)"):
         load_dataset(name, data_dir)

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from cnnjax import UserError
-from cnnjax.data.image_files import read_image
+from cnnjax.data.image_files import fit_image, fit_images, read_image
 
 
 def test_a_png_of_the_right_size_is_read_exactly(tmp_path):
@@ -156,3 +156,39 @@ def test_any_error_of_a_decoder_is_a_message(tmp_path, monkeypatch):
     monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", fail)
     with pytest.raises(UserError, match=r"`image` must be an image file .*image\.png \(IndexError\)"):
         read_image(tmp_path / "image.png", (8, 8, 1))
+
+
+@pytest.mark.parametrize(
+    ("resize", "expected"),
+    [
+        ("crop", [[9, 9], [9, 9], [9, 9]]),
+        ("pad", [[0, 0], [9, 9], [0, 0]]),
+        ("stretch", [[9, 9], [9, 9], [9, 9]]),
+    ],
+)
+def test_a_wide_image_is_brought_to_a_tall_shape(resize, expected):
+    image = Image.new("L", (4, 2), 9)
+    np.testing.assert_array_equal(fit_image(image, (3, 2, 1), resize)[..., 0], expected)
+
+
+def test_crop_keeps_the_center_and_stretch_all():
+    image = np.repeat(np.uint8([[1, 2, 3, 4]]), 2, axis=0)  # [2 4]
+    assert fit_image(Image.fromarray(image), (2, 2, 1), "crop")[0, :, 0].tolist() == [2, 3]
+    stretched = fit_image(Image.fromarray(image * 50), (2, 2, 1), "stretch", "bilinear")[0, :, 0]
+    # With antialiasing a triangle of width 4 at 1 and 3: weights 3, 3, 1 of 7.
+    assert stretched.tolist() == [round((3 * 50 + 3 * 100 + 150) / 7), round((100 + 3 * 150 + 3 * 200) / 7)]
+
+
+@pytest.mark.parametrize("interpolation", ["lanczos", "bicubic", "bilinear"])
+def test_interpolation_is_that_of_pillow(interpolation):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 9, 3), np.uint8))
+    expected = image.resize((5, 5), Image.Resampling[interpolation.upper()])
+    np.testing.assert_array_equal(fit_image(image, (5, 5, 3), "stretch", interpolation), expected)
+    np.testing.assert_array_equal(fit_image(image, (9, 9, 3), "crop", interpolation), image)
+
+
+def test_many_images_are_fitted_in_order():
+    images = np.random.default_rng(0).integers(0, 256, (300, 4, 6, 1), np.uint8)
+    got = fit_images(images, (5, 5, 3), "pad", "bicubic", "test")
+    expected = [fit_image(Image.fromarray(image[..., 0]), (5, 5, 3), "pad", "bicubic") for image in images]
+    np.testing.assert_array_equal(got, expected)

@@ -12,10 +12,12 @@ from cnnjax.data.order import (
     ORDER,
     SHIFT,
     SPLIT,
+    balanced_order,
     epoch_order,
     epoch_plan,
     plain_plan,
     random_bits,
+    split_test,
     split_validation,
     steps_per_epoch,
 )
@@ -209,3 +211,80 @@ def test_a_validation_fraction_that_leaves_nothing_to_train_on():
     message = r"`validation_fraction` must leave a training example of each class, got 0\.1 with 1 of class 1\."
     with pytest.raises(UserError, match=message):
         split_validation(0, np.array([0, 0, 0, 1]), 0.1)
+
+
+# --- A test set of part of the training images ------------------------------------------------------------------------
+
+
+def make_images(num_examples):
+    return np.random.default_rng(0).integers(0, 256, (num_examples, 2, 3, 1), np.uint8)
+
+
+def test_the_test_part_is_class_balanced_and_follows_the_images_and_not_their_order():
+    image, label = make_images(100), np.repeat(np.arange(3), [50, 30, 20])
+    kept, held_out = split_test(0, image, label, 0.2)
+    np.testing.assert_array_equal(np.sort(np.concatenate([kept, held_out])), np.arange(100))
+    np.testing.assert_array_equal(np.bincount(label[held_out]), [10, 6, 4])
+    shuffled = np.random.default_rng(1).permutation(100)
+    _, moved = split_test(0, image[shuffled], label[shuffled], 0.2)
+    np.testing.assert_array_equal(np.sort(shuffled[moved]), held_out)
+    assert not np.array_equal(split_test(1, image, label, 0.2)[1], held_out)
+    assert not np.array_equal(held_out, np.concatenate([np.arange(10), np.arange(50, 56), np.arange(80, 84)]))
+
+
+def test_the_test_part_is_pinned():
+    image, label = make_images(40), np.arange(40) % 2
+    np.testing.assert_array_equal(split_test(3, image, label, 0.2)[1], [6, 7, 14, 15, 30, 31, 34, 35])
+
+
+def test_identical_images_are_on_the_same_side_even_under_two_labels():
+    image, label = make_images(60).repeat(3, axis=0), np.tile([0, 0, 1], 60)
+    for seed in range(5):
+        kept, held_out = split_test(seed, image, label, 0.3)
+        assert not {*map(bytes, image[kept])} & {*map(bytes, image[held_out])}
+        assert np.all(np.bincount(label[held_out]) >= [36, 18])
+
+
+def test_a_class_without_two_different_images_cannot_be_divided():
+    image, label = make_images(12), np.repeat([0, 1], [10, 2])
+    assert np.bincount(label[split_test(0, image, label, 0.2)[1]]).tolist() == [2, 1]
+    image[11] = image[10]
+    rule = "`test_fraction` must leave a training image of each class, got 0.2 with 2 images of class dog, of which 1 "
+    with pytest.raises(UserError, match=rule):
+        split_test(0, image, label, 0.2, ["cat", "dog"])
+
+
+# --- Balanced sampling ------------------------------------------------------------------------------------------------
+
+
+def test_each_class_is_drawn_equally_often():
+    label = np.repeat([0, 2, 3], [90, 7, 4])
+    counts = np.stack([np.bincount(balanced_order(0, epoch, label), minlength=101) for epoch in range(20)])
+    drawn = np.stack([counts[:, label == k].sum(1) for k in (0, 2, 3)])
+    assert {*drawn.ravel().tolist()} == {33, 34}
+    np.testing.assert_array_equal(drawn.sum(0), 101)
+    assert np.all(drawn.min(1) == 33) and np.all(drawn.max(1) == 34)  # Another class has the rest.
+    for k in (0, 2, 3):
+        assert np.all(np.ptp(counts[:, label == k], axis=1) <= 1)
+    assert counts.sum(0).min() > 0  # No example is forgotten.
+
+
+def test_balanced_draws_depend_on_seed_and_epoch_and_are_shuffled():
+    label = np.repeat([0, 1], [90, 10])
+    order = balanced_order(3, 5, label)
+    np.testing.assert_array_equal(order, balanced_order(3, 5, label))
+    for other in ((3, 6), (4, 5)):
+        assert not np.array_equal(order, balanced_order(*other, label))
+    assert 20 < np.count_nonzero(np.diff(label[order])) < 80  # About 50 changes of the class.
+    assert sha256(order) == "a029101ef02cd8a9ba27cbed2acc556abd0e5bf414c57cffe0b7eabb3ad08664"
+
+
+def test_a_plan_of_balanced_draws():
+    label = np.repeat([0, 1], [90, 10])
+    options = {"batch_size": 30, "augment": Augment(flip="alternating", translate=1), "image_size": (8, 8)}
+    plan = epoch_plan(3, 5, 100, **options, balanced_label=label)
+    assert (plan.example.shape, plan.mask.sum()) == ((4, 30), 100)
+    np.testing.assert_array_equal(plan.example.ravel()[:100], balanced_order(3, 5, label))
+    plain = epoch_plan(3, 5, 100, **options)
+    flipped = dict(zip(plain.example.ravel().tolist(), plain.mirrored.ravel().tolist(), strict=True))
+    assert plan.mirrored.ravel().tolist() == [flipped[i] for i in plan.example.ravel().tolist()]

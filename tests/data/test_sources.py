@@ -313,7 +313,7 @@ def python(code):
 
 
 def test_run_works_in_the_folder(tmp_path):
-    named_sets._run(python("open('made', 'w').write('here')"), tmp_path)
+    named_sets.run_client(python("open('made', 'w').write('here')"), tmp_path)
     assert (tmp_path / "made").read_text() == "here"
 
 
@@ -331,7 +331,7 @@ def test_run_errors(command, message, tmp_path, monkeypatch):
     if "sleep" in command[-1]:
         monkeypatch.setattr(named_sets, "PACKAGE_TIMEOUT", 0.1)
     with pytest.raises(Unavailable, match=message):
-        named_sets._run(command, tmp_path)
+        named_sets.run_client(command, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,19 @@ import numpy as np
 import optax
 import pytest
 
-from cnnjax import SGD, Adam, Batch, Muon, Optimizer, ParamGroup, UserError, init_state, train_step
+from cnnjax import (
+    SGD,
+    Adam,
+    Batch,
+    Muon,
+    Optimizer,
+    ParamGroup,
+    TrainState,
+    UserError,
+    eval_params,
+    init_state,
+    train_step,
+)
 from cnnjax.optim.optimizer import param_labels
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -356,3 +368,99 @@ def test_which_optimizers_depend_on_the_length_of_the_run(optim, expected):
 def test_invalid_options(fields, message):
     with pytest.raises(UserError, match=message):
         SGD(**fields)
+
+
+# --- Fine-tuning ------------------------------------------------------------------------------------------------------
+
+
+class Deep(nn.Module):
+    """Three layers, named from input to head."""
+
+    @nn.compact
+    def __call__(self, x):
+        for name in self.depths():
+            x = nn.Dense(3, name=name)(x)
+        return x
+
+    def depths(self):
+        return ("stem", "block.1", "head")
+
+
+def deep_params():
+    return Deep().init(jax.random.key(0), jnp.ones((1, 3)))["params"]
+
+
+def test_the_rates_decay_with_the_depth_below_the_head():
+    params = deep_params()
+    optim = replace(PLAIN, depth_decay=0.5, weight_decay=0.1)
+    (updates,), _ = updates_of(optim.for_network(Deep()).make_tx(4), params, [jax.tree.map(jnp.ones_like, params)])
+    for name, rate in (("head", 1.0), ("block.1", 0.5), ("stem", 0.25)):
+        for leaf, p in zip(jax.tree.leaves(updates[name]), jax.tree.leaves(params[name]), strict=True):
+            np.testing.assert_allclose(leaf, -rate * (1 + 0.1 * p), rtol=1e-6)  # The decay, too.
+
+
+def test_the_body_is_frozen_in_the_first_epochs():
+    params, optim = deep_params(), Adam(learning_rate=0.1, freeze_epochs=1, schedule="one_cycle").for_network(Deep())
+    tx = optim.make_tx(num_steps=8, num_epochs=4)  # 2 steps per epoch.
+    grads = [jax.tree.map(jnp.ones_like, params)] * 4
+    updates, _ = updates_of(tx, params, grads)
+    head = [float(update["head"]["bias"][0]) for update in updates]
+    body = [float(update["block.1"]["bias"][0]) for update in updates]
+    schedule = Adam(learning_rate=0.1, schedule="one_cycle").make_schedule(8)
+    np.testing.assert_allclose(head, [-schedule(i) for i in range(4)], rtol=1e-4)
+    np.testing.assert_allclose(body, [0, 0, -schedule(2), -schedule(3)], rtol=1e-4)
+    for step, names in ((0, ("block.1", "stem")), (1, ("block.1", "stem")), (2, ())):
+        assert {*optim.frozen(params, step, 8, 4)} == {*names}
+
+
+def test_gradients_of_the_frozen_body_change_nothing():
+    """Therefore they need not be computed."""
+    params, optim = deep_params(), Adam(learning_rate=0.1, freeze_epochs=1, ema=0.5).for_network(Deep())
+    ones = jax.tree.map(jnp.ones_like, params)
+    zero = {**jax.tree.map(jnp.zeros_like, params), "head": ones["head"]}
+    results = [updates_of(optim.make_tx(8, 4), params, [first, first, ones])[1] for first in (ones, zero)]
+    jax.tree.map(np.testing.assert_array_equal, *results)
+
+
+def test_own_groups_come_before_the_layers():
+    optim = replace(PLAIN, depth_decay=0.5, groups=(ParamGroup("stem/bias", multiplier=8.0),)).for_network(Deep())
+    params = deep_params()
+    (updates,), _ = updates_of(optim.make_tx(4), params, [jax.tree.map(jnp.ones_like, params)])
+    assert float(updates["stem"]["bias"][0]), float(updates["stem"]["kernel"][0, 0]) == (-8.0, -0.25)
+
+
+def test_fine_tuning_needs_the_depths_of_the_network():
+    with pytest.raises(
+        UserError, match=r"`model` must have a method depths\(\) -> .* got Dense without it\. Set `optim"
+    ):
+        Adam(freeze_epochs=1).for_network(nn.Dense(3))
+    with pytest.raises(UserError, match=r"`optim.freeze_epochs` must be 0, .* without a network: call `for_network"):
+        Adam(depth_decay=0.9).make_tx(10)
+    assert Adam().for_network(nn.Dense(3)) == Adam()
+
+
+def test_a_group_may_have_its_own_weight_decay():
+    optim = replace(PLAIN, weight_decay=0.1, groups=(ParamGroup("bias", weight_decay=0.0, multiplier=2.0),))
+    params = {"bias": jnp.ones(2), "kernel": jnp.ones(2)}
+    (updates,), _ = updates_of(optim.make_tx(1), params, [jax.tree.map(jnp.ones_like, params)])
+    np.testing.assert_allclose(updates["bias"], -2.0)
+    np.testing.assert_allclose(updates["kernel"], -1.1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("wrapped", [{}, {"accumulate_steps": 2}, {"groups": (ParamGroup("head", multiplier=0.5),)}])
+def test_the_average_of_the_parameters_is_evaluated(wrapped):
+    params = deep_params()
+    tx = replace(PLAIN, ema=0.9, **wrapped).make_tx(4)
+    state = TrainState(jnp.int32(0), params, {}, tx.init(params))
+    grads = jax.tree.map(jnp.ones_like, params)
+    for _ in range(2):
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        state = TrainState(state.step + 1, optax.apply_updates(state.params, updates), {}, opt_state)
+    first, last = params["stem"]["bias"][0], state.params["stem"]["bias"][0]
+    steps = 1 if "accumulate_steps" in wrapped else 2
+    expected, x = float(first), float(first)
+    for t in range(1, steps + 1):
+        x -= 1.0
+        expected = t / (9 + t) * expected + 9 / (9 + t) * x
+    assert float(last) == x
+    np.testing.assert_allclose(eval_params(state)["stem"]["bias"][0], expected, rtol=1e-6)

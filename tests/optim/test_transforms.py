@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from cnnjax.optim.transforms import keep_norm, lookahead, orthogonalize
+from cnnjax.optim.transforms import average, delay, keep_norm, lookahead, orthogonalize
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -72,3 +72,38 @@ def test_lookahead_by_hand():
     slow2 = decay2 * 10 + (1 - decay2) * (10 - 1 - 2)
     slow4 = decay4 * slow2 + (1 - decay4) * (slow2 - 3 - 4)
     np.testing.assert_allclose(got, [9, slow2, slow2 - 3, slow4, slow4], rtol=1e-6)
+
+
+def run(tx, grads, x):
+    """Returns the parameter after each update, and the last state."""
+    state, update, values = tx.init(x), jax.jit(tx.update), []
+    for grad in grads:
+        updates, state = update(jnp.float32(grad), state, x)
+        x = optax.apply_updates(x, updates)
+        values.append(x)
+    return np.array(values), state
+
+
+def test_delayed_parameters_keep_their_bits_and_then_train_as_from_the_start():
+    grads = np.random.default_rng(0).normal(size=8)
+    for x in (jnp.float32(1.5), jnp.float32(-0.0)):
+        values, _ = run(delay(optax.adam(0.1), 3), grads, x)
+        np.testing.assert_array_equal(values[:3].view(np.int32), np.repeat(np.float32(x), 3).view(np.int32))
+        np.testing.assert_array_equal(values[3:], run(optax.adam(0.1), grads[3:], x)[0])
+
+
+def test_the_average_equals_its_recurrence_and_changes_no_update():
+    grads = np.random.default_rng(0).normal(size=40)
+    values, state = run(average(optax.sgd(0.1), 0.7), grads, jnp.float32(2))
+    np.testing.assert_array_equal(values, run(optax.sgd(0.1), grads, jnp.float32(2))[0])
+    expected = 2.0
+    for t, x in enumerate(values.astype(np.float64), start=1):
+        kept = min(0.7, t / (9 + t))
+        expected = kept * expected + (1 - kept) * x
+    np.testing.assert_allclose(state.params, expected, rtol=1e-6)
+
+
+def test_the_average_of_a_constant_keeps_its_bits():
+    x = jnp.float32(0.1)
+    _, state = run(average(optax.sgd(0.1), 0.99), np.zeros(30), x)
+    assert state.params == x

@@ -16,8 +16,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from generated import make_raw
 
 from cnnjax import UserError
-from cnnjax.data import datasets
+from cnnjax.data import datasets, prepared
 from cnnjax.data.named import NAMED_SETS
+from cnnjax.data.stored import digest
 
 
 class Images(np.ndarray):
@@ -40,12 +41,12 @@ def fetch(named, downloads, say):
 say = functools.partial(print, file=sys.stdout, flush=True)  # Even if the stream is redirected.
 data_dir = Path(sys.argv[1])
 NAMED_SETS["fashion_mnist"] = dataclasses.replace(NAMED_SETS["fashion_mnist"], sha256={})
-datasets.fetch = fetch
+prepared.fetch = fetch
 if size := sys.argv[2:]:
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size[0]}", "tmpfs", data_dir], check=True)
 try:
     dataset = datasets.load_dataset("fashion_mnist", data_dir, say)
-    say(datasets.digest(dataset.load("train")) == dataset.sha256["train"], dataset.source, sep=", ")
+    say(digest(dataset.load("train")) == dataset.sha256["train"], dataset.source, sep=", ")
 except UserError as error:
     say(error)
 if size:

@@ -32,7 +32,7 @@ def save_epochs(folder, *accuracies):
     with closing(Checkpoints(folder)) as checkpoints:
         for epoch, accuracy in enumerate(accuracies, 1):
             best = max(range(epoch), key=lambda i: (accuracies[i], i)) + 1
-            checkpoints.save(make_state(step=epoch), make_progress(best), {"accuracy": accuracy})
+            checkpoints.save(make_state(step=epoch), make_progress(best), {"score": accuracy})
 
 
 def kept_steps(folder):

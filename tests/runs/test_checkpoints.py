@@ -21,7 +21,7 @@ def folder(tmp_path):
 def test_restore_returns_every_leaf_with_its_dtype_and_the_progress(folder):
     expected, saved = make_state(step=5, seed=3), make_progress(seconds=1.5)
     with closing(Checkpoints(folder)) as checkpoints:
-        checkpoints.save(expected, saved, {"accuracy": 0.5})
+        checkpoints.save(expected, saved, {"score": 0.5})
     with closing(Checkpoints(folder)) as checkpoints:
         assert checkpoints.latest() == 5
         state, progress = checkpoints.restore(5, make_abstract_state(MODEL))
@@ -30,7 +30,7 @@ def test_restore_returns_every_leaf_with_its_dtype_and_the_progress(folder):
         assert got.dtype == leaf.dtype
         np.testing.assert_array_equal(got, leaf)
     files = sorted(name for name in check_sums(folder / "5") if name != "progress.json")
-    assert progress == {**saved, "validation": {"accuracy": 0.5}, "files": files}
+    assert progress == {**saved, "validation": {"score": 0.5}, "files": files}
 
 
 def test_keeps_the_latest_two_and_the_best_two(folder):
@@ -42,13 +42,11 @@ def test_keeps_the_latest_two_and_the_best_two(folder):
         checkpoints.wait()
         assert kept_steps(folder) == [2, 3, 6, 7]
         assert (checkpoints.best(), checkpoints.latest()) == (3, 7)
-        checkpoints.save(
-            make_state(step=8), make_progress(), {"accuracy": 0.9}
-        )  # Equals the best: the later one counts.
+        checkpoints.save(make_state(step=8), make_progress(), {"score": 0.9})  # Equals the best: the later one counts.
         checkpoints.wait()
         assert kept_steps(folder) == [3, 7, 8]
         assert checkpoints.best() == 8
-        checkpoints.save(make_state(step=9), make_progress(), {"accuracy": 0.2})
+        checkpoints.save(make_state(step=9), make_progress(), {"score": 0.2})
         checkpoints.wait()
         assert kept_steps(folder) == [3, 8, 9]
 

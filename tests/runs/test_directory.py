@@ -23,12 +23,20 @@ FACTS = DataFacts(
     source="a test",
     mean=(33.5,),
     std=(78.0,),
+    resize="crop",
+    interpolation="lanczos",
+    weights_sha256=None,
 )
 RESULT = {
     "test_accuracy": 0.5,
+    "test_balanced_accuracy": 0.5,
+    "test_macro_precision": 0.5,
+    "test_macro_recall": 0.5,
+    "test_macro_f1": 0.5,
     "test_loss": 1.5,
     "num_test_examples": 10,
     "best_validation_accuracy": None,
+    "best_validation_balanced_accuracy": None,
     "best_epoch": 2,
     "num_epochs": 2,
     "stopped_epoch": None,
@@ -37,6 +45,8 @@ RESULT = {
     "seed": 0,
     "device": "cpu",
     "sha256": dict.fromkeys(("params", "model_state", "opt_state", "best_params", "metrics"), "c" * 64),
+    "classes": [{"name": name, "count": 5, "precision": 0.5, "recall": 0.5, "f1": 0.5} for name in FACTS.class_names],
+    "confusion_matrix": [[3, 2], [3, 2]],
 }
 QUIET = Report(quiet=True)
 
@@ -73,7 +83,7 @@ def test_a_directory_with_a_run_is_not_overwritten(tmp_path):
         begin(tmp_path)
     with pytest.raises(
         UserError,
-        match=r"exists already\. It holds another configuration: `batch_size` is 128 there and 8 here\. Choose",
+        match=r"exists already\. It holds another configuration: `batch_size` is None there and 8 here\. Choose",
     ):
         begin(tmp_path, replace(CONFIG, batch_size=8))
 
@@ -84,7 +94,7 @@ def test_a_run_is_resumed_with_its_own_configuration(tmp_path):
     with pytest.raises(UserError) as error:
         begin(tmp_path, other, resume=True)
     assert str(error.value) == (
-        f"{tmp_path} must be resumed with its own configuration: `batch_size` is 128 there and 8 here; "
+        f"{tmp_path} must be resumed with its own configuration: `batch_size` is None there and 8 here; "
         "`model.dense_dropout` is 0.5 there and 0.2 here. Pass the same values, or choose another directory: "
         "run_dir=DIR."
     )
@@ -103,7 +113,7 @@ def test_a_run_is_trained_longer_if_no_step_depends_on_its_length(tmp_path):
     assert read_result(tmp_path) is None  # It was that of the shorter run.
     with pytest.raises(UserError, match="`num_epochs` is 3 there and 2 here"):
         begin(tmp_path, CONFIG, resume=True)
-    with pytest.raises(UserError, match="`num_epochs` is 3 there and 4 here; `batch_size` is 128 there and 8 here"):
+    with pytest.raises(UserError, match="`num_epochs` is 3 there and 4 here; `batch_size` is None there and 8 here"):
         begin(tmp_path, replace(CONFIG, num_epochs=4, batch_size=8), resume=True)
 
 

@@ -109,10 +109,10 @@ def test_verify_of_a_damaged_manifest_or_configuration(run_dir):
     with (run_dir / "config.json").open("a") as file:
         file.write("\n")
     assert verify(run_dir)["config.json"] == "damaged"
-    (run_dir / "manifest.json").write_text("{")
-    assert verify(run_dir)["manifest.json"] == "damaged"
     with pytest.raises(UserError, match=r"config\.json must match its checksum in SHA256SUMS, got other bytes"):
         read_info(run_dir)
+    (run_dir / "manifest.json").write_text("{")
+    assert verify(run_dir)["manifest.json"] == "damaged"
     (run_dir / "SHA256SUMS").unlink()
     with pytest.raises(UserError, match=r"manifest\.json must be JSON"):
         read_info(run_dir)
@@ -157,8 +157,9 @@ def test_diff_shows_configuration_data_environment_and_outcome(seeds, run_dir, c
         <= {*found["outcome"]}
         <= {
             "best_epoch",
-            "best_validation_accuracy",
-            "test_accuracy",
+            *("test_accuracy", "test_balanced_accuracy"),
+            *("best_validation_accuracy", "best_validation_balanced_accuracy"),
+            *("test_macro_precision", "test_macro_recall", "test_macro_f1"),
             "test_loss",
             *(f"sha256.{name}" for name in ("params", "opt_state", "best_params", "metrics")),
         }
@@ -263,6 +264,37 @@ def test_compare_tests_two_experiments_over_their_seeds(seeds, tmp_path, capsys,
     assert more is not None and int(more[1]) == int(more[2]) - 1  # There are three of good, and two of bad.
     main(["compare", "good", "good"])
     assert capsys.readouterr().out.splitlines()[-1] == "The means are equal."
+
+
+def test_compare_accepts_the_scores_of_every_class(seeds, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "T-shirt: 赤 %s"
+    for seed in range(3):
+        for experiment, gain in (("a", 0.0), ("b", 0.02)):
+            run_dir = Path(shutil.copytree(seeds.folder / f"seed{seed}", f"runs/{experiment}-seed{seed}"))
+            first, second, *others = json.loads((run_dir / "result.json").read_text())["classes"]
+            score = 0.975 + gain + 0.001 * seed
+            classes = [{**first, "name": name, "recall": score}, {**second, "f1": None}, *others]
+            change(run_dir / "result.json", classes=classes, test_macro_f1=score - 0.5)
+    main(["compare", "a", "b", "--metric", f"recall:{name}"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == (
+        f"b: recall:{name} 99.60% ± 0.10% (sample deviation), 95% interval of the mean 99.35% to 99.85%, n = 3"
+    )
+    assert lines[2].startswith("difference: +2.00% (95% interval +2.00% to +2.00%)")
+    assert lines[3] == "The difference is resolved: b is better."
+    main(["compare", "b", "a", "--metric", "test_macro_f1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("b: test_macro_f1 49.60% ± 0.10%")
+    assert lines[3] == "The difference is resolved: b is better."
+    for metric, message in (
+        ("precision:Coatt", r"`precision:CLASS` must be a known name, got 'Coatt'\. Did you mean Coat\?"),
+        ("f1:????????", r"`f1:CLASS` must be a known name, got '\?{8}'\. Valid names: .*, T-shirt: 赤 %s, "),
+        ("test_balanced", r"`metric` must be a known name, got 'test_balanced'\. Did you mean test_balanced_accuracy"),
+        ("f1:Trouser", "`metric` must be one that every run has, got f1:Trouser, which runs/a-seed0 lacks"),
+    ):
+        with pytest.raises(UserError, match=message):
+            scores("a", metric)
 
 
 def test_compare_names_what_it_misses(seeds, tmp_path, monkeypatch):

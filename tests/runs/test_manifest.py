@@ -151,5 +151,5 @@ def test_a_session_in_another_environment_or_under_a_clock_that_went_back(tmp_pa
 
 def test_a_manifest_of_another_version(tmp_path):
     (tmp_path / "manifest.json").write_text('{"format": 1, "runs": [{}]}')
-    with pytest.raises(UserError, match=r"manifest\.json must be of format 4, got 1: another version of cnnjax wrote"):
+    with pytest.raises(UserError, match=r"manifest\.json must be of format 5, got 1: another version of cnnjax wrote"):
         read_manifest(tmp_path)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from cnnjax import Config, UserError, train_and_evaluate
+from cnnjax.cli.process import num_cores
 from cnnjax.runs.inspection import find_runs
-from cnnjax.runs.manifest import num_cores
 from cnnjax.runs.records import read_result
 from cnnjax.runs.seeds import parse_seeds, train_seeds
 

@@ -1,0 +1,76 @@
+"""Scores of each class: precision, recall and F1, from the counts of each pair (true class, predicted class)."""
+
+import math
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int, Integer
+
+Confusion = dict[tuple[int, int], int]  # {(true, predicted): count}, without the pairs that never occur.
+
+MAX_CLASSES = 300  # Of a confusion matrix in result.json: 90,000 numbers.
+UNEVEN = 1.5  # MNIST, whose largest class has 1.27 times the test images of its smallest, counts as even.
+
+
+class ClassScores(NamedTuple):
+    """Scores of K classes.
+
+    Attributes:
+      num_examples: of each class.
+      precision: the correct fraction of the predictions of a class; 0 for a class that is never predicted.
+      recall: the correct fraction of the examples of a class; nan for a class without examples.
+      f1: the harmonic mean of the two, 0 if both are 0; nan for a class without examples.
+
+    Source: scikit-learn's `precision_recall_fscore_support` with zero_division=0, except for classes without examples.
+    """
+
+    num_examples: Int[np.ndarray, " K"]
+    precision: Float[np.ndarray, " K"]
+    recall: Float[np.ndarray, " K"]
+    f1: Float[np.ndarray, " K"]
+
+    def means(self) -> dict[str, float]:
+        """Returns the macro means, over the classes that have examples. That of "recall" is the balanced accuracy."""
+        occurs = self.num_examples > 0
+        return {name: fmean(getattr(self, name)[occurs].tolist()) for name in ("precision", "recall", "f1")}
+
+    def rows(self, names: Sequence[str]) -> list[Any]:
+        """Returns a row per class, {"name", "count", "precision", "recall", "f1"}, with None instead of nan."""
+        keys = ("name", "count", "precision", "recall", "f1")
+        columns = [[None if math.isnan(x) else x for x in values.tolist()] for values in self]
+        return [dict(zip(keys, row, strict=True)) for row in zip(names, *columns, strict=True)]
+
+
+def count_pairs(label: Integer[np.ndarray, " N"], predicted: Integer[np.ndarray, " N"]) -> Confusion:
+    """Returns the number of examples of each pair (true class, predicted class). Classes are below 2**31."""
+    pairs, counts = np.unique(label.astype(np.int64) << 32 | predicted.astype(np.int64), return_counts=True)
+    return {(pair >> 32, pair & 2**32 - 1): count for pair, count in zip(pairs.tolist(), counts.tolist(), strict=True)}
+
+
+def class_scores(confusion: Confusion, num_classes: int) -> ClassScores:
+    """Returns the scores of each class."""
+    label, predicted = np.array([*confusion], np.int64).reshape(-1, 2).T
+    counts = np.array([*confusion.values()], np.int64)
+    of_label, of_predicted, correct = np.zeros((3, num_classes), np.int64)
+    np.add.at(of_label, label, counts)
+    np.add.at(of_predicted, predicted, counts)
+    np.add.at(correct, label, np.where(label == predicted, counts, 0))
+    precision = correct / np.maximum(of_predicted, 1)
+    recall, f1 = (
+        np.where(of_label > 0, correct / np.maximum(n, 1), np.nan) for n in (of_label, (of_label + of_predicted) / 2)
+    )
+    return ClassScores(of_label, precision, recall, f1)
+
+
+def confusion_matrix(confusion: Confusion, num_classes: int) -> list[list[int]] | None:
+    """Returns the counts as rows of true classes, K by K, or None if K is above `MAX_CLASSES`."""
+    if num_classes > MAX_CLASSES:
+        return None
+    return [[confusion.get((i, j), 0) for j in range(num_classes)] for i in range(num_classes)]
+
+
+def is_uneven(counts: Sequence[int]) -> bool:
+    """Returns whether the largest class has more than 1.5 times the examples of the smallest."""
+    return max(counts) > UNEVEN * min(counts)

@@ -1,0 +1,57 @@
+"""Arrays in memory as a data set."""
+
+import hashlib
+from typing import Any
+
+import numpy as np
+
+from cnnjax.data.stored import Examples, StoredSet, digest
+from cnnjax.errors import check
+from cnnjax.typing import AnyArray
+
+MAX_CLASSES = 1 << 20  # A label that exceeds this is an identifier, not a class.
+
+
+def store_arrays(name: str, arrays: Any) -> StoredSet:
+    """Wraps `(x_train, y_train, x_test, y_test)`, see `load_dataset`.
+
+    Raises:
+      UserError: they are no such arrays.
+    """
+    is_tuple = isinstance(arrays, tuple)
+    got = f"a tuple of {len(arrays)}" if is_tuple else type(arrays).__name__
+    check("dataset", "a tuple `(x_train, y_train, x_test, y_test)` of arrays", is_tuple and len(arrays) == 4, got)
+    splits = {"train": _examples("train", *arrays[:2]), "test": _examples("test", *arrays[2:])}
+    train, test = (examples.image.shape[1:] for examples in splits.values())
+    check("x_test", f"images of the same shape {train} as `x_train`", test == train, test)
+    num_classes = max(2, *(int(examples.label.max()) + 1 for examples in splits.values()))
+    sha256 = {split: digest(examples) for split, examples in splits.items()}
+    return StoredSet(
+        name=name,
+        source="arrays in memory",
+        class_names=tuple(map(str, range(num_classes))),
+        image_shape=train,
+        sha256=sha256,
+        version=hashlib.sha256("".join(sha256.values()).encode()).hexdigest()[:12],
+        load=splits.__getitem__,
+    )
+
+
+def _examples(split: str, x: Any, y: Any) -> Examples:
+    """Validates the images and labels of a split, and returns them in the layout of a decoded set."""
+    x_name, y_name = f"x_{split}", f"y_{split}"
+    for name, array in ((x_name, x), (y_name, y)):
+        check(name, "a NumPy or JAX array", isinstance(array, AnyArray), type(array).__name__)
+    image, label = np.asarray(x), np.asarray(y)
+    fix = f"Convert values between 0 and 1 with `(255 * {x_name}).round().astype(np.uint8)`"
+    check(x_name, "images of dtype uint8", image.dtype == np.uint8, f"{image.dtype}. {fix}")
+    check(x_name, "of shape [N, H, W, C] or [N, H, W]", image.ndim in (3, 4), image.shape)
+    check(x_name, "at least one image", image.size > 0, f"the shape {image.shape}")
+    fix = f"Use `{y_name}.argmax(-1)` for one-hot labels, `{y_name}.ravel()` for a column"
+    check(y_name, "of shape [N]", label.ndim == 1, f"{label.shape}. {fix}")
+    check(y_name, "integers", label.dtype.kind in "iu", label.dtype)
+    check(y_name, f"one label for each of the {len(image)} images", len(label) == len(image), len(label))
+    low, high = int(label.min()), int(label.max())
+    check(y_name, f"between 0 and K - 1, K <= {MAX_CLASSES}", low >= 0 and high < MAX_CLASSES, f"{low} to {high}")
+    image = image if image.ndim == 4 else image[..., None]  # [N H W] -> [N H W 1]
+    return Examples(np.ascontiguousarray(image), label.astype(np.int32))

@@ -1,0 +1,245 @@
+"""Sets in a tfds directory: found or prepared there, decoded once, and cached as arrays."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from cnnjax.data.cache import (
+    CACHE,
+    Facts,
+    read_arrays,
+    read_facts,
+    remove_cache,
+    remove_partial_files,
+    write_arrays,
+    write_facts,
+)
+from cnnjax.data.folders import check_free, exclusive, prepared_folder, publish, staging, versions
+from cnnjax.data.named import NAMED_SETS
+from cnnjax.data.sources import NamedSet, fetch
+from cnnjax.data.stored import Examples, Fit, StoredSet, digest
+from cnnjax.data.tfds_format import (
+    check_tensorflow,
+    class_names,
+    decode,
+    inspect_set,
+    prepare_with_tensorflow,
+    write_tfds,
+)
+from cnnjax.errors import UserError, option
+
+
+class _Wanted(NamedTuple):
+    """A set that is wanted, see `load_dataset`."""
+
+    name: str
+    fit: Fit  # For images of several sizes.
+    test_split: str | None
+    say: Callable[[str], None]
+    named: NamedSet | None = None
+
+    def decoded(self, available: tuple[str, ...]) -> list[str]:
+        """Returns the splits to decode."""
+        return ["train", *(split for split in ("validation", self.test_split or "test") if split in available)]
+
+
+def load_tfds(
+    dataset: str,
+    data_dir: Path,
+    say: Callable[[str], None],
+    *,
+    version: str | None = None,
+    fit: Fit = Fit(),  # noqa: B008  Immutable.
+    test_split: str | None = None,
+) -> StoredSet:
+    """Finds a tfds set in `data_dir`, downloading and preparing it if necessary; see `load_dataset`.
+
+    Args:
+      dataset: "name", "name/config", or either with ":version".
+      fit: for a set of images of several sizes.
+    """
+    name, _, exact = dataset.partition(":")
+    named = NAMED_SETS.get(name)
+    if exact and exact not in (found := versions(name, data_dir)) and (named is None or named.version != exact):
+        have = ", ".join(found) or "no version"
+        raise UserError(f"`dataset` must name a version in {data_dir} ({have}), got {dataset}.")
+    version = exact or version
+    wanted = _Wanted(name, fit, test_split, say, named)
+    folder = prepared_folder(name, data_dir, version)
+    if folder is not None and (cached := _cached(wanted, folder)):
+        return cached
+    if folder is None:
+        if named is None:
+            check_tensorflow(name, data_dir)
+        if not data_dir.exists():
+            say(f"{data_dir} does not exist yet, so {name} is prepared there")
+        try:
+            data_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _not_writable(data_dir, error) from error
+    with exclusive(name, data_dir, say) as locked:
+        folder = prepared_folder(name, data_dir, version)  # Perhaps by the process that had the lock.
+        if folder is None:
+            return _prepare(wanted, data_dir, locked)
+        if cached := _cached(wanted, folder):
+            return cached
+        if locked:
+            for cache in folder.glob(f"{CACHE}*"):
+                remove_partial_files(cache)
+        return _decode_all(wanted, folder, f"the prepared tfds directory {folder}")
+
+
+def load_folder(
+    path: Path,
+    data_dir: Path,
+    say: Callable[[str], None],
+    *,
+    version: str | None,
+    fit: Fit,
+    skip_unreadable: bool,
+    test_split: str | None = None,
+) -> StoredSet:
+    """Reads a folder or a list of images, and keeps it as a prepared set in `data_dir`; see `load_dataset`."""
+    from cnnjax.data.image_folder import prepare_folder
+
+    folder = prepare_folder(
+        path,
+        data_dir,
+        image_shape=fit.shape_of(()),
+        resize=fit.resize,
+        interpolation=fit.interpolation,
+        skip_unreadable=skip_unreadable,
+        version=version,
+        say=say,
+    )
+    wanted = _Wanted(str(path), Fit(), test_split, say)
+    if found := _cached(wanted, folder):
+        return found
+    with exclusive(folder.parent.name, data_dir, say):
+        return _cached(wanted, folder) or _decode_all(wanted, folder, f"the image files of {path}")
+
+
+def _cached(wanted: _Wanted, folder: Path) -> StoredSet | None:
+    """Returns a set whose splits have been decoded and checked, or None."""
+    for cache in {CACHE, _cache_name(wanted.fit)}:
+        if (facts := read_facts(folder / cache)) is None:
+            continue
+        pinned = {} if wanted.named is None else wanted.named.sha256
+        if pinned in ({}, facts.sha256) and {*facts.splits} >= facts.sha256.keys() >= {*wanted.decoded(facts.splits)}:
+            return _stored(wanted, folder / cache, facts)
+    return None
+
+
+def _cache_name(fit: Fit) -> str:
+    """Returns the name of the folder of arrays of a set whose images have several sizes."""
+    if fit.image_size is None:
+        return CACHE
+    size = "x".join(map(str, (*fit.image_size, fit.channels or "")))
+    return f"{CACHE}_{size}_{fit.resize}_{fit.interpolation}"
+
+
+def _stored(wanted: _Wanted, cache: Path, facts: Facts) -> StoredSet:
+    folder = cache.parent
+    content = folder.parent.name.rpartition("_")[2] if (folder / "files.json").exists() else ""
+    return StoredSet(
+        name=wanted.name,
+        source=facts.source,
+        class_names=facts.class_names,
+        image_shape=facts.image_shape,
+        sha256=facts.sha256,
+        version=content or folder.name,
+        load=partial(_load, wanted, cache, facts),
+        folder=folder,
+        splits=facts.splits,
+    )
+
+
+def _load(wanted: _Wanted, cache: Path, facts: Facts, split: str) -> Examples:
+    """Returns a split, with the digest that `facts` names.
+
+    If the cached arrays are missing or damaged, decodes the shards and writes the arrays again.
+
+    Raises:
+      UserError: the shards hold different images or labels than before.
+    """
+    examples = read_arrays(cache, split)
+    if examples is None or digest(examples) != facts.sha256[split]:
+        examples = decode(cache.parent, split, Fit() if cache.name == CACHE else wanted.fit)
+        got = digest(examples)
+        if got != facts.sha256[split]:
+            raise _mismatch(wanted, split, f"{cache.parent}, from {facts.source}", facts.sha256[split], got)
+        if read_facts(cache) is not None:  # Without them, the arrays would not be used.
+            with suppress(OSError):
+                write_arrays(cache, split, examples)
+    return examples
+
+
+def _prepare(wanted: _Wanted, data_dir: Path, locked: bool) -> StoredSet:
+    """Prepares a set in `data_dir`; what was fetched gets its place there after its digests are verified."""
+    name, named, say = wanted.name, wanted.named, wanted.say
+    try:
+        with staging(name, data_dir, locked) as stage:
+            if named is None:
+                folder = prepare_with_tensorflow(name, data_dir, stage, say)
+                return _cached(wanted, folder) or _decode_all(wanted, folder, "tfds's own download")
+            check_free(data_dir / name / named.version)
+            downloads = data_dir / "downloads" / "cnnjax" / name
+            if locked:
+                remove_partial_files(downloads)
+            raw, source = fetch(named, downloads, say)
+            folder = write_tfds(named, raw, stage, say)
+            del raw
+            say(f"{name} was served by {source}")
+            decoded = _decode_all(wanted, folder, source)
+            folder = publish(folder, stage, data_dir)
+            facts = Facts(source, decoded.class_names, decoded.image_shape, decoded.sha256, decoded.splits)
+            return _stored(wanted, folder / CACHE, facts)
+    except OSError as error:
+        raise _not_writable(data_dir, error) from error
+
+
+def _not_writable(data_dir: Path, error: OSError) -> UserError:
+    return UserError(
+        f"`data_dir` must be a directory that can be written, got {data_dir} ({error}). "
+        f"Fix this, or choose another one: {option('data_dir', 'DIR')}."
+    )
+
+
+def _decode_all(wanted: _Wanted, folder: Path, source: str) -> StoredSet:
+    """Decodes and verifies the splits, and caches the arrays and the facts next to the shards."""
+    wanted.say(f"decoding {wanted.name} {folder.name} (once)")
+    available, one_size = inspect_set(folder)
+    cache, fit = folder / (CACHE if one_size else _cache_name(wanted.fit)), Fit() if one_size else wanted.fit
+    decoded = {split: decode(folder, split, fit) for split in wanted.decoded(available)}
+    sha256 = {split: digest(examples) for split, examples in decoded.items()}
+    for split, pinned in (wanted.named.sha256 if wanted.named else {}).items():
+        if sha256[split] != pinned:
+            raise _mismatch(wanted, split, source, pinned, sha256[split])
+    train = decoded["train"].image.shape[1:]
+    for split, examples in decoded.items():
+        if (shape := examples.image.shape[1:]) != train:
+            raise UserError(
+                f"{folder} must hold {split} images of the same shape {train} as its training images, got {shape}."
+            )
+    facts = Facts(source, class_names(folder), train, sha256, available)
+    try:
+        for split, examples in decoded.items():
+            write_arrays(cache, split, examples)
+        if (known := read_facts(cache)) is not None:  # Of another `test_split`.
+            facts = replace(facts, sha256={**known.sha256, **sha256})
+        write_facts(cache, facts)
+    except OSError as error:
+        remove_cache(cache)
+        wanted.say(f"the decoded arrays cannot be cached ({error}): every start will decode {wanted.name} again")
+    return _stored(wanted, cache, facts)
+
+
+def _mismatch(wanted: _Wanted, split: str, source: str, expected: str | None, got: str) -> UserError:
+    return UserError(
+        f"The {split} split of {wanted.name!r} from {source} is not the known one: the SHA-256 of its images and "
+        f"labels must be {expected}, got {got}. Move the prepared directory away if it exists, and run the command "
+        "again to fetch the set again."
+    )

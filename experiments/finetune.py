@@ -1,0 +1,24 @@
+"""A folder of photos, from ImageNet weights: the head alone for an epoch, then all layers, with lower rates below.
+
+    make train EXPERIMENT=finetune DATASET=path/to/photos
+    .venv/bin/python experiments/make_folders.py     # writes data/cifar10_1000, once
+    make train EXPERIMENT=finetune SEED=0
+
+MEASURED
+"""
+
+from cnnjax import Adam, Augment, Config, CrossEntropy, EfficientNetLite0, run_experiment
+
+CONFIG = Config(
+    dataset="data/cifar10_1000",
+    image_size=192,
+    num_epochs=8,
+    batch_size=50,
+    loss=CrossEntropy(label_smoothing=0.1),
+    model=EfficientNetLite0(weights="imagenet", update_stats=False, dtype="bfloat16"),
+    optim=Adam(learning_rate=1e-3, schedule="one_cycle", freeze_epochs=1, depth_decay=0.9),
+    augment=Augment(flip="random", translate=8),
+)
+
+if __name__ == "__main__":
+    run_experiment(CONFIG)

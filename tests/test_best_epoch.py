@@ -1,0 +1,105 @@
+"""A run on uneven classes, of which every score is known: nine of ten images are of class 0, half of them dark."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from cnnjax import Config, Optimizer, load_run, train_and_evaluate
+from cnnjax.cli.experiment import Experiment
+from cnnjax.cli.train_command import parse_train
+
+
+class Threshold(nn.Module):
+    """Predicts class 1 for images that are brighter than a threshold, in standard deviations above the mean."""
+
+    @nn.compact
+    def __call__(self, image):
+        threshold = self.param("threshold", nn.initializers.constant(4.5), ())
+        above = image.mean((1, 2, 3)) - threshold
+        return jnp.stack([-above, above], axis=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sink(Optimizer):
+    """Lowers each parameter by 2.3 per epoch of three steps, whatever the gradient is."""
+
+    def transform(self, learning_rate: Any) -> optax.GradientTransformation:
+        return optax.stateless(lambda updates, params: jax.tree.map(lambda x: jnp.full_like(x, -2.3 / 3), updates))
+
+
+def make_split(size):
+    """Returns 90% of class 0, half of them dark and half medium, and 10% of class 1, bright."""
+    brightness = np.tile([100, 120] * 9 + [140, 140], size // 20)
+    return np.tile(brightness[:, None, None].astype(np.uint8), (1, 4, 4)), (brightness == 140).astype(np.int64)
+
+
+def config(best_by):
+    splits = (*make_split(80), *make_split(40))
+    options: Any = {"validation_fraction": 0.25, "model": Threshold(), "optim": Sink(), "best_by": best_by}
+    return Config(dataset=splits, num_epochs=5, batch_size=20, **options)
+
+
+def column(run, name):
+    return [json.loads(line)[name] for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("best_by", "best", "kept"), [("accuracy", 1, [1, 2, 4, 5]), ("balanced_accuracy", 2, [2, 4, 5])]
+)
+def test_the_best_epoch_and_the_kept_checkpoints_follow_best_by(best_by, best, kept, tmp_path):
+    seen = []
+
+    def on_epoch(row, state):
+        seen.append((row["epoch"], row["best_epoch"], row[f"validation_{best_by}"]))
+
+    run = train_and_evaluate(config(best_by), run_dir=tmp_path / "run", on_epoch=on_epoch)
+    # After epoch 1 all are class 0, after epoch 2 the medium ones are class 1, and from epoch 3 on all are.
+    assert column(run, "validation_accuracy") == pytest.approx([0.9, 0.55, 0.1, 0.1, 0.1], abs=0.06)
+    assert column(run, "validation_balanced_accuracy") == pytest.approx([0.5, 0.75, 0.5, 0.5, 0.5], abs=0.06)
+    assert seen == [(i, min(i, best), value) for i, value in enumerate(column(run, f"validation_{best_by}"), 1)]
+    assert sorted(int(path.name) // 3 for path in (run.run_dir / "checkpoints").iterdir()) == kept
+    result = run.finished_result()
+    assert result["best_epoch"] == best
+    for name in ("accuracy", "balanced_accuracy"):
+        assert result[f"best_validation_{name}"] == column(run, f"validation_{name}")[best - 1]
+    assert result["sha256"]["best_params"] == column(run, "params_sha256")[best - 1]
+    scores = load_run(run.run_dir, run.config).evaluate("validation")
+    assert scores.balanced_accuracy == result["best_validation_balanced_accuracy"]
+
+
+def test_an_interrupted_run_has_the_scores_of_each_class(tmp_path):
+    def interrupt(step, metrics):
+        if step == 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_and_evaluate(config("balanced_accuracy"), run_dir=tmp_path, on_step=interrupt, checkpoint_seconds=0.0)
+    run = train_and_evaluate(config("balanced_accuracy"), run_dir=tmp_path, resume=True)
+    result = run.finished_result()
+    assert result["confusion_matrix"] == [[18, 18], [0, 4]]
+    assert result["classes"] == [
+        {"name": "0", "count": 36, "precision": 1.0, "recall": 0.5, "f1": pytest.approx(2 / 3)},
+        {"name": "1", "count": 4, "precision": 4 / 22, "recall": 1.0, "f1": pytest.approx(8 / 26)},
+    ]
+    assert result["test_accuracy"] == 0.55
+    assert result["test_balanced_accuracy"] == result["test_macro_recall"] == 0.75
+    assert result["test_macro_precision"] == pytest.approx((1 + 4 / 22) / 2)
+    assert result["test_macro_f1"] == pytest.approx((2 / 3 + 8 / 26) / 2)
+    assert "[18, 18]" in (tmp_path / "result.json").read_text()  # On one line.
+
+
+def test_seeds_end_with_the_balanced_accuracy_and_have_no_tables(tmp_path, capsys):
+    jax.devices()  # `--seeds` would otherwise make each core of this process a device.
+    parse_train(Experiment(config("balanced_accuracy"), {}), ["--seeds", "0:2", "--run-dir", str(tmp_path / "runs")])()
+    lines = capsys.readouterr().out.splitlines()
+    sentences = [line for line in lines if "Test accuracy 55.00%, balanced accuracy 75.00%" in line]
+    assert len(sentences) == 2 and not any(line.startswith(("class ", "0  ")) for line in lines)
+    assert lines[-2].startswith("2 seeds, 0:2: test_accuracy 55.00% ± 0.00%")
+    assert lines[-1].startswith("2 seeds, 0:2: test_balanced_accuracy 75.00% ± 0.00%")
