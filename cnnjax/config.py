@@ -46,7 +46,8 @@ class Config:
     """Fraction of each class held out of the training split for validation; 0 trains on all of it."""
     tta: str = "none"
     """Test-time augmentation: none; flip (averages with the mirror image); flip_translate (and with shifted images);
-    uncertain (flip_translate for the least certain quarter of each batch of 500, or 2,000 on an accelerator)."""
+    uncertain (flip_translate for the least certain quarter of each batch of 500, or 2,000 on an accelerator; fewer for
+    images above 64×64)."""
     model: Any = field(default_factory=CNN)
     """The network: a Linen module, or an object with functions init and apply."""
     optim: Optimizer = field(default_factory=Adam)
@@ -135,7 +136,7 @@ class Config:
         dataset = self.dataset if isinstance(self.dataset, str) else getattr(self.dataset, "__name__", "arrays")
         if re.fullmatch(NAME_OR_CONFIG, dataset, re.ASCII) is None:  # A path.
             path = PurePath(dataset)
-            plain = unicodedata.normalize("NFKD", path.stem if path.suffix in LISTS else path.name)
+            plain = unicodedata.normalize("NFKD", path.stem if path.suffix.lower() in LISTS else path.name)
             words = re.findall(r"[a-z0-9][a-z0-9_.-]*", plain.encode("ascii", "ignore").decode(), re.IGNORECASE)
             dataset = "-".join(words) or "images"
         name = self.name or f"{re.sub('[/:]', '-', dataset)}_{word(type(self.model))}"

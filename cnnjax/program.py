@@ -112,8 +112,9 @@ def evaluate(
     num_examples = len(pixels.label)
     placement = placement or place(1)
     platform = placement.devices[0].platform
-    small = pixels.image.shape[1] * pixels.image.shape[2] <= 32 * 32
-    batch_size = ACCELERATOR_EVAL_BATCH_SIZE if platform != "cpu" and small else EVAL_BATCH_SIZE
+    size = pixels.image.shape[1] * pixels.image.shape[2]
+    batch_size = ACCELERATOR_EVAL_BATCH_SIZE if platform != "cpu" and size <= 32 * 32 else EVAL_BATCH_SIZE
+    batch_size = min(batch_size, max(8, EVAL_BATCH_SIZE * 64 * 64 // size))  # Large images need much memory.
     batch_size = -(-min(batch_size, num_examples) // placement.num_devices) * placement.num_devices
     plan = plain_plan(num_examples, batch_size)
     rows = jax.device_put([plan.row(i) for i in range(len(plan.example))], placement.batch_sharding)

@@ -11,13 +11,13 @@ from cnnjax import Adam, Augment, Config, CrossEntropy, EfficientNetLite0, run_e
 
 CONFIG = Config(
     dataset="data/cifar10_1000",
-    image_size=192,
     num_epochs=8,
-    batch_size=50,
+    batch_size=25,
+    tta="flip",
     loss=CrossEntropy(label_smoothing=0.1),
     model=EfficientNetLite0(weights="imagenet", update_stats=False, dtype="bfloat16"),
-    optim=Adam(learning_rate=1e-3, schedule="one_cycle", freeze_epochs=1, depth_decay=0.9),
-    augment=Augment(flip="random", translate=8),
+    optim=Adam(learning_rate=5e-4, schedule="one_cycle", freeze_epochs=1, depth_decay=0.95, ema=0.98),
+    augment=Augment(flip="random", translate=12),
 )
 
 if __name__ == "__main__":

@@ -94,7 +94,8 @@ def _read(path: Path, file: File, encode: Callable[[Image.Image], bytes]) -> tup
         encoded = encode(image)
     except (UserError, OSError) as error:
         why = str(error).partition(f", got {path} ")[2].rstrip(".") or str(error)
-        record = Record(file, problem=re.sub(r"^\((.*)\)$", r"\1", why))
+        why = re.sub(r"^\((.*)\)$", r"\1", why)
+        record = Record(file, problem=f"{why}; is it still being written?" if "truncated" in why.lower() else why)
     try:
         status = os.stat(path)
     except OSError:

@@ -35,7 +35,7 @@ from cnnjax.sharding import place
 from cnnjax.step import TrainState, abstract_state, eval_params, init_optimizer
 from cnnjax.typing import AnyArray
 
-BATCH_SIZE = 128  # Images per call of the network.
+BATCH_SIZE, LARGE_BATCH_SIZE = 128, 8  # Images per call of the network; the latter above 64×64 pixels.
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -203,9 +203,11 @@ class Run:
         self, images: Any, fn: Callable[[UInt8[np.ndarray, "B H W C"]], Float[Array, "B ..."]]
     ) -> Float[np.ndarray, "N ..."]:
         images, parts = self._checked(images), []
-        for i in range(0, max(len(images), 1), BATCH_SIZE):
-            part = images[i : i + BATCH_SIZE]
-            padding = [(0, BATCH_SIZE - len(part)), (0, 0), (0, 0), (0, 0)]
+        height, width, _ = self.facts.image_shape
+        batch_size = BATCH_SIZE if height * width <= 64 * 64 else LARGE_BATCH_SIZE
+        for i in range(0, max(len(images), 1), batch_size):
+            part = images[i : i + batch_size]
+            padding = [(0, batch_size - len(part)), (0, 0), (0, 0), (0, 0)]
             parts.append(np.asarray(fn(np.pad(part, padding)))[: len(part)])
         return np.concatenate(parts)
 

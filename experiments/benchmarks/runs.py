@@ -52,9 +52,10 @@ def cost(args: argparse.Namespace) -> str:
 
     keep_memory()
     config = load_experiment(str(harness.EXPERIMENTS / "cifar10_cnn.py")).config
-    steps_per_epoch, num_steps, key = -(-45_000 // config.batch_size), 2 if args.small else 64, jax.random.key(0)
+    batch_size = config.batch_size or 128
+    steps_per_epoch, num_steps, key = -(-45_000 // batch_size), 2 if args.small else 64, jax.random.key(0)
     tx = config.optim.make_tx(steps_per_epoch * config.num_epochs, config.num_epochs)
-    batches = make_batches((32, 32, 3), num_steps, config.batch_size)
+    batches = make_batches((32, 32, 3), num_steps, batch_size)
     state = init_state(key, jnp.zeros((1, 32, 32, 3)), model=config.model, tx=tx)
     with tempfile.TemporaryDirectory() as folder, closing(Checkpoints(Path(folder) / "checkpoints")) as checkpoints:
 
