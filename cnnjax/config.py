@@ -8,7 +8,7 @@ from pathlib import PurePath
 from typing import Any
 
 from cnnjax.data.augment import Augment
-from cnnjax.data.image_files import LISTS, RESIZE
+from cnnjax.data.stored import LISTS, MAX_SIDE, RESIZE
 from cnnjax.data.tta import TTA
 from cnnjax.errors import UserError, check, check_name, describe_shapes
 from cnnjax.fields import check_fields
@@ -19,7 +19,7 @@ from cnnjax.optim.optimizer import Optimizer
 from cnnjax.optim.recipes import Adam
 
 NAME_OR_CONFIG = r"\w[\w-]*(/\w[\w.-]*)?(:[\d.]+)?/?"  # Of tfds.
-BALANCE, BEST_BY = ("none", "balanced"), ("accuracy", "balanced_accuracy")
+BALANCING, BEST_BY = ("none", "balanced"), ("accuracy", "balanced_accuracy")
 Arrays = tuple[Any, Any, Any, Any]  # (x_train, y_train, x_test, y_test)
 
 
@@ -43,7 +43,8 @@ class Config:
     """Number of examples per step; by default 128, or an eighth of the training examples (at least 8) if that is less.
     """
     validation_fraction: float = 0.1
-    """Fraction of each class held out of the training split for validation; 0 trains on all of it."""
+    """Fraction of each class held out of the training split for validation; 0: no validation. If the data have a
+    validation split, any value above 0 uses it instead."""
     tta: str = "none"
     """Test-time augmentation: none; flip (averages with the mirror image); flip_translate (and with shifted images);
     uncertain (flip_translate for the least certain quarter of each batch of 500, or 2,000 on an accelerator; fewer for
@@ -59,13 +60,14 @@ class Config:
     sampling: str = "none"
     """none: an epoch visits every example once; balanced: it draws equally often from every class."""
     class_weights: str = "none"
-    """none; balanced: the loss of an example is divided by the share of its class, relative to equal classes."""
+    """none; balanced: weights the loss of each example so that all classes have the same total weight."""
     best_by: str = "accuracy"
     """The validation score that selects the best checkpoint: accuracy, or balanced_accuracy (mean recall)."""
     image_size: int | tuple[int, int] | None = None
-    """Height and width to which images are brought; by default that of the network for a folder, else unchanged."""
+    """Height and width to which images are resized; None: the network's for a folder, else unchanged."""
     resize: str = "crop"
-    """How: crop (the shorter side fits, the center is kept), pad (the longer side fits, black borders) or stretch."""
+    """How images are resized: crop (fits the shorter side, keeps the center), pad (fits the longer side, adds black
+    borders) or stretch."""
     channels: int | None = None
     """1: gray, 3: color over white, 4: color and alpha; by default 3 for a folder, or if there is alpha."""
     skip_unreadable: bool = False
@@ -75,7 +77,7 @@ class Config:
     test_fraction: float = 0.2
     """Fraction of each class that becomes the test set if the data have none."""
     test_seed: int = 0
-    """Draws these examples, independently of `seed`: all seeds of an experiment share a test set."""
+    """Selects the test examples, independently of `seed`, so that all seeds share a test set."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -91,15 +93,16 @@ class Config:
             check("dataset", rule, valid, repr(self.dataset))
         for name, valid in (
             ("resize", RESIZE),
-            ("sampling", BALANCE),
-            ("class_weights", BALANCE),
+            ("sampling", BALANCING),
+            ("class_weights", BALANCING),
             ("best_by", BEST_BY),
         ):
             check_name(name, getattr(self, name), valid)
         both = self.sampling == self.class_weights == "balanced"
-        check("class_weights", "none if `sampling` is balanced, which has the same effect", not both, "balanced")
-        size = self.image_size if isinstance(self.image_size, tuple) else (self.image_size or 1,)
-        check("image_size", "from 1 to 4096", all(1 <= n <= 4096 for n in size), self.image_size)
+        check("class_weights", "none if `sampling` is balanced: use one of the two", not both, "balanced")
+        size = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,)
+        valid = size == (None,) or all(n is not None and 1 <= n <= MAX_SIDE for n in size)
+        check("image_size", f"from 1 to {MAX_SIDE}", valid, self.image_size)
         check("channels", "1, 3 or 4", self.channels in (None, 1, 3, 4), self.channels)
         check("test_fraction", "above 0 and below 1", 0 < self.test_fraction < 1, self.test_fraction)
         check("test_seed", "between 0 and 2**32 - 1", 0 <= self.test_seed < 2**32, self.test_seed)
@@ -134,7 +137,7 @@ class Config:
     def run_name(self) -> str:
         """The name of the run directory: `name`, or DATASET_MODEL, and the seed."""
         dataset = self.dataset if isinstance(self.dataset, str) else getattr(self.dataset, "__name__", "arrays")
-        if re.fullmatch(NAME_OR_CONFIG, dataset, re.ASCII) is None:  # A path.
+        if dataset.lower().endswith(LISTS) or re.fullmatch(NAME_OR_CONFIG, dataset, re.ASCII) is None:  # A path.
             path = PurePath(dataset)
             plain = unicodedata.normalize("NFKD", path.stem if path.suffix.lower() in LISTS else path.name)
             words = re.findall(r"[a-z0-9][a-z0-9_.-]*", plain.encode("ascii", "ignore").decode(), re.IGNORECASE)

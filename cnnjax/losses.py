@@ -63,6 +63,11 @@ class ClassWeighted:
     def __call__(self, logits: PyTree, batch: BatchLike) -> Any:
         """Returns what the loss returns, weighted."""
         weights, label = jnp.asarray(self.weights, jnp.float32), batch.label
+        if getattr(label, "ndim", None) not in (1, 2):
+            raise ArgumentError(
+                "`class_weights` must be none unless the labels are class indices [B] or probabilities [B K], got "
+                f"labels {describe_shapes(label)}."
+            )
         weight = label @ weights if label.ndim == 2 else weights[label]
         result = self.loss(logits, batch)
         loss, *values = result if isinstance(result, tuple) else (result,)
@@ -71,10 +76,10 @@ class ClassWeighted:
 
 
 def balanced_weights(label: np.ndarray, num_classes: int) -> tuple[float, ...]:
-    """Returns the weight of each class, N / (K n), where n is its number of examples and K that of classes with any.
+    """Returns the weight of each class, N / (K n): n of the N examples belong to it, and K classes have examples.
 
-    The mean weight of the examples is 1, and the weights of all classes sum to the same. A class without examples has
-    the weight 0.
+    The mean weight of the examples is 1, and all classes with examples have the same total weight. A class without
+    examples has the weight 0.
 
     Args:
       label: class indices, int [N].

@@ -13,7 +13,7 @@ from jaxtyping import Array, Key
 
 from cnnjax.cli.process import num_cores
 from cnnjax.config import Config, word
-from cnnjax.data.batches import Pixels, Standardization, make_batch, pixel_statistics, standardize
+from cnnjax.data.batches import Pixels, make_batch, pixel_statistics, standardize
 from cnnjax.data.datasets import ImageDataset, load_dataset
 from cnnjax.data.order import plain_plan, steps_per_epoch
 from cnnjax.data.stored import Examples
@@ -22,8 +22,8 @@ from cnnjax.errors import UserError, check, describe, describe_shapes, user_code
 from cnnjax.losses import ClassWeighted, balanced_weights
 from cnnjax.memory import device_memory, explain_out_of_memory, gib, largest_result, num_bytes
 from cnnjax.metrics import sum_metrics
-from cnnjax.models.pretrained import Weights
 from cnnjax.network import apply_in_evaluation, apply_in_training, init_variables, logits_of
+from cnnjax.pretrained import Weights
 from cnnjax.program import Program, init_run, train_steps
 from cnnjax.runs.checkpoints import all_finite
 from cnnjax.runs.directory import OpenRun
@@ -72,20 +72,22 @@ def load_data(
     say: Callable[[str], None] = print,
     *,
     version: str | None = None,
+    weights: Weights | None = None,
 ) -> ImageDataset:
     """Loads the data set of a configuration, see `load_dataset`, with the image size and interpolation of its weights.
 
     Args:
       version: the version of the set to use if it is prepared; the newest one otherwise.
+      weights: those of the network, see `load_network_weights`.
     """
     options = config.data_options()
-    if (weights := _weights_of(config, say)) is not None:
+    if weights is not None:
         expected = weights.preprocessing
         options |= {"default_size": expected.image_size, "interpolation": expected.interpolation}
     return load_dataset(config.dataset, data_dir, say, version=version, **options)
 
 
-def _weights_of(config: Config, say: Callable[[str], None]) -> Weights | None:
+def load_network_weights(config: Config, say: Callable[[str], None]) -> Weights | None:
     """Returns the pretrained weights that the network of a configuration names, or None."""
     if getattr(config.model, "weights", None) is None:
         return None
@@ -93,13 +95,9 @@ def _weights_of(config: Config, say: Callable[[str], None]) -> Weights | None:
         return load_weights(config.model, say)
 
 
-def _standardization_of(weights: Weights, image_shape: tuple[int, ...]) -> Standardization:
-    check("channels", "3 for pretrained weights", image_shape[-1] == 3, image_shape[-1])
-    mean, std = weights.preprocessing.mean, weights.preprocessing.std
-    return Standardization(np.array(mean, np.float32), np.array(std, np.float32))
-
-
-def set_up(run: OpenRun, dataset: ImageDataset, devices: Sequence[Any] | None) -> tuple[Setup, TrainState]:
+def set_up(
+    run: OpenRun, dataset: ImageDataset, devices: Sequence[Any] | None, weights: Weights | None = None
+) -> tuple[Setup, TrainState]:
     """Loads the training split, resolves what the data determine, and makes the initial state."""
     with user_code("The configuration"):
         config = run.config.with_num_classes(dataset.num_classes)
@@ -111,9 +109,9 @@ def set_up(run: OpenRun, dataset: ImageDataset, devices: Sequence[Any] | None) -
     size, available = num_bytes(train) + num_bytes(validation), device_memory(placement.devices[0])
     if available is not None and size > available:  # Arrays in memory may be files that are mapped.
         raise UserError(f"`dataset` must fit into the {gib(available)} of memory, got images of {gib(size)}.")
-    weights = _weights_of(config, lambda line: None)  # `load_data` has named them.
     image_shape = train.image.shape[1:]
-    standardization = pixel_statistics(train.image) if weights is None else _standardization_of(weights, image_shape)
+    check("channels", "3 for pretrained weights", weights is None or image_shape[-1] == 3, image_shape[-1])
+    standardization = pixel_statistics(train.image) if weights is None else weights.standardization
     with user_code("`augment`"):
         config.augment.check_size(image_shape[:2])
     for line in oddities(train, dataset.num_classes):
@@ -206,7 +204,7 @@ def check_parts(setup: Setup) -> TrainState:
     for got in (output, trained):
         check_shape("model", "logits", (batch_size, num_classes), logits_of(got))
     try:
-        jax.eval_shape(lambda output, batch: sum_metrics(output, batch, config.loss), trained, batch)
+        jax.eval_shape(lambda output, batch: sum_metrics(output, batch, setup.program.loss_fn), trained, batch)
     except Exception as error:
         raise UserError(
             f"`loss` must accept logits {describe_shapes(trained)} and a batch with the label "

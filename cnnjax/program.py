@@ -102,7 +102,7 @@ def _score(
 def evaluate(
     state: TrainState, pixels: Pixels, *, model: Network, tta: str = "none", placement: Placement | None = None
 ) -> Scores:
-    """Scores every example once, by softmax cross-entropy, accuracy and the pairs of classes. Waits for the device.
+    """Scores every example once: cross-entropy, accuracy and the confusion of classes. Waits for the device.
 
     Args:
       pixels: the data set, on the device or on the host.

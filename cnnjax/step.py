@@ -17,9 +17,9 @@ from cnnjax.data.tta import mean_logits
 from cnnjax.errors import ArgumentError, describe, describe_shapes
 from cnnjax.losses import softmax_cross_entropy
 from cnnjax.metrics import Metrics, sum_metrics
-from cnnjax.models.pretrained import Weights, insert_weights
 from cnnjax.network import Network, apply_in_evaluation, apply_in_training, check_network, init_variables, logits_of
 from cnnjax.optim.transforms import AverageState
+from cnnjax.pretrained import Weights, insert_weights
 from cnnjax.typing import AnyArray, BatchLike, LossFn
 
 

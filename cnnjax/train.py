@@ -21,7 +21,7 @@ from cnnjax.data.order import Plan, epoch_plan
 from cnnjax.errors import NonFiniteLossError, UserError, check
 from cnnjax.memory import explain_out_of_memory
 from cnnjax.metrics import Totals
-from cnnjax.prepare import Setup, count_params, device_name, load_data, set_up
+from cnnjax.prepare import Setup, count_params, device_name, load_data, load_network_weights, set_up
 from cnnjax.program import evaluate, train_steps
 from cnnjax.runs import manifest
 from cnnjax.runs.directory import OpenRun, open_run
@@ -125,9 +125,10 @@ def train_and_evaluate(
         if run.finished() is not None:
             trained = make_run(run_dir, config, read_record(run_dir).data)
         else:
-            dataset = dataset or load_data(config, data_dir, report.say, version=data_version(run_dir))
+            weights, version = load_network_weights(config, report.say), data_version(run_dir)
+            dataset = dataset or load_data(config, data_dir, report.say, version=version, weights=weights)
             with run.stop.held():  # An exception that interrupts XLA's compiler crashes the process when it ends.
-                setup, state = set_up(run, dataset, devices)
+                setup, state = set_up(run, dataset, devices, weights)
             run.begin(setup.facts, manifest.environment(setup.placement.devices))
             state, progress = restore(run, state, setup.placement.state_sharding)
             run.write_config(setup.facts)

@@ -37,7 +37,7 @@ def test_every_experiment_runs_two_steps(path):
     pixels = Pixels(image, np.arange(2 * BATCH_SIZE, dtype=np.int32) % 10, pixel_statistics(image))
     config.augment.check_size(shape[:2])
     plan = epoch_plan(0, 0, 2 * BATCH_SIZE, batch_size=BATCH_SIZE, augment=config.augment, image_size=shape[:2])
-    optim = replace(config.optim, freeze_epochs=0, depth_decay=1.0)  # Their groups compile slowly.
+    optim = replace(config.optim, freeze_epochs=0).for_network(config.model)  # Every layer moves.
     program = Program(config.model, optim, config.augment, config.loss, 100, 10)
     key = jax.random.key(0)
     state = init_run(key, jnp.zeros((1, *shape)), program=program)

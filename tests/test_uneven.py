@@ -78,7 +78,7 @@ def test_balanced_sampling_draws_equally_often_from_every_class(tmp_path):
     np.testing.assert_array_equal(run.history["train_label"], 0.5)
     label = make_arrays()[1]
     assert np.bincount(label[balanced_order(0, 0, label)]).tolist() == [30, 30]
-    with pytest.raises(UserError, match="`class_weights` must be none if `sampling` is balanced, which has the same"):
+    with pytest.raises(UserError, match="`class_weights` must be none if `sampling` is balanced: use one of the two"):
         make_config(sampling="balanced", class_weights="balanced")
 
 

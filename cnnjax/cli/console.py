@@ -118,7 +118,7 @@ class Report:
             self._cell.show(self._bar)
 
     def epoch(self, row: Mapping[str, Any], num_epochs: int) -> None:
-        """Prints the metrics and the timing of an epoch, with a balanced accuracy that is a point or more off.
+        """Prints the metrics and the timing of an epoch; the balanced accuracy if it differs from accuracy by a point.
 
         Args:
           row: see `on_epoch` of `train_and_evaluate`.

@@ -38,7 +38,8 @@ class Eval:
     run: Positional[Path]
     """The run directory."""
     split: Literal["test", "validation"] = "test"
-    """The split; validation is the part of the training split that the run held out."""
+    """The split; validation is the validation split of the data, or else the part of the training split that was held
+    out."""
     data_dir: Path | None = None
     """The tfds directory; $TFDS_DATA_DIR or ~/tensorflow_datasets by default."""
     experiment: str | None = None
@@ -91,10 +92,9 @@ class Predict:
         check("images", "at least one file", bool(self.images), "none")
         check("top", "at least 1", self.top >= 1, self.top)
         run = load_run(self.run, config_of(self.run, self.experiment))
-        status = 0
+        status, facts = 0, run.facts
         for path in self.images:
             try:
-                facts = run.facts
                 image = read_image(path, facts.image_shape, facts.resize, facts.interpolation)
             except UserError as error:
                 print(printable(error), file=sys.stderr)
@@ -103,11 +103,11 @@ class Predict:
             color = image[..., : 1 if image.shape[-1] < 3 else 3]  # Without the alpha channel.
             if self.invert:
                 color ^= 255
-            elif color.mean() > 2 * max(run.facts.mean[: color.shape[-1]]):
+            elif color.mean() > 2 * max(facts.mean[: color.shape[-1]]):
                 print(f"{printable(path)} is much brighter than the training images; try --invert", file=sys.stderr)
             probability = run.predict(image[None])[0]
             top = (-probability).argsort(kind="stable")[: self.top]
-            classes = ", ".join(f"{run.facts.class_names[k]} {probability[k]:.1%}" for k in top)
+            classes = ", ".join(f"{facts.class_names[k]} {probability[k]:.1%}" for k in top)
             print(f"{printable(path)}: {classes}")
         return status
 

@@ -10,11 +10,11 @@ from typing import Any
 
 from cnnjax.data.arrays import store_arrays
 from cnnjax.data.folders import absolute, default_data_dir, versions
-from cnnjax.data.image_files import INTERPOLATIONS, LISTS, MODES, RESIZE, fit_images
+from cnnjax.data.image_files import MODES, fit_images
 from cnnjax.data.named import NAMED_SETS
 from cnnjax.data.order import split_test, split_validation
 from cnnjax.data.prepared import load_folder, load_tfds
-from cnnjax.data.stored import Examples, Fit, StoredSet, select
+from cnnjax.data.stored import INTERPOLATIONS, LISTS, MAX_SIDE, RESIZE, Examples, Fit, StoredSet, select
 from cnnjax.errors import UserError, check, check_name, user_code
 
 
@@ -207,8 +207,8 @@ def load_dataset(
 
 def _pair(name: str, size: int | tuple[int, int] | None) -> Any:
     pair = (size, size) if isinstance(size, int) else size
-    valid = pair is None or (len(pair) == 2 and all(isinstance(n, int) and 1 <= n <= 4096 for n in pair))
-    check(name, "a height and a width from 1 to 4096, or one number for both", valid, size)
+    valid = pair is None or (len(pair) == 2 and all(isinstance(n, int) and 1 <= n <= MAX_SIDE for n in pair))
+    check(name, f"a height and a width from 1 to {MAX_SIDE}, or one number for both", valid, size)
     return pair
 
 

@@ -17,12 +17,9 @@ from cnnjax.errors import UserError
 from cnnjax.runs.files import open_regular
 
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # Of Pillow, for each number of channels.
-RESIZE = ("crop", "pad", "stretch")
 AHEAD = 64  # Number of images in work at a time.
 T = TypeVar("T")
 R = TypeVar("R")
-LISTS = (".csv", ".jsonl")  # Files that list images.
-INTERPOLATIONS = ("lanczos", "bicubic", "bilinear")
 
 
 def read_image(

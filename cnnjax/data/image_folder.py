@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from cnnjax.data.folders import check_free, exclusive, publish, staging
-from cnnjax.data.image_files import LISTS, check_channels, fit_image
+from cnnjax.data.image_files import check_channels, fit_image
 from cnnjax.data.image_inspection import Inspection, check_usable, read_files, report
 from cnnjax.data.image_layout import Listing, scan
 from cnnjax.data.image_parts import Parts
+from cnnjax.data.stored import LISTS
 from cnnjax.data.tfds_format import png, write_examples
 from cnnjax.errors import StorageError, UserError, option
 from cnnjax.runs.files import atomic_write, read_json, write_sums
@@ -222,7 +223,7 @@ def _read(
     found = {} if parts is None else parts.records()
     missing = [file for file in listing.files if file not in found]
     kept = f", and {len(listing.files) - len(missing):,} were read before" if found else ""
-    say(f"reading {len(missing):,} files of {path} (once{kept})")
+    say(f"reading {len(missing):,} files of {path}" + ("" if parts is None else f" (once{kept})"))
     for record, encoded in read_files(listing.root, missing, encode):
         found[record.file] = record
         if parts is not None and not record.problem:

@@ -19,7 +19,7 @@ from PIL import Image
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12.
 
 from cnnjax.cli.streams import reason
-from cnnjax.data.image_files import LISTS
+from cnnjax.data.stored import LISTS
 from cnnjax.errors import UserError
 from cnnjax.runs.files import is_inside, open_regular, parse_json
 

@@ -15,7 +15,7 @@ from cnnjax.data.augment import Augment
 from cnnjax.errors import UserError
 from cnnjax.typing import AnyArray
 
-# The purposes of random streams, which share no bits.
+# The purposes of random streams, which share no bits. BALANCE must stay last: class i uses BALANCE + 1 + i.
 SPLIT, ORDER, FLIP, SHIFT, CUTOUT, BALANCE = range(6)
 
 
@@ -57,9 +57,9 @@ def steps_per_epoch(num_examples: int, batch_size: int) -> int:
 def balanced_order(seed: int, epoch: int, label: np.ndarray) -> np.ndarray:
     """Returns the examples of an epoch that draws equally often from each class, int64 [N].
 
-    Of a class with many examples, each is drawn at most once per epoch; one with few examples is repeated: the numbers
-    of draws of two examples of a class differ by at most 1. If the classes do not divide N, some have one draw more,
-    others in each epoch.
+    In a class with more examples than draws, each is drawn at most once per epoch; in a smaller class, examples repeat,
+    and their counts differ by at most 1. If N is not a multiple of the number of classes, some classes, different ones
+    in each epoch, get one draw more.
 
     Args:
       label: int [N].

@@ -18,6 +18,7 @@ from cnnjax.data.cache import (
     write_facts,
 )
 from cnnjax.data.folders import check_free, exclusive, prepared_folder, publish, staging, versions
+from cnnjax.data.image_folder import FILES, prepare_folder
 from cnnjax.data.named import NAMED_SETS
 from cnnjax.data.sources import NamedSet, fetch
 from cnnjax.data.stored import Examples, Fit, StoredSet, digest
@@ -103,8 +104,6 @@ def load_folder(
     test_split: str | None = None,
 ) -> StoredSet:
     """Reads a folder or a list of images, and keeps it as a prepared set in `data_dir`; see `load_dataset`."""
-    from cnnjax.data.image_folder import prepare_folder
-
     folder = prepare_folder(
         path,
         data_dir,
@@ -143,7 +142,7 @@ def _cache_name(fit: Fit) -> str:
 
 def _stored(wanted: _Wanted, cache: Path, facts: Facts) -> StoredSet:
     folder = cache.parent
-    content = folder.parent.name.rpartition("_")[2] if (folder / "files.json").exists() else ""
+    content = folder.parent.name.rpartition("_")[2] if (folder / FILES).exists() else ""
     return StoredSet(
         name=wanted.name,
         source=facts.source,

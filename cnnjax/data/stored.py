@@ -9,6 +9,10 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int, UInt8
 
+RESIZE, INTERPOLATIONS = ("crop", "pad", "stretch"), ("lanczos", "bicubic", "bilinear")  # See `image_files.fit_image`.
+MAX_SIDE = 4096  # Pixels.
+LISTS = (".csv", ".jsonl")  # Suffixes of files that list images.
+
 
 class Examples(NamedTuple):
     """Images and labels in memory."""

@@ -42,7 +42,7 @@ def inspect_set(folder: Path) -> tuple[tuple[str, ...], bool]:
     return tuple(builder.info.splits), None not in (shape or ())[:2]
 
 
-def decode(folder: Path, split: str, fit: Fit | None = None) -> Examples:
+def decode(folder: Path, split: str, fit: Fit = Fit()) -> Examples:  # noqa: B008  Immutable.
     """Decodes a split of a prepared tfds directory, in record order, and brings its images to one shape by `fit`.
 
     Raises:
@@ -92,8 +92,8 @@ def decode(folder: Path, split: str, fit: Fit | None = None) -> Examples:
     return Examples(image, label)
 
 
-def _fitted(image: np.ndarray, fit: Fit | None) -> np.ndarray:
-    if fit is None or fit.image_size is None:
+def _fitted(image: np.ndarray, fit: Fit) -> np.ndarray:
+    if fit.image_size is None:
         return image
     fit = fit if fit.channels or image.shape[-1] != 4 else fit._replace(channels=3)
     return fit_array(image, fit.shape_of(image.shape), fit.resize, fit.interpolation)

@@ -21,13 +21,13 @@ from typing_extensions import TypedDict
 from cnnjax.cli.streams import reason
 from cnnjax.data.named import run_client
 from cnnjax.data.sources import CONNECT_TIMEOUT, READ_TIMEOUT, Archive, Unavailable, download
+from cnnjax.data.stored import INTERPOLATIONS
 from cnnjax.data.torch_files import Refused, read_torch
 from cnnjax.errors import UserError, option
-from cnnjax.models.pretrained import Weights
+from cnnjax.pretrained import Weights
 from cnnjax.runs.files import file_sha256, open_regular, read_json, write_file, write_json
 from cnnjax.typing import Preprocessing, PublishedWeights
 
-INTERPOLATIONS = ("bilinear", "bicubic", "lanczos")
 HUB = "https://huggingface.co"
 FILE = "model.safetensors"  # Its name in the repositories of timm.
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}

@@ -37,7 +37,7 @@ STAGES = (
     Stage(4, 5, 2, 6, 192),
     Stage(1, 3, 1, 6, 320),
 )
-# (name in the stage, stage, stride) of each block
+# (index in its stage, stage, stride) of each block
 BLOCKS = tuple((j, stage, stage.stride if j == 0 else 1) for stage in STAGES for j in range(stage.depth))
 
 

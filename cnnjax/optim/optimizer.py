@@ -154,8 +154,11 @@ class Optimizer(ABC):
           UserError: the run is too short for `accumulate_steps` or `lookahead`, or (in `init`) a group matches no
             parameter; or `for_network` has not been called although it is necessary.
         """
-        rule = "0, and `optim.depth_decay` 1, without a network: call `for_network(model)` first"
-        check("optim.freeze_epochs", rule, not self._needs_network(), self.freeze_epochs)
+        if self._needs_network():
+            raise UserError(
+                "`optim.freeze_epochs` must be 0 and `optim.depth_decay` 1 without a network, got "
+                f"{self.freeze_epochs} and {self.depth_decay}. Call `for_network(model)` first."
+            )
         updates = num_steps // self.accumulate_steps
         rule = f"at most the {num_steps} steps of the run"
         check("optim.accumulate_steps", rule, updates > 0, self.accumulate_steps)

@@ -18,7 +18,7 @@ import numpy as np
 from cnnjax.cli.console import Report
 from cnnjax.config import Config
 from cnnjax.errors import UserError, check_name, unknown_name
-from cnnjax.prepare import load_data
+from cnnjax.prepare import load_data, load_network_weights
 from cnnjax.runs import directory, manifest, records, recovery
 from cnnjax.runs.files import SUMS, changes, check_local, check_sums, file_sha256, is_inside, show
 from cnnjax.runs.run import make_run
@@ -202,7 +202,8 @@ def reproduce(
     for name, (there, here) in environment.items():
         report.say(f"{name} is {show(there)} there and {show(here)} here: the bits may differ")
     version = records.data_version(run_dir)
-    dataset = load_data(config, data_dir, report.say, version=version)
+    weights = load_network_weights(config, report.say)
+    dataset = load_data(config, data_dir, report.say, version=version, weights=weights)
     last = old["stopped_epoch"]
 
     def on_epoch(row: Mapping[str, Any], state: TrainState) -> bool:

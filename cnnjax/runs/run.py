@@ -35,7 +35,7 @@ from cnnjax.sharding import place
 from cnnjax.step import TrainState, abstract_state, eval_params, init_optimizer
 from cnnjax.typing import AnyArray
 
-BATCH_SIZE, LARGE_BATCH_SIZE = 128, 8  # Images per call of the network; the latter above 64×64 pixels.
+BATCH_SIZE, LARGE_BATCH_SIZE = 128, 8  # Images per call of the network; the latter above 64 by 64 pixels.
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field, FiniteFloat, with_config
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12.
 
 from cnnjax.data.batches import Standardization
-from cnnjax.data.image_files import INTERPOLATIONS, RESIZE
+from cnnjax.data.stored import INTERPOLATIONS, RESIZE
 from cnnjax.errors import check
 
 FORMAT = 5  # Of the run directory.

@@ -19,7 +19,7 @@ from cnnjax.cli.process import num_cores, start_jax
 from cnnjax.cli.signals import Interrupted, stop_signals
 from cnnjax.config import Config
 from cnnjax.errors import check
-from cnnjax.prepare import load_data
+from cnnjax.prepare import load_data, load_network_weights
 from cnnjax.runs.directory import check_path, check_run
 from cnnjax.runs.records import data_version
 from cnnjax.runs.schema import Result
@@ -95,7 +95,8 @@ def train_seeds(
             check_run(run_dir, c, resume)
     code = source_of(config, folder or Path("runs"))  # Once: what trains, even if a file is edited meanwhile.
     version = next(filter(None, map(data_version, folders)), None)
-    dataset = load_data(config, data_dir, report.say, version=version)
+    weights = load_network_weights(config, report.say)
+    dataset = load_data(config, data_dir, report.say, version=version, weights=weights)
     devices = jax.local_devices()
     free: SimpleQueue[Any] = SimpleQueue()
     for device in devices:

@@ -241,7 +241,7 @@ def test_a_data_dir_that_is_a_file(folder):
 def test_the_command_prints_the_report_and_exits_with_2_if_training_would_refuse_the_folder(folder, capsys):
     command = ["data", str(folder), "--data-dir", str(folder.parent / "data")]
     main(command)
-    assert f"reading 12 files of {folder} (once)\n12 images of 2 classes: 12 train\n" in capsys.readouterr().out
+    assert f"reading 12 files of {folder}\n12 images of 2 classes: 12 train\n" in capsys.readouterr().out
     assert not (folder.parent / "data").exists()
     prepare(folder)
     main(command)

@@ -16,8 +16,8 @@ from safetensors.numpy import save
 
 from cnnjax import UserError
 from cnnjax.data.weights import load_weights
-from cnnjax.models.pretrained import insert_weights
 from cnnjax.models.torch_names import Place, head_names, variables_from_torch
+from cnnjax.pretrained import insert_weights
 from cnnjax.typing import Preprocessing, PublishedWeights
 
 RNG = np.random.default_rng(0)

@@ -434,7 +434,7 @@ def test_fine_tuning_needs_the_depths_of_the_network():
         UserError, match=r"`model` must have a method depths\(\) -> .* got Dense without it\. Set `optim"
     ):
         Adam(freeze_epochs=1).for_network(nn.Dense(3))
-    with pytest.raises(UserError, match=r"`optim.freeze_epochs` must be 0, .* without a network: call `for_network"):
+    with pytest.raises(UserError, match=r"must be 0 and `optim.depth_decay` 1 without a network, got 0 and 0\.9"):
         Adam(depth_decay=0.9).make_tx(10)
     assert Adam().for_network(nn.Dense(3)) == Adam()
 

@@ -54,7 +54,7 @@ def insert_weights(variables: dict[str, Any], loaded: Weights, model: Any) -> di
         fix = ""
         if path[1] == first and path in own and new[path].ndim == 4:
             channels = new[path].shape[2], own[path].shape[2]
-            fix = " They are for images with {} channels, not {}.".format(*channels)
+            fix = f" They are for images with {channels[0]} channels, not {channels[1]}."
             fix += f" Choose {option('channels', '3')}." if channels[0] == 3 else ""
         got = f"{'/'.join(path[1:])} of shape {list(new[path].shape)} instead of {expected}"
         raise UserError(f"`model.weights` must have the shapes of the network, got {got}.{fix}")
