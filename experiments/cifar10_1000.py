@@ -14,7 +14,7 @@ CONFIG = Config(
     batch_size=100,
     validation_fraction=0.0,  # Chosen with 0.2.
     tta="flip_translate",
-    model=SpeedNet(widths=(64, 256, 256), dtype="bfloat16"),
+    model=SpeedNet(widths=(32, 128, 128), dtype="bfloat16"),
     # As in cifar10_fast.
     optim=Muon(
         learning_rate=0.12,
