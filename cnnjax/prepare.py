@@ -54,16 +54,18 @@ class Setup(NamedTuple):
     augment_key: Key[Array, ""]
     placement: Placement
 
-    def frozen_names(self, state: TrainState, step: int) -> tuple[str, ...]:
-        """Returns the top-level names in the parameters whose gradients need not be computed at a step.
+    def frozen_names(self, state: TrainState, epoch: int) -> tuple[str, ...]:
+        """Returns the top-level names in the parameters whose gradients need not be computed in an epoch (from 0).
 
         Without them it is another program. On a CPU compiling it takes longer than it saves, except for parameters that
         are frozen from the start, as in fine-tuning.
         """
-        names = self.program.frozen_names(state.params, step)
-        if self.placement.devices[0].platform == "cpu":
-            names = tuple(name for name in names if name in self.program.frozen_names(state.params, 0))
-        return names
+        first = epoch * self.steps_per_epoch
+        # The last step, too: a layer may thaw within an epoch if batches are accumulated.
+        steps = [first, first + self.steps_per_epoch - 1]
+        steps += [0] if self.placement.devices[0].platform == "cpu" else []
+        frozen = [self.program.frozen_names(state.params, step) for step in steps]
+        return tuple(name for name in frozen[0] if all(name in names for names in frozen))
 
 
 def load_data(

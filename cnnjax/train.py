@@ -180,9 +180,9 @@ def fit(
     with run.report.progress(config.num_epochs, steps, start=step):
         for epoch in range(step // steps, config.num_epochs):
             epoch_start, examples_before = time.perf_counter(), progress.totals.num_examples
+            frozen = setup.frozen_names(state, epoch)
             while step < (epoch + 1) * steps:
                 plan, augment_key = next_dispatch
-                frozen = setup.frozen_names(state, step)
                 state, metrics = train_steps(
                     state, setup.train, plan, setup.train_key, augment_key, program=setup.program, frozen=frozen
                 )

@@ -138,10 +138,10 @@ class Report:
         )
 
     def result(self, result: Mapping[str, Any], run_dir: Path) -> None:
-        """Prints the content of result.json as a sentence, after a table of the classes if they are uneven."""
+        """Prints the content of result.json: a table of the classes, except for one of several runs, and a sentence."""
         classes, best = result["classes"], result["best_validation_accuracy"]
         uneven = is_uneven([row["count"] for row in classes])
-        if uneven and not self._one_of_several:
+        if not self._one_of_several:
             means = {name: result[f"test_macro_{name}"] for name in ("precision", "recall", "f1")}
             for line in class_lines(classes, result["confusion_matrix"], means, f"All are in {run_dir}/result.json."):
                 self.say(line)

@@ -105,9 +105,10 @@ SENTENCE = (
 )
 
 
-def test_the_result_is_a_sentence_after_a_table_if_the_classes_are_uneven(capsys):
+def test_the_result_is_a_table_and_a_sentence_with_balanced_accuracy_if_the_classes_are_uneven(capsys):
     Report().result(RESULT, Path("runs/x"))
-    assert capsys.readouterr().out == f"{SENTENCE}\n"
+    lines = capsys.readouterr().out.splitlines()
+    assert (len(lines), lines[2], lines[-1]) == (9, "1      dog     400     50.00%  75.00%  60.00%", SENTENCE)
     cat, dog = RESULT["classes"]
     uneven = {**RESULT, "classes": [cat, {**dog, "count": 399}]}
     sentence = SENTENCE.replace("90.00%", "90.00%, balanced accuracy 75.00%")
