@@ -3,7 +3,8 @@
     .venv/bin/python experiments/make_folders.py     # writes data/cifar10_1000, once
     make train EXPERIMENT=cifar10_1000 SEED=0
 
-MEASURED
+Test accuracy 72.71% ± 0.45 (sample deviation, 3 seeds),
+in 110 to 120 seconds (100 epochs) on 2 cores of an AMD EPYC with AVX-512 and bfloat16. See RESULTS.md.
 """
 
 from cnnjax import Config, Mixup, Muon, ParamGroup, SpeedNet, run_experiment
