@@ -4,7 +4,9 @@
     .venv/bin/python experiments/make_folders.py     # writes data/cifar10_1000, once
     make train EXPERIMENT=finetune SEED=0
 
-MEASURED
+Test accuracy 90.92% ± 0.12 (sample deviation, 3 seeds) with data/cifar10_1000,
+in 329 to 421 seconds (8 epochs) on 2 cores of an AMD EPYC with bfloat16; from scratch 72.71% (cifar10_1000). See
+RESULTS.md.
 """
 
 from cnnjax import Adam, Augment, Config, CrossEntropy, EfficientNetLite0, run_experiment
