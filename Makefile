@@ -57,10 +57,10 @@ else
 endif
 
 eval: setup
-	@$(BIN)/cnnjax eval $(RUN) $(ARGS)
+	@$(BIN)/cnnjax eval '$(subst ','\'',$(RUN))' $(ARGS)
 
 predict: setup
-	@$(BIN)/cnnjax predict $(RUN) $(IMAGES) $(ARGS)
+	@$(BIN)/cnnjax predict '$(subst ','\'',$(RUN))' $(IMAGES) $(ARGS)
 
 data: setup
 	@$(BIN)/cnnjax data $(QUOTED_DATASET) $(ARGS)

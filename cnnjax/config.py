@@ -136,14 +136,19 @@ class Config:
     @property
     def run_name(self) -> str:
         """The name of the run directory: `name`, or DATASET_MODEL, and the seed."""
+        return f"{self.name or f'{self.dataset_word}_{word(type(self.model))}'}-seed{self.seed}"
+
+    @property
+    def dataset_word(self) -> str:
+        """The data set in the names of runs."""
         dataset = self.dataset if isinstance(self.dataset, str) else getattr(self.dataset, "__name__", "arrays")
+        dataset = dataset.rstrip("/") or dataset
         if dataset.lower().endswith(LISTS) or re.fullmatch(NAME_OR_CONFIG, dataset, re.ASCII) is None:  # A path.
             path = PurePath(dataset)
             plain = unicodedata.normalize("NFKD", path.stem if path.suffix.lower() in LISTS else path.name)
             words = re.findall(r"[a-z0-9][a-z0-9_.-]*", plain.encode("ascii", "ignore").decode(), re.IGNORECASE)
             dataset = "-".join(words) or "images"
-        name = self.name or f"{re.sub('[/:]', '-', dataset)}_{word(type(self.model))}"
-        return f"{name}-seed{self.seed}"
+        return re.sub("[/:]", "-", dataset)
 
     def data_options(self) -> dict[str, Any]:
         """Returns the arguments of `load_dataset` that determine the examples and their shape."""

@@ -99,7 +99,8 @@ def init_from_weights(
       >>> model = EfficientNetLite0(num_classes=3, weights="imagenet")
       >>> weights = load_weights(model)
       >>> state = init_from_weights(init_state(key, image, model=model, tx=tx), weights, model=model, tx=tx)
-      >>> batch = Batch((image - weights.standardization.mean) / weights.standardization.std, label, mask)
+      >>> mean, std = weights.standardization
+      >>> batch = Batch((image - mean) / std, label, mask)  # image: pixels from 0 to 255, not divided by 255
 
     Args:
       weights: of `load_weights`.

@@ -86,6 +86,7 @@ def test_a_folder_that_cannot_be_written_or_read_ends_the_process_at_once(whole,
     assert digests(run_dir) == digests(whole)
 
 
+@pytest.mark.slow
 def test_a_second_start_uses_compiled_programs_unless_they_are_damaged(options, tmp_path):
     """Without oneDNN's kernels, whose programs cannot be cached. A kill can leave half a file, and disks flip bits."""
     environment = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "CNNJAX_ONEDNN": "0", "JAX_LOG_COMPILES": "1"}

@@ -59,7 +59,7 @@ def test_an_interrupt_saves_and_running_the_cell_again_resumes(cells):
     name = r"Run\(runs/shapes: cnn on arrays in memory, seed 0, "
     assert re.fullmatch(rf"{name}test accuracy 9\d\.\d+% after {epochs[-1]} epochs\)", resumed["result"])
     assert again["result"] == resumed["result"]  # Nothing is left to do.
-    assert again["stdout"] == resumed["stdout"].splitlines(keepends=True)[-1]
+    assert again["stdout"].startswith("class ") and resumed["stdout"].endswith(again["stdout"])
 
 
 def test_progress_is_one_line_that_is_updated(cells):

@@ -596,6 +596,7 @@ def test_an_optimizer_with_a_key_in_its_state_resumes_with_the_same_bits(tmp_pat
     assert len(keys) == 1
 
 
+@pytest.mark.slow
 def test_a_run_under_strict_dtype_promotion_has_the_same_bits(tmp_path):
     """With soft labels, weight decay, clipping, accumulation and test-time augmentation."""
     optim = Adam(weight_decay=1e-3, clip_norm=1.0, accumulate_steps=2, schedule="one_cycle")

@@ -19,6 +19,7 @@ def expected(arguments, tmp_path_factory):
     return outcome(run_dir)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_twice_ends_in_the_same_bits(arguments, expected, tmp_path):
     moments = {"end of an epoch": Moment(1, 0.2), "checkpoint write": Moment(1, 0.1)}
     hits, _, _ = stress(2, [*arguments, "--checkpoint-seconds", "0.1"], expected, tmp_path, seed=5, moments=moments)

@@ -201,6 +201,7 @@ def test_gradients_at_ties_are_equal(platform, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_plain_networks_are_divided_among_devices():
     """With explicit axes and with `jax.shard_map`, on four simulated devices, the gradient is that of one device."""
     done = subprocess.run([sys.executable, PROGRAM], capture_output=True, text=True, check=False)

@@ -83,7 +83,12 @@ def parse_train(experiment: Experiment, arguments: Sequence[str], prog: str | No
     registry = ConstructorRegistry()
     registry.struct_rule(_opaque)
     registry.primitive_rule(_dataset)
-    return tyro.cli(Train, default=Train(config), args=arguments, prog=prog, description=description, registry=registry)
+    options: Any = {"prog": prog, "description": description, "registry": registry}
+    train = tyro.cli(Train, default=Train(config), args=arguments, **options)
+    if config.name and train.config.name == config.name and train.config.dataset != config.dataset:
+        named = dataclasses.replace(train.config, name=f"{config.name}_{train.config.dataset_word}")
+        train = dataclasses.replace(train, config=named)
+    return train
 
 
 def _choose(config: Config, part: str, words: dict[str, type], arguments: list[str]) -> Config:

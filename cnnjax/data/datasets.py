@@ -94,7 +94,8 @@ class ImageDataset:
         examples = self.stored.load("train" if stored == "test" and self.test_split is None else stored)
         if self.test_split is None and split in ("train", "test"):
             names = self.class_names
-            parts = split_test(self.test_seed, examples.image, examples.label, self.test_fraction, names)
+            pixels = self.stored.pixels or [image.tobytes() for image in examples.image]
+            parts = split_test(self.test_seed, pixels, examples.label, self.test_fraction, names)
             examples = select(examples, parts[split == "test"])
         if examples.image.shape[1:] == self.image_shape:
             return examples
@@ -170,7 +171,10 @@ def load_dataset(
     check("channels", "1, 3 or 4", channels in (None, 1, 3, 4), channels)
     fit = Fit(_pair("image_size", image_size), channels, resize, interpolation)
     directory = default_data_dir() if data_dir is None else absolute(Path(data_dir))
-    if isinstance(dataset, os.PathLike) or (isinstance(dataset, str) and is_path(dataset, directory, say)):
+    of_folder = re.fullmatch("[0-9a-f]{12}", version or "") is not None  # Which may have been moved.
+    if isinstance(dataset, os.PathLike) or (
+        isinstance(dataset, str) and (of_folder or is_path(dataset, directory, say))
+    ):
         size = fit.image_size or _pair("default_size", default_size)
         fit = fit._replace(image_size=size, channels=channels or 3)
         path = Path(os.path.expanduser(dataset))
@@ -218,7 +222,7 @@ def is_path(dataset: str, data_dir: Path, say: Callable[[str], None]) -> bool:
     Raises:
       UserError: a folder and a prepared set have this name.
     """
-    if re.match(r"[~/.]", dataset) or dataset.lower().endswith(LISTS):
+    if re.match(r"[~/.]", dataset) or dataset.lower().endswith((*LISTS, "/")):
         return True
     if not os.path.lexists(dataset):
         return False

@@ -121,7 +121,8 @@ def unknown_set(name: str, data_dir: Path, known: Iterable[str]) -> UserError:
     """Returns the error for a set that `data_dir` does not hold, and that is not one of the `known` ones."""
     near = difflib.get_close_matches(name.lower(), {*known, *_prepared_names(data_dir)}, n=3, cutoff=0.75)
     hint = f"Did you mean {' or '.join(near)}? " if near else ""
-    return UserError(f"`dataset` must be a known name, got {name!r}. {hint}{describe(name, data_dir)}")
+    here = f"There is no folder {name} here, either."
+    return UserError(f"`dataset` must be a known name, got {name!r}. {hint}{describe(name, data_dir)} {here}")
 
 
 # --- How a version gets there ---------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ def open_image(path: Path) -> Image.Image:
         # Pillow warns of large images, up to twice that size, and of metadata.
         with warnings.catch_warnings(action="ignore"), open_regular(path) as stream, Image.open(stream) as file:
             if file.mode in ("I", "F"):
-                raise UserError(f"`image` must have 8 or 16 bits per channel, got {path} with 32 (mode {file.mode}).")
+                raise UserError(f"`image` must have 8 or 16 bits per channel, got {path} (32 bits, mode {file.mode}).")
             ImageOps.exif_transpose(file, in_place=True)
             image: Image.Image = file
             if image.mode.startswith("I;16"):  # Pillow would clip 16-bit gray instead of scaling it.

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -106,6 +106,12 @@ def prepare_folder(
             f"`data_dir` must be a directory that can be written, got {data_dir} ({error}). Fix this, and run the "
             f"command again: it continues. Or choose another one: {option('data_dir', 'DIR')}."
         ) from error
+
+
+def pixels_of(folder: Path, files: Sequence[str]) -> tuple[bytes, ...]:
+    """Returns what identifies the pixels of files of a prepared folder, as they were before they were resized."""
+    found = {record.file.path: record.pixels.encode() for record in read_json(folder / FILES, Inspection).records}
+    return tuple(found[file] for file in files)
 
 
 def check_folder(path: Path, data_dir: Path, say: Callable[[str], None] = print) -> None:

@@ -235,12 +235,21 @@ def _read_list(path: Path) -> list[_Row]:
 
 def _read_csv(text: str, path: Path) -> list[tuple[int, _Line]]:
     reader = csv.DictReader(io.StringIO(text, newline=""))
-    columns = [repr(name) for name in reader.fieldnames or ["no line"]]
-    if not {"path", "label"} <= {*(reader.fieldnames or ())}:
-        refuse(columns, "have the columns path and label, separated by commas", path, _LIST_FIX)
+    names = [name.strip().lower() for name in reader.fieldnames or ()]
+    columns = [repr(name) for name in names or ["no line"]]
+    reader.fieldnames = names
+    if not {"path", "label"} <= {*names} or len({*names}) < len(names):
+        refuse(
+            columns,
+            "have the columns path and label, separated by commas",
+            path,
+            _LIST_FIX,
+        )
     lines: list[tuple[int, Any]] = [(reader.line_num, row) for row in reader]
-    wrong = [f"line {number}" for number, row in lines if None in row or None in row.values() or not row["path"]]
+    wrong = [f"line {number}" for number, row in lines if None in row or None in row.values()]
     refuse(wrong, f"have {len(columns)} values in each line", path, _LIST_FIX)
+    empty = [f"line {number}" for number, row in lines if "" in (row["path"], row["label"].strip())]
+    refuse(empty, "have a path and a label in each line", path, _LIST_FIX)
     return lines
 
 

@@ -171,7 +171,7 @@ def split_validation(
 
 
 def split_test(
-    seed: int, image: np.ndarray, label: np.ndarray, fraction: float, class_names: Sequence[str] = ()
+    seed: int, pixels: Sequence[bytes], label: np.ndarray, fraction: float, class_names: Sequence[str] = ()
 ) -> tuple[np.ndarray, np.ndarray]:
     """Holds out a class-balanced test set, whose examples depend on their pixels and not on the order of the examples.
 
@@ -180,7 +180,7 @@ def split_test(
 
     Args:
       seed: selects the examples.
-      image: uint8 [N H W C].
+      pixels: identifies each image, of N.
       label: int [N].
       fraction: of each class, in (0, 1); rounded to whole examples, at least one per class.
       class_names: of the labels, for messages.
@@ -192,7 +192,7 @@ def split_test(
       UserError: `fraction` leaves no training example of some class.
     """
     salt = seed.to_bytes(16, "little")
-    digests = [hashlib.blake2b(x.tobytes(), digest_size=8, salt=salt).digest() for x in image]
+    digests = [hashlib.blake2b(x, digest_size=8, salt=salt).digest() for x in pixels]
     rank = np.frombuffer(b"".join(digests), "<u8")
     chosen = []
     for k in np.unique(label):

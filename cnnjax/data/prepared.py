@@ -18,7 +18,7 @@ from cnnjax.data.cache import (
     write_facts,
 )
 from cnnjax.data.folders import check_free, exclusive, prepared_folder, publish, staging, versions
-from cnnjax.data.image_folder import FILES, prepare_folder
+from cnnjax.data.image_folder import FILES, pixels_of, prepare_folder
 from cnnjax.data.named import NAMED_SETS
 from cnnjax.data.sources import NamedSet, fetch
 from cnnjax.data.stored import Examples, Fit, StoredSet, digest
@@ -153,6 +153,7 @@ def _stored(wanted: _Wanted, cache: Path, facts: Facts) -> StoredSet:
         load=partial(_load, wanted, cache, facts),
         folder=folder,
         splits=facts.splits,
+        pixels=pixels_of(folder, facts.files) if content else (),
     )
 
 
@@ -212,7 +213,10 @@ def _decode_all(wanted: _Wanted, folder: Path, source: str) -> StoredSet:
     wanted.say(f"decoding {wanted.name} {folder.name} (once)")
     available, one_size = inspect_set(folder)
     cache, fit = folder / (CACHE if one_size else _cache_name(wanted.fit)), Fit() if one_size else wanted.fit
-    decoded = {split: decode(folder, split, fit) for split in wanted.decoded(available)}
+    files: list[str] = []
+    decoded = {
+        split: decode(folder, split, fit, files if split == "train" else None) for split in wanted.decoded(available)
+    }
     sha256 = {split: digest(examples) for split, examples in decoded.items()}
     for split, pinned in (wanted.named.sha256 if wanted.named else {}).items():
         if sha256[split] != pinned:
@@ -223,7 +227,7 @@ def _decode_all(wanted: _Wanted, folder: Path, source: str) -> StoredSet:
             raise UserError(
                 f"{folder} must hold {split} images of the same shape {train} as its training images, got {shape}."
             )
-    facts = Facts(source, class_names(folder), train, sha256, available)
+    facts = Facts(source, class_names(folder), train, sha256, available, tuple(files))
     try:
         for split, examples in decoded.items():
             write_arrays(cache, split, examples)

@@ -62,6 +62,7 @@ class StoredSet:
       load: returns a split, and verifies its digest.
       folder: the prepared tfds directory, or None.
       splits: the names of all its splits; `sha256` and `load` know those that were needed.
+      pixels: identifies each training image as it was before it was resized; empty: the images are as they were.
     """
 
     name: str
@@ -73,3 +74,4 @@ class StoredSet:
     load: Callable[[str], Examples] = field(repr=False, compare=False)
     folder: Path | None = None
     splits: tuple[str, ...] = ("train", "test")
+    pixels: tuple[bytes, ...] = field(default=(), repr=False)

@@ -42,8 +42,16 @@ def inspect_set(folder: Path) -> tuple[tuple[str, ...], bool]:
     return tuple(builder.info.splits), None not in (shape or ())[:2]
 
 
-def decode(folder: Path, split: str, fit: Fit = Fit()) -> Examples:  # noqa: B008  Immutable.
+def decode(
+    folder: Path,
+    split: str,
+    fit: Fit = Fit(),  # noqa: B008  Immutable.
+    files: list[str] | None = None,
+) -> Examples:
     """Decodes a split of a prepared tfds directory, in record order, and brings its images to one shape by `fit`.
+
+    Args:
+      files: receives the feature "file" of each example, if there is one.
 
     Raises:
       UserError: the split is missing or damaged, or does not hold images of one shape with one class label each.
@@ -70,6 +78,8 @@ def decode(folder: Path, split: str, fit: Fit = Fit()) -> Examples:  # noqa: B00
     image, label, read = None, _empty(folder, (count,), np.int32), 0
     for row in track(_rows(builder, split), f"decoding {split}", total=count):
         row[image_name] = _fitted(row[image_name], fit)
+        if files is not None and isinstance(row.get("file"), bytes):
+            files.append(row["file"].decode())
         if image is None:
             image = _empty(folder, (count, *row[image_name].shape), np.uint8)
             if 0 in image.shape[1:]:

@@ -121,7 +121,8 @@ def average(tx: optax.GradientTransformation, decay: float) -> optax.GradientTra
         kept = jnp.minimum(decay, count / (9 + count))
 
         def of(a: Array, p: Array, u: Array) -> Array:
-            return a + (1 - kept).astype(a.dtype) * (p + u.astype(p.dtype) - a)
+            new = p + u.astype(p.dtype)
+            return jnp.where(new == a, a, a + (1 - kept).astype(a.dtype) * (new - a))  # Frozen ones keep their bits.
 
         return updates, AverageState(count, jax.tree.map(of, state.params, params, updates), inner)
 

@@ -252,6 +252,11 @@ def check_data(run_dir: Path, facts: DataFacts) -> None:
     if (run_dir / "config.json").exists():
         ours = {"version": "", "source": ""}  # The same data may come from elsewhere.
         if changed := changes(asdict(read_record(run_dir).data) | ours, asdict(facts) | ours):
+            if changed.keys() == {"weights_sha256"}:
+                old, new = changed["weights_sha256"]
+                raise UserError(
+                    f"`model.weights` must be the file that {run_dir} began with, SHA-256 {old}, got {new}. Restore it."
+                )
             listed = "; ".join(f"`{name}` is {old!r} there and {new!r} here" for name, (old, new) in changed.items())
             raise UserError(
                 f"`data_dir` must hold the data that {run_dir} was trained on, but in version {facts.version} from "

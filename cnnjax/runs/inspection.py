@@ -259,8 +259,12 @@ def scores(target: str, metric: str) -> tuple[dict[int, float], list[Path]]:
     of_seed: dict[int, Path] = {}
     unfinished = []
     first: EncodedConfig | None = None
+    data: dict[str, str] | None = None
     for folder in folders:
-        config = records.read_record(folder).config
+        record = records.read_record(folder)
+        config, data = record.config, data or record.data.sha256
+        if record.data.sha256 != data:
+            raise UserError(f"The runs of {target} must be on the same images, got others in {folder}.")
         result = records.read_result(folder)
         first, seed = first or config, config["seed"]
         if changed := changes({**first, "seed": seed}, config):

@@ -117,7 +117,11 @@ def test_a_field_that_holds_a_function_or_data_keeps_it():
             "a/b",
             "`name` must be letters, digits, '.', '_' and '-' that begin with a letter or digit, got 'a/b'",
         ),
-        ("--dataset", "../x", "`dataset` must be an existing folder or list, got ../x (No such file or directory)"),
+        (
+            "--dataset",
+            "../no/x",
+            "`dataset` must be an existing folder or list, got ../no/x (No such file or directory)",
+        ),
         ("--tta", "flp", "`tta` must be a known name, got 'flp'. Did you mean flip"),
         ("--loss.label-smoothing", "1", "`loss.label_smoothing` must be at least 0 and below 1, got 1"),
         ("--optim.learning-rate", "-1", "`optim.learning_rate` must be above 0 and finite, got -1"),

@@ -51,7 +51,7 @@ def test_an_unknown_name_suggests_similar_ones(name, near, data_dir):
         load_dataset(name, data_dir)
 
 
-@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "", "x/" * 300, "mnist/../x\n"], ids=repr)
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "", "x" + "/x" * 300, "mnist/../x\n"], ids=repr)
 def test_a_name_that_can_be_no_folder(name, data_dir):
     with pytest.raises(UserError, match=r"`dataset` (must be a known name|.* is not prepared in)"):
         load_dataset(name, data_dir)
@@ -62,12 +62,12 @@ def test_a_mistyped_data_dir_is_named_instead_of_another_set(data_dir, tmp_path)
     mistyped = tmp_path / "tfd"
     for name in ("generated", *(() if importlib.util.find_spec("tensorflow") else ("svhn_cropped",))):
         with pytest.raises(
-            UserError, match=rf"'{name}'.* The folder {mistyped} \(`data_dir`\) does not exist\.$"
+            UserError, match=rf"'{name}'.* The folder {mistyped} \(`data_dir`\) does not exist\."
         ) as error:
             load_dataset(name, mistyped)
         assert "Did you mean" not in str(error.value)
     assert not mistyped.exists()
-    with pytest.raises(UserError, match=rf"got 'mine'\. {data_dir} holds generated\.$"):
+    with pytest.raises(UserError, match=rf"got 'mine'\. {data_dir} holds generated\."):
         load_dataset("mine", data_dir)
     (mistyped / "mine" / "config").mkdir(parents=True)
     with pytest.raises(UserError, match=rf"{mistyped / 'mine'} holds no finished version, only config\.$"):

@@ -84,7 +84,7 @@ def test_a_large_photograph_is_read_and_a_larger_one_is_refused(tmp_path, monkey
 
 def test_thirty_two_bits_are_refused(tmp_path):
     Image.new("F", (28, 28), 0.5).save(tmp_path / "image.tiff")
-    with pytest.raises(UserError, match=r"`image` must have 8 or 16 bits per channel, got .* with 32 \(mode F\)"):
+    with pytest.raises(UserError, match=r"`image` must have 8 or 16 bits per channel, got .* \(32 bits, mode F\)"):
         read_image(tmp_path / "image.tiff", (28, 28, 1))
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 from cnnjax import UserError
 from cnnjax.cli.main import main
 from cnnjax.data import image_folder
+from cnnjax.data.datasets import load_dataset
 from cnnjax.data.image_files import read_image
 
 PROGRAM = Path(__file__).parents[1] / "programs" / "prepare_folder.py"
@@ -253,3 +254,21 @@ def test_the_command_prints_the_report_and_exits_with_2_if_training_would_refuse
     assert (stopped.value.code, captured.err.count("\n")) == (2, 1)
     assert "WARNING: files that cannot be read (1): 'a/notes.txt'" in captured.out
     assert captured.err.startswith("`dataset` must hold images that can be read, got 'a/notes.txt'")
+
+
+def test_the_drawn_test_set_is_the_same_at_every_size(tmp_path, monkeypatch):
+    """Otherwise two runs would be compared on different images. It is found again after the folder has moved."""
+    monkeypatch.chdir(tmp_path)
+    rng, found = np.random.default_rng(0), []
+    for i in range(40):
+        color = np.array([6 * i, 255 - 6 * i, 40], np.uint8)  # Tells the images apart at any size.
+        path = tmp_path / "photos" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.broadcast_to(color, (*rng.integers(20, 40, 2), 3))).save(path)
+    for size in (8, 16):
+        dataset = load_dataset("photos", tmp_path / "data", lambda line: None, image_size=size)
+        found.append(sorted(dataset.load("test").image[:, 0, 0, 0].tolist()))
+    assert found[0] == found[1] and len(found[0]) == 8
+    (tmp_path / "photos").rename(tmp_path / "moved")
+    again = load_dataset("photos", tmp_path / "data", lambda line: None, image_size=16, version=dataset.version)
+    np.testing.assert_array_equal(again.load("test").image, dataset.load("test").image)

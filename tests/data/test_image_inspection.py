@@ -92,14 +92,14 @@ def test_files_that_cannot_be_read_are_named_with_the_reason(tmp_path):
     assert list(problems) == ["a/bomb.png", "a/cut.png", "a/empty.png", "a/notes.txt", "a/wide.tiff"]
     for name, (_, reason) in damaged.items():
         assert problems[f"a/{name}"].startswith(reason)
-    assert problems["a/wide.tiff"] == "with 32 (mode F)"
+    assert problems["a/wide.tiff"] == "32 bits, mode F"
     rule = r"`dataset` must hold images that can be read, got 'a/bomb.png' \(Image size .*\), 'a/cut.png' .* and 2 more"
     with pytest.raises(UserError, match=rf"{rule} in {tmp_path}\. Repair .*: skip_unreadable=True\."):
         check_usable(inspection, tmp_path, skip_unreadable=False)
     check_usable(inspection, tmp_path, skip_unreadable=True)
     *_, line = report(inspection)
     assert line.startswith("WARNING: files that cannot be read (5): 'a/bomb.png' (Image size")
-    assert "'a/wide.tiff' (with 32 (mode F))" in line
+    assert "'a/wide.tiff' (32 bits, mode F)" in line
 
 
 def test_what_remains_without_the_unreadable_files_must_suffice(tmp_path):

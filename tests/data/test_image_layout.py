@@ -185,8 +185,8 @@ def test_links_and_special_files_are_refused(special, message, tmp_path):
         ("file,label\na.png,x\n", "have the columns path and label, separated by commas, got 'file', 'label' in {}."),
         ("path,label\na.png\n", "have 2 values in each line, got line 2 in {}."),
         ("path,label\na.png,x\nb.png,x,1\n", "have 2 values in each line, got line 3 in {}."),
-        ("path,label\n,x\n", "have 2 values in each line, got line 2 in {}."),
-        ("path,label\na.png,x\nb.png,\n", "have class names of 1 to 255 plain characters, got '' in {}."),
+        ("path,label\n,x\n", "have a path and a label in each line, got line 2 in {}."),
+        ("path,label\na.png,x\nb.png,\n", "have a path and a label in each line, got line 3 in {}."),
         ("path,label\na.png,x\na.png,x\n./a.png,x\n", "name each file once, got 'a.png' (lines 2, 3, 4) in {}."),
         ("path,label,split\na.png,x,train\nb.png,x,dev\n", "validation, test, got 'dev' (line 3) in {}."),
         (

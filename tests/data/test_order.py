@@ -216,42 +216,42 @@ def test_a_validation_fraction_that_leaves_nothing_to_train_on():
 # --- A test set of part of the training images ------------------------------------------------------------------------
 
 
-def make_images(num_examples):
-    return np.random.default_rng(0).integers(0, 256, (num_examples, 2, 3, 1), np.uint8)
+def make_pixels(num_examples):
+    return [*map(bytes, np.random.default_rng(0).integers(0, 256, (num_examples, 6), np.uint8))]
 
 
 def test_the_test_part_is_class_balanced_and_follows_the_images_and_not_their_order():
-    image, label = make_images(100), np.repeat(np.arange(3), [50, 30, 20])
-    kept, held_out = split_test(0, image, label, 0.2)
+    pixels, label = make_pixels(100), np.repeat(np.arange(3), [50, 30, 20])
+    kept, held_out = split_test(0, pixels, label, 0.2)
     np.testing.assert_array_equal(np.sort(np.concatenate([kept, held_out])), np.arange(100))
     np.testing.assert_array_equal(np.bincount(label[held_out]), [10, 6, 4])
     shuffled = np.random.default_rng(1).permutation(100)
-    _, moved = split_test(0, image[shuffled], label[shuffled], 0.2)
+    _, moved = split_test(0, [pixels[i] for i in shuffled], label[shuffled], 0.2)
     np.testing.assert_array_equal(np.sort(shuffled[moved]), held_out)
-    assert not np.array_equal(split_test(1, image, label, 0.2)[1], held_out)
+    assert not np.array_equal(split_test(1, pixels, label, 0.2)[1], held_out)
     assert not np.array_equal(held_out, np.concatenate([np.arange(10), np.arange(50, 56), np.arange(80, 84)]))
 
 
 def test_the_test_part_is_pinned():
-    image, label = make_images(40), np.arange(40) % 2
-    np.testing.assert_array_equal(split_test(3, image, label, 0.2)[1], [6, 7, 14, 15, 30, 31, 34, 35])
+    pixels, label = make_pixels(40), np.arange(40) % 2
+    np.testing.assert_array_equal(split_test(3, pixels, label, 0.2)[1], [6, 7, 14, 15, 30, 31, 34, 35])
 
 
 def test_identical_images_are_on_the_same_side_even_under_two_labels():
-    image, label = make_images(60).repeat(3, axis=0), np.tile([0, 0, 1], 60)
+    pixels, label = [x for x in make_pixels(60) for _ in range(3)], np.tile([0, 0, 1], 60)
     for seed in range(5):
-        kept, held_out = split_test(seed, image, label, 0.3)
-        assert not {*map(bytes, image[kept])} & {*map(bytes, image[held_out])}
+        kept, held_out = split_test(seed, pixels, label, 0.3)
+        assert not {pixels[i] for i in kept} & {pixels[i] for i in held_out}
         assert np.all(np.bincount(label[held_out]) >= [36, 18])
 
 
 def test_a_class_without_two_different_images_cannot_be_divided():
-    image, label = make_images(12), np.repeat([0, 1], [10, 2])
-    assert np.bincount(label[split_test(0, image, label, 0.2)[1]]).tolist() == [2, 1]
-    image[11] = image[10]
+    pixels, label = make_pixels(12), np.repeat([0, 1], [10, 2])
+    assert np.bincount(label[split_test(0, pixels, label, 0.2)[1]]).tolist() == [2, 1]
+    pixels[11] = pixels[10]
     rule = "`test_fraction` must leave a training image of each class, got 0.2 with 2 images of class dog, of which 1 "
     with pytest.raises(UserError, match=rule):
-        split_test(0, image, label, 0.2, ["cat", "dog"])
+        split_test(0, pixels, label, 0.2, ["cat", "dog"])
 
 
 # --- Balanced sampling ------------------------------------------------------------------------------------------------
