@@ -198,12 +198,12 @@ def load_dataset(
         check("image_size", "None for images of another number of channels than 1 to 4", given in MODES, image_size)
     if test_split is None and "test" in stored.sha256:
         found = replace(found, test_split="test")
-    elif test_split is None:
+    elif test_split is None and version is None:
         say(
             f"{stored.name} has no test split: {test_fraction:.0%} of each class of its training images, drawn with "
             f"`test_seed` {test_seed}, are the test set"
         )
-    elif test_split == "train" or test_split not in stored.sha256:
+    elif test_split is not None and (test_split == "train" or test_split not in stored.sha256):
         others = ", ".join(sorted({*stored.splits} - {"train"})) or "none besides train"
         raise UserError(f"`test_split` must be a split of {stored.name} ({others}), got {test_split!r}.")
     return found

@@ -23,7 +23,7 @@ from cnnjax.data.image_parts import Parts
 from cnnjax.data.stored import LISTS
 from cnnjax.data.tfds_format import png, write_examples
 from cnnjax.errors import StorageError, UserError, option
-from cnnjax.runs.files import atomic_write, read_json, write_sums
+from cnnjax.runs.files import atomic_write, file_sha256, read_json, write_sums
 from cnnjax.runs.schema import ImageShape, Sha256
 
 FILES, SOURCE = "files.json", "source.json"  # In the folder of a version, with their checksums.
@@ -79,10 +79,10 @@ def prepare_folder(
     """
     check_channels(image_shape)
     is_version = re.fullmatch("[0-9a-f]{12}", version or "")
-    if is_version and (source := next(data_dir.glob(f"*_{version}/{_VERSION}/{SOURCE}"), None)):
-        if not _is_unchanged(path, source):
-            say(f"{path} is not as it was when {source.parent.parent.name} was prepared, which is used")
-        return source.parent
+    if is_version and (sources := sorted(data_dir.glob(f"*_{version}/{_VERSION}/{SOURCE}"))):
+        if not _is_unchanged(path, sources[0]):
+            say(f"{path} is not as it was when {sources[0].parent.parent.name} was prepared, which is used")
+        return sources[0].parent
     listing, settings = scan(path), _Settings(image_shape, resize, interpolation)
     work = f"{_slug(path)}_{_digits(os.path.realpath(path), settings)}"
     try:
@@ -157,8 +157,16 @@ def _find(path: Path, data_dir: Path, listing: Listing, settings: _Settings | No
 
 
 def _is_unchanged(path: Path, source: Path) -> bool:
-    with suppress(UserError):
-        return scan(path).sha256 == read_json(source, _Source).listing
+    """Returns whether a folder holds what was prepared, perhaps with other times, as a copy does."""
+    with suppress(UserError, OSError):
+        listing = scan(path)
+        if listing.sha256 == read_json(source, _Source).listing:
+            return True
+        records = read_json(source.with_name(FILES), Inspection).records
+        now, then = ([file[:4] for file in files] for files in (listing.files, [record.file for record in records]))
+        return now == then and all(
+            record.problem or file_sha256(listing.root / record.file.path) == record.sha256 for record in records
+        )
     return False
 
 

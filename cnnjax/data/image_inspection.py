@@ -124,7 +124,7 @@ def check_usable(inspection: Inspection, path: Path, skip_unreadable: bool) -> N
     changed = [repr(record.file.path) for record in inspection.records if record.problem == _CHANGED]
     refuse(changed, "hold files that nobody is writing", path, "Wait until they are complete.")
     problems = [] if skip_unreadable else [r for r in inspection.records if r.problem]
-    fix = f"Repair or remove them, or train without them: {option('skip_unreadable')}."
+    fix = f"Repair or remove them, or leave them out in training: {option('skip_unreadable')}."
     refuse([f"{r.file.path!r} ({r.problem})" for r in problems], "hold images that can be read", path, fix)
     train = (record.file for record in inspection.images if record.file.split == "train")
     check_counts(Counter(inspection.class_names[file.label] for file in train), inspection.class_names, path)

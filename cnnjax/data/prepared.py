@@ -23,13 +23,12 @@ from cnnjax.data.named import NAMED_SETS
 from cnnjax.data.sources import NamedSet, fetch
 from cnnjax.data.stored import Examples, Fit, StoredSet, digest
 from cnnjax.data.tfds_format import (
-    check_tensorflow,
     class_names,
     decode,
     inspect_set,
-    prepare_with_tensorflow,
     write_tfds,
 )
+from cnnjax.data.tfds_prepare import check_tensorflow, prepare_with_tensorflow
 from cnnjax.errors import UserError, option
 
 

@@ -39,11 +39,13 @@ class _File(NamedTuple):
     source: str
     license: str
     config: dict[str, Any]  # "pretrained_cfg" of timm, or empty.
+    architecture: str = ""  # As timm names it, or empty.
 
 
 class _Config(TypedDict, total=False):
     """The content of config.json in a repository of timm; other keys are ignored."""
 
+    architecture: str
     pretrained_cfg: dict[str, Any]
 
 
@@ -55,6 +57,7 @@ class _HubFile:
     sha256: str
     license: str
     config: dict[str, Any]
+    architecture: str
 
 
 def load_weights(model: Any, say: Callable[[str], None] = print) -> Weights:
@@ -64,7 +67,8 @@ def load_weights(model: Any, say: Callable[[str], None] = print) -> Weights:
       model: a network with the field `weights`, the methods `variables_from_torch` and `depths`, and the attribute
         `preprocessing`. `weights` is the path of a .safetensors file or of a file of PyTorch, "hf:OWNER/NAME" or
         "hf:OWNER/NAME@REVISION" for a repository of timm on the Hugging Face hub, or "imagenet" if the network has the
-        attribute `imagenet`, a `PublishedWeights`.
+        attribute `imagenet`, a `PublishedWeights`. If the network has an attribute `timm_name`, weights of which timm
+        states another architecture are refused: its tensors may have the same names.
       say: receives the source and the license, and progress messages.
 
     Raises:
@@ -88,6 +92,11 @@ def load_weights(model: Any, say: Callable[[str], None] = print) -> Weights:
         raise UserError(
             f"`model.weights` must be a file that can be read, got {file.path} ({reason(error)}).{hint}"
         ) from error
+    expected = getattr(model, "timm_name", "")
+    if expected and file.architecture not in ("", expected):
+        raise UserError(
+            f"`model.weights` must be of timm's {expected} for {network}, got {file.architecture} from {file.source}."
+        )
     sha256, tensors = hashlib.sha256(data).hexdigest(), _parse(file.path, data)
     head = model.variables_from_torch(tensors)["params"][model.depths()[-1]]
     say(f"{network} starts from {file.source} (license: {file.license}), SHA-256 {sha256[:8]}")
@@ -134,8 +143,8 @@ def _local(path: Path) -> _File:
     """Returns a file of the user, with the preprocessing that timm has stated in config.json beside it."""
     path = path.expanduser()
     config = path.with_name("config.json")
-    stated = read_json(config, _Config, "Correct or remove it.").get("pretrained_cfg", {}) if config.is_file() else {}
-    return _File(path, str(path), "unknown", stated)
+    stated = read_json(config, _Config, "Correct or remove it.") if config.is_file() else _Config()
+    return _File(path, str(path), "unknown", stated.get("pretrained_cfg", {}), stated.get("architecture", ""))
 
 
 # --- Fetching -------------------------------------------------------------------------------------------------------
@@ -184,7 +193,7 @@ def _from_hub(published: PublishedWeights, folder: Path, say: Callable[[str], No
         ) from unavailable
     if not record.exists():
         write_json(record, asdict(file))
-    return _File(path, published.source, file.license, file.config)
+    return _File(path, published.source, file.license, file.config, file.architecture)
 
 
 def _ask_hub(endpoint: str, repository: str, revision: str, published: PublishedWeights) -> _HubFile:
@@ -202,8 +211,9 @@ def _ask_hub(endpoint: str, repository: str, revision: str, published: Published
     except (LookupError, TypeError, StopIteration) as error:
         raise Unavailable(f"the repository has no {FILE} with a SHA-256") from error
     license_name = (about.get("cardData") or {}).get("license") or published.license or "not stated by the hub"
-    config = _get_json(f"{page}/config.json").get("pretrained_cfg", {})
-    return _HubFile(f"{page}/{FILE}", sha256, license_name, config)
+    config = _get_json(f"{page}/config.json")
+    stated = config.get("pretrained_cfg", {}), str(config.get("architecture", ""))
+    return _HubFile(f"{page}/{FILE}", sha256, license_name, *stated)
 
 
 def _get_json(url: str) -> dict[str, Any]:

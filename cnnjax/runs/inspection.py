@@ -203,6 +203,9 @@ def reproduce(
         report.say(f"{name} is {show(there)} there and {show(here)} here: the bits may differ")
     version = records.data_version(run_dir)
     weights = load_network_weights(config, report.say)
+    began_with = records.read_record(run_dir).data.weights_sha256
+    if weights is not None and weights.sha256 != began_with:
+        raise UserError(f"`model.weights` must be the file of {run_dir}, SHA-256 {began_with}, got {weights.sha256}.")
     dataset = load_data(config, data_dir, report.say, version=version, weights=weights)
     last = old["stopped_epoch"]
 

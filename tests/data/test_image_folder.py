@@ -269,6 +269,10 @@ def test_the_drawn_test_set_is_the_same_at_every_size(tmp_path, monkeypatch):
         dataset = load_dataset("photos", tmp_path / "data", lambda line: None, image_size=size)
         found.append(sorted(dataset.load("test").image[:, 0, 0, 0].tolist()))
     assert found[0] == found[1] and len(found[0]) == 8
+    shutil.copytree(tmp_path / "photos", tmp_path / "copy", copy_function=shutil.copyfile)  # With other times.
+    lines = []
+    load_dataset("copy", tmp_path / "data", lines.append, image_size=16, version=dataset.version)
+    assert lines == []  # The same content.
     (tmp_path / "photos").rename(tmp_path / "moved")
     again = load_dataset("photos", tmp_path / "data", lambda line: None, image_size=16, version=dataset.version)
     np.testing.assert_array_equal(again.load("test").image, dataset.load("test").image)

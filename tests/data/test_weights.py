@@ -157,6 +157,18 @@ def test_networks_without_weights():
         load_weights(NotPublished(weights="imagenet"), say=print)
 
 
+def test_weights_of_another_architecture_with_the_same_tensors_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Tiny, "timm_name", "tiny", raising=False)
+    (tmp_path / "w.safetensors").write_bytes(FILE)
+    model = Tiny(weights=str(tmp_path / "w.safetensors"))
+    for architecture in ("tiny", "tiny_blur"):
+        (tmp_path / "config.json").write_text(json.dumps({"architecture": architecture, "pretrained_cfg": STATED}))
+        if architecture == "tiny":
+            load_weights(model, say=lambda line: None)
+    with pytest.raises(UserError, match=r"must be of timm's tiny for Tiny, got tiny_blur from .*w\.safetensors\.$"):
+        load_weights(model, say=print)
+
+
 def test_the_preprocessing_that_timm_states_beside_a_file(tmp_path):
     (tmp_path / "w.safetensors").write_bytes(FILE)
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "tiny", "pretrained_cfg": STATED}))
