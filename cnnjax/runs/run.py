@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Bool, Float, UInt8
 
 from cnnjax.cli.process import start_jax
 from cnnjax.compiler import jit
 from cnnjax.config import Config, word
 from cnnjax.data.batches import Pixels, Standardization, standardize
 from cnnjax.data.datasets import load_dataset
+from cnnjax.data.stored import Examples
+from cnnjax.data.tta import TTA
 from cnnjax.errors import UserError, check_name, option
 from cnnjax.metrics import Scores
-from cnnjax.network import Network, apply_in_evaluation, layers_of, logits_of
+from cnnjax.network import Network, layers_of, logits_of
 from cnnjax.program import evaluate
 from cnnjax.runs.checkpoints import Checkpoints
 from cnnjax.runs.codec import collect_names
@@ -32,8 +34,8 @@ from cnnjax.runs.records import read_record, read_result, read_rows, read_timing
 from cnnjax.runs.recovery import list_steps
 from cnnjax.runs.schema import DataFacts, Result, Row, Timing
 from cnnjax.sharding import place
-from cnnjax.step import TrainState, abstract_state, eval_params, init_optimizer
-from cnnjax.typing import AnyArray
+from cnnjax.step import TrainState, abstract_state, apply_views, eval_params, init_optimizer
+from cnnjax.typing import AnyArray, Batch
 
 BATCH_SIZE, LARGE_BATCH_SIZE = 128, 8  # Images per call of the network; the latter above 64 by 64 pixels.
 
@@ -173,17 +175,20 @@ class Run:
         """
         return np.asarray(standardize(self._checked(images), self.facts.standardization))
 
-    def predict(self, images: Any) -> Float[np.ndarray, "N K"]:
-        """Returns the probability of each class, float32, without test-time augmentation.
+    def predict(self, images: Any, *, tta: str = "none") -> Float[np.ndarray, "N K"]:
+        """Returns the probability of each class, float32.
 
         Args:
           images: uint8 [N H W C], as in training; or [N H W] if C is 1. Any N compiles one program.
+          tta: the test-time augmentation, see `Config`; `run.config.tta` is that of the test score. With "uncertain",
+            the images that are predicted together share the extra views.
 
         Raises:
           UserError: `images` has another dtype or shape.
         """
+        check_name("tta", tta, TTA)
         model, standardization = self.config.model, self.facts.standardization
-        return self._in_batches(images, lambda x: _probabilities(self.state, x, standardization, model=model))
+        return self._in_batches(images, partial(_probabilities, self.state, standardization, model=model, tta=tta))
 
     def features(self, images: Any, layer: str) -> Float[np.ndarray, "N ..."]:
         """Returns the output of a layer of a Linen module, float32.
@@ -197,10 +202,10 @@ class Run:
           UserError: there is no such layer; the message lists them. See also `predict`.
         """
         model, standardization = self.config.model, self.facts.standardization
-        return self._in_batches(images, lambda x: _features(self.state, x, standardization, model=model, layer=layer))
+        return self._in_batches(images, partial(_features, self.state, standardization, model=model, layer=layer))
 
     def _in_batches(
-        self, images: Any, fn: Callable[[UInt8[np.ndarray, "B H W C"]], Float[Array, "B ..."]]
+        self, images: Any, fn: Callable[[UInt8[np.ndarray, "B H W C"], Bool[np.ndarray, " B"]], Float[Array, "B ..."]]
     ) -> Float[np.ndarray, "N ..."]:
         images, parts = self._checked(images), []
         height, width, _ = self.facts.image_shape
@@ -208,7 +213,8 @@ class Run:
         for i in range(0, max(len(images), 1), batch_size):
             part = images[i : i + batch_size]
             padding = [(0, batch_size - len(part)), (0, 0), (0, 0), (0, 0)]
-            parts.append(np.asarray(fn(np.pad(part, padding)))[: len(part)])
+            mask = np.arange(batch_size) < len(part)
+            parts.append(np.asarray(fn(np.pad(part, padding), mask))[: len(part)])
         return np.concatenate(parts)
 
     def _checked(self, images: Any) -> UInt8[np.ndarray, "N H W C"]:
@@ -228,11 +234,11 @@ class Run:
             )
         return images
 
-    def evaluate(self, split: str = "test", *, data_dir: str | os.PathLike[str] | None = None) -> Scores:
-        """Scores every image of the "test" split, or of the "validation" part that the run was not trained on.
+    def load_data(self, split: str = "test", *, data_dir: str | os.PathLike[str] | None = None) -> Examples:
+        """Returns the images, uint8 [N H W C], and labels, int [N], of the "test" or the "validation" split.
 
         Args:
-          split: "test" is scored with the `tta` of the configuration, as at the end of training.
+          split: "validation" is the validation split of the data, or the part that the run was not trained on.
           data_dir: the tfds directory; tfds's default if None.
 
         Raises:
@@ -250,15 +256,25 @@ class Run:
                 f"{dataset.sha256} from {dataset.folder or dataset.source}."
             )
         if split == "test":
-            examples = dataset.load("test")
-        else:
-            if config.validation_fraction == 0:
-                raise UserError("`split` must be test if `validation_fraction` was 0, got validation.")
-            _, examples = dataset.load_parts(config.seed, config.validation_fraction)
-        pixels = Pixels(*examples, facts.standardization)
-        tta = config.tta if split == "test" else "none"  # As in training.
+            return dataset.load("test")
+        if config.validation_fraction == 0:
+            raise UserError("`split` must be test if `validation_fraction` was 0, got validation.")
+        return dataset.load_parts(config.seed, config.validation_fraction)[1]
+
+    def evaluate(self, split: str = "test", *, data_dir: str | os.PathLike[str] | None = None) -> Scores:
+        """Scores every image of the "test" split, or of the "validation" part that the run was not trained on.
+
+        Args:
+          split: see `load_data`; "test" is scored with the `tta` of the configuration, as at the end of training.
+          data_dir: the tfds directory; tfds's default if None.
+
+        Raises:
+          UserError: the data are not those of the run, or it has no validation part.
+        """
+        pixels = Pixels(*self.load_data(split, data_dir=data_dir), self.facts.standardization)
+        tta = self.config.tta if split == "test" else "none"  # As in training.
         placement = place(1, [*self.state.step.devices()])
-        return evaluate(self.state, pixels, model=config.model, tta=tta, placement=placement)
+        return evaluate(self.state, pixels, model=self.config.model, tta=tta, placement=placement)
 
 
 def load_run(run_dir: str | os.PathLike[str], config: Config | None = None, *, step: int | None = None) -> Run:
@@ -301,20 +317,26 @@ def _restart(state: TrainState, *, tx: optax.GradientTransformation) -> TrainSta
     return TrainState(jnp.zeros((), jnp.int32), params, model_state, init_optimizer(tx, params))
 
 
-@jit(static_argnames=("model",))
+@jit(static_argnames=("model", "tta"))
 def _probabilities(
-    state: TrainState, image: UInt8[AnyArray, "B H W C"], standardization: Standardization, *, model: Network
+    state: TrainState,
+    standardization: Standardization,
+    image: UInt8[AnyArray, "B H W C"],
+    mask: Bool[AnyArray, " B"],
+    *,
+    model: Network,
+    tta: str,
 ) -> Float[Array, "B K"]:
-    pixels = standardize(image, standardization)
-    logits = logits_of(apply_in_evaluation(model, eval_params(state), state.model_state, pixels))
-    return jax.nn.softmax(logits.astype(jnp.float32))
+    batch = Batch(standardize(image, standardization), jnp.zeros(len(image), jnp.int32), mask)
+    return jax.nn.softmax(logits_of(apply_views(state, batch, model, tta)).astype(jnp.float32))
 
 
 @jit(static_argnames=("model", "layer"))
 def _features(
     state: TrainState,
-    image: UInt8[AnyArray, "B H W C"],
     standardization: Standardization,
+    image: UInt8[AnyArray, "B H W C"],
+    mask: Bool[AnyArray, " B"],
     *,
     model: Network,
     layer: str,

@@ -222,6 +222,22 @@ def test_probabilities_and_features_are_those_of_the_network(run, count):
         np.testing.assert_allclose(run.features(images, layer), expected[layer], rtol=1e-4, atol=1e-4)
 
 
+def test_test_time_augmentation_is_the_mean_of_the_logits_of_the_views(run):
+    views = [np.log(run.predict(images)) for images in (IMAGES, IMAGES[:, :, ::-1])]
+    expected = np.exp(np.mean(views, axis=0))
+    np.testing.assert_allclose(
+        run.predict(IMAGES, tta="flip"), expected / expected.sum(axis=1, keepdims=True), atol=1e-5
+    )
+    with pytest.raises(UserError, match="`tta` must be a known name, got .mirror.*flip_translate"):
+        run.predict(IMAGES, tta="mirror")
+
+
+def test_padding_gets_no_extra_views(run, monkeypatch):
+    expected = run.predict(IMAGES[:8], tta="flip_translate")
+    monkeypatch.setattr("cnnjax.runs.run.BATCH_SIZE", 32)  # The quarter with extra views is as large as the images.
+    np.testing.assert_allclose(run.predict(IMAGES[:8], tta="uncertain"), expected, atol=1e-5)
+
+
 def test_any_number_of_images_is_one_program(run):
     run.predict(IMAGES)
     before = _probabilities._cache_size()
