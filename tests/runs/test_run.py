@@ -228,7 +228,7 @@ def test_test_time_augmentation_is_the_mean_of_the_logits_of_the_views(run):
     np.testing.assert_allclose(
         run.predict(IMAGES, tta="flip"), expected / expected.sum(axis=1, keepdims=True), atol=1e-5
     )
-    with pytest.raises(UserError, match="`tta` must be a known name, got .mirror.*flip_translate"):
+    with pytest.raises(UserError, match=r"`tta` must be a known name, got .mirror.*flip_translate"):
         run.predict(IMAGES, tta="mirror")
 
 
