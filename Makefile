@@ -11,7 +11,7 @@ ARGS ?=
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup train eval predict data test test-slow stress bench bench-gpu lint lock clean
+.PHONY: help setup train eval predict report export data docs test test-slow stress bench bench-gpu lint lock clean
 
 help:
 	@echo 'make train DATASET=mnist [MODEL=cnn] [SEED=0] [ARGS="--optim.learning-rate 3e-4"]   train and score a network'
@@ -19,8 +19,11 @@ help:
 	@echo 'make train EXPERIMENT=cifar10_tutorial                          run experiments/cifar10_tutorial.py, or a file of yours'
 	@echo 'make eval RUN=runs/cifar10_fast-seed0                           score a trained network again'
 	@echo 'make predict RUN=runs/cifar10_fast-seed0 IMAGES="cat.jpg ..."   classify image files'
+	@echo 'make report RUN=runs/cifar10_fast-seed0                         write its report, an HTML file'
+	@echo 'make export RUN=runs/cifar10_fast-seed0 DIR=exported            write files that other programs load, and check them'
 	@echo 'make data DATASET=cifar10                                       fetch and check a data set, or report on a folder'
 	@echo 'make test | test-slow | lint                                    the tests, the slow tests, the checks'
+	@echo 'make docs                                                       the API reference and the lesson, in build/docs'
 	@echo 'make stress                                                     100 kills of training: about 10 minutes'
 	@echo 'make bench | bench-gpu                                          speed compared with PyTorch, Keras and airbench'
 
@@ -30,7 +33,7 @@ setup: $(INSTALLED)
 
 $(INSTALLED): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "cnnjax needs Python 3.11 or newer, got " + sys.version.split()[0] + ". Name one: make PYTHON=python3.12 ...")'
-	@echo 'Setting up .venv, once: about a minute.'
+	@echo 'Setting up .venv, once: one to two minutes.'
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
@@ -62,6 +65,12 @@ eval: setup
 predict: setup
 	@$(BIN)/cnnjax predict '$(subst ','\'',$(RUN))' $(IMAGES) $(ARGS)
 
+report: setup
+	@$(BIN)/cnnjax report $(RUN) $(ARGS)
+
+export: setup
+	@$(BIN)/cnnjax export '$(subst ','\'',$(RUN))' '$(subst ','\'',$(DIR))' $(ARGS)
+
 data: setup
 	@$(BIN)/cnnjax data $(QUOTED_DATASET) $(ARGS)
 
@@ -71,6 +80,9 @@ test: setup
 
 test-slow: setup
 	$(BIN)/pytest -m slow $(ARGS)
+
+docs: setup
+	@$(BIN)/python -m sphinx -q -n -W --keep-going -c docs . build/docs && echo 'Open build/docs/index.html.'
 
 stress: setup
 	@$(BIN)/python tests/stress.py $(ARGS)

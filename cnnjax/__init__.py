@@ -13,7 +13,10 @@ with _epy.lazy_api_imports(globals()):  # `cnnjax --help` does not wait for jax.
     from cnnjax.data.datasets import load_dataset
     from cnnjax.data.weights import load_weights
     from cnnjax.errors import NonFiniteLossError, UserError
+    from cnnjax.export.bundle import export_run
+    from cnnjax.loggers import Logger, MLflow, TensorBoard, WandB
     from cnnjax.losses import CrossEntropy, softmax_cross_entropy
+    from cnnjax.lr_find import RangeTest, find_learning_rate
     from cnnjax.metrics import Metrics
     from cnnjax.models.cnn import CNN
     from cnnjax.models.efficientnet import EfficientNetLite0
@@ -23,6 +26,8 @@ with _epy.lazy_api_imports(globals()):  # `cnnjax --help` does not wait for jax.
     from cnnjax.network import Functions
     from cnnjax.optim.optimizer import Optimizer, ParamGroup
     from cnnjax.optim.recipes import SGD, Adam, Muon
+    from cnnjax.report.write import write_report
+    from cnnjax.runs.predictions import FilePrediction
     from cnnjax.runs.run import Run, load_run
     from cnnjax.step import (
         TrainState,
@@ -47,24 +52,32 @@ __all__ = [
     "CrossEntropy",
     "CutMix",
     "EfficientNetLite0",
+    "FilePrediction",
     "Functions",
     "Interrupted",
+    "Logger",
+    "MLflow",
     "Metrics",
     "Mixup",
     "Muon",
     "NonFiniteLossError",
     "Optimizer",
     "ParamGroup",
+    "RangeTest",
     "Report",
     "ResNet18",
     "ResNet50",
     "Run",
     "SpeedNet",
+    "TensorBoard",
     "TrainState",
     "UserError",
+    "WandB",
     "compiler_options",
     "eval_params",
     "eval_step",
+    "export_run",
+    "find_learning_rate",
     "init_from_data",
     "init_from_weights",
     "init_state",
@@ -76,4 +89,5 @@ __all__ = [
     "softmax_cross_entropy",
     "train_and_evaluate",
     "train_step",
+    "write_report",
 ]

@@ -127,12 +127,14 @@ class Scores(NamedTuple):
 
     Attributes:
       confusion: {(true class, predicted class): number of examples}, see `class_scores`; empty in training.
+      logits: of every example, in order, if `evaluate` kept them.
     """
 
     loss: float
     num_examples: int
     values: dict[str, float]
     confusion: Confusion = {}  # noqa: RUF012  Never changed.
+    logits: Float[np.ndarray, "N K"] | None = None
 
     @property
     def accuracy(self) -> float:

@@ -90,7 +90,7 @@ def init_variables(model: Network, key: Key[Array, ""], image: AnyArray) -> dict
       ValueError: `init` does not return what `Network` describes.
     """
     if isinstance(model, nn.Module):
-        variables: Any = model.init(key, image, **_mode_of(model, train=False))
+        variables: Any = model.init(key, image, **mode_of(model, train=False))
         rule = "`model` must have parameters to train"
     else:
         variables = model.init(key, image)
@@ -127,7 +127,7 @@ def apply_in_training(
     written = {name: value for name, value in model_state.items() if name in OUTPUTS}  # Not to be added to.
     before = {name: value for name, value in model_state.items() if name not in OUTPUTS}
     variables = {"params": params, **before}
-    options, mutable = _mode_of(model, train=True), [*before, "losses"]
+    options, mutable = mode_of(model, train=True), [*before, "losses"]
     streams = {"dropout": key}
     while True:
         try:
@@ -173,7 +173,7 @@ def apply_in_evaluation(model: Network, params: PyTree, model_state: dict[str, P
     if not isinstance(model, nn.Module):
         return _apply(model, variables, image, None)[0]
     try:
-        return model.apply(variables, image, **_mode_of(model, train=False))
+        return model.apply(variables, image, **mode_of(model, train=False))
     except InvalidRngError as error:
         raise ArgumentError(
             f"`model` must draw no random numbers in evaluation, got {' '.join(str(error).split())} Draw them if the "
@@ -184,7 +184,7 @@ def apply_in_evaluation(model: Network, params: PyTree, model_state: dict[str, P
 def layers_of(model: nn.Module, params: PyTree, model_state: dict[str, PyTree], image: AnyArray) -> dict[str, Array]:
     """Returns the outputs of the submodules of a Linen module in evaluation, and the values that it sows, by name."""
     options: Any = {"capture_intermediates": True, "mutable": ["intermediates"]}
-    _, written = model.apply({"params": params, **model_state}, image, **_mode_of(model, train=False), **options)
+    _, written = model.apply({"params": params, **model_state}, image, **mode_of(model, train=False), **options)
     found = {}
     for path, values in flatten_dict(written["intermediates"]).items():
         one = values[0] if isinstance(values, tuple) and len(values) == 1 else values
@@ -198,7 +198,7 @@ def logits_of(output: Any) -> Any:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _mode_of(model: nn.Module, *, train: bool) -> dict[str, Any]:
+def mode_of(model: nn.Module, *, train: bool) -> dict[str, Any]:
     """Returns the argument `train`, if the module accepts it."""
     called: Any = model
     while isinstance(called, nn.Sequential):  # It passes the arguments on to its first layer.

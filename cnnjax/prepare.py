@@ -4,13 +4,15 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
+from cnnjax.cli.console import Report
 from cnnjax.cli.process import num_cores
 from cnnjax.config import Config, word
 from cnnjax.data.batches import Pixels, make_batch, pixel_statistics, standardize
@@ -26,7 +28,6 @@ from cnnjax.network import apply_in_evaluation, apply_in_training, init_variable
 from cnnjax.pretrained import Weights
 from cnnjax.program import Program, init_run, train_steps
 from cnnjax.runs.checkpoints import all_finite
-from cnnjax.runs.directory import OpenRun
 from cnnjax.runs.files import changes
 from cnnjax.runs.records import make_facts
 from cnnjax.runs.schema import DataFacts
@@ -35,6 +36,18 @@ from cnnjax.step import TrainState, abstract_state, init_from_data, init_from_we
 from cnnjax.typing import BatchLike
 
 INIT_IMAGES = 5000  # Number of training images that a network may be initialized from.
+
+
+@runtime_checkable
+class SetUpFor(Protocol):
+    """What `set_up` uses of an `OpenRun`."""
+
+    @property
+    def config(self) -> Config: ...  # noqa: D102
+    @property
+    def report(self) -> Report: ...  # noqa: D102
+    @property
+    def run_dir(self) -> Path: ...  # noqa: D102
 
 
 class Setup(NamedTuple):
@@ -98,7 +111,7 @@ def load_network_weights(config: Config, say: Callable[[str], None]) -> Weights 
 
 
 def set_up(
-    run: OpenRun, dataset: ImageDataset, devices: Sequence[Any] | None, weights: Weights | None = None
+    run: SetUpFor, dataset: ImageDataset, devices: Sequence[Any] | None, weights: Weights | None = None
 ) -> tuple[Setup, TrainState]:
     """Loads the training split, resolves what the data determine, and makes the initial state."""
     with user_code("The configuration"):

@@ -92,15 +92,21 @@ def train_steps(
 @jit(static_argnames=("model", "tta"))
 def _score(
     state: TrainState, pixels: Pixels, plan: Plan, *, model: Network, tta: str
-) -> tuple[Metrics, Int[Array, " B"]]:
-    """Returns the metrics of a batch, and the predicted classes."""
+) -> tuple[Metrics, Int[Array, " B"], Float[Array, "B K"]]:
+    """Returns the metrics of a batch, the predicted classes, and the logits."""
     batch = make_batch(pixels, plan)
     logits = logits_of(apply_views(state, batch, model, tta))
-    return sum_metrics(logits, batch, softmax_cross_entropy), jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return sum_metrics(logits, batch, softmax_cross_entropy), jnp.argmax(logits, axis=-1).astype(jnp.int32), logits
 
 
 def evaluate(
-    state: TrainState, pixels: Pixels, *, model: Network, tta: str = "none", placement: Placement | None = None
+    state: TrainState,
+    pixels: Pixels,
+    *,
+    model: Network,
+    tta: str = "none",
+    placement: Placement | None = None,
+    keep_logits: bool = False,
 ) -> Scores:
     """Scores every example once: cross-entropy, accuracy and the confusion of classes. Waits for the device.
 
@@ -108,6 +114,7 @@ def evaluate(
       pixels: the data set, on the device or on the host.
       tta: see `eval_step`.
       placement: how devices share a batch; None: the first device works alone.
+      keep_logits: whether to return the logits, too.
     """
     num_examples = len(pixels.label)
     placement = placement or place(1)
@@ -119,12 +126,15 @@ def evaluate(
     plan = plain_plan(num_examples, batch_size)
     rows = jax.device_put([plan.row(i) for i in range(len(plan.example))], placement.batch_sharding)
     pixels = jax.device_put(pixels, placement.state_sharding)
-    metrics, predicted = _score(state, pixels, rows[0], model=model, tta=tta)
-    totals, predictions = Totals(), [predicted]
+    metrics, predicted, logits = _score(state, pixels, rows[0], model=model, tta=tta)
+    totals, predictions, kept = Totals(), [predicted], [logits] if keep_logits else []
     for row in rows[1:]:  # At most two at a time: each running batch has its own scratch memory.
-        upcoming, predicted = _score(state, pixels, row, model=model, tta=tta)
+        upcoming, predicted, logits = _score(state, pixels, row, model=model, tta=tta)
         totals, metrics = totals.add(metrics), upcoming
         predictions.append(predicted)
+        if keep_logits:
+            kept.append(logits)
     predicted = np.concatenate(jax.device_get(predictions))[:num_examples]  # Without the padding.
     confusion = count_pairs(np.asarray(pixels.label), predicted)
-    return totals.add(metrics).means()._replace(confusion=confusion)
+    scores = totals.add(metrics).means()._replace(confusion=confusion)
+    return scores._replace(logits=np.concatenate(jax.device_get(kept))[:num_examples]) if keep_logits else scores

@@ -4,10 +4,12 @@ import math
 import os
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
 from jaxtyping import Array, Key
 
 from cnnjax.class_scores import class_scores, confusion_matrix
@@ -19,9 +21,11 @@ from cnnjax.data.batches import Pixels
 from cnnjax.data.datasets import ImageDataset
 from cnnjax.data.order import Plan, epoch_plan
 from cnnjax.errors import NonFiniteLossError, UserError, check
+from cnnjax.loggers import Logger
 from cnnjax.memory import explain_out_of_memory
 from cnnjax.metrics import Totals
 from cnnjax.prepare import Setup, count_params, device_name, load_data, load_network_weights, set_up
+from cnnjax.profile import Profile
 from cnnjax.program import evaluate, train_steps
 from cnnjax.runs import manifest
 from cnnjax.runs.directory import OpenRun, open_run
@@ -42,9 +46,10 @@ from cnnjax.runs.progress import (
 )
 from cnnjax.runs.records import data_version, read_record
 from cnnjax.runs.run import Run, make_run
-from cnnjax.runs.schema import Result, Timing
+from cnnjax.runs.schema import Result
 from cnnjax.runs.source import SourceCode
 from cnnjax.step import TrainState, copy_state
+from cnnjax.throughput import make_timing, seconds_at_peak
 
 
 def train_and_evaluate(
@@ -55,6 +60,8 @@ def train_and_evaluate(
     resume: bool | Literal["auto"] = False,
     on_step: OnStep | None = None,
     on_epoch: OnEpoch | None = None,
+    loggers: Sequence[Logger] = (),
+    profile: tuple[int, int] | None = None,
     checkpoint_seconds: float = 60.0,
     devices: Sequence[Any] | None = None,
     report: Report | None = None,
@@ -69,8 +76,8 @@ def train_and_evaluate(
       ...     config,
       ...     run_dir="runs/mine",
       ...     resume="auto",
-      ...     on_step=lambda step, metrics: wandb.log(metrics, step=step),
       ...     on_epoch=lambda row, state: row["epoch"] - row["best_epoch"] >= 5,
+      ...     loggers=[TensorBoard()],
       ...     report=Report(),
       ... )
 
@@ -94,6 +101,9 @@ def train_and_evaluate(
         Returning True stops the run, which is then scored; returning False or None continues. The decision should
         depend on the arguments alone: then a run that was killed, and is resumed with the same `on_epoch`, stops after
         the same epoch.
+      loggers: called before `on_step` and `on_epoch`, see `Logger`; they change no bit.
+      profile: trace the steps after the first of these numbers of steps, up to the second, into `run_dir`/profile; no
+        bit depends on it. See `Profile`.
       checkpoint_seconds: save during an epoch, too, this long after the last save; no bit depends on it. On an
         accelerator an epoch is one program, so only its end is saved.
       devices: the devices that share each batch; all if None.
@@ -112,23 +122,29 @@ def train_and_evaluate(
     check("config", "a Config", isinstance(config, Config), repr(config))
     check("report", "a Report or None", report is None or isinstance(report, Report), repr(report))
     check("devices", "a sequence of devices, or None", devices is None or len([*devices]) > 0, repr(devices))
+    valid = all(isinstance(x, Logger) for x in loggers) and len({*map(type, loggers)}) == len(loggers)
+    check("loggers", "objects of different subclasses of Logger", valid, repr(loggers))
     for name, callback in (("on_step", on_step), ("on_epoch", on_epoch)):
         check(name, "a function or None", callback is None or callable(callback), repr(callback))
     start_jax()
     report = report or Report(quiet=True)
     run_dir = Path("runs") / config.run_name if run_dir is None else Path(os.path.expanduser(run_dir))
-    callbacks = Callbacks(on_step, on_epoch)
+    callbacks = Callbacks(on_step, on_epoch, say=report.say)
     with (
         explain_out_of_memory(except_for=lambda: callbacks.raised),
         open_run(run_dir, config, report, resume=bool(resume), stop=stop, code=code) as run,
     ):
         if run.finished() is not None:
+            if loggers or profile:
+                report.say(f"{run_dir} is finished: there is nothing to log, and no step to profile.")
             trained = make_run(run_dir, config, read_record(run_dir).data)
         else:
             weights, version = load_network_weights(config, report.say), data_version(run_dir)
             dataset = dataset or load_data(config, data_dir, report.say, version=version, weights=weights)
             with run.stop.held():  # An exception that interrupts XLA's compiler crashes the process when it ends.
                 setup, state = set_up(run, dataset, devices, weights)
+            tracer = Profile(profile, run_dir, report.say)
+            tracer.check(0, setup.program.num_steps)  # Before anything is written.
             run.begin(setup.facts, manifest.environment(setup.placement.devices))
             state, progress = restore(run, state, setup.placement.state_sharding)
             run.write_config(setup.facts)
@@ -136,13 +152,19 @@ def train_and_evaluate(
                 report.say(f"resuming at step {state.step} of {setup.program.num_steps}")
             elif resume is True:
                 report.say(f"There is nothing to resume in {run_dir}: starting from scratch.")
-            state, progress = fit(setup, state, progress, run, callbacks, checkpoint_seconds=checkpoint_seconds)
-            run.checkpoints.wait()
-            result, best = score_test_set(setup, state, progress, run)
-            write_json(run_dir / "result.json", result)
+            tracer.check(int(state.step), setup.program.num_steps)
+            with callbacks.logged(loggers, Run(run_dir, setup.config, setup.facts, None), int(state.step)):
+                with tracer:
+                    state, progress = fit(
+                        setup, state, progress, run, callbacks, tracer=tracer, checkpoint_seconds=checkpoint_seconds
+                    )
+                run.checkpoints.wait()
+                result, best, test_logits = score_test_set(setup, state, progress, run)
+                write_json(run_dir / "result.json", result)
+                callbacks.result = result
             best = jax.device_put(best, jax.sharding.SingleDeviceSharding(setup.placement.devices[0]))
             known = best, progress.rows, progress.timing
-            trained = Run(run_dir, setup.config, setup.facts, result, _trained=known)
+            trained = Run(run_dir, setup.config, setup.facts, result, test_logits=test_logits, _trained=known)
         run.stop.finished = stop is None
     report.result(trained.finished_result(), run_dir)
     return trained
@@ -155,6 +177,7 @@ def fit(
     run: OpenRun,
     callbacks: Callbacks,
     *,
+    tracer: Profile,
     checkpoint_seconds: float,
 ) -> tuple[TrainState, Progress]:
     """Trains to the last epoch, or until `on_epoch` stops the run; `state` is donated.
@@ -173,6 +196,7 @@ def fit(
     next_dispatch = next(dispatches)
     start = time.perf_counter() - progress.seconds  # When a run without interruptions would have begun.
     write_progress(run.run_dir, progress)
+    at_peak = seconds_at_peak(config.model, setup.facts.image_shape, setup.placement.devices)
     if progress.stopped_within == config.num_epochs:  # The process was killed after it had stopped.
         return state, progress
     progress = progress._replace(stopped_within=None)
@@ -183,8 +207,10 @@ def fit(
             frozen = setup.frozen_names(state, epoch)
             while step < (epoch + 1) * steps:
                 plan, augment_key = next_dispatch
-                state, metrics = train_steps(
-                    state, setup.train, plan, setup.train_key, augment_key, program=setup.program, frozen=frozen
+                state, metrics = tracer.call(
+                    partial(train_steps, program=setup.program, frozen=frozen),
+                    (state, setup.train, plan, setup.train_key, augment_key),
+                    steps=(step, step + len(plan.example)),
                 )
                 first, step = step, step + len(plan.example)
                 if ended is not None:  # The device computes meanwhile.
@@ -195,6 +221,7 @@ def fit(
                     ended = None
                 next_dispatch = next(dispatches)
                 metrics = jax.device_get(metrics)  # Waits for the device.
+                tracer.end(step)
                 totals = progress.totals.add(metrics)
                 callbacks.report_steps(first + 1, metrics)
                 if not math.isfinite(totals.loss):
@@ -215,14 +242,13 @@ def fit(
             if len(setup.validation.label):
                 scores = evaluate(state, setup.validation, model=config.model, placement=setup.placement)
             seconds = time.perf_counter() - start
-            timing: Timing = {"epoch": epoch + 1, "images_per_second": images_per_second, "seconds": seconds}
             ended = EndedEpoch(
                 state=copy_state(state),
                 steps=(first, step),
                 train=progress.totals.means(),
                 grad_norm=progress.grad_norm / steps,
                 validation=scores,
-                timing=timing,
+                timing=make_timing(epoch + 1, images_per_second, seconds, at_peak),
             )
             progress = progress._replace(totals=Totals(), grad_norm=0.0, seconds=seconds)
             if run.stop.signum is not None or epoch + 1 == config.num_epochs:
@@ -252,14 +278,17 @@ def plan_dispatches(setup: Setup, step: int) -> Iterator[tuple[Plan, Key[Array, 
         epoch, first = epoch + 1, 0
 
 
-def score_test_set(setup: Setup, last: TrainState, progress: Progress, run: OpenRun) -> tuple[Result, TrainState]:
-    """Scores the best checkpoint on the test split; returns the content of result.json, and its state."""
+def score_test_set(
+    setup: Setup, last: TrainState, progress: Progress, run: OpenRun
+) -> tuple[Result, TrainState, np.ndarray | None]:
+    """Scores the best checkpoint on the test split; returns the content of result.json, its state, and the logits."""
     best, config = progress.best(setup.config.best_by), setup.config
     if best is None:
         raise UserError(f"The checkpoints in {run.run_dir} must include the end of an epoch, got none. Train again.")
     state, _ = run.checkpoints.restore(best["step"], last, setup.placement.state_sharding)
     pixels = Pixels(*setup.dataset.load("test"), setup.train.standardization)
-    scores = evaluate(state, pixels, model=config.model, tta=config.tta, placement=setup.placement)
+    options: Any = {"tta": config.tta, "placement": setup.placement, "keep_logits": True}
+    scores = evaluate(state, pixels, model=config.model, **options)
     if not math.isfinite(scores.loss):
         raise NonFiniteLossError(f"The test loss must be finite, got {scores.loss}. Try a lower `optim.learning_rate`.")
     names = setup.facts.class_names
@@ -292,4 +321,4 @@ def score_test_set(setup: Setup, last: TrainState, progress: Progress, run: Open
         "classes": classes.rows(names),
         "confusion_matrix": confusion_matrix(scores.confusion, len(names)),
     }
-    return result, state
+    return result, state, scores.logits

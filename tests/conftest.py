@@ -25,6 +25,15 @@ def cache_home(tmp_path_factory):
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_reports():
+    """Makes `cnnjax train` skip its report in this process, which takes seconds. The tests of the report undo it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("report_on_run", "report_on_seeds"):
+            patch.setattr(f"cnnjax.cli.report.{name}", lambda *arguments: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def raw_fashion_mnist():
     return make_raw((28, 28, 1), num_train=430, num_test=170)

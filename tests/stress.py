@@ -129,6 +129,7 @@ class Start:
             "--run-dir",
             str(run_dir),
             "--resume",
+            "--no-report",
         ]
         environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
         with self.log.open("ab") as log:

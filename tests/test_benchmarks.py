@@ -40,7 +40,7 @@ def run(*arguments, into):
 
 
 @pytest.mark.parametrize(
-    ("script", "prefix", "count"), [("cpu", "", 5), ("gpu", "gpu ", 8), ("runs", "", 2), ("images", "images ", 2)]
+    ("script", "prefix", "count"), [("cpu", "", 5), ("gpu", "gpu ", 8), ("runs", "", 2), ("images", "images ", 3)]
 )
 def test_every_part_of_a_benchmark_has_a_place_in_the_report(load, script, prefix, count):
     harness, parts = load("harness"), load(script).PARTS
@@ -109,7 +109,7 @@ def test_the_benchmarks_of_a_cpu_produce_their_tables(tmp_path):
     assert len(tables["cost"]) == 6
     assert [row[0] for row in tables["seeds"]] == ["| sequential", "| vmap", "| devices", "| processes"]
     tables = run("images.py", into=tmp_path)
-    assert (len(tables["decode"]), len(tables["folder"])) == (8, 2)
+    assert [len(tables[part]) for part in ("decode", "folder", "predict")] == [8, 2, 10]
 
 
 @pytest.mark.slow

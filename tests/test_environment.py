@@ -25,7 +25,7 @@ CNNJAX = [sys.executable, "-m", "cnnjax"]
 def options(prepared_dir):
     """Options of `cnnjax train`: 9 steps in 3 epochs, each of which is saved."""
     options = ["--dataset", "generated", "--data-dir", str(prepared_dir), "--model", "mlp", "--num-epochs", "3"]
-    return [*options, "--batch-size", "130", "--checkpoint-seconds", "0"]
+    return [*options, "--batch-size", "130", "--checkpoint-seconds", "0", "--no-report"]
 
 
 @pytest.fixture(scope="module")

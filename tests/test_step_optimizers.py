@@ -75,8 +75,7 @@ def train_by_optax(tx, steps=3, extra=()):
         updates, opt_state = tx.update(grads, opt_state, params, **{name: arguments[name] for name in extra})
         return optax.apply_updates(params, updates), opt_state
 
-    if extra:  # A line search is slow without `jit`.
-        update = jax.jit(update)
+    update = jax.jit(update)
     for _ in range(steps):
         value, grads = value_and_grad(params)
         params, opt_state = update(grads, opt_state, params, value)
@@ -128,7 +127,7 @@ ALL = {
 
 
 # Most are pairs of functions like these; `make test-slow` tries all of them.
-FEW = {"adam", "adafactor", "lion", "muon", "sgd", "schedule_free_adamw", *BY_HAND}
+FEW = {"adam", "muon", "schedule_free_adamw", *BY_HAND} - {"momo", "momo_adam", "backtracking"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in FEW else pytest.mark.slow) for name in ALL])

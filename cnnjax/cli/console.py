@@ -20,7 +20,7 @@ from cnnjax.cli.tables import accuracies, class_lines
 T = TypeVar("T")
 
 
-def track(items: Iterable[T], description: str, total: int | float) -> Iterable[T]:
+def track(items: Iterable[T], description: str, total: int | float | None) -> Iterable[T]:
     """Yields `items`, with a progress bar on standard error if it is a terminal."""
     err = _console(Output(sys.stderr))
     return rich_track(items, description, total, console=err, transient=True, disable=not err.file.isatty())
@@ -29,9 +29,9 @@ def track(items: Iterable[T], description: str, total: int | float) -> Iterable[
 class Report:
     """Shows the progress and the result of a run, in a terminal, a log or a notebook.
 
-    `train_and_evaluate` calls `say`, `progress`, `step`, `epoch` and `result`. A logger of your own is a subclass that
-    overrides some of them. If standard output cannot be written, it says so once on standard error, and the run
-    continues.
+    `train_and_evaluate` calls `say`, `progress`, `step`, `epoch` and `result`; a subclass may override some of them. To
+    record a run elsewhere, see `Logger`. If standard output cannot be written, it says so once on standard error, and
+    the run continues.
 
     Example:
       >>> train_and_evaluate(config, report=Report())
@@ -134,7 +134,9 @@ class Report:
         self.say(
             f"epoch {row['epoch']:>{len(str(num_epochs))}}/{num_epochs}  {_scores(train)}  "
             + (f"validation {_scores(validation)}  " if "validation_loss" in row else "")
-            + f"{row['images_per_second']:,.0f} images/s  {row['seconds']:.0f} s"
+            + f"{row['images_per_second']:,.0f} images/s  "
+            + (f"{row['flops_utilization']:.0%} of peak FLOP/s  " if "flops_utilization" in row else "")
+            + f"{row['seconds']:.0f} s"
         )
 
     def result(self, result: Mapping[str, Any], run_dir: Path) -> None:

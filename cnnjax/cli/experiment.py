@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from cnnjax.config import Config, word
 from cnnjax.data.augment import Augment
 from cnnjax.errors import UserError, describe, unknown_name
+from cnnjax.loggers import BUILT_IN, Logger
 from cnnjax.network import Network
 from cnnjax.optim.optimizer import Optimizer
 from cnnjax.runs import codec
@@ -40,10 +41,14 @@ class Experiment(NamedTuple):
     classes: tuple[type, ...] = ()
 
     def words(self, part: str) -> dict[str, type]:
-        """Returns the classes that can be chosen for a part of the configuration, by their words."""
+        """Returns the classes that can be chosen for a part of the configuration, or for "log", by their words."""
         found: dict[str, type] = {}
-        for x in (*codec.built_in().values(), type(getattr(self.config, part)), *self.classes):
-            if isinstance(x, type) and issubclass(x, PARTS[part]) and not isabstract(x):
+        if part == "log":
+            base, known = Logger, BUILT_IN
+        else:
+            base, known = PARTS[part], (*codec.built_in().values(), type(getattr(self.config, part)))
+        for x in (*known, *self.classes):
+            if isinstance(x, type) and issubclass(x, base) and x is not Logger and not isabstract(x):
                 if (other := found.get(word(x), x)) is not x and other in self.classes:
                     raise UserError(f"The classes of an experiment must have distinct words, got {word(x)!r} twice.")
                 found[word(x)] = x

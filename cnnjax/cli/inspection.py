@@ -208,7 +208,6 @@ class Compare:
     def __call__(self) -> None:
         """Prints the two means, their difference and the verdict."""
         from cnnjax.runs.inspection import scores
-        from cnnjax.runs.statistics import compare
 
         found = []
         for target in (self.a, self.b):
@@ -217,31 +216,46 @@ class Compare:
                 print(f"Not finished, so left out: {', '.join(map(str, unfinished))}", file=sys.stderr)
             print(f"{target}: {describe(list(score.values()), self.metric)}")
             found.append(score)
-        c = compare(*found, bounds=_bounds(self.metric))
-        test = "paired t test, the same seeds" if c.paired else "Welch's t test"
-        low, high = (_show(value, self.metric, sign=True) for value in (c.low, c.high))
-        print(
-            f"difference: {_show(c.difference, self.metric, sign=True)} (95% interval {low} to {high}), "
-            f"p = {c.p_value:.2g} ({test})"
-        )
-        if c.resolved:
-            better = (c.difference > 0) == (self.metric != "test_loss")
-            print(f"The difference is resolved: {self.b if better else self.a} is better.")
-        elif c.difference == 0:
-            print("The means are equal.")
-        elif c.more is None:
-            print(
-                "The difference is not resolved, and more than 10,000 seeds of each would not resolve one of its size."
-            )
-        else:
-            counts = zip(c.more, (self.a, self.b), strict=True)
-            more = " and ".join(
-                f"{count} more {'seed' if count == 1 else 'seeds'} of {x}" for count, x in counts if count
-            )
-            print(
-                f"The difference is not resolved. One of this size would take about {more} (for a probability of 80% "
-                "of detecting it)."
-            )
+        for line in verdict((self.a, self.b), (found[0], found[1]), self.metric):
+            print(line)
+
+
+def verdict(
+    names: tuple[str, str], scores: tuple[Mapping[int, float], Mapping[int, float]], metric: str = "test_accuracy"
+) -> list[str]:
+    """Returns the difference of two experiments and whether it is resolved, in words.
+
+    Args:
+      names: of the experiments.
+      scores: the score of each seed, of both.
+
+    Raises:
+      UserError: see `statistics.compare`.
+    """
+    from cnnjax.runs.statistics import compare
+
+    c = compare(*scores, bounds=_bounds(metric))
+    test = "paired t test, the same seeds" if c.paired else "Welch's t test"
+    low, high = (_show(value, metric, sign=True) for value in (c.low, c.high))
+    difference = (
+        f"difference: {_show(c.difference, metric, sign=True)} (95% interval {low} to {high}), "
+        f"p = {c.p_value:.2g} ({test})"
+    )
+    if c.resolved:
+        better = (c.difference > 0) == (metric != "test_loss")
+        return [difference, f"The difference is resolved: {names[better]} is better."]
+    if c.difference == 0:
+        return [difference, "The means are equal."]
+    if c.more is None:
+        rest = "and more than 10,000 seeds of each would not resolve one of its size."
+        return [difference, f"The difference is not resolved, {rest}"]
+    counts = [(count, name) for count, name in zip(c.more, names, strict=True) if count]
+    more = " and ".join(f"{count} more {'seed' if count == 1 else 'seeds'} of {name}" for count, name in counts)
+    return [
+        difference,
+        f"The difference is not resolved. One of this size would take about {more} (for a probability of 80% of "
+        "detecting it).",
+    ]
 
 
 def describe(values: list[float], metric: str = "test_accuracy") -> str:

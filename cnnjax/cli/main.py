@@ -1,4 +1,4 @@
-"""The command line: train | eval | predict | data, and those of `inspection`. Imports jax only if needed."""
+"""The command line: train | data, and those of `predict` and `inspection`. Imports jax only if needed."""
 
 import atexit
 import errno
@@ -12,104 +12,26 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import tyro
 from tyro.conf import Positional
 
-from cnnjax.cli.inspection import Compare, Diff, Reproduce, Runs, Verify, config_of
+from cnnjax.cli.export import Export
+from cnnjax.cli.inspection import Compare, Diff, Reproduce, Runs, Verify
+from cnnjax.cli.predict import Eval, Predict
 from cnnjax.cli.process import keep_memory
+from cnnjax.cli.report import WriteReport
 from cnnjax.cli.signals import Interrupted, ignore_signals, stop_signals
 from cnnjax.cli.streams import OutputError, guarded_streams, quote
-from cnnjax.cli.tables import accuracies, class_lines, printable
-from cnnjax.errors import UserError, check, messages_for_shell
+from cnnjax.cli.summary import Summary, names_experiment, parse_summary
+from cnnjax.errors import UserError, messages_for_shell
 
 if TYPE_CHECKING:
     from cnnjax.config import Config
 
 # The exit code of a run that a signal stopped and --resume continues: EX_TEMPFAIL of sysexits.h, for schedulers.
 REQUEUE = 75
-
-
-@dataclass(frozen=True)
-class Eval:
-    """Score a trained network on every image of a split, and on those of each class."""
-
-    run: Positional[Path]
-    """The run directory."""
-    split: Literal["test", "validation"] = "test"
-    """The split; validation is the validation split of the data, or else the part of the training split that was held
-    out."""
-    data_dir: Path | None = None
-    """The tfds directory; $TFDS_DATA_DIR or ~/tensorflow_datasets by default."""
-    experiment: str | None = None
-    """The experiment file, if the run has classes or data of its own."""
-
-    def __call__(self) -> None:
-        """Prints the scores of the classes, accuracy and loss."""
-        from cnnjax.class_scores import class_scores, confusion_matrix, is_uneven
-        from cnnjax.runs.run import load_run
-
-        run = load_run(self.run, config_of(self.run, self.experiment))
-        scores = run.evaluate(self.split, data_dir=self.data_dir)
-        names = run.facts.class_names
-        classes, matrix = class_scores(scores.confusion, len(names)), confusion_matrix(scores.confusion, len(names))
-        rest = f"In Python, load_run({str(self.run)!r}).evaluate({self.split!r}) counts all of them."
-        for line in class_lines(classes.rows(names), matrix, classes.means(), rest):
-            print(line)
-        unfinished = "" if run.result else ", which is not finished"
-        score = accuracies(scores.accuracy, scores.balanced_accuracy, is_uneven(classes.num_examples.tolist()))
-        print(
-            f"{self.split} {score}, loss {scores.loss:.4f}, on all "
-            f"{scores.num_examples:,} images ({self.run}{unfinished})"
-        )
-
-
-@dataclass(frozen=True)
-class Predict:
-    """Print the most probable classes of image files of any size and format.
-
-    A file that cannot be read has a line on standard error. The others are classified all the same, and the exit code
-    is 2. The first frame of an animation counts.
-    """
-
-    run: Positional[Path]
-    """The run directory."""
-    images: Positional[tuple[Path, ...]]
-    """The image files; -- before a name that begins with a hyphen."""
-    top: int = 3
-    """Number of classes to print."""
-    invert: bool = False
-    """Swap dark and bright first: for dark digits on white paper, if the training images are the reverse."""
-    experiment: str | None = None
-    """The experiment file, if the run has classes or data of its own."""
-
-    def __call__(self) -> int:
-        """Prints one line per file."""
-        from cnnjax.data.image_files import read_image
-        from cnnjax.runs.run import load_run
-
-        check("images", "at least one file", bool(self.images), "none")
-        check("top", "at least 1", self.top >= 1, self.top)
-        run = load_run(self.run, config_of(self.run, self.experiment))
-        status, facts = 0, run.facts
-        for path in self.images:
-            try:
-                image = read_image(path, facts.image_shape, facts.resize, facts.interpolation)
-            except UserError as error:
-                print(printable(error), file=sys.stderr)
-                status = 2
-                continue
-            color = image[..., : 1 if image.shape[-1] < 3 else 3]  # Without the alpha channel.
-            if self.invert:
-                color ^= 255
-            elif color.mean() > 2 * max(facts.mean[: color.shape[-1]]):
-                print(f"{printable(path)} is much brighter than the training images; try --invert", file=sys.stderr)
-            probability = run.predict(image[None])[0]
-            top = (-probability).argsort(kind="stable")[: self.top]
-            classes = ", ".join(f"{facts.class_names[k]} {probability[k]:.1%}" for k in top)
-            print(f"{printable(path)}: {classes}")
-        return status
 
 
 @dataclass(frozen=True)
@@ -145,22 +67,33 @@ class _Train:
     """Train a network, validate each epoch, and score it on the test set once at the end."""
 
 
+@dataclass(frozen=True)
+class _LrFind:
+    """Find a learning rate: raise it from step to step until the loss diverges, and plot the loss."""
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line; exits with 0, or with 2 and a message if the user has to fix something."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     commands: dict[str, Any] = {"train": _Train, "eval": Eval, "predict": Predict, "data": Data, "runs": Runs}
     commands |= {"verify": Verify, "reproduce": Reproduce, "diff": Diff, "compare": Compare}
+    commands |= {"lr-find": _LrFind}
+    commands |= {"export": Export, "summary": Summary, "report": WriteReport}
 
     def parse() -> Any:
-        if arguments[:1] == ["train"]:  # Its options depend on the network, so that it imports Flax.
+        if arguments[:1] in (["train"], ["lr-find"]):  # Its options depend on the network, so that it imports Flax.
             from cnnjax.cli.experiment import Experiment, load_experiment
-            from cnnjax.cli.train_command import parse_train
+            from cnnjax.cli.lr_find import LrFind
+            from cnnjax.cli.train_command import Train, parse_train
             from cnnjax.config import Config
 
+            command = Train if arguments[0] == "train" else LrFind
             named = len(arguments) > 1 and not arguments[1].startswith("-")
             experiment = load_experiment(arguments[1]) if named else Experiment(Config(), {})
             prog = " ".join(["cnnjax", *arguments[: 1 + named]])
-            return parse_train(experiment, arguments[1 + named :], prog=prog)
+            return parse_train(experiment, arguments[1 + named :], prog=prog, command=command)
+        if arguments[:1] == ["summary"] and names_experiment(arguments[1:]):
+            return parse_summary(arguments[1:])
         return tyro.extras.subcommand_cli_from_dict(
             commands, args=arguments, prog="cnnjax", description="Train image classifiers with JAX and Flax."
         )

@@ -17,7 +17,7 @@ def keep_memory() -> None:
     """Makes glibc keep the memory that this process frees, which makes training on a CPU faster.
 
     The command line and `run_experiment` call it. In a script, call it before jax starts. It has no effect without
-    glibc, or if the user has set a variable that begins with MALLOC_.
+    glibc, or if the user has set a variable that begins with `MALLOC_`.
 
     XLA frees the scratch memory of each step, and glibc returns such large blocks to the system. Mapping them again,
     page by page, takes a quarter of the next step (see BENCHMARKS.md). With a single arena and without

@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,8 +14,9 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Str
 
 from cnnjax.cli.experiment import PARTS, Experiment
 from cnnjax.cli.process import use_compilation_cache
-from cnnjax.config import Config
-from cnnjax.errors import UserError, check, unknown_name
+from cnnjax.config import Config, word
+from cnnjax.errors import UserError, check, check_name, unknown_name
+from cnnjax.loggers import Logger
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,14 @@ class Train:
     """The tfds directory; $TFDS_DATA_DIR or ~/tensorflow_datasets by default."""
     resume: bool = False
     """Resume the run in the run directory exactly where it stopped (or train longer, at a constant learning rate)."""
+    log: tuple[Logger, ...] = ()
+    """Where else to record the run: tensorboard (files in RUN/tensorboard), wandb (Weights & Biases), mlflow, or a
+    subclass of Logger in the experiment file. Changes no bit."""
+    profile: str | None = None
+    """Trace the steps from A to B, given as A:B, into RUN/profile for XProf, and print what they spend their time on.
+    10:20 are the ten steps after the tenth; on an accelerator, where an epoch is one program, all of its steps."""
+    report: bool = True
+    """Write a report on the run at the end, RUN/report.html; with --seeds, one on all of them."""
     checkpoint_seconds: float = 60.0
     """Save during an epoch, too, this long after the last save: the most that a power failure costs. Changes no bit.
 
@@ -48,28 +58,37 @@ class Train:
         from cnnjax.class_scores import is_uneven
         from cnnjax.cli.console import Report
         from cnnjax.cli.inspection import describe, expand
+        from cnnjax.cli.report import report_on_run, report_on_seeds
+        from cnnjax.profile import parse_steps
         from cnnjax.runs.seeds import parse_seeds, train_seeds, use_cores
         from cnnjax.train import train_and_evaluate
 
         seeds = None if self.seeds is None else parse_seeds(self.seeds)
+        profile = None if self.profile is None else parse_steps(self.profile)
+        check("profile", "left out with --seeds", profile is None or seeds is None, self.profile)
         if seeds is not None:
             use_cores(len(seeds))
         report = Report()
         use_compilation_cache(report.say)
         options: Any = {"data_dir": self.data_dir, "resume": self.resume, "report": report}
-        options["checkpoint_seconds"] = self.checkpoint_seconds
+        options |= {"loggers": self.log, "checkpoint_seconds": self.checkpoint_seconds}
         if seeds is None:
-            train_and_evaluate(self.config, run_dir=expand(self.run_dir), **options)
+            run = train_and_evaluate(self.config, run_dir=expand(self.run_dir), profile=profile, **options)
+            if self.report:
+                report_on_run(run, self.data_dir, report.say)
             return
-        results = train_seeds(self.config, seeds, folder=expand(self.run_dir), **options)
+        folder = expand(self.run_dir)
+        results = train_seeds(self.config, seeds, folder=folder, **options)
         uneven = is_uneven([row["count"] for row in results[0]["classes"]])
         for metric in ("test_accuracy", *(["test_balanced_accuracy"] if uneven else [])):
             summary = describe([result[metric] for result in results], metric)
             report.say(f"{len(results)} seeds, {self.seeds}: {summary}")
+        if self.report:
+            report_on_seeds(self.config, seeds, folder, self.data_dir, report.say)
 
 
-def parse_train(experiment: Experiment, arguments: Sequence[str], prog: str | None = None) -> Train:
-    """Parses the options of `cnnjax train`.
+def parse_train(experiment: Experiment, arguments: Sequence[str], prog: str | None = None, command: Any = Train) -> Any:
+    """Parses the options of `cnnjax train`, or of another command with a field `config`.
 
     The words after --model, --optim and --augment choose a class, which then determines the options.
     """
@@ -77,14 +96,14 @@ def parse_train(experiment: Experiment, arguments: Sequence[str], prog: str | No
     for part in PARTS:
         config = _choose(config, part, experiment.words(part), arguments)
     words = "\n".join(f"--{part} {'|'.join(experiment.words(part))}" for part in PARTS)
-    description = (
-        f"{inspect.getdoc(Train)}\n\nThe classes of network, optimizer and augmentation, whose options follow:\n{words}"
-    )
+    classes = f"The classes of network, optimizer and augmentation, whose options follow:\n{words}"
+    description = f"{inspect.getdoc(command)}\n\n{classes}"
     registry = ConstructorRegistry()
     registry.struct_rule(_opaque)
     registry.primitive_rule(_dataset)
+    registry.primitive_rule(partial(_logger, words=experiment.words("log")))
     options: Any = {"prog": prog, "description": description, "registry": registry}
-    train = tyro.cli(Train, default=Train(config), args=arguments, **options)
+    train = tyro.cli(command, default=command(config), args=arguments, **options)
     if config.name and train.config.name == config.name and train.config.dataset != config.dataset:
         named = dataclasses.replace(train.config, name=f"{config.name}_{train.config.dataset_word}")
         train = dataclasses.replace(train, config=named)
@@ -122,6 +141,24 @@ def _opaque(info: Any) -> StructConstructorSpec | None:
     if not callable(value) or dataclasses.is_dataclass(value):
         return None
     return StructConstructorSpec(instantiate=lambda: value, fields=())
+
+
+def _logger(info: Any, words: dict[str, type]) -> PrimitiveConstructorSpec[Any] | None:
+    """Parses a logger from the word of its class."""
+    if info.type is not Logger:
+        return None
+
+    def make(args: list[str]) -> Logger:
+        check_name("log", args[0], words)
+        return words[args[0]]()
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="NAME",
+        instance_from_str=make,
+        is_instance=lambda x: isinstance(x, Logger),
+        str_from_instance=lambda x: [word(type(x))],
+    )
 
 
 def _dataset(info: Any) -> PrimitiveConstructorSpec[Any] | None:

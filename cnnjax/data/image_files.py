@@ -1,8 +1,9 @@
 """Images of any size and format, as input of a network."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,7 +18,7 @@ from cnnjax.errors import UserError
 from cnnjax.runs.files import open_regular
 
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # Of Pillow, for each number of channels.
-AHEAD = 64  # Number of images in work at a time.
+AHEAD = 64  # Number of images in work at a time: an interruption waits for few, and few are in memory.
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -120,11 +121,22 @@ def fit_images(
     return result
 
 
-def on_all_cores(fn: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
-    """Yields the results of a function in order, computed in threads: Pillow releases the interpreter's lock."""
-    with ThreadPoolExecutor(num_cores()) as threads:
-        for i in range(0, len(items), AHEAD):  # So that an interruption waits for few, and few results are in memory.
-            yield from threads.map(fn, items[i : i + AHEAD])
+def on_all_cores(fn: Callable[[T], R], items: Iterable[T], ahead: int = AHEAD) -> Generator[R, None, None]:
+    """Yields the results of a function in order, computed in threads: Pillow releases the interpreter's lock.
+
+    Args:
+      ahead: the largest number of items that are in work, or done and not yet yielded.
+    """
+    threads, results = ThreadPoolExecutor(num_cores()), deque[Future[R]]()
+    try:
+        for item in items:
+            results.append(threads.submit(fn, item))
+            if len(results) >= ahead:
+                yield results.popleft().result()
+        while results:
+            yield results.popleft().result()
+    finally:
+        threads.shutdown(cancel_futures=True)
 
 
 def check_channels(image_shape: tuple[int, ...]) -> None:

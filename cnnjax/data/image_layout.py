@@ -61,7 +61,9 @@ class Listing:
         return hashlib.sha256(json.dumps([self.class_names, self.files, self.others]).encode()).hexdigest()
 
 
-class _Row(NamedTuple):
+class Row(NamedTuple):
+    """A file that belongs to a class; its path is relative to the folder, with /."""
+
     path: str
     label: str
     split: str
@@ -88,7 +90,7 @@ def scan(path: Path) -> Listing:
     if not is_folder and path.suffix.lower() not in LISTS:
         raise UserError(f"`dataset` must be a folder, or a file {' or '.join(LISTS)}, got {path}.")
     root = path if is_folder else path.parent
-    rows, classes, others = _scan_folder(root) if is_folder else (_read_list(path), set(), [])
+    rows, classes, others = _scan_folder(root) if is_folder else (read_list(path), set(), [])
     _check_names(classes | {row.label for row in rows}, path)
     _check_paths([row.path for row in rows], path)
     classes |= {row.label for row in rows if row.split == "train"}
@@ -141,15 +143,15 @@ def refuse(found: Sequence[str], rule: str, path: Path, fix: str, shown: int = 3
 # --- Folders --------------------------------------------------------------------------------------------------------
 
 
-def _scan_folder(root: Path) -> tuple[list[_Row], set[str], list[str]]:
+def _scan_folder(root: Path) -> tuple[list[Row], set[str], list[str]]:
     """Returns the files, the classes of the training split, and the names of other files."""
-    folders, others = _entries(root)
+    folders, others = entries(root)
     splits = [name for name in folders if name.lower() in SPLITS]
     train = next((name for name in splits if SPLITS[name.lower()] == "train"), None)
-    if train is None or not _entries(root / train)[0]:
+    if train is None or not entries(root / train)[0]:
         found = [repr(f"{name}/") for name in splits] if len(splits) == len(folders) else []
         refuse(found, "have a folder train with a folder per class", root, "Move the class folders there.")
-        rows, classes = _scan_classes(root, "", folders, others, "train")
+        rows, classes = scan_classes(root, "", folders, others, "train")
         return rows, classes, others
     extra = [repr(f"{name}/") for name in folders if name not in splits]
     refuse(extra, "hold no folders besides train, validation and test", root, "Move the others away.")
@@ -157,8 +159,8 @@ def _scan_folder(root: Path) -> tuple[list[_Row], set[str], list[str]]:
     refuse(twice, "have one folder for each split", root, "Merge them.")
     rows, classes = [], set()
     for name in splits:
-        inner, loose = _entries(root / name)
-        found, labels = _scan_classes(root, f"{name}/", inner, loose, split := SPLITS[name.lower()])
+        inner, loose = entries(root / name)
+        found, labels = scan_classes(root, f"{name}/", inner, loose, split := SPLITS[name.lower()])
         refuse([] if found else [repr(f"{name}/")], "hold images in each split", root, "Add images, or remove it.")
         rows += found
         classes |= labels if split == "train" else set()
@@ -166,33 +168,35 @@ def _scan_folder(root: Path) -> tuple[list[_Row], set[str], list[str]]:
     return rows, classes, others
 
 
-def _scan_classes(
+def scan_classes(
     root: Path, prefix: str, folders: list[str], loose: list[str], split: str
-) -> tuple[list[_Row], set[str]]:
+) -> tuple[list[Row], set[str]]:
     """Returns the files of the class folders below `prefix`, and the names of the classes."""
     images = [repr(prefix + name) for name in loose if Path(name).suffix.lower() in Image.registered_extensions()]
     refuse(images, "hold each image in the folder of its class", root, "Move them, or remove them.")
     rows, deep = [], []
     for label in folders:
-        inner, names = _entries(root / prefix / label)
+        inner, names = entries(root / prefix / label)
         deep += [repr(f"{prefix}{label}/{name}/") for name in inner]
-        rows += [_Row(f"{prefix}{label}/{name}", label, split) for name in names]
+        rows += [Row(f"{prefix}{label}/{name}", label, split) for name in names]
     fix = "Name the folder that holds the class folders, or move the images up."
     refuse(deep, "hold no folders inside those of the classes", root, fix)
     return rows, {*folders}
 
 
-def _entries(folder: Path) -> tuple[list[str], list[str]]:
+def entries(folder: Path, parameter: str = "dataset") -> tuple[list[str], list[str]]:
     """Returns the names of the folders and of the other entries, sorted, without those that are ignored."""
     folders, others = [], []
     try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
+        with os.scandir(folder) as scanned:
+            for entry in scanned:
                 if not entry.name.startswith(".") and entry.name.lower() not in _IGNORED:
                     linked = entry.is_symlink() and os.path.isdir(entry.path)  # `is_dir` would raise for a loop.
                     (folders if linked or entry.is_dir(follow_symlinks=False) else others).append(entry.name)
     except OSError as error:
-        raise UserError(f"`dataset` must be readable, got {folder} ({reason(error)}). Fix its permissions.") from error
+        raise UserError(
+            f"`{parameter}` must be readable, got {folder} ({reason(error)}). Fix its permissions."
+        ) from error
     return sorted(folders), sorted(others)
 
 
@@ -205,7 +209,8 @@ class _Line(TypedDict):
     split: NotRequired[str]
 
 
-def _read_list(path: Path) -> list[_Row]:
+def read_list(path: Path) -> list[Row]:
+    """Returns the lines of a list, with the split "train" if it has no column split."""
     try:
         with open_regular(path) as file:
             text = file.read().decode("utf-8-sig")
@@ -227,7 +232,7 @@ def _read_list(path: Path) -> list[_Row]:
     for (number, line), (_, split) in zip(lines, splits, strict=True):
         place = str(PurePosixPath(line["path"]))  # Without ./ and //.
         places[place].append(number)
-        rows.append(_Row(place, str(line["label"]), SPLITS[split.lower()]))
+        rows.append(Row(place, str(line["label"]), SPLITS[split.lower()]))
     twice = [f"{name!r} (lines {', '.join(map(str, n))})" for name, n in places.items() if len(n) > 1]
     refuse(twice, "name each file once", path, "Remove the duplicate lines.")
     return rows

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from cnnjax.layers.depthwise import depthwise_conv2d, plain_depthwise_conv2d, strided_conv2d
+from cnnjax.layers.derivatives import in_plain_operations
 from cnnjax.layers.onednn import Padding
 from cnnjax.layers.ops import dense, plain_dense
 
@@ -51,7 +52,7 @@ class ConvNorm(nn.Module):
             x = convolve(x, kernel[:, :, 0], padding, self.stride)
         else:
             kernel = self.param("kernel", HE_FAN_OUT, (*size, channels, self.features), jnp.float32)
-            if self.kernel_size > 1:
+            if self.kernel_size > 1 or in_plain_operations():
                 x = strided_conv2d(x, kernel, padding, self.stride, plain=self.plain)
             else:
                 x = x[:, :: self.stride, :: self.stride]

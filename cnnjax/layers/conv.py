@@ -127,6 +127,7 @@ def image_grad_by_xla(
 
 
 conv2d.defvjp(_conv2d_fwd, _conv2d_bwd)
+conv2d.defplain(plain_conv2d)
 
 
 def _bias_grad(g: Float[Array, "B H W K"], relu: bool) -> Float[Array, " K"]:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from cnnjax.layers import onednn
 from cnnjax.layers.conv import conv2d, plain_conv2d
-from cnnjax.layers.derivatives import fast_vjp
+from cnnjax.layers.derivatives import fast_vjp, in_plain_operations
 from cnnjax.layers.onednn import Padding
 
 
@@ -38,7 +38,8 @@ def plain_depthwise_conv2d(
     image: Float[Array, "B H W C"], kernel: Float[Array, "I J C"], padding: Padding, stride: int
 ) -> Float[Array, "B H2 W2 C"]:
     """Returns `depthwise_conv2d` of the same arguments, by plain XLA operations."""
-    convolve = _by_shifts if jax.default_backend() == "cpu" else _by_xla
+    by_shifts = jax.default_backend() == "cpu" and not in_plain_operations()
+    convolve = _by_shifts if by_shifts else _by_xla
     return convolve(image, kernel.astype(image.dtype), padding=padding, stride=stride)
 
 
@@ -112,6 +113,7 @@ def _fwd(image, kernel, padding, stride):
 
 
 depthwise_conv2d.defvjp(_fwd, _bwd)
+depthwise_conv2d.defplain(plain_depthwise_conv2d)
 
 
 def strided_conv2d(
@@ -130,7 +132,7 @@ def strided_conv2d(
     convolve = plain_conv2d if plain else conv2d
     if stride == 1:
         return convolve(image, kernel, None, padding, False)
-    if plain or jax.default_backend() != "cpu":
+    if plain or in_plain_operations() or jax.default_backend() != "cpu":
         numbers = ("NHWC", "HWIO", "NHWC")
         return lax.conv_general_dilated(
             image, kernel.astype(image.dtype), (stride, stride), padding, dimension_numbers=numbers

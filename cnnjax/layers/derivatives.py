@@ -1,6 +1,10 @@
-"""Fast operations with a gradient of their own; the error for other derivatives names the switch `plain`."""
+"""Fast operations with a gradient of their own, and the two switches to plain operations.
+
+The field `plain` of a network is for derivatives; `plain_operations` is for exports and analyses.
+"""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import update_wrapper
 from typing import Any
 
@@ -11,6 +15,25 @@ _MESSAGE = (
     "`model` must use plain XLA operations to be differentiated twice or in forward mode, got fast kernels. Build it "
     "with `plain=True`."
 )
+
+
+_PLAIN = jax.make_user_context(False)
+
+
+def plain_operations() -> AbstractContextManager[None]:
+    """Makes every layer, also of a network without `plain`, trace one standard operation of XLA, in this thread.
+
+    A convolution becomes a convolution, also if it is depthwise, has strides or a 1×1 kernel; a max-pool becomes a
+    reduction over windows. The program has no kernel of oneDNN and no branch per platform. Its results are equal to
+    rounding, and it may be slow on a CPU. The switch is a part of the keys of JAX's caches, so a jitted function that
+    was traced without it is traced again.
+    """
+    return _PLAIN(True)
+
+
+def in_plain_operations() -> bool:
+    """Returns whether the program is traced in `plain_operations`."""
+    return _PLAIN.value
 
 
 class fast_vjp:  # noqa: N801  A decorator.
@@ -36,8 +59,14 @@ class fast_vjp:  # noqa: N801  A decorator.
         """Sets the gradient, as `jax.custom_vjp.defvjp` does."""
         self._with_gradient.defvjp(fwd, bwd)
 
+    def defplain(self, plain: Callable[..., Any]) -> None:
+        """Sets the same operation for `plain_operations`."""
+        self._plain = plain
+
     def __call__(self, *args: Any) -> Any:
         """Calls the operation."""
+        if in_plain_operations():
+            return self._plain(*args)
         try:
             return self._with_gradient(*args)
         except (TypeError, NotImplementedError) as error:

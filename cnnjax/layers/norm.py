@@ -57,6 +57,7 @@ def _batch_norm_gelu_bwd(residuals, cotangents):
 
 
 batch_norm_gelu.defvjp(_batch_norm_gelu_fwd, _batch_norm_gelu_bwd)
+batch_norm_gelu.defplain(plain_batch_norm_gelu)
 
 
 def _norm(x, mean, scale, bias=None, residual=None):

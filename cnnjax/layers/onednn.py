@@ -7,8 +7,8 @@ of jaxlib for which the tests compare these kernels with NumPy.
 
 Limits: XLA cannot serialize a program with such a call, so the layers use XLA's own kernels if jax is configured to
 cache compiled programs (`jax_compilation_cache_dir`). They also do so on other platforms, in float16, and if
-$CNNJAX_ONEDNN is 0. On a processor without bfloat16 instructions, operands are widened to float32. XLA cannot partition
-such a call: simulated devices of one CPU that share a batch each compute all of it.
+$CNNJAX_ONEDNN is 0, and in `plain_operations`. On a processor without bfloat16 instructions, operands are widened to
+float32. XLA cannot partition such a call: simulated devices of one CPU that share a batch each compute all of it.
 """
 
 import json
@@ -26,7 +26,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from cnnjax.layers.derivatives import without_derivative
+from cnnjax.layers.derivatives import in_plain_operations, without_derivative
 
 Padding = tuple[tuple[int, int], tuple[int, int]]  # (low, high) of the height and the width.
 
@@ -58,7 +58,7 @@ def available() -> bool:
 def in_use(dtype: DTypeLike = jnp.float32) -> bool:
     """Returns whether the layers use these kernels on a CPU for operands of `dtype`."""
     cached = jax.config.values["jax_compilation_cache_dir"] is not None
-    return available() and not cached and dtype in (jnp.float32, jnp.bfloat16)
+    return available() and not cached and not in_plain_operations() and dtype in (jnp.float32, jnp.bfloat16)
 
 
 def on_cpu(fast: Callable[..., Array], plain: Callable[..., Array], *operands: Array) -> Array:

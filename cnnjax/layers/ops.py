@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key, UInt8
 
 from cnnjax.layers import onednn
-from cnnjax.layers.derivatives import fast_vjp
+from cnnjax.layers.derivatives import fast_vjp, in_plain_operations
 
 
 @fast_vjp
@@ -52,6 +52,7 @@ def _matmul(
 
 
 dense.defvjp(lambda x, kernel: (dense.fun(x, kernel), (x, kernel)), _dense_bwd)
+dense.defplain(plain_dense)
 
 
 @fast_vjp
@@ -70,6 +71,7 @@ def plain_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 gelu.defvjp(lambda x: (plain_gelu(x), x), lambda x, g: jax.vjp(plain_gelu, lax.optimization_barrier(x))[1](g))
+gelu.defplain(plain_gelu)
 
 
 @fast_vjp
@@ -88,6 +90,8 @@ def max_pool_2x2(x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:
 
 def plain_max_pool_2x2(x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:
     """Returns `max_pool_2x2` of the same argument, with the same gradient at ties, by plain XLA operations."""
+    if in_plain_operations():
+        return nn.max_pool(x, (2, 2), (2, 2))
     h, w = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
     corners = [x[:, i:h:2, j:w:2] for i in range(2) for j in range(2)]  # Four arrays [B H/2 W/2 C]
     if jax.default_backend() == "cpu":
@@ -159,6 +163,7 @@ def _max_pool_bwd(residuals, g):
 
 
 max_pool_2x2.defvjp(_max_pool_fwd, _max_pool_bwd)
+max_pool_2x2.defplain(plain_max_pool_2x2)
 
 
 def dropout(key: Key[Array, ""], x: Float[Array, "..."], rate: float) -> Float[Array, "..."]:

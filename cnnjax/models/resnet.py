@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from cnnjax.errors import check_name
 from cnnjax.fields import check_fields
 from cnnjax.layers.blocks import ConvNorm, Head
+from cnnjax.layers.derivatives import in_plain_operations
 from cnnjax.models.mlp import DTYPES
 from cnnjax.models.torch_names import Names, conv_norm_names, head_names, variables_from_torch
 from cnnjax.typing import AnyArray, Preprocessing, PublishedWeights
@@ -184,6 +185,9 @@ def max_pool_3x3(x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:
 
     Maxima of slices, in float32, because the gradient of `nn.max_pool` is slow on a CPU.
     """
+    if in_plain_operations():
+        padding: Any = ((1, 1), (1, 1))  # Flax's annotation only has its names.
+        return nn.max_pool(x, (3, 3), (2, 2), padding)
     dtype = x.dtype
     x = jnp.pad(x.astype(jnp.float32), ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
     h, w = (x.shape[1] - 1) // 2, (x.shape[2] - 1) // 2

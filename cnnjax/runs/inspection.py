@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from cnnjax import loggers, profile
 from cnnjax.cli.console import Report
 from cnnjax.config import Config
 from cnnjax.errors import UserError, check_name, unknown_name
@@ -124,7 +125,7 @@ def verify(run_dir: Path) -> dict[str, str]:
     records.check_links(run_dir)
     last = _last_session(run_dir)
     killed = last is not None and last["state"] == "running"
-    others = ("checkpoints/", "damaged/", directory.LOCK)
+    others = ("checkpoints/", "damaged/", directory.LOCK, *(f"{name}/" for name in (*loggers.FOLDERS, profile.FOLDER)))
     found = {name: what for name, what in check_sums(run_dir).items() if not name.startswith(others)}
     if killed and found == {SUMS: "missing"}:
         found = dict.fromkeys(names, "no checksum")

@@ -1,24 +1,30 @@
 """The progress of a run: records, reports and saves it after steps and epochs, and decides whether the run stops."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Sharding
 
 from cnnjax.cli.signals import Interrupted
-from cnnjax.errors import NonFiniteLossError, UserError
+from cnnjax.config import word
+from cnnjax.errors import NonFiniteLossError, UserError, describe, option
+from cnnjax.loggers import Logger
 from cnnjax.metrics import Metrics, Scores, Totals
 from cnnjax.runs.checkpoints import all_finite
 from cnnjax.runs.directory import OpenRun
 from cnnjax.runs.files import tree_sha256
 from cnnjax.runs.records import write_rows
-from cnnjax.runs.schema import Row, Timing
+from cnnjax.runs.schema import Result, Row, Timing
 from cnnjax.step import TrainState
+
+if TYPE_CHECKING:
+    from cnnjax.runs.run import Run
 
 OnStep = Callable[[int, dict[str, float]], object]
 OnEpoch = Callable[[dict[str, Any], TrainState], object]
@@ -56,15 +62,49 @@ class EndedEpoch(NamedTuple):
 
 @dataclass
 class Callbacks:
-    """Functions of the user, see `train_and_evaluate`.
+    """Functions of the user, and loggers, see `train_and_evaluate`.
 
     Attributes:
-      raised: the exception that one of them raised.
+      raised: the exception that a function raised.
+      result: that of the run, for the loggers, once it is known.
     """
 
     on_step: OnStep | None = None
     on_epoch: OnEpoch | None = None
+    loggers: list[Logger] = field(default_factory=list)  # Those that have started.
+    say: Callable[[str], None] = print
     raised: BaseException | None = None
+    result: Result | None = None
+
+    @contextmanager
+    def logged(self, loggers: Sequence[Logger], run: "Run", step: int) -> Iterator[None]:
+        """Starts loggers, and ends them with the context.
+
+        Raises:
+          UserError: one could not start.
+        """
+        try:
+            for logger in loggers:
+                try:
+                    logger.start(run, step)
+                except Exception as error:
+                    raise UserError(
+                        f"The logger {word(type(logger))} could not start: {describe(error)} Correct this, or leave it "
+                        f"out. Then resume the run: {option('resume')}."
+                    ) from error
+                self.loggers.append(logger)
+            yield
+        finally:
+            for logger in [*self.loggers]:
+                self._log(logger, "finish", self.result)
+
+    def _log(self, logger: Logger, method: str, *arguments: Any) -> None:
+        """Calls a method of a logger. Without the logger after an exception: training costs more than its log."""
+        try:
+            getattr(logger, method)(*arguments)
+        except Exception as error:
+            self.loggers.remove(logger)
+            self.say(f"The logger {word(type(logger))} failed: {describe(error)} The run continues without it.")
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         try:
@@ -74,24 +114,30 @@ class Callbacks:
             raise
 
     def report_steps(self, first: int, metrics: Metrics) -> None:
-        """Calls `on_step` with the means over the batch of each of several steps, the first of which has this number.
+        """Reports the means over the batch of each of several steps, the first of which has this number.
 
         Args:
           metrics: arrays [S] on the host.
         """
-        if self.on_step is None:
+        if self.on_step is None and not self.loggers:
             return
         sums: dict[str, Any] = {"loss": metrics.loss, **metrics.values}
         for i, num_examples in enumerate(metrics.num_examples.tolist()):
             means = {name: float(values[i]) / num_examples for name, values in sums.items()}
-            self._call(self.on_step, first + i, {**means, "grad_norm": float(metrics.grad_norm[i])})
+            means["grad_norm"] = float(metrics.grad_norm[i])
+            for logger in [*self.loggers]:
+                self._log(logger, "on_step", first + i, {**means})
+            if self.on_step is not None:
+                self._call(self.on_step, first + i, means)
 
     def stops(self, row: dict[str, Any], state: TrainState) -> bool:
-        """Calls `on_epoch`; returns its decision.
+        """Reports an epoch; returns the decision of `on_epoch`.
 
         Raises:
           UserError: it returned something else than True, False or None, or donated the state.
         """
+        for logger in [*self.loggers]:
+            self._log(logger, "on_epoch", {**row}, state)
         decision = None if self.on_epoch is None else self._call(self.on_epoch, row, state)
         if decision is not None and not isinstance(decision, (bool, np.bool_)):
             raise UserError(

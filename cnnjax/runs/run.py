@@ -1,7 +1,7 @@
 """A run as an object: its configuration, its history, its result, and the network that it trained."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -30,14 +30,13 @@ from cnnjax.runs.checkpoints import Checkpoints
 from cnnjax.runs.codec import collect_names
 from cnnjax.runs.files import tree_sha256
 from cnnjax.runs.manifest import read_manifest
+from cnnjax.runs.predictions import FilePrediction, batch_size_of, predict_files
 from cnnjax.runs.records import read_record, read_result, read_rows, read_timing, run_argument
 from cnnjax.runs.recovery import list_steps
 from cnnjax.runs.schema import DataFacts, Result, Row, Timing
 from cnnjax.sharding import place
 from cnnjax.step import TrainState, abstract_state, apply_views, eval_params, init_optimizer
 from cnnjax.typing import AnyArray, Batch
-
-BATCH_SIZE, LARGE_BATCH_SIZE = 128, 8  # Images per call of the network; the latter above 64 by 64 pixels.
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -50,6 +49,7 @@ class Run:
       facts: shape of the images, names of the classes, digests, mean and standard deviation of the pixels.
       result: the content of result.json, or None if the run is not finished.
       step: the step of the checkpoint that `state` holds; None: the best by validation, or else the last.
+      test_logits: those of the test score, in the order of `load_data`, if this process has trained the run.
     """
 
     run_dir: Path
@@ -57,6 +57,7 @@ class Run:
     facts: DataFacts
     result: Result | None
     step: int | None = None
+    test_logits: Float[np.ndarray, "N K"] | None = None
     _trained: tuple[TrainState, list[Row], list[Timing]] | None = None  # Of a run that this process has trained.
 
     def __repr__(self) -> str:
@@ -190,6 +191,25 @@ class Run:
         model, standardization = self.config.model, self.facts.standardization
         return self._in_batches(images, partial(_probabilities, self.state, standardization, model=model, tta=tta))
 
+    def predict_files(
+        self, paths: Iterable[str | os.PathLike[str]], *, tta: str | None = None, invert: bool = False
+    ) -> Iterator[FilePrediction]:
+        """Yields a `FilePrediction` for each image file of any size and format, in order; few are in memory at a time.
+
+        Example:
+          >>> for path, probabilities, error, _ in run.predict_files(sorted(Path("photos").rglob("*.jpg"))):
+          ...     print(path, error or run.facts.class_names[probabilities.argmax()])
+
+        Args:
+          paths: of any number of files.
+          tta: see `predict`; None: that of the test score.
+          invert: swaps dark and bright first: for dark digits on white paper, if the training images are the reverse.
+
+        Raises:
+          UserError: the network has more than 4 channels. A file that cannot be read has an `error` instead.
+        """
+        return predict_files([self], paths, tta=tta, invert=invert)
+
     def features(self, images: Any, layer: str) -> Float[np.ndarray, "N ..."]:
         """Returns the output of a layer of a Linen module, float32.
 
@@ -208,8 +228,7 @@ class Run:
         self, images: Any, fn: Callable[[UInt8[np.ndarray, "B H W C"], Bool[np.ndarray, " B"]], Float[Array, "B ..."]]
     ) -> Float[np.ndarray, "N ..."]:
         images, parts = self._checked(images), []
-        height, width, _ = self.facts.image_shape
-        batch_size = BATCH_SIZE if height * width <= 64 * 64 else LARGE_BATCH_SIZE
+        batch_size = batch_size_of(self.facts.image_shape)
         for i in range(0, max(len(images), 1), batch_size):
             part = images[i : i + batch_size]
             padding = [(0, batch_size - len(part)), (0, 0), (0, 0), (0, 0)]

@@ -33,8 +33,10 @@ class DataFacts:
       sha256: for each stored split that is used, see `data.stored.digest`.
       version: the tfds version; for folders and arrays, 12 hexadecimal digits.
       source: where the pixels came from, in words.
-      mean, std: of the training images' channels, in pixel units (0 to 255); or those of the pretrained weights.
-      resize, interpolation: how images were brought to `image_shape`, see `data.image_files.fit_image`.
+      mean: of each channel of the training images, in pixel units (0 to 255); or that of the pretrained weights.
+      std: their standard deviation.
+      resize: how images were brought to `image_shape`, see `data.image_files.fit_image`.
+      interpolation: see `resize`.
       weights_sha256: of the file of pretrained weights, or None.
     """
 
@@ -95,11 +97,17 @@ class Row(TypedDict):
 
 
 class Timing(TypedDict):
-    """A line of timing.jsonl."""
+    """A line of timing.jsonl.
+
+    Keys:
+      flops_utilization: the FLOP/s of the network as a fraction of the peak of the devices, see `throughput`; only on
+        known devices.
+    """
 
     epoch: Positive
     images_per_second: Amount
     seconds: Amount
+    flops_utilization: NotRequired[Amount]
 
 
 class Sums(TypedDict):

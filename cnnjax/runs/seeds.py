@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from contextvars import copy_context
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -19,6 +20,7 @@ from cnnjax.cli.process import num_cores, start_jax
 from cnnjax.cli.signals import Interrupted, stop_signals
 from cnnjax.config import Config
 from cnnjax.errors import check
+from cnnjax.loggers import Logger
 from cnnjax.prepare import load_data, load_network_weights
 from cnnjax.runs.directory import check_path, check_run
 from cnnjax.runs.records import data_version
@@ -56,6 +58,11 @@ def use_cores(count: int) -> None:
             jax.config.update("jax_num_cpu_devices", min(count, num_cores()))
 
 
+def run_dir_of(config: Config, folder: Path | None) -> Path:
+    """Returns the run directory of one of several seeds, see `train_seeds`."""
+    return Path("runs") / config.run_name if folder is None else folder / f"seed{config.seed}"
+
+
 def train_seeds(
     config: Config,
     seeds: tuple[int, ...],
@@ -63,6 +70,7 @@ def train_seeds(
     folder: Path | None = None,
     data_dir: Path | None = None,
     resume: bool = False,
+    loggers: Sequence[Logger] = (),
     checkpoint_seconds: float = 60.0,
     report: Report | None = None,
 ) -> list[Result]:
@@ -75,6 +83,7 @@ def train_seeds(
     Args:
       config: its own seed is ignored.
       folder: contains the run directories, seed<k>; they are runs/<name>-seed<k> if None.
+      loggers: a copy of each records each run.
       data_dir, resume, checkpoint_seconds, report: see `train_and_evaluate`. Finished seeds are not trained again.
 
     Returns:
@@ -88,7 +97,7 @@ def train_seeds(
     report = report or Report(quiet=True)
     check("seeds", "different, and at least one", len({*seeds}) == len(seeds) > 0, seeds)
     configs = [replace(config, seed=seed) for seed in seeds]
-    folders = [Path("runs") / c.run_name if folder is None else folder / f"seed{c.seed}" for c in configs]
+    folders = [run_dir_of(c, folder) for c in configs]
     for run_dir, c in zip(folders, configs, strict=True):
         check_path(run_dir)
         if run_dir.is_dir():
@@ -113,6 +122,7 @@ def train_seeds(
                         config,
                         run_dir=run_dir,
                         resume=resume,
+                        loggers=[copy(logger) for logger in loggers],
                         checkpoint_seconds=checkpoint_seconds,
                         devices=[device],
                         report=report,

@@ -2,10 +2,13 @@
 
     .venv/bin/python experiments/benchmarks/images.py decode     # photos, per core, next to plain Pillow
     .venv/bin/python experiments/benchmarks/images.py folder     # 100,000 small files become a prepared set
+    .venv/bin/python experiments/benchmarks/images.py predict --run runs/cifar10_fast-seed0   # next to decoding alone
 
 `decode`: the readers take turns on the same JPEG files, which the system has in memory, with the process on one core. A
 "first reading" is what `cnnjax data` and the preparation do: file and pixels are hashed, and the image is encoded as
 PNG. `folder`: a process prepares the folder, and another one finds it prepared; each includes the start of Python.
+`predict`: `Run.predict_files` and its parts, with the same threads, compiled before. On a CPU the network and the
+decoders share the cores: "the sum of both" is the speed at which they would take turns.
 """
 
 import argparse
@@ -17,6 +20,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import harness
 import numpy as np
@@ -116,12 +120,75 @@ def folder(args: argparse.Namespace) -> str:
     return table([f"{count:,} PNG files of 32×32 pixels in 100 classes", "seconds", "GiB of memory"], rows)
 
 
-PARTS = {f.__name__: f for f in (decode, folder)}
+def save_tiles(folder: Path, count: int) -> list[Path]:
+    """Writes tiles of a photo as PNG files of 32×32 pixels."""
+    with Image.open(save_photos(folder, (640, 480), 1)[0]) as photo:
+        pixels = np.asarray(photo)
+    rng = np.random.default_rng(0)
+    paths = [folder / f"{i}.png" for i in range(count)]
+    for path, top, left in zip(paths, rng.integers(0, 448, count), rng.integers(0, 608, count), strict=True):
+        Image.fromarray(pixels[top : top + 32, left : left + 32]).save(path)
+    return paths
+
+
+def small_run(run_dir: Path) -> Any:
+    """Returns a run that trains a network on noise of 32×32 pixels."""
+    from cnnjax import MLP, Config, train_and_evaluate
+
+    image, label = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), np.uint8), np.arange(40) % 2
+    config = Config(dataset=(image, label, image, label), model=MLP(), num_epochs=1, tta="flip")
+    return train_and_evaluate(config, run_dir=run_dir)
+
+
+def decode_all(paths: Sequence[Path], **kind: Any) -> None:
+    from cnnjax.data.image_files import on_all_cores, read_image
+
+    for _ in on_all_cores(partial(read_image, **kind), paths):
+        pass
+
+
+def predict_all(run: Any, paths: Sequence[Path], tta: str) -> None:
+    for _ in run.predict_files(paths, tta=tta):
+        pass
+
+
+def predict(args: argparse.Namespace) -> str:
+    from cnnjax import load_run
+
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        for name, save, number in (
+            ("photo, 640×480, JPEG", partial(save_photos, size=(640, 480)), 2000),
+            ("tile, 32×32, PNG", save_tiles, 10_000),
+        ):
+            (folder := Path(temporary, name[:5])).mkdir()
+            paths = save(folder, count=16 if args.small else number)
+            run = load_run(args.run) if args.run else small_run(folder / "run")
+            facts, tta = run.facts, run.config.tta
+            images = np.zeros((len(paths), *facts.image_shape), np.uint8)
+            kind = {"resize": facts.resize, "interpolation": facts.interpolation}
+            work: dict[str, Any] = {"decoding alone": partial(decode_all, paths, image_shape=facts.image_shape, **kind)}
+            for views in dict.fromkeys(("none", tta)):
+                work[f"network alone, views: {views}"] = partial(run.predict, images, tta=views)
+                work[f"`predict_files`, views: {views}"] = partial(predict_all, run, paths, tta=views)
+            times = take_turns({way: partial(seconds, function) for way, function in work.items()}, args.turns)
+            decoding = times["decoding alone"]
+            for way, found in times.items():
+                _, _, views = way.partition("`predict_files`, ")
+                both = zip(decoding, times[f"network alone, {views}"], strict=True) if views else ()
+                sum_of_both = f"{ratio([a + b for a, b in both], found):.2f}" if views else ""
+                speed = spread([len(paths) / x for x in found])
+                rows.append([name, way, speed, f"{ratio(decoding, found):.2f}", sum_of_both])
+    return table(["files", "what", "images/s", "× decoding", "× the sum of both"], rows)
+
+
+PARTS = {f.__name__: f for f in (decode, folder, predict)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--run", type=Path, help="a run for `predict`; a small network by default")
     args = harness.parse(parser, list(PARTS), list(PARTS))
     if args.small:
         args.turns = 1

@@ -1,40 +1,18 @@
 import io
-import json
-import os
 import re
-import struct
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 import cnnjax
-from cnnjax import load_run
 from cnnjax.cli.console import Report
 from cnnjax.cli.main import main
 from cnnjax.data.datasets import load_dataset
 from cnnjax.metrics import Scores
 
 PROGRAMS = Path(__file__).parents[1] / "programs"
-
-
-@pytest.fixture(scope="module")
-def train(prepared_dir):
-    """Returns a function that trains in a directory."""
-    options = ["--dataset", "generated", "--data-dir", str(prepared_dir)]
-    options += ["--model", "mlp", "--num-epochs", "3", "--batch-size", "32"]
-    return lambda run_dir, *more: main(["train", *options, "--run-dir", str(run_dir), *more])
-
-
-@pytest.fixture(scope="module")
-def run_dir(tmp_path_factory, train):
-    run_dir = tmp_path_factory.mktemp("main") / "run"
-    train(run_dir)
-    return run_dir
 
 
 def fails(capsys, *arguments):
@@ -45,98 +23,6 @@ def fails(capsys, *arguments):
     captured = capsys.readouterr()
     assert "Traceback" not in captured.err + captured.out
     return re.sub(r"[│╭╮╰╯─\s]+", " ", captured.err + captured.out)
-
-
-def test_eval_prints_the_score_of_every_image_of_a_split(run_dir, prepared_dir, capsys):
-    result = json.loads((run_dir / "result.json").read_text())
-    row = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[result["best_epoch"] - 1])
-    main(["eval", str(run_dir), "--data-dir", str(prepared_dir)])
-    main(["eval", str(run_dir), "--data-dir", str(prepared_dir), "--split", "validation"])
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 * (12 + 12 + 1)  # For each split the classes, the confusion matrix and a sentence.
-    for k in (0, 9):
-        scores = result["classes"][k]
-        percents = (f"{scores[name]:.2%}" for name in ("precision", "recall", "f1"))
-        assert lines[1 + k].split() == [str(k), *scores["name"].split(), str(scores["count"]), *percents]
-    assert [int(count) for count in lines[14].split()[-10:]] == result["confusion_matrix"][0]
-    test, validation = lines[24], lines[49]
-    assert test == (
-        f"test accuracy {result['test_accuracy']:.2%}, loss {result['test_loss']:.4f}, on all 170 images ({run_dir})"
-    )
-    assert validation.startswith(
-        f"validation accuracy {row['validation_accuracy']:.2%}, loss {row['validation_loss']:.4f}, on all 40 images"
-    )
-
-
-def test_predict_prints_the_most_probable_classes_of_each_file(run_dir, prepared_dir, tmp_path, capsys):
-    dataset = load_dataset("generated", prepared_dir)
-    assert sorted(dataset.class_names) != [*dataset.class_names]
-    examples = dataset.load("test")
-    paths = [tmp_path / f"{i}.png" for i in range(10)]
-    for path, image in zip(paths, examples.image, strict=False):
-        Image.fromarray(image[..., 0]).save(path)
-    main(["predict", str(run_dir), *map(str, paths), "--top", "2"])
-    lines = capsys.readouterr().out.splitlines()
-    for line, path, label in zip(lines, paths, examples.label, strict=False):
-        found = re.fullmatch(rf"{path}: ([\w/ -]+) (\d+\.\d)%, [\w/ -]+ (\d+\.\d)%", line)
-        assert found is not None and found[1] == dataset.class_names[label]
-        assert float(found[2]) > 50 > float(found[3])
-
-
-def test_predict_hints_at_images_of_reversed_brightness(run_dir, prepared_dir, tmp_path, capsys):
-    dataset = load_dataset("generated", prepared_dir)
-    examples = dataset.load("test")
-    Image.new("L", (28, 28), "white").save(tmp_path / "white.png")
-    main(["predict", str(run_dir), str(tmp_path / "white.png")])
-    assert "white.png is much brighter than the training images; try --invert" in capsys.readouterr().err
-    Image.fromarray(255 - examples.image[1, ..., 0]).save(tmp_path / "negative.png")
-    main(["predict", str(run_dir), str(tmp_path / "negative.png"), "--invert"])
-    captured = capsys.readouterr()
-    assert f"negative.png: {dataset.class_names[examples.label[1]]} " in captured.out
-    assert captured.err == ""
-
-
-def test_predict_reads_the_other_files_if_one_is_bad(run_dir, tmp_path, capsys, caplog, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    names = ["-a.png", "b b.png", "new\nline.png", os.fsdecode(b"\xff.png")]
-    for name in names:
-        Image.new("L", (28, 28), 60).save(name)
-    os.mkfifo("fifo.png")
-    Image.new("RGB", (28, 28)).save("bad.tiff")
-    content = Path("bad.tiff").read_bytes()
-    samples = struct.pack("<HHLH", 277, 3, 1, 3)  # Tag 277: samples per pixel. Pillow logs an error if they are many.
-    assert content.count(samples) == 1
-    Path("bad.tiff").write_bytes(content.replace(samples, struct.pack("<HHLH", 277, 3, 1, 99)))
-    images = [names[1], "missing\n.png", "fifo.png", "bad.tiff", names[1], *names[2:], "--", names[0]]
-    with pytest.raises(SystemExit) as stopped:
-        main(["predict", str(run_dir), "--top", "1", *images])
-    assert stopped.value.code == 2
-    captured = capsys.readouterr()
-    found = [line.rsplit(": ", 1) for line in captured.out.splitlines()]
-    assert [name for name, _ in found] == ["b b.png", "b b.png", "new\\nline.png", "\\udcff.png", "-a.png"]
-    assert len({classes for _, classes in found}) == 1
-    missing, fifo, tiff = captured.err.splitlines()
-    assert "got missing\\n.png (No such file or directory)" in missing
-    assert "got fifo.png (Not a regular file)" in fifo
-    assert "got bad.tiff (of an unknown format)" in tiff
-    assert not caplog.messages
-
-
-def test_predict_inverts_colors_and_not_the_alpha_channel(run_dir, tmp_path, capsys, monkeypatch):
-    rng, seen = np.random.default_rng(0), []
-    image = rng.integers(0, 256, (28, 28, 4), np.uint8)
-    Image.fromarray(image).save(tmp_path / "rgba.png")
-
-    class Alpha:
-        facts = replace(load_run(run_dir).facts, image_shape=(28, 28, 4), mean=(99.0,) * 4, std=(1.0,) * 4)
-
-        def predict(self, images):
-            seen.append(images[0])
-            return np.ones((1, 10)) / 10
-
-    monkeypatch.setattr("cnnjax.runs.run.load_run", lambda *args: Alpha())
-    main(["predict", str(run_dir), str(tmp_path / "rgba.png"), "--invert"])
-    np.testing.assert_array_equal(seen[0], np.dstack([255 - image[..., :3], image[..., 3]]))
 
 
 def test_data_describes_the_set(prepared_dir, capsys):
@@ -159,7 +45,7 @@ def test_mistakes_of_the_user_are_messages(run_dir, train, tmp_path, capsys):
     assert "`image` must be an image file" in fails(capsys, "predict", str(run_dir), str(tmp_path / "no.png"))
     assert "`run` must be the directory of a run" in fails(capsys, "eval", str(tmp_path))
     assert "`images` must be at least one file, got none." in fails(capsys, "predict", str(run_dir))
-    assert "`top` must be at least 1, got 0." in fails(capsys, "predict", str(run_dir), "a.png", "--top", "0")
+    assert "`top` must be at least 0, got -1." in fails(capsys, "predict", str(run_dir), "a.png", "--top=-1")
     with pytest.raises(SystemExit) as stopped:
         train(run_dir)
     assert stopped.value.code == 2

@@ -13,7 +13,7 @@ import jax
 from cnnjax.cli.main import main
 
 folder, options = sys.argv[1], sys.argv[2:]
-main(["train", *options, "--run-dir", f"{folder}/intact"])
+main(["train", *options, "--no-report", "--run-dir", f"{folder}/intact"])
 for i, path in enumerate(sorted(Path(os.environ["XDG_CACHE_HOME"]).rglob("*-cache"))):
     content = bytearray(path.read_bytes())
     middle = len(content) // 2
@@ -21,4 +21,4 @@ for i, path in enumerate(sorted(Path(os.environ["XDG_CACHE_HOME"]).rglob("*-cach
     path.write_bytes(content[:middle] if i % 2 else content)
 jax.clear_caches()  # As in another process.
 print("damaged:", file=sys.stderr)
-main(["train", *options, "--run-dir", f"{folder}/damaged"])
+main(["train", *options, "--no-report", "--run-dir", f"{folder}/damaged"])

@@ -25,7 +25,7 @@ def mount(*arguments):
     subprocess.run(["mount", *arguments, disk], check=True)
 
 
-train = ["train", *options, "--run-dir", f"{disk}/run"]
+train = ["train", *options, "--no-report", "--run-dir", f"{disk}/run"]
 mount("-t", "tmpfs", "-o", "size=16M", "tmpfs")
 run(*train)
 print("checkpoints:", *sorted(path.name for path in Path(disk, "run", "checkpoints").iterdir()))

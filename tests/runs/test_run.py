@@ -234,7 +234,8 @@ def test_test_time_augmentation_is_the_mean_of_the_logits_of_the_views(run):
 
 def test_padding_gets_no_extra_views(run, monkeypatch):
     expected = run.predict(IMAGES[:8], tta="flip_translate")
-    monkeypatch.setattr("cnnjax.runs.run.BATCH_SIZE", 32)  # The quarter with extra views is as large as the images.
+    # The quarter with extra views is as large as the images.
+    monkeypatch.setattr("cnnjax.runs.predictions.BATCH_SIZE", 32)
     np.testing.assert_allclose(run.predict(IMAGES[:8], tta="uncertain"), expected, atol=1e-5)
 
 

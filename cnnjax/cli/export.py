@@ -1,0 +1,49 @@
+"""The command cnnjax export. Imports jax only if it runs."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from cnnjax.cli.inspection import config_of, expand
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write the network of a run as files that other programs load without cnnjax, and check each of them.
+
+    The folder gets model.safetensors (parameters), predictor.stablehlo (bytes in, probabilities out, for JAX on a CPU,
+    an NVIDIA GPU or a TPU), model.onnx (the same for ONNX Runtime), labels.json, a model card (README.md) and
+    SHA256SUMS. Each file is read back and compared with the network on 1,000 test images. If one differs, nothing is
+    written, and the exit code is 1.
+    """
+
+    run: Positional[Path]
+    """The run directory."""
+    folder: Positional[Path]
+    """The folder to write, absent or empty."""
+    formats: tuple[Literal["safetensors", "stablehlo", "onnx"], ...] | None = None
+    """The formats; by default all, without ONNX if it is not installed (pip install 'cnnjax[onnx]') or cannot express
+    the network."""
+    tta: Literal["none", "flip", "flip_translate"] | None = None
+    """The test-time augmentation of the predictors; by default that of the run (for uncertain: flip_translate)."""
+    data_dir: Path | None = None
+    """The tfds directory; $TFDS_DATA_DIR or ~/tensorflow_datasets by default."""
+    experiment: str | None = None
+    """The experiment file, if the run has classes or data of its own."""
+
+    def __call__(self) -> int:
+        """Prints a line per file."""
+        from cnnjax.export.bundle import ExportError, export_run
+        from cnnjax.runs.run import load_run
+
+        run, folder = load_run(self.run, config_of(self.run, self.experiment)), expand(self.folder) or self.folder
+        try:
+            export_run(run, folder, formats=self.formats, tta=self.tta, data_dir=self.data_dir)
+        except ExportError as error:
+            print(error, file=sys.stderr)
+            return 1
+        print(f"The files in {folder} predict what the network predicts. {folder / 'README.md'} says how to load them.")
+        return 0

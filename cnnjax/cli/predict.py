@@ -1,0 +1,219 @@
+"""The commands that use trained networks: cnnjax predict | eval. Imports jax only if a command runs."""
+
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from tyro.conf import Positional
+
+from cnnjax.cli.inspection import config_of, expand
+from cnnjax.cli.tables import accuracies, class_lines, printable
+from cnnjax.errors import check
+
+if TYPE_CHECKING:
+    from cnnjax.metrics import Scores
+    from cnnjax.runs.predictions import FilePrediction
+    from cnnjax.runs.run import Run
+
+
+_STDIN = 0  # Its descriptor.
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Score a trained network on every image of a split, or of a labelled folder, and on those of each class.
+
+    A file of the folder that cannot be read has a line on standard error. The others are scored, and the exit code
+    is 2.
+    """
+
+    run: Positional[Path]
+    """The run directory."""
+    split: Literal["test", "validation"] = "test"
+    """The split; validation is the validation split of the data, or else the part of the training split that was held
+    out."""
+    data: Path | None = None
+    """Score the images of this folder instead, with a folder per class, or of a .csv or .jsonl file with the columns
+    path and label. The names of its classes must be those of the run. Of several splits, test is scored."""
+    ensemble: tuple[Path, ...] = ()
+    """More run directories: score the mean of the probabilities of all runs."""
+    data_dir: Path | None = None
+    """The tfds directory; $TFDS_DATA_DIR or ~/tensorflow_datasets by default."""
+    experiment: str | None = None
+    """The experiment file, if the run has classes or data of its own."""
+
+    def __call__(self) -> int:
+        """Prints the scores of the classes, accuracy and loss."""
+        from cnnjax.runs.predictions import evaluate_ensemble
+
+        alone = not self.ensemble or self.split == "test" or self.data is not None
+        check("split", "test for an ensemble: the other runs may have been trained on it", alone, self.split)
+        runs = _load([self.run, *self.ensemble], self.experiment)
+        if self.data is not None:
+            return self._score_files(runs, expand(self.data) or self.data)
+        if self.ensemble:
+            scores = evaluate_ensemble(runs, self.data_dir)
+        else:
+            scores = runs[0].evaluate(self.split, data_dir=self.data_dir)
+        rest = f"In Python, load_run({str(self.run)!r}).evaluate({self.split!r}) counts all of them."
+        self._show(runs, scores, self.split, f"all {scores.num_examples:,} images", rest)
+        return 0
+
+    def _score_files(self, runs: Sequence["Run"], data: Path) -> int:
+        import numpy as np
+
+        from cnnjax.cli.console import track
+        from cnnjax.data.image_paths import find_labelled
+        from cnnjax.runs.predictions import predict_files, scores_of
+
+        names = runs[0].facts.class_names
+        files = find_labelled(data, names)
+        if files.split is not None:
+            print(f"Scoring the {files.split} split of {data}.")
+        missing = [printable(name) for k, name in enumerate(names) if k not in {*files.labels}]
+        if missing:
+            more = f" and {len(missing) - 10:,} more" if missing[10:] else ""
+            print(f"{data} has no image of {', '.join(missing[:10])}{more}.", file=sys.stderr)
+        label, predicted, probability = [], [], []
+        found = track(predict_files(runs, files.paths), "images", total=len(files.paths))
+        for k, prediction in zip(files.labels, found, strict=True):
+            if prediction.probabilities is None:
+                print(printable(prediction.error), file=sys.stderr)
+                continue
+            label.append(k)
+            predicted.append(prediction.probabilities.argmax())
+            probability.append(prediction.probabilities[k])
+        unreadable = len(files.paths) - len(label)
+        check("data", "a folder with an image that can be read", bool(label), f"{data} without one")
+        scores = scores_of(np.array(probability), np.array(predicted), np.array(label))
+        images = f"{len(label):,} of {len(files.paths):,} images ({unreadable:,} cannot be read)"
+        self._show(runs, scores, str(data), images if unreadable else f"all {len(label):,} images", "")
+        return 2 if unreadable else 0
+
+    def _show(self, runs: Sequence["Run"], scores: "Scores", what: str, images: str, rest: str) -> None:
+        from cnnjax.class_scores import class_scores, confusion_matrix, is_uneven
+
+        names = runs[0].facts.class_names
+        classes, matrix = class_scores(scores.confusion, len(names)), confusion_matrix(scores.confusion, len(names))
+        for line in class_lines(classes.rows(names), matrix, classes.means(), rest):
+            print(line)
+        uneven = is_uneven([count for count in classes.num_examples.tolist() if count])
+        of_runs = ", ".join(f"{run.run_dir}{'' if run.result else ', which is not finished'}" for run in runs)
+        score = accuracies(scores.accuracy, scores.balanced_accuracy, uneven)
+        print(f"{printable(what)} {score}, loss {scores.loss:.4f}, on {images} ({of_runs})")
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Print the most probable classes of image files of any size and format, in the order of the arguments.
+
+    A file that cannot be read has a line on standard error. The others are classified all the same, and the exit code
+    is 2. The first frame of an animation counts.
+    """
+
+    run: Positional[Path]
+    """The run directory."""
+    images: Positional[tuple[Path, ...]]
+    """Image files; folders, which are searched at any depth; quoted patterns, such as "photos/**/*.jpg"; - reads names
+    from standard input, one per line or each ended by NUL. -- before a name that begins with a hyphen."""
+    top: int = 3
+    """Number of classes to print; 0: all of them."""
+    json: bool = False
+    """Print a JSON object per file: file, classes and probabilities, the most probable first; or file and error."""
+    csv: bool = False
+    """Print a table in CSV: file, class_1, probability_1, ..., error."""
+    tta: str | None = None
+    """Test-time augmentation: none, flip, flip_translate or uncertain; by default that of the test score of the run."""
+    ensemble: tuple[Path, ...] = ()
+    """More run directories, after the images: print the mean of the probabilities of all runs."""
+    invert: bool = False
+    """Swap dark and bright first: for dark digits on white paper, if the training images are the reverse."""
+    experiment: str | None = None
+    """The experiment file, if the run has classes or data of its own."""
+
+    def __call__(self) -> int:
+        """Prints one line per file."""
+        check("images", "at least one file", bool(self.images), "none")
+        check("top", "at least 0", self.top >= 0, self.top)
+        check("csv", "False with `json`: use one of the two", not (self.csv and self.json), self.csv)
+        from cnnjax.runs.predictions import predict_files
+
+        paths, total = self._find()
+        runs = _load([self.run, *self.ensemble], self.experiment)
+        write = self._writer(runs[0].facts.class_names)
+        failed = bright = 0
+        for found in _with_bar(predict_files(runs, paths, tta=self.tta, invert=self.invert), total):
+            if found.error is not None:
+                print(printable(found.error), file=sys.stderr)
+                failed += 1
+            if found.is_bright and not self.invert:
+                if not bright:
+                    print(
+                        f"{printable(found.path)} is much brighter than the training images; try --invert",
+                        file=sys.stderr,
+                    )
+                bright += 1
+            write(found)
+        if bright > 1:
+            print(f"{bright:,} files are that bright", file=sys.stderr)
+        return 2 if failed else 0
+
+    def _find(self) -> tuple[Iterable[str], int | None]:
+        """Returns the files, and their number; None: standard input tells."""
+        from cnnjax.data.image_paths import find_images, read_names
+
+        names = [str(image) for image in self.images]
+        check("images", "- once", names.count("-") < 2, f"it {names.count('-')} times")
+        parts = [None if name == "-" else find_images(name) for name in names]
+        total = None if None in parts else sum(len(part) for part in parts if part)
+        return chain.from_iterable(read_names(_STDIN) if part is None else part for part in parts), total
+
+    def _writer(self, class_names: Sequence[str]) -> Callable[["FilePrediction"], None]:
+        """Returns a function that prints a prediction."""
+        out, top = sys.stdout, self.top or len(class_names)  # A progress bar replaces `sys.stdout`.
+        rows = csv.writer(out, lineterminator="\n")
+        width = min(top, len(class_names))
+        if self.csv:
+            columns = (name for k in range(1, width + 1) for name in (f"class_{k}", f"probability_{k}"))
+            rows.writerow(["file", *columns, "error"])
+
+        def write(found: "FilePrediction") -> None:
+            file, ranked = str(found.path), []
+            if found.probabilities is not None:
+                order = (-found.probabilities).argsort(kind="stable")[:top]
+                ranked = [(class_names[k], found.probabilities[k]) for k in order]
+            if self.json:
+                values = {
+                    "classes": [name for name, _ in ranked],
+                    "probabilities": [float(str(value)) for _, value in ranked],  # The digits of float32.
+                }
+                out.write(json.dumps({"file": file, **(values if ranked else {"error": str(found.error)})}) + "\n")
+            elif self.csv:
+                cells = [x for pair in ranked for x in pair] if ranked else [""] * (2 * width)
+                rows.writerow([file, *cells, "" if ranked else str(found.error)])
+            elif ranked:
+                classes = ", ".join(f"{name} {value:.1%}" for name, value in ranked)
+                out.write(f"{printable(file)}: {classes}\n")
+
+        return write
+
+
+def _load(run_dirs: Sequence[Path], experiment: str | None) -> list["Run"]:
+    from cnnjax.runs.predictions import check_ensemble
+    from cnnjax.runs.run import load_run
+
+    runs = [load_run(run_dir, config_of(run_dir, experiment)) for run_dir in run_dirs]
+    check_ensemble(runs)
+    return runs
+
+
+def _with_bar(predictions: Iterable["FilePrediction"], total: int | None) -> Iterable["FilePrediction"]:
+    """Shows a progress bar, unless the predictions themselves appear in the terminal."""
+    from cnnjax.cli.console import track
+
+    return predictions if sys.stdout.isatty() else track(predictions, "images", total=total)

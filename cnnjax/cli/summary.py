@@ -1,0 +1,98 @@
+"""The command cnnjax summary. Imports jax only if it runs."""
+
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tyro.conf import Positional
+
+from cnnjax.cli.inspection import config_of
+from cnnjax.cli.tables import table
+from cnnjax.errors import check
+
+if TYPE_CHECKING:
+    from cnnjax.config import Config
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Print the layers of a network with output shapes, parameters and floating-point operations (FLOPs) per image.
+
+    `cnnjax summary EXPERIMENT` takes the options of `cnnjax train`, and loads the data as that does: they determine the
+    shapes.
+    """
+
+    run: Positional[Path]
+    """The run directory, or an experiment."""
+    experiment: str | None = None
+    """The experiment file, if the run has classes or data of its own."""
+    details: bool = False
+    """Print Flax's table, too, with the inputs and every array of each module."""
+
+    def __call__(self) -> None:
+        """Prints the table."""
+        from cnnjax.runs.records import read_record
+
+        facts = read_record(self.run).data
+        config = config_of(self.run, self.experiment).with_num_classes(len(facts.class_names))
+        _print_summary(config.model, facts.image_shape, self.details)
+
+
+@dataclass(frozen=True)
+class _OfExperiment:
+    config: "Config"
+    data_dir: Path | None
+    details: bool
+
+    def __call__(self) -> None:
+        from cnnjax.prepare import load_data, load_network_weights
+
+        def say(line: str) -> None:
+            print(line, file=sys.stderr)
+
+        dataset = load_data(self.config, self.data_dir, say, weights=load_network_weights(self.config, say))
+        config = self.config.with_num_classes(dataset.num_classes)
+        _print_summary(config.model, dataset.image_shape, self.details)
+
+
+def names_experiment(arguments: Sequence[str]) -> bool:
+    """Returns whether the arguments of the command begin with an experiment, and not with a run directory."""
+    return bool(arguments) and not arguments[0].startswith("-") and not Path(arguments[0]).is_dir()
+
+
+def parse_summary(arguments: Sequence[str]) -> _OfExperiment:
+    """Parses the arguments of the command that follow it, for an experiment."""
+    from cnnjax.cli.experiment import load_experiment
+    from cnnjax.cli.train_command import parse_train
+
+    name, *options = arguments
+    own = [option for option in options if option != "--details"]
+    train = parse_train(load_experiment(name), own, prog=f"cnnjax summary {name}")
+    return _OfExperiment(train.config, train.data_dir, len(own) < len(options))
+
+
+def _print_summary(model: Any, image_shape: tuple[int, ...], details: bool) -> None:
+    import flax.linen as nn
+
+    from cnnjax.summary import flax_table, layer_table
+
+    valid = not details or isinstance(model, nn.Module)
+    check("details", "left out for a network that is not a Linen module", valid, details)
+    layers = layer_table(model, image_shape)
+    rows = [[x.name, x.kind, "×".join(map(str, x.output_shape)), f"{x.num_params:,}", f"{x.flops:,}"] for x in layers]
+    num_params, flops = sum(layer.num_params for layer in layers), sum(layer.flops for layer in layers)
+    rows = [
+        ["layer", "kind", "output", "parameters", "FLOPs"],
+        ["image", "", "×".join(map(str, image_shape)), "", ""],
+        *rows,
+        ["total", "", "", f"{num_params:,}", f"{flops:,}"],
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    for line in table([[*row[:3], *(row[i].rjust(widths[i]) for i in (3, 4))] for row in rows]):
+        print(line)
+    print("FLOPs: the multiplications and additions of convolutions and matrix products for one image.")
+    if details:
+        print(flax_table(model, image_shape, shutil.get_terminal_size((160, 24)).columns))

@@ -1,0 +1,1 @@
+"""Verified exports: the network of a run as files that other programs load without cnnjax."""

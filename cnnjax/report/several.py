@@ -1,0 +1,140 @@
+"""The content of the report on several runs: groups of seeds, what they differ in, and which is better."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import altair as alt
+
+from cnnjax.cli.inspection import describe, verdict
+from cnnjax.report import figures, words
+from cnnjax.report.analysis import differing
+from cnnjax.runs.files import flatten, show
+from cnnjax.runs.inspection import read_info
+from cnnjax.runs.manifest import DECISIVE, read_manifest
+from cnnjax.runs.records import read_record
+from cnnjax.runs.run import Run
+from cnnjax.runs.statistics import Summary, summarize
+
+MAX_PAIRS = 10  # Of groups to compare.
+
+
+class Group(NamedTuple):
+    """Runs of one configuration, on the same images, with different seeds.
+
+    Attributes:
+      facts: configuration, data and environment as a flat dict; those of the first run.
+    """
+
+    label: str
+    runs: list[Run]
+    facts: dict[str, Any]
+
+    @property
+    def scores(self) -> dict[int, float]:
+        """The test accuracy of each finished seed."""
+        return {run.config.seed: run.test_accuracy for run in self.runs if run.result is not None}
+
+
+def group_runs(runs: Sequence[Run]) -> list[Group]:
+    """Returns the groups, in the order of their first runs, with labels that are all different."""
+    groups: list[Group] = []
+    keys: list[Any] = []
+    for run in runs:
+        record = read_record(run.run_dir)
+        config = {name: value for name, value in record.config.items() if name not in ("seed", "name")}
+        key = (config, record.data.sha256)
+        seed = run.config.seed
+        same = [g for g, k in zip(groups, keys, strict=True) if k == key and all(r.config.seed != seed for r in g.runs)]
+        if same:
+            same[0].runs.append(run)
+            continue
+        session = read_manifest(run.run_dir)["sessions"][-1]
+        facts = {**config, "data": asdict(record.data), **{name: session.get(name) for name in DECISIVE}}
+        label = run.config.run_name.removesuffix(f"-seed{seed}")
+        groups.append(Group(label, [run], flatten(facts)))
+        keys.append(key)
+    labels = [group.label for group in groups]
+    return [
+        group._replace(label=f"{group.label} ({labels[: i + 1].count(group.label)})")
+        if labels.count(group.label) > 1
+        else group
+        for i, group in enumerate(groups)
+    ]
+
+
+def several_content(runs: Sequence[Run]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns what the page of several runs shows, and its charts for files, {name: chart}."""
+    groups = group_runs(runs)
+    of_label = {group.label: group for group in groups}
+    scores = {label: group.scores for label, group in of_label.items() if group.scores}
+    summaries = {label: summarize([*of.values()], bounds=(0.0, 1.0)) for label, of in scores.items()}
+    found = figures.overlaid_curves({label: [run.history for run in group.runs] for label, group in of_label.items()})
+    files: dict[str, Any] = {}
+    if found:
+        drawn = [figure.draw(380) for figure in found]
+        files["learning_curves"] = alt.concat(*drawn, columns=2)
+    dots = figures.seed_scores(scores, summaries) if scores else None
+    if dots is not None:
+        files["scores"] = dots.draw(480)
+    differences = differing([group.facts for group in groups]) if len(groups) > 1 else {}
+    rows = [_run_row(group.label, run) for group in groups for run in group.runs]
+    content = {
+        "title": " and ".join(of_label) if len(of_label) <= 3 else f"{len(groups)} groups of runs",
+        "groups": [_group_row(group, summaries.get(group.label)) for group in groups],
+        "runs": rows,
+        "unfinished": [row["folder"] for row in rows if row["accuracy"] is None],
+        "curves": found,
+        "has_bands": any(len(group.runs) > 1 for group in groups),
+        "scores": dots,
+        "labels": [*of_label],
+        "differences": {name: [_show(value) for value in row] for name, row in differences.items()},
+        "verdicts": [_verdict(of_label[a], of_label[b]) for a, b in [*combinations(of_label, 2)][:MAX_PAIRS]],
+        "num_pairs": len(groups) * (len(groups) - 1) // 2,
+    }
+    return content, files
+
+
+def _show(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return "none" if text in ("null", "", "{}") else show(text)
+
+
+def _group_row(group: Group, summary: Summary | None) -> dict[str, Any]:
+    last = [result for run in group.runs if (result := run.result) is not None]
+    return {
+        "label": group.label,
+        "count": len(group.runs),
+        "summary": summary,
+        "words": describe([*group.scores.values()]) if summary else "no run is finished",
+        "num_params": last[0]["num_params"] if last else None,
+        "time": words.duration(sum(x["training_seconds"] for x in last) / len(last)) if last else None,
+    }
+
+
+def _run_row(label: str, run: Run) -> dict[str, Any]:
+    result, info = run.result, read_info(run.run_dir)
+    return {
+        "label": label,
+        "folder": str(run.run_dir),
+        "seed": run.config.seed,
+        "state": info.state,
+        "epochs": f"{len(info.rows)} of {info.config['num_epochs']}",
+        "accuracy": None if result is None else result["test_accuracy"],
+        "loss": None if result is None else result["test_loss"],
+        "validation": None if result is None else result["best_validation_accuracy"],
+        "time": None if result is None else words.duration(result["training_seconds"]),
+        "device": "" if result is None else result["device"],
+    }
+
+
+def _verdict(a: Group, b: Group) -> tuple[str, list[str]]:
+    """Returns the names of two groups, and the lines that `cnnjax compare` prints about them."""
+    pair = f"{a.label} and {b.label}"
+    if min(len(a.scores), len(b.scores)) < 2:
+        return pair, ["Both need at least two finished seeds to be compared. Train more: --seeds."]
+    lines = verdict((a.label, b.label), (a.scores, b.scores))
+    digests = [{k: v for k, v in group.facts.items() if k.startswith("data.sha256.")} for group in (a, b)]
+    return pair, lines if digests[0] == digests[1] else [*lines, "Their images have different digests, see below."]

@@ -1,0 +1,145 @@
+"""The sentences of the report: what the numbers of a run mean."""
+
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from cnnjax.config import Config
+from cnnjax.losses import CrossEntropy
+from cnnjax.report.analysis import GAP, Calibration, Fit
+
+CALIBRATED = 0.02  # An expected calibration error below 2 points needs no warning.
+
+# What an operation does, by a word in its name; the first that fits.
+OPERATIONS = {
+    "conv": "A convolution moves a small window of weights over its input; a map is bright where its pattern occurs.",
+    "relu": "A ReLU sets every negative value to zero, so that only what was found remains.",
+    "gelu": "A GELU is a smooth ReLU: it keeps positive values and nearly silences negative ones.",
+    "pool": "Pooling keeps one value of each small square, so that the maps shrink and small shifts matter less.",
+    "norm": "A normalization shifts and scales each map to a similar range, which keeps training stable.",
+    "dense": "A dense layer computes weighted sums of all values before it.",
+    "logits": "The logits are the scores of the classes; softmax turns them into probabilities.",
+    "maximum": "The maximum over all positions leaves one value per map.",
+    "mean": "The mean over all positions leaves one value per map.",
+    "add": "An addition of two branches lets a layer learn only what has to change.",
+    "softmax": "Softmax turns scores into probabilities that add up to 1.",
+}
+
+
+def explain_operation(operation: str) -> str:
+    """Returns a sentence about what an operation of a network does, or "" if there is none."""
+    return next((text for name, text in OPERATIONS.items() if name in operation.lower()), "")
+
+
+def explain_fit(fit: Fit, history: Mapping[str, np.ndarray], config: Config) -> list[str]:
+    """Returns what the learning curves say about over-fitting.
+
+    Args:
+      history: of at least one epoch.
+    """
+    last = {name: float(values[-1]) for name, values in history.items()}
+    epoch = int(last["epoch"])
+    if fit.lowest is None:
+        return [
+            "No images were held out for validation (validation_fraction is 0), so these curves cannot show "
+            "over-fitting: those of a network that learns its training images by heart look the same. The test score "
+            "is the only one on images that the network has not seen."
+        ]
+    lowest = float(np.nanmin(history["validation_loss"]))
+    if fit.over_fitted:
+        lines = [
+            f"This run over-fits from epoch {fit.lowest + 1} on. Its validation loss is lowest after epoch "
+            f"{fit.lowest} ({lowest:.4f}) and ends at {last['validation_loss']:.4f}, while the network keeps improving "
+            "on its training images: it learns them by heart. Dropout, augmentation, weight decay, more images, or "
+            "fewer epochs reduce this."
+        ]
+    elif fit.rises:
+        lines = [
+            f"The validation loss is lowest after epoch {fit.lowest} ({lowest:.4f}) and ends at "
+            f"{last['validation_loss']:.4f}. As the training loss has not fallen since, this is not over-fitting; "
+            "perhaps the learning rate is too high."
+        ]
+    elif fit.lowest == epoch:
+        lines = [
+            f"There is no sign of over-fitting: the validation loss is lowest at the end ({lowest:.4f}). Training "
+            "longer may improve the network."
+        ]
+    else:
+        lines = [
+            f"There is no sign of over-fitting: the validation loss ends at {last['validation_loss']:.4f}, near its "
+            f"lowest value ({lowest:.4f}, after epoch {fit.lowest})."
+        ]
+    if fit.gap is not None:
+        scores = f"{last['train_accuracy']:.2%} in training and {last['validation_accuracy']:.2%} in validation"
+        lines.append(f"The accuracy ends at {scores}. " + _explain_gap(fit))
+    return [*lines, *_scale_of_loss(config)]
+
+
+def _explain_gap(fit: Fit) -> str:
+    gap = 100 * (fit.gap or 0.0)
+    if gap > 100 * GAP:
+        cost = "" if fit.rises else " As the validation loss does not rise, it costs nothing yet."
+        return f"The network is {gap:.1f} points better on the images that it was trained on: the shaded gap.{cost}"
+    if gap < 0:
+        return (
+            "Validation may well be the better of the two: it is measured after each epoch, without dropout and "
+            "augmentation, and training accuracy during it, with both."
+        )
+    return f"A gap of {gap:.1f} points is small."
+
+
+def _scale_of_loss(config: Config) -> list[str]:
+    loss: Any = config.loss
+    own = not isinstance(loss, CrossEntropy)
+    if not own and loss.label_smoothing == 0 and config.class_weights == "none":
+        return []
+    name = getattr(loss, "__name__", type(loss).__name__) if own else f"label smoothing of {loss.label_smoothing:g}"
+    name = "class weights" if not own and loss.label_smoothing == 0 else name
+    return [
+        f"The training loss is that of the configuration ({name}), the validation loss is the plain cross-entropy: "
+        "compare their shapes, not their heights."
+    ]
+
+
+def explain_calibration(calibration: Calibration, config: Config) -> list[str]:
+    """Returns whether the confidence of a network can be trusted."""
+    confidence, accuracy, error = calibration.mean_confidence, calibration.mean_accuracy, 100 * calibration.error
+    lines = [
+        "A network is calibrated if, of all predictions that it makes with a confidence of 80%, it gets 80% right. "
+        f"This one is {confidence:.1%} confident on average, and right in {accuracy:.1%} of the cases. Its expected "
+        f"calibration error, the mean distance between confidence and accuracy, is {error:.1f} points."
+    ]
+    if calibration.error < CALIBRATED:
+        lines.append("Its probabilities can be taken at face value.")
+    elif confidence < accuracy:
+        lines.append(
+            "It is under-confident: it is right more often than it says, so its probabilities are too low."
+            + _label_smoothing(config)
+        )
+    else:
+        lines.append(
+            "It is over-confident: it is right less often than it says, as most networks are. Divide the logits by a "
+            "temperature that is chosen on validation images to correct this without changing a prediction."
+        )
+    return lines
+
+
+def _label_smoothing(config: Config) -> str:
+    smoothing = getattr(config.loss, "label_smoothing", 0.0)
+    return f" Label smoothing (here {smoothing:g}) teaches such caution." if smoothing else ""
+
+
+def duration(seconds: float) -> str:
+    """Returns a duration in words: "45.2 s", "1 min 47 s", "2 h 5 min"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def shell(arguments: list[str]) -> str:
+    """Returns a command as it is typed."""
+    return shlex.join(arguments)

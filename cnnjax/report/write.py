@@ -1,0 +1,126 @@
+"""Writes reports."""
+
+import base64
+import hashlib
+import os
+import re
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from cnnjax.errors import check
+from cnnjax.runs.files import atomic_write
+from cnnjax.runs.run import Run
+
+TEMPLATES = Path(__file__).parent / "templates"
+# The sections of a page, and the entry of its content without which each is missing.
+SECTIONS = {
+    "result": ("Result", "title"),
+    "curves": ("Learning curves", "curves"),
+    "classes": ("Classes", "result"),
+    "calibration": ("Calibration", "calibration"),
+    "examples": ("Mistakes", "calibration"),
+    "network": ("Network", "layers"),
+    "differences": ("Differences", "num_pairs"),
+    "runs": ("Runs", "runs"),
+    "record": ("Record", "config"),
+}
+
+
+def write_report(
+    runs: Run | Sequence[Run],
+    path: str | os.PathLike[str] | None = None,
+    *,
+    figures: str | os.PathLike[str] | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
+    warn: Callable[[str], None] = lambda line: None,
+) -> Path:
+    """Writes a report on a run, or on several, as one HTML file that loads nothing from the network.
+
+    The same runs give the same file. It lacks what cannot be computed, such as the calibration of a run whose test
+    images are gone, and says so.
+
+    Example:
+      >>> write_report(load_run("runs/mnist_mlp-seed0"))
+      PosixPath('runs/mnist_mlp-seed0/report.html')
+
+    Args:
+      runs: the runs. Those that differ only in their seed are shown as one group.
+      path: the file; report.html in the directory of a single run, otherwise in the working directory, if None.
+      figures: a folder that receives every chart as an SVG file.
+      data_dir: the tfds directory; tfds's default if None.
+      warn: receives a line for each part that is missing.
+
+    Returns:
+      The path of the file.
+
+    Raises:
+      UserError: there is no run, or a file of a run is damaged.
+      OSError: the file cannot be written.
+    """
+    runs = [runs] if isinstance(runs, Run) else [*runs]
+    check("runs", "at least one run", len(runs) > 0, "none")
+    path = Path(os.path.expanduser(path)) if path else (runs[0].run_dir if len(runs) == 1 else Path()) / "report.html"
+    data_dir = None if data_dir is None else Path(data_dir)
+    if len(runs) == 1:
+        from cnnjax.report.single import run_content
+
+        template, (content, charts) = "run.html", run_content(runs[0], data_dir, warn)
+    else:
+        from cnnjax.report.several import several_content
+
+        template, (content, charts) = "runs.html", several_content(runs)
+    page = render(template, content)
+    with atomic_write(path, shared=True) as file:
+        file.write(page.encode(errors="backslashreplace"))
+    if figures is not None:
+        write_figures(charts, Path(os.path.expanduser(figures)))
+    return path
+
+
+def render(template: str, content: dict[str, Any]) -> str:
+    """Returns the HTML of a page. Every string in `content` is escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    loader = FileSystemLoader(TEMPLATES)
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    scripts = [_library(), (TEMPLATES / "page.js").read_text()]
+    hashes = " ".join(f"'sha256-{_base64_sha256(script)}'" for script in scripts)
+    policy = f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data:; base-uri 'none'"
+    return environment.get_template(template).render(
+        **content,
+        css=Markup((TEMPLATES / "page.css").read_text()),
+        library=Markup(scripts[0]),
+        script=Markup(scripts[1]),
+        policy=Markup(policy),
+        sections=[(id_, title) for id_, (title, entry) in SECTIONS.items() if content.get(entry)],
+    )
+
+
+@cache
+def _library() -> str:
+    """Returns Vega, Vega-Lite and Vega-Embed, once for all charts; vl-convert takes a second to pack them."""
+    import vl_convert
+
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", r"<\/script")
+
+
+def _base64_sha256(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def write_figures(charts: dict[str, Any], folder: Path) -> None:
+    """Writes each chart as an SVG file, in the colors of the light mode."""
+    from cnnjax.report.charts import configured, to_svg
+
+    css = (TEMPLATES / "page.css").read_text()
+    colors = dict(re.findall(r"(--[\w-]+): (#\w+)", css.partition("@media")[0]))
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, chart in charts.items():
+        with atomic_write(folder / f"{name}.svg", shared=True) as file:
+            opaque = configured(chart, name.replace("_", " ")).properties(background="var(--surface)")
+            file.write(to_svg(opaque, colors).encode())

@@ -1,0 +1,177 @@
+"""Predictions for image files: decoded in threads, ahead of the device; by one run, or by several as an ensemble."""
+
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+from cnnjax.class_scores import count_pairs
+from cnnjax.data.image_files import AHEAD, check_channels, fit_image, on_all_cores, open_image
+from cnnjax.errors import UserError, check
+from cnnjax.metrics import Scores
+
+if TYPE_CHECKING:
+    from cnnjax.runs.run import Run
+
+BATCH_SIZE, LARGE_BATCH_SIZE = 128, 8  # Images per call of a network; the latter above 64 by 64 pixels.
+_TINY = float(np.finfo(np.float32).tiny)  # The least probability that counts as it is.
+
+
+class FilePrediction(NamedTuple):
+    """What a network says about an image file.
+
+    Attributes:
+      path: of the file.
+      probabilities: of each class, float32; None if the file cannot be read.
+      error: why it cannot be read, or None.
+      is_bright: whether the image is more than twice as bright as the training images.
+    """
+
+    path: Path
+    probabilities: Float[np.ndarray, " K"] | None
+    error: UserError | None = None
+    is_bright: bool = False
+
+
+def batch_size_of(image_shape: tuple[int, ...]) -> int:
+    """Returns the number of images (H, W, C) per call of a network."""
+    return BATCH_SIZE if image_shape[0] * image_shape[1] <= 64 * 64 else LARGE_BATCH_SIZE
+
+
+def check_ensemble(runs: Sequence["Run"]) -> None:
+    """Checks that runs have the same classes in the same order.
+
+    Raises:
+      UserError: they do not.
+    """
+    first, *others = runs
+    for run in others:
+        if run.facts.class_names != first.facts.class_names:
+            pairs = enumerate(zip(first.facts.class_names, run.facts.class_names, strict=False))
+            count = f"{len(run.facts.class_names)} classes instead of {len(first.facts.class_names)}"
+            got = next((f"class {k} {b!r} instead of {a!r}" for k, (a, b) in pairs if a != b), count)
+            raise UserError(
+                f"`ensemble` must be runs with the classes of {first.run_dir}, in the same order, got {run.run_dir} "
+                f"with {got}."
+            )
+
+
+def predict_files(
+    runs: Sequence["Run"], paths: Iterable[str | os.PathLike[str]], *, tta: str | None = None, invert: bool = False
+) -> Iterator[FilePrediction]:
+    """Yields a prediction for each image file, in order: the mean of the probabilities of all runs.
+
+    Each run receives the images as it was trained on them. Few images are in memory at a time.
+
+    Args:
+      runs: have the same classes, see `check_ensemble`.
+      paths: of any number of files.
+      tta: the test-time augmentation, see `Run.predict`; None: that of the configuration of each run.
+      invert: swaps dark and bright first.
+    """
+    check_ensemble(runs)
+    for run in runs:
+        check_channels(run.facts.image_shape)
+    kinds = [(run.facts.image_shape, run.facts.resize, run.facts.interpolation) for run in runs]
+    distinct = [*dict.fromkeys(kinds)]
+
+    def read(path: str | os.PathLike[str]) -> tuple[Path, list[UInt8[np.ndarray, "H W C"]] | UserError]:
+        file = Path(path)
+        try:
+            image = open_image(file)
+        except UserError as error:
+            return file, error
+        return file, [fit_image(image, *kind) for kind in distinct]
+
+    size = max(batch_size_of(run.facts.image_shape) for run in runs)
+    # The `catch_warnings` of a thread restores the filters that another thread has set.
+    with (
+        warnings.catch_warnings(action="ignore"),
+        closing(on_all_cores(read, paths, ahead=max(AHEAD, 2 * size))) as results,
+    ):
+        while batch := list(islice(results, size)):
+            read_images = [images for _, images in batch if isinstance(images, list)]
+            found = _predict(runs, kinds, read_images, tta, invert)
+            for file, images in batch:
+                if isinstance(images, UserError):
+                    yield FilePrediction(file, None, images)
+                else:
+                    yield FilePrediction(file, *next(found))
+
+
+def _predict(
+    runs: Sequence["Run"],
+    kinds: Sequence[Any],
+    read_images: Sequence[Sequence[UInt8[np.ndarray, "H W C"]]],
+    tta: str | None,
+    invert: bool,
+) -> Iterator[tuple[Float[np.ndarray, " K"], None, bool]]:
+    """Yields the last fields of a `FilePrediction` for each image.
+
+    Args:
+      kinds: of image, that each run needs.
+      read_images: for each file, an image of each distinct kind.
+    """
+    if not read_images:
+        return
+    columns = map(np.stack, zip(*read_images, strict=True))
+    images = dict(zip(dict.fromkeys(kinds), columns, strict=True))
+    first, facts = _color(images[kinds[0]]), runs[0].facts
+    is_bright = first.mean(axis=(1, 2, 3)) > 2 * max(facts.mean[: first.shape[-1]])
+    if invert:
+        for pixels in images.values():
+            _color(pixels)[...] ^= 255
+    probabilities = _mean(
+        [
+            run.predict(images[kind], tta=run.config.tta if tta is None else tta)
+            for run, kind in zip(runs, kinds, strict=True)
+        ]
+    )
+    for row, bright in zip(probabilities, is_bright.tolist(), strict=True):
+        yield row, None, bright
+
+
+def _color(images: UInt8[np.ndarray, "N H W C"]) -> UInt8[np.ndarray, "N H W D"]:
+    """Returns the channels of images without alpha."""
+    return images[..., : 1 if images.shape[-1] < 3 else 3]
+
+
+def _mean(probabilities: Sequence[Float[np.ndarray, "N K"]]) -> Float[np.ndarray, "N K"]:
+    return probabilities[0] if len(probabilities) == 1 else np.mean(probabilities, axis=0)
+
+
+def evaluate_ensemble(runs: Sequence["Run"], data_dir: Path | None = None) -> Scores:
+    """Scores the mean probabilities of several runs on their test split.
+
+    Raises:
+      UserError: the runs have other classes, or other test examples.
+    """
+    check_ensemble(runs)
+    probabilities, label = [], None
+    for run in runs:
+        examples = run.load_data("test", data_dir=data_dir)
+        same = label is None or np.array_equal(label, examples.label)
+        check("ensemble", f"runs with the test examples of {runs[0].run_dir}", same, f"{run.run_dir} with others")
+        label = examples.label
+        probabilities.append(run.predict(examples.image, tta=run.config.tta))
+    found = _mean(probabilities)
+    label = np.asarray(label)
+    return scores_of(found[np.arange(len(label)), label], found.argmax(axis=1), label)
+
+
+def scores_of(
+    probability: Float[np.ndarray, " N"], predicted: Int[np.ndarray, " N"], label: Int[np.ndarray, " N"]
+) -> Scores:
+    """Returns the scores of predictions.
+
+    Args:
+      probability: of the true class. The loss of an example is at most 87 nats, that of the least normal float32.
+    """
+    loss = float(-np.log(np.maximum(probability.astype(np.float64), _TINY)).mean())
+    return Scores(loss, len(label), {"accuracy": float((predicted == label).mean())}, count_pairs(label, predicted))

@@ -1,0 +1,133 @@
+import numpy as np
+import pytest
+from sklearn.calibration import calibration_curve
+
+from cnnjax import Config, CrossEntropy
+from cnnjax.report.analysis import (
+    Confused,
+    band,
+    calibrate,
+    differing,
+    judge_fit,
+    most_confident,
+    top_confusions,
+    wilson_interval,
+)
+from cnnjax.report.words import duration, explain_fit, explain_operation
+
+
+def predictions(seed=0, n=400, k=5):
+    rng = np.random.default_rng(seed)
+    probabilities = rng.dirichlet(np.full(k, 0.3), n).astype(np.float32)
+    return probabilities, rng.integers(0, k, n)
+
+
+def test_wilsons_interval_is_that_of_the_formula():
+    z, p, n = 1.959963984540054, 0.9058, 10_000
+    center = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    np.testing.assert_allclose(wilson_interval(p, n), (center - half, center + half), rtol=1e-12)
+    assert wilson_interval(1.0, 10)[1] == 1.0
+    assert wilson_interval(1.0, 10)[0] == pytest.approx(10 / (10 + z**2))
+
+
+def test_calibration_agrees_with_scikit_learn_and_with_a_loop():
+    probabilities, label = predictions()
+    confidence, correct = probabilities.max(axis=1).astype(np.float64), probabilities.argmax(axis=1) == label
+    confidence[0] = 1.0
+    found = calibrate(confidence, correct)
+    right, mean = calibration_curve(correct, confidence, n_bins=15, strategy="uniform")
+    full = found.num_examples > 0
+    np.testing.assert_allclose(found.accuracy[full], right, rtol=1e-6)
+    np.testing.assert_allclose(found.confidence[full], mean, rtol=1e-6)
+    error = 0.0
+    for m in range(15):
+        inside = (confidence > m / 15) & (confidence <= (m + 1) / 15)
+        assert found.num_examples[m] == inside.sum()
+        if inside.any():
+            error += inside.mean() * abs(correct[inside].mean() - confidence[inside].mean())
+    assert found.error == pytest.approx(error, rel=1e-6)
+    assert found.mean_confidence == pytest.approx(confidence.mean(), rel=1e-6)
+    assert found.mean_accuracy == pytest.approx(correct.mean())
+
+
+def test_the_most_confident_examples_are_those_of_a_sort():
+    probabilities, label = predictions()
+    predicted, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
+    mistakes, classes = most_confident(probabilities, label, per_class=3)
+    wrong = sorted(np.flatnonzero(predicted != label), key=lambda i: -confidence[i])
+    assert [x.example for x in mistakes] == wrong
+    for k in range(5):
+        certain = sorted(np.flatnonzero((label == k) & (predicted == k)), key=lambda i: -confidence[i])
+        assert [x.example for x in classes[k].certain] == certain[:3]
+        assert [x.example for x in classes[k].mistakes] == [i for i in wrong if label[i] == k][:3]
+
+
+def test_top_confusions_are_the_largest_counts_besides_the_diagonal():
+    matrix = [[9, 2, 0], [5, 9, 1], [0, 0, 9]]
+    assert top_confusions(matrix, 2) == [Confused(1, 0, 5), Confused(0, 1, 2)]
+    assert top_confusions(matrix, 9)[-1] == Confused(1, 2, 1)
+
+
+def history(training, validation, loss, train_loss=(0.9, 0.5, 0.1)):
+    columns = {"train_accuracy": training, "train_loss": train_loss, "validation_accuracy": validation}
+    columns |= {"validation_loss": loss, "epoch": range(1, 1 + len(loss))}
+    return {name: np.array(values) for name, values in columns.items()}
+
+
+@pytest.mark.parametrize(
+    ("loss", "lowest", "over_fitted", "words"),
+    [
+        ([0.9, 0.5, 0.8], 2, True, "This run over-fits from epoch 3 on. Its validation loss is lowest after epoch 2"),
+        ([0.9, 0.5, 0.51], 2, False, "no sign of over-fitting: the validation loss ends at 0.5100, near its lowest"),
+        ([0.9, 0.5, 0.4], 3, False, "no sign of over-fitting: the validation loss is lowest at the end (0.4000)"),
+    ],
+)
+def test_learning_curves_are_judged(loss, lowest, over_fitted, words):
+    curves = history([0.5, 0.8, 0.99], [0.5, 0.7, 0.75], loss)
+    fit = judge_fit(curves)
+    assert (fit.lowest, fit.over_fitted) == (lowest, over_fitted)
+    assert fit.gap == pytest.approx(0.24)
+    lines = explain_fit(fit, curves, Config())
+    assert words in lines[0]
+    assert "24.0 points better on the images that it was trained on" in lines[1]
+
+
+def test_a_validation_loss_that_rises_with_the_training_loss_is_no_over_fitting():
+    curves = history([0.5, 0.8, 0.6], [0.5, 0.8, 0.6], [0.9, 0.5, 0.8], train_loss=(0.9, 0.5, 0.8))
+    fit = judge_fit(curves)
+    assert (fit.lowest, fit.rises, fit.over_fitted) == (2, True, False)
+    assert "this is not over-fitting; perhaps the learning rate is too high" in explain_fit(fit, curves, Config())[0]
+
+
+def test_curves_without_validation_show_no_over_fitting():
+    curves = {"epoch": np.array([1, 2]), "train_loss": np.array([1.0, 0.5])}
+    fit = judge_fit(curves)
+    assert (fit.lowest, fit.over_fitted, fit.gap) == (None, False, None)
+    assert "cannot show over-fitting" in explain_fit(fit, curves, Config())[0]
+
+
+def test_another_training_loss_is_not_compared_with_the_validation_loss():
+    curves = history([0.5, 0.6], [0.5, 0.6], [0.9, 0.5], train_loss=(0.9, 0.5))
+    smoothed = explain_fit(judge_fit(curves), curves, Config(loss=CrossEntropy(label_smoothing=0.2)))
+    assert "label smoothing of 0.2" in smoothed[-1]
+    assert not any("plain cross-entropy" in line for line in explain_fit(judge_fit(curves), curves, Config()))
+
+
+def test_a_band_has_the_mean_and_the_extremes_of_the_seeds_that_reached_an_epoch():
+    both, one = {"epoch": np.array([1, 2])}, {"epoch": np.array([1])}
+    histories = [both | {"x": np.array([1.0, 4.0])}, both | {"x": np.array([3.0, np.nan])}, one]
+    found = band(histories, "x")
+    assert found is not None
+    np.testing.assert_array_equal(np.stack(found), [[1, 2], [2, 4], [1, 4], [3, 4]])
+    assert band(histories, "y") is None
+
+
+def test_differing_keeps_what_is_not_the_same_in_all():
+    assert differing([{"a": 1, "b": 2}, {"a": 1, "b": 3}, {"a": 1}]) == {"b": [2, 3, None]}
+
+
+def test_words():
+    assert [duration(x) for x in (4.24, 107.0, 7500.0)] == ["4.2 s", "1 min 47 s", "2 h 5 min"]
+    assert "negative value to zero" in explain_operation("ReLU")
+    assert explain_operation("other") == ""

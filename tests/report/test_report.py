@@ -1,0 +1,205 @@
+"""The report as a file: what it contains, what it says if something is missing, and its figures."""
+
+import base64
+import io
+import json
+import os
+import re
+import shutil
+import signal
+from dataclasses import replace
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cnnjax import UserError, load_run
+from cnnjax.cli.inspection import verdict
+from cnnjax.cli.main import main
+from cnnjax.cli.report import report_on_run, report_on_seeds
+from cnnjax.cli.signals import stop_signals
+from cnnjax.cli.train_command import Train
+from cnnjax.data.stored import Examples
+from cnnjax.report import single
+from cnnjax.report.images import filter_pictures, maps_picture
+from cnnjax.report.several import group_runs
+from cnnjax.report.write import write_report
+
+
+@pytest.fixture
+def copy(trained, tmp_path):
+    """Returns a function that copies a run, and changes JSON files of the copy."""
+
+    def make(seed=0, name="run", **changes):
+        folder = shutil.copytree(trained.runs[seed].run_dir, tmp_path / name)
+        for file, change in changes.items():
+            (folder / "SHA256SUMS").unlink(missing_ok=True)
+            path = folder / f"{file}.json"
+            content = json.loads(path.read_text())
+            change(content)
+            path.write_text(json.dumps(content))
+        return load_run(folder, trained.run.config)
+
+    return make
+
+
+def test_the_same_run_gives_the_same_bytes(trained, tmp_path):
+    first, second = (
+        write_report(trained.run, tmp_path / name, data_dir=trained.data_dir).read_bytes() for name in ("a", "b")
+    )
+    assert first == second
+    assert len(first) < 1.5e6
+    assert b"<script>alert" not in first
+
+
+def test_figures_are_svg_files_without_variables(trained, tmp_path):
+    write_report(trained.run, tmp_path / "a.html", data_dir=trained.data_dir, figures=tmp_path / "one")
+    write_report(trained.runs, tmp_path / "b.html", figures=tmp_path / "three")
+    names = {"learning_curves", "confusion", "calibration", "certain", "filters", "feature_maps"}
+    assert names <= {path.stem for path in tmp_path.glob("one/*")} <= names | {"mistakes"}
+    assert {path.stem for path in tmp_path.glob("three/*")} == {"learning_curves", "scores"}
+    for path in tmp_path.glob("*/*.svg"):
+        content = path.read_text()
+        assert ElementTree.fromstring(content).tag.endswith("svg")
+        assert "var(--" not in content
+    matrix = trained.run.result["confusion_matrix"]
+    texts = ElementTree.parse(tmp_path / "one/confusion.svg").iter("{http://www.w3.org/2000/svg}text")
+    counts = sorted(int(x.text) for x in texts if x.text and x.text.isdecimal())
+    assert counts == sorted(count for row in matrix for count in row if count)
+
+
+def test_the_probabilities_of_the_test_score_are_those_of_predict(trained):
+    scored = single.score(trained.run, trained.data_dir)
+    again = single.score(trained.runs[0], trained.data_dir)
+    np.testing.assert_allclose(scored.probabilities, again.probabilities, atol=1e-6)
+    accuracy = (scored.probabilities.argmax(axis=1) == scored.examples.label).mean()
+    assert accuracy == trained.run.test_accuracy
+
+
+def test_a_report_without_the_test_images_says_so(trained, tmp_path, capsys, monkeypatch):
+    run_dir = shutil.copytree(trained.runs[1].run_dir, tmp_path / "run")
+    monkeypatch.setattr("cnnjax.cli.inspection.config_of", lambda run, experiment: trained.run.config)
+    main(["report", str(run_dir), "--data-dir", str(tmp_path / "nothing")])
+    captured = capsys.readouterr()
+    assert captured.out == f"Report: {run_dir}/report.html\n"
+    assert captured.err.startswith("The report lacks calibration and example images, because the test images cannot be")
+    assert captured.err.count("\n") == 1
+    page = (run_dir / "report.html").read_text()
+    assert "The report lacks calibration and example images" in page
+    assert "Confusion matrix" in page and 'id="h-calibration"' not in page and "First filters" in page
+
+
+def test_an_unfinished_run_has_a_report_without_scores(trained, copy):
+    def interrupt(manifest):
+        manifest["sessions"][-1]["state"] = "interrupted"
+
+    run = copy(manifest=interrupt)
+    (run.run_dir / "result.json").unlink()
+    path = write_report(load_run(run.run_dir, trained.run.config), data_dir=trained.data_dir)
+    assert path == run.run_dir / "report.html"
+    page = path.read_text()
+    assert "This run is not finished (interrupted, 3 of 3 epochs), so it has no test score yet." in page
+    assert "Learning curves" in page and "Confusion matrix" not in page
+
+
+def test_a_page_of_1000_classes_stays_below_5_mb(trained, copy, monkeypatch):
+    rng, names = np.random.default_rng(0), [f"class {k}" for k in range(1000)]
+
+    def widen(result):
+        row = {"count": 3, "precision": 0.5, "recall": 0.5, "f1": 0.5}
+        result.update(classes=[{"name": name, **row} for name in names], confusion_matrix=None)
+
+    run = copy(config=lambda content: content["data"].update(class_names=names), result=widen)
+    images = rng.integers(0, 256, (3000, 96, 96, 3), np.uint8)  # PNG cannot compress noise.
+    scored = single.Scored(Examples(images, np.arange(3000) % 1000), rng.dirichlet(np.ones(1000), 3000))
+    monkeypatch.setattr(single, "score", lambda *arguments: scored)
+    lines = []
+    path = write_report(run, warn=lines.append)
+    assert path.stat().st_size < 5e6
+    page = path.read_text()
+    assert "980 classes are left out" in page and "These are the 300 of" in page
+    assert "no confusion matrix of more than 300 classes" in page
+    assert len(lines) == 1 and lines[0].startswith("The report lacks the layers of the network: ")
+
+
+def test_runs_that_differ_in_their_seed_are_one_group(trained, copy, tmp_path):
+    def slower(content):
+        content["config"]["optim"]["learning_rate"] = 0.5
+
+    others = [copy(seed, f"other{seed}", config=slower) for seed in (0, 1)]
+    groups = group_runs([*trained.runs, *others])
+    assert [(group.label, len(group.runs)) for group in groups] == [("tiny (1)", 3), ("tiny (2)", 2)]
+    page = write_report([*trained.runs, *others], tmp_path / "several.html").read_text()
+    lines = verdict(("tiny (1)", "tiny (2)"), (groups[0].scores, groups[1].scores))
+    assert re.sub("&#39;", "'", re.findall(r'class="verdict"><b>.*?</b> (.*?)</p>', page)[0]) == " ".join(lines)
+    rows = re.findall(r'<th scope="row">([\w.]+)</th><td>(.*?)</td><td>(.*?)</td></tr>', page)
+    assert rows == [("optim.learning_rate", "0.003", "0.5")]
+
+
+def test_two_runs_of_one_seed_are_two_groups(trained):
+    assert len(group_runs([trained.runs[0], trained.runs[0]])) == 2
+
+
+def test_there_must_be_a_run():
+    with pytest.raises(UserError, match="`runs` must be at least one run, got none"):
+        write_report([])
+
+
+def test_pictures_show_every_filter_and_map():
+    def pixels(uri):
+        return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.removeprefix("data:image/png;base64,")))))
+
+    kernel = np.zeros((2, 2, 3, 2), np.float32)
+    kernel[0, 1, 2, 0], kernel[1, 0, 0, 1] = 2.0, -2.0
+    first, second = map(pixels, filter_pictures(kernel))
+    np.testing.assert_array_equal(first[0, 1], [128, 128, 255])
+    np.testing.assert_array_equal(second[1, 0], [0, 128, 128])
+    maps = np.zeros((48, 48, 9), np.float32)
+    maps[:, :, 8] = 1.0
+    sheet = pixels(maps_picture(maps))
+    assert sheet.shape == (48 * 2 + 2, 48 * 8 + 2 * 7)
+    assert (sheet[:48, :48] == 0).all() and (sheet[50:, :48] == 254).all() and (sheet[:, 48:50] == 255).all()
+
+
+def test_training_writes_a_report_and_an_error_does_not_fail_it(trained, monkeypatch, tmp_path, capsys):
+    run, lines = trained.run, []
+    report_on_run(run, trained.data_dir, lines.append)
+    assert lines == [f"Report: {run.run_dir}/report.html"]
+    assert (run.run_dir / "report.html").exists()
+
+    def fail(*arguments, **options):
+        raise ValueError("no\nluck")
+
+    monkeypatch.setattr("cnnjax.report.write.write_report", fail)
+    report_on_run(run, trained.data_dir, lines.append)
+    assert lines[1:] == []
+    assert capsys.readouterr().err == "The report cannot be written: ValueError: no luck\n"
+    finished_before = trained.runs[0]
+    report_on_run(finished_before, trained.data_dir, lines.append)
+    assert lines[1:] == [f"Report: {run.run_dir}/report.html"]
+
+
+def test_seeds_have_one_report_next_to_their_folders(trained):
+    lines, folder = [], trained.run.run_dir.parent
+    report_on_seeds(trained.run.config, (0, 1, 2), folder, trained.data_dir, lines.append)
+    assert lines == [f"Report: {folder}/tiny.html"]
+    assert "the mean of 3 seeds" in (folder / "tiny.html").read_text()
+
+
+def test_ctrl_c_during_the_report_leaves_a_finished_run(trained, tmp_path, monkeypatch, capsys):
+    score = single.score
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        return score(*arguments)
+
+    monkeypatch.setattr(single, "score", interrupted)
+    monkeypatch.setattr("cnnjax.cli.report.report_on_run", report_on_run)  # See `no_reports`.
+    train = Train(replace(trained.run.config, seed=7), run_dir=tmp_path / "run", data_dir=trained.data_dir)
+    with stop_signals():  # As in `main`.
+        train()
+    assert capsys.readouterr().out.splitlines()[-1] == f"Report: {tmp_path}/run/report.html"
+    assert load_run(tmp_path / "run", train.config).result is not None
+    replace(train, resume=True, report=False)()
+    assert "Report" not in capsys.readouterr().out

@@ -1,0 +1,146 @@
+"""The learning-rate range test, on losses whose course is known."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from cnnjax import SGD, Config, Optimizer, ParamGroup, UserError
+from cnnjax.cli.main import main
+from cnnjax.lr_find import RangeTest, find_learning_rate
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (24, 4, 4, 1), np.uint8)
+ARRAYS = (IMAGES, np.arange(24) % 2, IMAGES, np.arange(24) % 2)
+
+
+class Scalars(nn.Module):
+    """Its logits are two of its parameters, a and b; c is frozen in the tests."""
+
+    start: float = 0.0
+
+    @nn.compact
+    def __call__(self, image):
+        a, b, c = (self.param(name, nn.initializers.constant(self.start), ()) for name in "abc")
+        return jnp.broadcast_to(jnp.stack([a, b + c]), (len(image), 2))
+
+
+def linear(logits, batch):
+    return 10 + logits.sum(-1)
+
+
+def quadratic(logits, batch):
+    return logits[:, 0] ** 2
+
+
+def test_each_update_uses_its_learning_rate_times_the_factor_of_the_group():
+    groups = ParamGroup("^b$", multiplier=0.5), ParamGroup("^c$", num_epochs=0)
+    optim = SGD(learning_rate=1e-3, momentum=0.0, groups=groups, accumulate_steps=2, schedule="one_cycle")
+    found = find_learning_rate(Config(dataset=ARRAYS, model=Scalars(), optim=optim, loss=linear, batch_size=8))
+    rates = 1e-7 * 10 ** (np.arange(161) / 20)
+    np.testing.assert_allclose(found.learning_rate, rates, rtol=1e-9)
+    np.testing.assert_allclose(found.loss, 10 - 1.5 * np.cumsum(rates), rtol=2e-5, atol=2e-5)
+    assert not found.diverged
+
+
+def test_it_stops_when_the_loss_diverges():
+    config = Config(
+        dataset=ARRAYS, model=Scalars(start=3.0), optim=SGD(learning_rate=1e-2, momentum=0.0), loss=quadratic
+    )
+    found = find_learning_rate(config)
+    a, losses, smoothed = np.float64(3), [], []
+    for rate in 1e-6 * 10 ** (np.arange(161) / 20):
+        a -= rate * 2 * a
+        losses.append(a**2)
+        weights = 0.9 ** np.arange(len(losses))[::-1]
+        smoothed.append(weights @ losses / weights.sum())
+        if smoothed[-1] > 18:  # Twice the first loss.
+            break
+    assert found.diverged
+    np.testing.assert_allclose(found.loss, losses, rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(found.smoothed, smoothed, rtol=1e-3, atol=1e-6)
+    lowest = found.learning_rate[np.argmin(smoothed)]
+    assert found.lowest == lowest > 1  # The rate above which the steps overshoot.
+    # The loss falls by exp(-4 times the sum of the rates), fastest where this sum is 1/4; smoothing delays it.
+    assert 0.25 * np.log(10) / 20 < found.steepest < lowest
+
+
+@pytest.mark.parametrize(
+    ("powers", "losses", "is_flat"),
+    [
+        ((-7, -4, -2, -1), (2.3, 2.3, 0.5, 4.0), False),
+        ((-7, -5, -4, 1), (2.3, 2.3, 0.1, 0.0), True),  # All is learned at 1e-4.
+    ],
+)
+def test_a_tenth_of_the_lowest_point_is_suggested_unless_the_curve_is_flat_there(powers, losses, is_flat):
+    power = np.arange(20 * powers[0], 20 * powers[-1] + 1) / 20
+    found = RangeTest(10**power, np.interp(power, powers, losses), True)
+    assert powers[1] < np.log10(found.steepest) < powers[2]
+    assert np.log10(found.lowest) == pytest.approx(powers[-1] if is_flat else powers[-2], abs=0.3)  # Smoothing delays.
+    assert found.suggestion == pytest.approx(found.steepest if is_flat else found.lowest / 10, rel=0.05)
+
+
+@pytest.mark.parametrize("loss", [np.full(100, 2.3), np.linspace(2.3, 4, 100)])
+def test_a_loss_that_does_not_fall_suggests_nothing(loss):
+    assert RangeTest(np.geomspace(1e-7, 1e-2, 100), loss, True).suggestion is None
+
+
+@dataclass(frozen=True)
+class Stubborn(Optimizer):
+    def transform(self, learning_rate):
+        return optax.sgd(self.learning_rate)
+
+
+def test_an_optimizer_that_ignores_the_schedule_is_an_error():
+    config = Config(dataset=ARRAYS, model=Scalars(), optim=Stubborn(), loss=linear)
+    with pytest.raises(
+        UserError, match="`optim` must use the argument `learning_rate` of its `transform`, got stubborn"
+    ):
+        find_learning_rate(config)
+
+
+EXPERIMENT = """
+import numpy as np
+from cnnjax import MLP, Adam, Augment, Config
+
+def arrays():
+    rng = np.random.default_rng(0)
+    image, label = rng.integers(0, 256, (80, 8, 8, 1), np.uint8), np.arange(80) % 2
+    image[label == 1] //= 2
+    return image, label, image, label
+
+optim = Adam(schedule="one_cycle", ema=0.9)
+CONFIG = Config(dataset=arrays, model=MLP(), optim=optim, augment=Augment(flip="random"), num_epochs=2)
+"""
+
+
+def test_a_run_after_it_has_the_bits_of_a_run_without_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(EXPERIMENT)
+    main(["lr-find", "mine.py", "--plot", "plots/found.svg", "--batch-size", "16"])
+    lines = capsys.readouterr().out.splitlines()
+    assert {str(path) for path in Path().rglob("*.*") if "__pycache__" not in path.parts} == {
+        "mine.py",
+        "plots/found.svg",
+    }
+    (option,) = (line for line in lines if line.startswith("  --optim.learning-rate "))
+    assert 1e-5 < float(option.split()[1]) < 10
+    text = "".join(ElementTree.parse("plots/found.svg").getroot().itertext())
+    assert f"suggested: {option.split()[1]}" in text and "mine-seed0" in text
+
+    train = ["train", "mine.py", "--batch-size", "16", "--no-report"]
+    main([*train, "--run-dir", "after"])
+    jax.clear_caches()  # Otherwise the programs of the first run would be used again.
+    main([*train, "--run-dir", "without"])
+    after, without = (json.loads(Path(name, "result.json").read_text())["sha256"] for name in ("after", "without"))
+    assert after == without
+
+    with pytest.raises(SystemExit):
+        main(["lr-find", "mine.py", "--plot", "found.txt"])
+    assert "`plot` must be a file .svg or .html, got found.txt." in capsys.readouterr().err
