@@ -51,9 +51,20 @@ def prepared_dir(tmp_path_factory, raw_fashion_mnist):
 @pytest.fixture
 def quick_compilation():
     """Compiles in half the time, for tests that compare values up to rounding."""
+    before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module")
+def quick_processes():
+    """Compiles in half the time, also in the processes that the tests start: the bits of all are comparable."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import stats
 
 from cnnjax.errors import UserError, check
 
@@ -58,6 +57,8 @@ def summarize(values: Sequence[float], bounds: tuple[float, float] = UNBOUNDED) 
     Raises:
       UserError: if there are no values, or one is not finite.
     """
+    from scipy import stats  # Its import takes half a second.
+
     n = len(values)
     if n == 0:
         raise UserError("`values` must contain the score of at least one finished run, got none.")
@@ -80,6 +81,8 @@ def compare(a: Mapping[int, float], b: Mapping[int, float], bounds: tuple[float,
     Raises:
       UserError: if one has fewer than two seeds, or a score is not finite.
     """
+    from scipy import stats
+
     for name, scores in (("a", a), ("b", b)):
         if len(scores) < 2:
             raise UserError(f"`{name}` must have at least two finished seeds, got {len(scores)}. Train more: --seeds.")
@@ -116,6 +119,8 @@ def _more_seeds(difference: float, samples: Sequence[np.ndarray], sizes: tuple[i
     Returns:
       The numbers, or None if m would be more than `MAX_SEEDS`.
     """
+    from scipy import stats
+
     variances = np.array([np.var(sample, ddof=1) for sample in samples])
 
     def power(m: int) -> float:
