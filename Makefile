@@ -66,7 +66,7 @@ predict: setup
 	@$(BIN)/cnnjax predict '$(subst ','\'',$(RUN))' $(IMAGES) $(ARGS)
 
 report: setup
-	@$(BIN)/cnnjax report $(RUN) $(ARGS)
+	@$(BIN)/cnnjax report '$(subst ','\'',$(RUN))' $(ARGS)
 
 export: setup
 	@$(BIN)/cnnjax export '$(subst ','\'',$(RUN))' '$(subst ','\'',$(DIR))' $(ARGS)

@@ -14,7 +14,6 @@ with _epy.lazy_api_imports(globals()):  # `cnnjax --help` does not wait for jax.
     from cnnjax.data.weights import load_weights
     from cnnjax.errors import NonFiniteLossError, UserError
     from cnnjax.export.bundle import export_run
-    from cnnjax.loggers import Logger, MLflow, TensorBoard, WandB
     from cnnjax.losses import CrossEntropy, softmax_cross_entropy
     from cnnjax.lr_find import RangeTest, find_learning_rate
     from cnnjax.metrics import Metrics
@@ -26,9 +25,13 @@ with _epy.lazy_api_imports(globals()):  # `cnnjax --help` does not wait for jax.
     from cnnjax.network import Functions
     from cnnjax.optim.optimizer import Optimizer, ParamGroup
     from cnnjax.optim.recipes import SGD, Adam, Muon
+    from cnnjax.report.range_test import write_range_test
     from cnnjax.report.write import write_report
-    from cnnjax.runs.predictions import FilePrediction
+    from cnnjax.runs.loggers import Logger
+    from cnnjax.runs.predictions import FilePrediction, predict_files
     from cnnjax.runs.run import Run, load_run
+    from cnnjax.runs.tensorboard import TensorBoard
+    from cnnjax.runs.trackers import MLflow, WandB
     from cnnjax.step import (
         TrainState,
         eval_params,
@@ -85,9 +88,11 @@ __all__ = [
     "load_dataset",
     "load_run",
     "load_weights",
+    "predict_files",
     "run_experiment",
     "softmax_cross_entropy",
     "train_and_evaluate",
     "train_step",
+    "write_range_test",
     "write_report",
 ]

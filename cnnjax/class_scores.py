@@ -1,4 +1,4 @@
-"""Scores of each class: precision, recall and F1, from the counts of each pair (true class, predicted class)."""
+"""Scores of the classes, frequent mistakes, and the calibration of predictions."""
 
 import math
 from collections.abc import Sequence
@@ -6,12 +6,13 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int, Integer
+from jaxtyping import Bool, Float, Int, Integer
 
 Confusion = dict[tuple[int, int], int]  # {(true, predicted): count}, without the pairs that never occur.
 
 MAX_CLASSES = 300  # Of a confusion matrix in result.json: 90,000 numbers.
 UNEVEN = 1.5  # MNIST, whose largest class has 1.27 times the test images of its smallest, counts as even.
+NUM_BINS = 15  # Of a calibration; Guo et al. 2017.
 
 
 class ClassScores(NamedTuple):
@@ -74,3 +75,74 @@ def confusion_matrix(confusion: Confusion, num_classes: int) -> list[list[int]] 
 def is_uneven(counts: Sequence[int]) -> bool:
     """Returns whether the largest class has more than 1.5 times the examples of the smallest."""
     return max(counts) > UNEVEN * min(counts)
+
+
+class Confused(NamedTuple):
+    """A number of test images of a class, `label`, that were predicted as another one."""
+
+    label: int
+    predicted: int
+    num_examples: int
+
+
+def top_confusions(matrix: Sequence[Sequence[int]], limit: int) -> list[Confused]:
+    """Returns the most frequent kinds of mistakes.
+
+    Args:
+      matrix: the counts, with true classes as rows.
+    """
+    counts = np.array(matrix)
+    np.fill_diagonal(counts, 0)
+    order = np.argsort(-counts, axis=None, kind="stable")[:limit]
+    pairs = zip(*np.unravel_index(order, counts.shape), strict=True)
+    return [Confused(int(i), int(j), int(counts[i, j])) for i, j in pairs if counts[i, j]]
+
+
+class Calibration(NamedTuple):
+    """How often predictions of a given confidence are right.
+
+    Attributes:
+      lower, upper: the bounds of each bin; a confidence belongs to the bin with lower < confidence <= upper.
+      num_examples: the number of images in each bin.
+      confidence: the mean confidence of each bin; nan if it is empty.
+      accuracy: the fraction of each bin that is classified correctly; nan if it is empty.
+      error: the expected calibration error: the mean distance of the two, weighted by the counts.
+    """
+
+    lower: Float[np.ndarray, " M"]
+    upper: Float[np.ndarray, " M"]
+    num_examples: Int[np.ndarray, " M"]
+    confidence: Float[np.ndarray, " M"]
+    accuracy: Float[np.ndarray, " M"]
+    error: float
+
+    @property
+    def mean_confidence(self) -> float:
+        """The mean confidence of all images."""
+        return float(np.nansum(self.confidence * self.num_examples) / self.num_examples.sum())
+
+    @property
+    def mean_accuracy(self) -> float:
+        """The fraction of all images that is classified correctly."""
+        return float(np.nansum(self.accuracy * self.num_examples) / self.num_examples.sum())
+
+
+def calibrate(
+    confidence: Float[np.ndarray, " N"], correct: Bool[np.ndarray, " N"], num_bins: int = NUM_BINS
+) -> Calibration:
+    """Returns the calibration of predictions, in bins of equal width.
+
+    Args:
+      confidence: the probability of the predicted class.
+      correct: whether it is the true class.
+
+    Source: Guo et al., "On Calibration of Modern Neural Networks" (2017), section 2.
+    """
+    edges = np.linspace(0, 1, num_bins + 1)
+    index = np.searchsorted(edges[1:-1], confidence)
+    count = np.bincount(index, minlength=num_bins)
+    with np.errstate(invalid="ignore"):
+        mean = np.bincount(index, confidence.astype(np.float64), num_bins) / count
+        accuracy = np.bincount(index, correct.astype(np.float64), num_bins) / count
+    error = float(np.nansum(np.abs(mean - accuracy) * count) / len(confidence))
+    return Calibration(edges[:-1], edges[1:], count, mean, accuracy, error)

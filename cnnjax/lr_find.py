@@ -4,7 +4,6 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -72,6 +71,8 @@ class RangeTest(NamedTuple):
         Source: fastai's `lr_find`, its functions `minimum` and `steep`; the test is of Smith, "Cyclical Learning Rates
         for Training Neural Networks" (2017), section 3.3.
         """
+        if not len(self.loss):
+            return None
         first = float(np.median(self.loss[: max(1, len(self.loss) // 10)]))
         if not self.smoothed.min() < first - (1 - FALL) * abs(first):
             return None
@@ -90,7 +91,7 @@ def find_learning_rate(
 
     It makes the steps of the run: the same network, data, augmentation and optimizer, in which only the schedule
     differs. Factors of parameter groups are kept, and what is frozen in the first epoch stays frozen. It writes no
-    file, except that data which are missing are prepared, and changes no bit of a later run.
+    file, except for data that it has to prepare, and does not change a later run.
 
     Args:
       config: the configuration of a run.
@@ -101,7 +102,7 @@ def find_learning_rate(
       UserError: the user has to fix something, see `train_and_evaluate`; or the optimizer does not use the schedule.
     """
     start_jax()
-    say = (report := report or Report(quiet=True)).say
+    say = (report or Report(quiet=True)).say
     weights = load_network_weights(config, say)
     dataset = load_data(config, data_dir, say, weights=weights)
     with explain_out_of_memory():
@@ -113,19 +114,19 @@ def find_learning_rate(
             return rising(update)
 
         swept = dataclasses.replace(config, optim=_with_schedule(config.optim, schedule))
-        setup, state = set_up(_Test(swept, report), dataset, None, weights)
+        setup, state = set_up(swept, dataset, None, weights, title="learning-rate range test", say=say)
         if not used:
             raise UserError(
                 f"`optim` must use the argument `learning_rate` of its `transform`, got {word(type(config.optim))}, "
                 "which does not."
             )
-        return _sweep(setup, state, low * RANGE ** np.linspace(0, 2, NUM_UPDATES))
-
-
-class _Test(NamedTuple):
-    config: Config
-    report: Report
-    run_dir: Path = Path("learning-rate range test")  # Begins the line that describes the run.
+        # A lookahead holds the parameters back towards the end of a run, so the sweep must be far from it.
+        num_steps = 10 * (NUM_UPDATES + 1) * config.optim.accumulate_steps
+        num_epochs = max(config.num_epochs, -(-num_steps // setup.steps_per_epoch))
+        program = setup.program._replace(num_steps=num_epochs * setup.steps_per_epoch, num_epochs=num_epochs)
+        frozen = setup.frozen_names(state, 0)
+        setup = setup._replace(program=program)
+        return _sweep(setup, state, low * RANGE ** np.linspace(0, 2, NUM_UPDATES), frozen)
 
 
 def _with_schedule(optim: Optimizer, schedule: Callable[[Any], Any]) -> Optimizer:
@@ -136,9 +137,8 @@ def _with_schedule(optim: Optimizer, schedule: Callable[[Any], Any]) -> Optimize
     return type(cls.__name__, (cls,), members)(**values)
 
 
-def _sweep(setup: Setup, state: TrainState, rates: Float[np.ndarray, " U"]) -> RangeTest:
+def _sweep(setup: Setup, state: TrainState, rates: Float[np.ndarray, " U"], frozen: tuple[str, ...]) -> RangeTest:
     dispatches = plan_dispatches(setup._replace(steps_per_dispatch=1), 0)
-    frozen = setup.frozen_names(state, 0)
     found, first = RangeTest(rates[:0], rates[:0], False), math.nan
     # The loss of the first batches precedes every update.
     for i in track(range(len(rates) + 1), "learning rates", total=len(rates) + 1):
@@ -151,6 +151,8 @@ def _sweep(setup: Setup, state: TrainState, rates: Float[np.ndarray, " U"]) -> R
             totals = totals.add(jax.device_get(metrics))  # Waits for the device.
         loss = totals.means().loss
         if i == 0:
+            if not math.isfinite(loss):
+                raise UserError(f"`loss` must be finite before the first update, got {loss}. Check it and the images.")
             first = loss
             continue
         if not math.isfinite(loss):

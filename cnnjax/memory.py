@@ -15,6 +15,7 @@ import jax
 from jaxtyping import PyTree
 
 from cnnjax.errors import UserError, for_reader
+from cnnjax.jaxprs import programs_in
 
 # Their results are written to memory. XLA may fuse anything else.
 _WRITTEN = ("dot_general", "conv_general_dilated", "ffi_call")
@@ -32,9 +33,7 @@ def largest_result(jaxpr: Any) -> int:
     """
     largest = 0
     for equation in jaxpr.eqns:
-        for parameter in jax.tree.leaves([*equation.params.values()], is_leaf=lambda x: hasattr(x, "jaxpr")):
-            inner = getattr(parameter, "jaxpr", parameter)
-            largest = max(largest, largest_result(inner)) if hasattr(inner, "eqns") else largest
+        largest = max([largest, *map(largest_result, programs_in(equation))])
         if equation.primitive.name in _WRITTEN:
             largest = max(largest, *(_bytes_written(equation, x.aval) for x in equation.outvars))
     return largest

@@ -4,15 +4,13 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
-from cnnjax.cli.console import Report
 from cnnjax.cli.process import num_cores
 from cnnjax.config import Config, word
 from cnnjax.data.batches import Pixels, make_batch, pixel_statistics, standardize
@@ -36,18 +34,6 @@ from cnnjax.step import TrainState, abstract_state, init_from_data, init_from_we
 from cnnjax.typing import BatchLike
 
 INIT_IMAGES = 5000  # Number of training images that a network may be initialized from.
-
-
-@runtime_checkable
-class SetUpFor(Protocol):
-    """What `set_up` uses of an `OpenRun`."""
-
-    @property
-    def config(self) -> Config: ...  # noqa: D102
-    @property
-    def report(self) -> Report: ...  # noqa: D102
-    @property
-    def run_dir(self) -> Path: ...  # noqa: D102
 
 
 class Setup(NamedTuple):
@@ -111,11 +97,22 @@ def load_network_weights(config: Config, say: Callable[[str], None]) -> Weights 
 
 
 def set_up(
-    run: SetUpFor, dataset: ImageDataset, devices: Sequence[Any] | None, weights: Weights | None = None
+    config: Config,
+    dataset: ImageDataset,
+    devices: Sequence[Any] | None,
+    weights: Weights | None = None,
+    *,
+    title: str,
+    say: Callable[[str], None],
 ) -> tuple[Setup, TrainState]:
-    """Loads the training split, resolves what the data determine, and makes the initial state."""
+    """Loads the training split, resolves what the data determine, and makes the initial state.
+
+    Args:
+      title: begins the line that describes the run.
+      say: receives that line, and those about oddities of the data.
+    """
     with user_code("The configuration"):
-        config = run.config.with_num_classes(dataset.num_classes)
+        config = config.with_num_classes(dataset.num_classes)
     train, validation = dataset.load_parts(config.seed, config.validation_fraction)
     num_examples = len(train.label)
     batch_size = config.batch_size or min(128, max(8, num_examples // 8), num_examples)
@@ -130,7 +127,7 @@ def set_up(
     with user_code("`augment`"):
         config.augment.check_size(image_shape[:2])
     for line in oddities(train, dataset.num_classes):
-        run.report.say(line)
+        say(line)
     check("num_epochs", "less than 2**31 steps", steps * config.num_epochs < 2**31, f"{config.num_epochs} × {steps}")
     loss_fn = config.loss
     if config.class_weights == "balanced":
@@ -164,8 +161,8 @@ def set_up(
             state = init_from_data(state, images, model=config.model, tx=program.make_tx())
     check("model", "initialized with finite parameters", all_finite(state.params), "an infinite one or nan")
     shared = f" ({placement.num_devices} share a batch)" if placement.num_devices > 1 else ""
-    run.report.say(
-        f"{run.run_dir}: {word(type(config.model))} ({count_params(state):,} parameters) on {dataset.name} "
+    say(
+        f"{title}: {word(type(config.model))} ({count_params(state):,} parameters) on {dataset.name} "
         f"({dataset.source}), {len(train.label):,} training and {len(validation.label):,} validation images, on "
         f"{device_name(placement.devices[0])}{shared}"
     )

@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.core import Tracer
 from jaxtyping import PyTree
 
+from cnnjax.jaxprs import programs_in
 from cnnjax.layers.derivatives import plain_operations
 from cnnjax.network import Network, apply_in_evaluation, logits_of, mode_of
 from cnnjax.step import abstract_state, eval_params
@@ -145,14 +146,6 @@ def forward_flops(model: Network, image_shape: tuple[int, ...]) -> int:
       image_shape: (H, W, C).
     """
     return sum(layer.flops for layer in layer_table(model, image_shape))
-
-
-def programs_in(equation: Any) -> Iterator[Any]:
-    """Yields the programs that an equation of a jaxpr calls, such as the branches of `jax.lax.cond`."""
-    for parameter in jax.tree.leaves([*equation.params.values()], is_leaf=lambda x: hasattr(x, "jaxpr")):
-        inner = getattr(parameter, "jaxpr", parameter)
-        if hasattr(inner, "eqns"):
-            yield inner
 
 
 def layer_of(equation: Any, outer: int | None) -> int | None:

@@ -4,49 +4,44 @@ import math
 import os
 import time
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import numpy as np
 from jaxtyping import Array, Key
 
-from cnnjax.class_scores import class_scores, confusion_matrix
 from cnnjax.cli.console import Report
 from cnnjax.cli.process import start_jax
 from cnnjax.cli.signals import Stop
 from cnnjax.config import Config
-from cnnjax.data.batches import Pixels
 from cnnjax.data.datasets import ImageDataset
 from cnnjax.data.order import Plan, epoch_plan
-from cnnjax.errors import NonFiniteLossError, UserError, check
-from cnnjax.loggers import Logger
+from cnnjax.errors import UserError, check
 from cnnjax.memory import explain_out_of_memory
-from cnnjax.metrics import Totals
-from cnnjax.prepare import Setup, count_params, device_name, load_data, load_network_weights, set_up
-from cnnjax.profile import Profile
+from cnnjax.metrics import Metrics, Totals
+from cnnjax.prepare import Setup, load_data, load_network_weights, set_up
 from cnnjax.program import evaluate, train_steps
 from cnnjax.runs import manifest
 from cnnjax.runs.directory import OpenRun, open_run
-from cnnjax.runs.files import file_sha256, tree_sha256, write_json
+from cnnjax.runs.files import write_json
+from cnnjax.runs.loggers import Logger, Loggers, check_loggers
+from cnnjax.runs.profile import Profile
 from cnnjax.runs.progress import (
     Callbacks,
     EndedEpoch,
     OnEpoch,
     OnStep,
     Progress,
-    check_finite,
     end_epoch,
     make_non_finite_error,
     raise_if_stopped,
     restore,
-    save,
+    save_within_epoch,
     write_progress,
 )
 from cnnjax.runs.records import data_version, read_record
+from cnnjax.runs.result import score_test_set
 from cnnjax.runs.run import Run, make_run
-from cnnjax.runs.schema import Result
 from cnnjax.runs.source import SourceCode
 from cnnjax.step import TrainState, copy_state
 from cnnjax.throughput import make_timing, seconds_at_peak
@@ -101,7 +96,7 @@ def train_and_evaluate(
         Returning True stops the run, which is then scored; returning False or None continues. The decision should
         depend on the arguments alone: then a run that was killed, and is resumed with the same `on_epoch`, stops after
         the same epoch.
-      loggers: called before `on_step` and `on_epoch`, see `Logger`; they change no bit.
+      loggers: called before `on_step` and `on_epoch`, see `Logger`; they do not change the result.
       profile: trace the steps after the first of these numbers of steps, up to the second, into `run_dir`/profile; no
         bit depends on it. See `Profile`.
       checkpoint_seconds: save during an epoch, too, this long after the last save; no bit depends on it. On an
@@ -122,14 +117,13 @@ def train_and_evaluate(
     check("config", "a Config", isinstance(config, Config), repr(config))
     check("report", "a Report or None", report is None or isinstance(report, Report), repr(report))
     check("devices", "a sequence of devices, or None", devices is None or len([*devices]) > 0, repr(devices))
-    valid = all(isinstance(x, Logger) for x in loggers) and len({*map(type, loggers)}) == len(loggers)
-    check("loggers", "objects of different subclasses of Logger", valid, repr(loggers))
+    check_loggers(loggers)
     for name, callback in (("on_step", on_step), ("on_epoch", on_epoch)):
         check(name, "a function or None", callback is None or callable(callback), repr(callback))
     start_jax()
     report = report or Report(quiet=True)
     run_dir = Path("runs") / config.run_name if run_dir is None else Path(os.path.expanduser(run_dir))
-    callbacks = Callbacks(on_step, on_epoch, say=report.say)
+    callbacks = Callbacks(on_step, on_epoch, Loggers(loggers, report.say))
     with (
         explain_out_of_memory(except_for=lambda: callbacks.raised),
         open_run(run_dir, config, report, resume=bool(resume), stop=stop, code=code) as run,
@@ -142,7 +136,7 @@ def train_and_evaluate(
             weights, version = load_network_weights(config, report.say), data_version(run_dir)
             dataset = dataset or load_data(config, data_dir, report.say, version=version, weights=weights)
             with run.stop.held():  # An exception that interrupts XLA's compiler crashes the process when it ends.
-                setup, state = set_up(run, dataset, devices, weights)
+                setup, state = set_up(run.config, dataset, devices, weights, title=str(run_dir), say=report.say)
             tracer = Profile(profile, run_dir, report.say)
             tracer.check(0, setup.program.num_steps)  # Before anything is written.
             run.begin(setup.facts, manifest.environment(setup.placement.devices))
@@ -153,7 +147,8 @@ def train_and_evaluate(
             elif resume is True:
                 report.say(f"There is nothing to resume in {run_dir}: starting from scratch.")
             tracer.check(int(state.step), setup.program.num_steps)
-            with callbacks.logged(loggers, Run(run_dir, setup.config, setup.facts, None), int(state.step)):
+            begun, num_steps = Run(run_dir, setup.config, setup.facts, None), setup.program.num_steps
+            with callbacks.loggers.started(begun, int(state.step), num_steps):
                 with tracer:
                     state, progress = fit(
                         setup, state, progress, run, callbacks, tracer=tracer, checkpoint_seconds=checkpoint_seconds
@@ -161,7 +156,7 @@ def train_and_evaluate(
                 run.checkpoints.wait()
                 result, best, test_logits = score_test_set(setup, state, progress, run)
                 write_json(run_dir / "result.json", result)
-                callbacks.result = result
+                callbacks.loggers.result(result)
             best = jax.device_put(best, jax.sharding.SingleDeviceSharding(setup.placement.devices[0]))
             known = best, progress.rows, progress.timing
             trained = Run(run_dir, setup.config, setup.facts, result, test_logits=test_logits, _trained=known)
@@ -206,13 +201,8 @@ def fit(
             epoch_start, examples_before = time.perf_counter(), progress.totals.num_examples
             frozen = setup.frozen_names(state, epoch)
             while step < (epoch + 1) * steps:
-                plan, augment_key = next_dispatch
-                state, metrics = tracer.call(
-                    partial(train_steps, program=setup.program, frozen=frozen),
-                    (state, setup.train, plan, setup.train_key, augment_key),
-                    steps=(step, step + len(plan.example)),
-                )
-                first, step = step, step + len(plan.example)
+                state, metrics = start_steps(setup, state, next_dispatch, step=step, frozen=frozen, tracer=tracer)
+                first, step = step, step + len(next_dispatch[0].example)
                 if ended is not None:  # The device computes meanwhile.
                     must_save = time.perf_counter() - run.checkpoints.saved_at >= checkpoint_seconds
                     progress = end_epoch(run, progress, ended, callbacks, must_save=must_save)
@@ -233,14 +223,13 @@ def fit(
                 # The last step of an epoch is saved with its scores, in `end_epoch`.
                 due = now - run.checkpoints.saved_at >= checkpoint_seconds
                 if step % steps and (run.stop.signum is not None or due):
-                    snapshot = copy_state(state)
-                    check_finite(run, snapshot, (first, step))
-                    save(run, snapshot, progress)
-                    raise_if_stopped(run, step)
+                    save_within_epoch(run, state, progress, (first, step))
             images_per_second = (progress.totals.num_examples - examples_before) / (time.perf_counter() - epoch_start)
-            scores = None
-            if len(setup.validation.label):
-                scores = evaluate(state, setup.validation, model=config.model, placement=setup.placement)
+            scores = (
+                evaluate(state, setup.validation, model=config.model, placement=setup.placement)
+                if len(setup.validation.label)
+                else None
+            )
             seconds = time.perf_counter() - start
             ended = EndedEpoch(
                 state=copy_state(state),
@@ -251,10 +240,40 @@ def fit(
                 timing=make_timing(epoch + 1, images_per_second, seconds, at_peak),
             )
             progress = progress._replace(totals=Totals(), grad_norm=0.0, seconds=seconds)
-            if run.stop.signum is not None or epoch + 1 == config.num_epochs:
+            traced = tracer.traces(step, setup.steps_per_dispatch)  # The next steps must not be timed with this.
+            if run.stop.signum is not None or traced or epoch + 1 == config.num_epochs:
                 progress = end_epoch(run, progress, ended, callbacks, must_save=True)
                 raise_if_stopped(run, step)
+                ended = None
+                if progress.stopped_within is not None:
+                    break
     return state, progress
+
+
+def start_steps(
+    setup: Setup,
+    state: TrainState,
+    dispatch: tuple[Plan, Key[Array, ""]],
+    *,
+    step: int,
+    frozen: tuple[str, ...],
+    tracer: Profile,
+) -> tuple[TrainState, Metrics]:
+    """Calls `train_steps`, and marks the steps in the trace if they are traced; does not wait for the device.
+
+    Args:
+      state: donated.
+      dispatch: see `plan_dispatches`.
+      step: the number of steps that are done.
+      frozen: see `train_step`.
+    """
+    plan, augment_key = dispatch
+    arguments = setup.train, plan, setup.train_key, augment_key
+    options: Any = {"program": setup.program, "frozen": frozen}
+    if tracer.is_new_program(step, len(plan.example), frozen):  # Compiles it outside of what is measured.
+        jax.block_until_ready(train_steps(copy_state(state), *arguments, **options))
+    tracer.begin(step, len(plan.example), step // setup.steps_per_epoch)
+    return train_steps(state, *arguments, **options)
 
 
 def plan_dispatches(setup: Setup, step: int) -> Iterator[tuple[Plan, Key[Array, ""]]]:
@@ -276,49 +295,3 @@ def plan_dispatches(setup: Setup, step: int) -> Iterator[tuple[Plan, Key[Array, 
         for i in range(first, setup.steps_per_epoch, setup.steps_per_dispatch):
             yield jax.device_put(plan.row(slice(i, i + setup.steps_per_dispatch)), placement.plan_sharding), key
         epoch, first = epoch + 1, 0
-
-
-def score_test_set(
-    setup: Setup, last: TrainState, progress: Progress, run: OpenRun
-) -> tuple[Result, TrainState, np.ndarray | None]:
-    """Scores the best checkpoint on the test split; returns the content of result.json, its state, and the logits."""
-    best, config = progress.best(setup.config.best_by), setup.config
-    if best is None:
-        raise UserError(f"The checkpoints in {run.run_dir} must include the end of an epoch, got none. Train again.")
-    state, _ = run.checkpoints.restore(best["step"], last, setup.placement.state_sharding)
-    pixels = Pixels(*setup.dataset.load("test"), setup.train.standardization)
-    options: Any = {"tta": config.tta, "placement": setup.placement, "keep_logits": True}
-    scores = evaluate(state, pixels, model=config.model, **options)
-    if not math.isfinite(scores.loss):
-        raise NonFiniteLossError(f"The test loss must be finite, got {scores.loss}. Try a lower `optim.learning_rate`.")
-    names = setup.facts.class_names
-    classes = class_scores(scores.confusion, len(names))
-    means = classes.means()
-    result: Result = {
-        "test_accuracy": scores.accuracy,
-        "test_balanced_accuracy": means["recall"],
-        "test_macro_precision": means["precision"],
-        "test_macro_recall": means["recall"],
-        "test_macro_f1": means["f1"],
-        "test_loss": scores.loss,
-        "num_test_examples": scores.num_examples,
-        "best_validation_accuracy": best.get("validation_accuracy"),
-        "best_validation_balanced_accuracy": best.get("validation_balanced_accuracy"),
-        "best_epoch": best["epoch"],
-        "num_epochs": config.num_epochs,
-        "stopped_epoch": None if progress.stopped_within is None else len(progress.rows),
-        "training_seconds": progress.timing[-1]["seconds"],
-        "num_params": count_params(state),
-        "seed": config.seed,
-        "device": device_name(setup.placement.devices[0]),
-        "sha256": {
-            "params": tree_sha256(last.params),
-            "model_state": tree_sha256(last.model_state),
-            "opt_state": tree_sha256(last.opt_state),
-            "best_params": tree_sha256(state.params),
-            "metrics": file_sha256(run.run_dir / "metrics.jsonl"),
-        },
-        "classes": classes.rows(names),
-        "confusion_matrix": confusion_matrix(scores.confusion, len(names)),
-    }
-    return result, state, scores.logits

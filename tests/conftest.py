@@ -2,12 +2,15 @@
 
 import os
 import signal
+from contextlib import contextmanager
 
 import jax
 import jaxtyping
 import pytest
 from generated import make_raw
+from programs import research
 
+from cnnjax import train_and_evaluate
 from cnnjax.data.named import NAMED_SETS
 from cnnjax.data.tfds_format import write_tfds
 
@@ -48,23 +51,37 @@ def prepared_dir(tmp_path_factory, raw_fashion_mnist):
     return data_dir
 
 
+@pytest.fixture(scope="session")
+def research_run(tmp_path_factory):
+    """Returns a finished run of research.py, compiled quickly, whose directory tests must not change."""
+    with quickly():
+        return train_and_evaluate(research.CONFIG, run_dir=tmp_path_factory.mktemp("research") / "run")
+
+
+@contextmanager
+def quickly():
+    """Compiles in half the time."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture
 def quick_compilation():
     """Compiles in half the time, for tests that compare values up to rounding."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    with quickly():
+        yield
 
 
 @pytest.fixture(scope="module")
 def quick_processes():
     """Compiles in half the time, also in the processes that the tests start: the bits of all are comparable."""
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, quickly():
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        jax.config.update("jax_disable_most_optimizations", True)
         yield
-        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
-"""A small generated data set."""
+"""A small generated data set, and a report for tests."""
 
 import numpy as np
 
+from cnnjax import Report
 from cnnjax.data.sources import RawSet, RawSplit
 
 
@@ -16,3 +17,14 @@ def make_raw(shape, num_train, num_test, num_classes=10, label_names=None):
         return RawSplit(image, {"label": label.astype(np.uint8)})
 
     return RawSet({"train": split(num_train), "test": split(num_test)}, label_names or {})
+
+
+class Lines(Report):
+    """A report that keeps what it is told."""
+
+    def __init__(self):
+        super().__init__(quiet=True)
+        self.lines = []
+
+    def say(self, line):
+        self.lines.append(line)

@@ -154,8 +154,8 @@ def test_an_epoch_as_one_program_reports_its_steps_at_its_end_and_may_be_discard
     """As on an accelerator."""
     dispatched, calls = [], Calls()
 
-    def set_up_for_accelerator(*args):
-        setup, state = set_up(*args)
+    def set_up_for_accelerator(*args, **options):
+        setup, state = set_up(*args, **options)
         return setup._replace(steps_per_dispatch=setup.steps_per_epoch), state
 
     def dispatch(state, pixels, plan, *args, **options):

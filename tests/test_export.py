@@ -14,6 +14,7 @@ import optax
 import pytest
 import yaml
 from PIL import Image
+from safetensors.numpy import save
 
 from cnnjax import (
     CNN,
@@ -23,13 +24,12 @@ from cnnjax import (
     SpeedNet,
     UserError,
     init_state,
-    train_and_evaluate,
 )
 from cnnjax.cli.experiment import load_experiment
 from cnnjax.cli.main import main
 from cnnjax.export import bundle
 from cnnjax.export.bundle import ExportError, export_run
-from cnnjax.export.onnx import widen
+from cnnjax.export.onnx import widen, without_pools
 from cnnjax.export.predictor import any_batch, make_predictor, read_stablehlo, to_stablehlo
 from cnnjax.runs.files import check_sums
 from cnnjax.runs.schema import DataFacts
@@ -42,8 +42,8 @@ IMAGES = CONFIG.dataset[2]  # [37 6 5 3]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return train_and_evaluate(CONFIG, run_dir=str(tmp_path_factory.mktemp("trained") / "run"))
+def run(research_run):
+    return research_run
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def exported(run, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bundle, "is_installed", lambda: False)
         checks = export_run(run, folder, say=lines.append)
-    assert lines[0].startswith("model.onnx is not written: jax2onnx and onnxruntime are not installed.")
+    assert lines[0].startswith("model.onnx is not written, because jax2onnx and onnxruntime are not installed.")
     assert lines[1:] == [str(checked) for checked in checks]
     return folder, checks
 
@@ -142,8 +142,9 @@ def test_the_folder_has_checksums_and_a_card_with_the_scores_and_no_path(exporte
     assert not [path.name for path in folder.iterdir() if here in path.read_bytes()]
 
 
-@pytest.mark.slow
-def test_another_version_of_jax_reads_the_file(exported, run, tmp_path):
+@pytest.fixture(scope="module")
+def python():
+    """Returns a Python with another version of jax."""
     python = os.environ.get("CNNJAX_OTHER_PYTHON")
     if python is None:
         pytest.skip("CNNJAX_OTHER_PYTHON names no Python with another version of jax")
@@ -151,8 +152,31 @@ def test_another_version_of_jax_reads_the_file(exported, run, tmp_path):
         [python, "-c", "import jax; print(jax.__version__)"], capture_output=True, text=True, check=True
     )
     assert version.stdout.strip() not in ("", jax.__version__)
+    return python
+
+
+@pytest.mark.slow
+def test_another_version_of_jax_reads_the_file(exported, run, tmp_path, python):
     found = load_card(exported[0], tmp_path, python)
     np.testing.assert_allclose(found["stablehlo_batch"], run.predict(IMAGES[:3], tta="flip"), atol=1e-6)
+
+
+@pytest.mark.slow
+def test_another_version_of_jax_computes_the_same_in_bfloat16(tmp_path, python):
+    """jaxlib 0.12.0 computes nan for the max-pools of such a network."""
+    run = untrained(CNN(dtype="bfloat16"))
+    image = np.random.default_rng(0).integers(0, 256, (64, *run.facts.image_shape), np.uint8)
+    predict = without_pools(make_predictor(run, "none"), any_batch(run))
+    (tmp_path / "predictor.stablehlo").write_bytes(to_stablehlo(predict, any_batch(run)))
+    np.save(tmp_path / "images.npy", image)
+    program = """
+import jax, numpy as np
+from jax import export
+predictor = export.deserialize(bytearray(open("predictor.stablehlo", "rb").read()))
+np.save("out.npy", jax.jit(predictor.call)(np.load("images.npy")))
+"""
+    subprocess.run([python, "-c", program], cwd=tmp_path, check=True)
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), run.predict(image), atol=1e-2)
 
 
 # --- Programs -------------------------------------------------------------------------------------------------------
@@ -296,17 +320,22 @@ def test_a_file_that_predicts_something_else_is_an_error_and_leaves_nothing(run,
         main(["export", str(run.run_dir), str(tmp_path / "new"), "--experiment", str(RESEARCH)])
     assert stopped.value.code == 1
     assert re.search(rule, capsys.readouterr().err)
+    monkeypatch.setattr(bundle, "save", lambda tensors, metadata: save({k: v + 1e-7 for k, v in tensors.items()}))
+    with pytest.raises(ExportError, match=r"model\.safetensors must hold the arrays of the network, got others"):
+        export_run(run, tmp_path / "new", formats="safetensors")
     assert not [*tmp_path.iterdir()]
 
 
 def test_the_command_prints_the_comparisons(run, tmp_path, capsys):
-    (tmp_path / "empty").mkdir()
+    (tmp_path / "target").mkdir()
+    (tmp_path / "empty").symlink_to(tmp_path / "target")
     options = ["--formats", "safetensors", "--tta", "none", "--experiment", str(RESEARCH)]
     main(["export", str(run.run_dir), str(tmp_path / "empty"), *options])
     first, last = capsys.readouterr().out.splitlines()
-    same = "largest difference 0.0e+00 from the network (tolerance 0.0e+00), 0 of 37 classes differ"
+    same = "largest difference 0.0e+00 from the network (tolerance 0.0e+00), another class for 0 of 37 images"
     assert first == f"model.safetensors: {same}"
     assert last.startswith(f"The files in {tmp_path / 'empty'} predict what the network predicts.")
+    assert (tmp_path / "empty" / "model.safetensors").exists()
 
 
 def test_what_cannot_be_exported_has_a_message(run, tmp_path, monkeypatch):
@@ -314,6 +343,9 @@ def test_what_cannot_be_exported_has_a_message(run, tmp_path, monkeypatch):
     (tmp_path / "used" / "file").touch()
     with pytest.raises(UserError, match=r"`folder` must be a new or empty folder, got .*used, which is not empty."):
         export_run(run, tmp_path / "used")
+    (tmp_path / "used" / "link").symlink_to("nothing")
+    with pytest.raises(UserError, match="link, a link to nothing"):
+        export_run(run, tmp_path / "used" / "link")
     with pytest.raises(UserError, match=r"`formats` must be a known name, got 'onx'. Did you mean onnx"):
         export_run(run, tmp_path / "new", formats=["onx"])
     with pytest.raises(UserError, match="`tta` must be a known name, got 'uncertain'"):
@@ -321,7 +353,7 @@ def test_what_cannot_be_exported_has_a_message(run, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="must be finished"):
         export_run(replace(run, result=None), tmp_path / "new", formats=["safetensors"])
     monkeypatch.setattr(bundle, "is_installed", lambda: False)
-    with pytest.raises(UserError, match=r"`formats` must be without onnx, .*pip install 'cnnjax\[onnx\]'"):
+    with pytest.raises(UserError, match=r"`formats` may contain onnx only if .*pip install 'cnnjax\[onnx\]'"):
         export_run(run, tmp_path / "new", formats=["onnx"])
     assert [path.name for path in tmp_path.iterdir()] == ["used"]
 

@@ -91,6 +91,21 @@ def test_a_loss_that_does_not_fall_suggests_nothing(loss):
     assert RangeTest(np.geomspace(1e-7, 1e-2, 100), loss, True).suggestion is None
 
 
+def test_a_loss_that_is_not_finite_before_the_first_update_is_an_error():
+    config = Config(dataset=ARRAYS, model=Scalars(), loss=lambda logits, batch: linear(logits, batch) + jnp.nan)
+    with pytest.raises(UserError, match="`loss` must be finite before the first update, got nan"):
+        find_learning_rate(config)
+
+
+def test_a_lookahead_is_scheduled_over_the_whole_sweep():
+    """Else the last updates of a run that is shorter than the sweep would diverge."""
+    found = [
+        find_learning_rate(Config(dataset=ARRAYS, model=Scalars(), optim=SGD(lookahead=3), num_epochs=n, loss=linear))
+        for n in (1, 200)
+    ]
+    np.testing.assert_array_equal(found[0].loss, found[1].loss)
+
+
 @dataclass(frozen=True)
 class Stubborn(Optimizer):
     def transform(self, learning_rate):

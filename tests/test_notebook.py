@@ -22,7 +22,7 @@ NOTEBOOK = Path(__file__).parents[1] / "experiments" / "notebook.ipynb"
 
 
 @pytest.fixture(scope="module")
-def cells(tmp_path_factory, quick_processes):
+def cells(tmp_path_factory):
     """The outputs of the code cells, {kind: text}; then of the cell that resumes, run again, and of an edited one."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]

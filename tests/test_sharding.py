@@ -17,7 +17,7 @@ BOUND = 1e-5
 
 
 @pytest.fixture(scope="module")
-def on(prepared_dir, tmp_path_factory, quick_processes):
+def on(prepared_dir, tmp_path_factory):
     """What a run did on 1, 2, 4 and 8 devices, by their number."""
     command = [sys.executable, str(PROGRAM), str(prepared_dir), str(tmp_path_factory.mktemp("devices"))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

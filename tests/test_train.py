@@ -45,7 +45,7 @@ from cnnjax import (
 )
 from cnnjax.cli.console import Report
 from cnnjax.cli.main import REQUEUE
-from cnnjax.cli.signals import Interrupted, Stop, stop_signals
+from cnnjax.cli.signals import Interrupted, stop_signals
 from cnnjax.data.batches import make_batch
 from cnnjax.data.named import NAMED_SETS
 from cnnjax.data.order import epoch_plan, split_validation
@@ -55,7 +55,7 @@ from cnnjax.prepare import set_up
 from cnnjax.program import train_steps
 from cnnjax.runs.checkpoints import Checkpoints
 from cnnjax.runs.codec import encode
-from cnnjax.runs.directory import OpenRun, check_run
+from cnnjax.runs.directory import check_run
 from cnnjax.runs.inspection import reproduce, verify
 from cnnjax.runs.manifest import read_manifest
 from cnnjax.runs.progress import Progress
@@ -253,8 +253,7 @@ def test_the_keys_of_augmentation_depend_on_seed_epoch_and_example_only(tmp_path
     def keys(steps, start=0, **changes):
         """Returns {(epoch, example): key} for some steps."""
         config = replace(RESEARCH, augment=ShowKey(), **changes)
-        run = OpenRun(tmp_path, config, Report(quiet=True), Stop())
-        setup, _ = set_up(run, load_dataset(config.dataset), None)
+        setup, _ = set_up(config, load_dataset(config.dataset), None, title="", say=print)
         found = {}
         for step, (plan, key) in enumerate(islice(plan_dispatches(setup, start), steps), start):
             batch = make(setup.train, plan.row(0), config.augment, key)

@@ -16,11 +16,13 @@ from typing import Any, NamedTuple
 from cnnjax.config import Config, word
 from cnnjax.data.augment import Augment
 from cnnjax.errors import UserError, describe, unknown_name
-from cnnjax.loggers import BUILT_IN, Logger
 from cnnjax.network import Network
 from cnnjax.optim.optimizer import Optimizer
 from cnnjax.runs import codec
 from cnnjax.runs.files import open_regular
+from cnnjax.runs.loggers import Logger
+from cnnjax.runs.tensorboard import TensorBoard
+from cnnjax.runs.trackers import MLflow, WandB
 
 _LOADING = ContextVar("loading", default=False)  # Whether an experiment file is running now.
 # The parts of a configuration that can be chosen by a word, and their base classes.
@@ -44,7 +46,7 @@ class Experiment(NamedTuple):
         """Returns the classes that can be chosen for a part of the configuration, or for "log", by their words."""
         found: dict[str, type] = {}
         if part == "log":
-            base, known = Logger, BUILT_IN
+            base, known = Logger, (TensorBoard, WandB, MLflow)
         else:
             base, known = PARTS[part], (*codec.built_in().values(), type(getattr(self.config, part)))
         for x in (*known, *self.classes):
@@ -56,25 +58,27 @@ class Experiment(NamedTuple):
 
 
 def find_experiment(name: str) -> Path:
-    """Returns the path of an experiment file: experiments/<name>.py, or `name` itself if it ends in .py.
+    """Returns the path of an experiment file: `name` itself if it ends in .py; experiments/<name>.py; or <name>.py.
 
     Raises:
       UserError: there is no such file.
     """
     path, folder = Path(name) if name.endswith(".py") else Path("experiments", f"{name}.py"), Path("experiments")
-    if os.path.lexists(path):
-        return path
+    for found in (path, Path(f"{name}.py")):
+        if os.path.lexists(found):
+            return found
     if not name.endswith(".py") and not folder.is_dir():
         raise UserError(
             f"`EXPERIMENT` must be the path of a file, or a name in the folder experiments, got {name!r}, and there is "
-            f"no such folder in {Path.cwd()}. Change to the project's folder, or pass the path: cnnjax train FILE.py"
+            f"no such folder in {Path.cwd()}. Change to the project's folder, or pass the path of a file FILE.py."
         )
-    files = [path for path in (*folder.glob("*.py"), *Path().glob("*.py")) if _has_config(path)]
+    files = [path for path in (*folder.glob("*.py"), *Path().glob("*.py")) if has_config(path)]
     known = [path.stem if path.parent.name else path.name for path in files]
     raise unknown_name("EXPERIMENT", name, known or ["(there is no file with a CONFIG in experiments/)"])
 
 
-def _has_config(path: Path) -> bool:
+def has_config(path: Path) -> bool:
+    """Returns whether a file sets CONFIG, without running it."""
     with suppress(OSError), open_regular(path) as file:
         return re.search(rb"^CONFIG\b", file.read(), re.MULTILINE) is not None
     return False

@@ -3,11 +3,11 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
-from cnnjax.cli.inspection import config_of, expand
+from cnnjax.cli.inspection import RunDir, config_of, expand
 
 
 @dataclass(frozen=True)
@@ -16,16 +16,17 @@ class Export:
 
     The folder gets model.safetensors (parameters), predictor.stablehlo (bytes in, probabilities out, for JAX on a CPU,
     an NVIDIA GPU or a TPU), model.onnx (the same for ONNX Runtime), labels.json, a model card (README.md) and
-    SHA256SUMS. Each file is read back and compared with the network on 1,000 test images. If one differs, nothing is
+    SHA256SUMS. Each file is read back and compared with the network on up to 1,000 test
+    images. If one differs, nothing is
     written, and the exit code is 1.
     """
 
-    run: Positional[Path]
+    run: Positional[RunDir]
     """The run directory."""
-    folder: Positional[Path]
+    folder: Positional[Annotated[Path, arg(metavar="DIR")]]
     """The folder to write, absent or empty."""
     formats: tuple[Literal["safetensors", "stablehlo", "onnx"], ...] | None = None
-    """The formats; by default all, without ONNX if it is not installed (pip install 'cnnjax[onnx]') or cannot express
+    """The formats; all by default, except ONNX if it is not installed (pip install 'cnnjax[onnx]') or cannot express
     the network."""
     tta: Literal["none", "flip", "flip_translate"] | None = None
     """The test-time augmentation of the predictors; by default that of the run (for uncertain: flip_translate)."""

@@ -4,11 +4,10 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from cnnjax.cli.streams import reason
 from cnnjax.cli.tables import printable, table
@@ -16,6 +15,9 @@ from cnnjax.errors import UserError
 
 if TYPE_CHECKING:
     from cnnjax.config import Config
+
+
+RunDir = Annotated[Path, arg(metavar="RUN")]
 
 
 def config_of(run_dir: Path, experiment: str | None) -> "Config":
@@ -94,7 +96,7 @@ class Runs:
 class Verify:
     """Check every file of a run against its checksum. Exits with 1 if one is missing or damaged."""
 
-    run: Positional[Path]
+    run: Positional[RunDir]
     """The run directory."""
 
     def __call__(self) -> int:
@@ -130,7 +132,7 @@ def _advice(run: Path, wrong: set[str], finished: bool) -> str:
 class Reproduce:
     """Train a run again from its configuration, and compare the two bit for bit. Exits with 1 if they differ."""
 
-    run: Positional[Path]
+    run: Positional[RunDir]
     """The run directory."""
     run_dir: Path | None = None
     """The run directory of the new run; RUN-reproduced by default."""
@@ -173,9 +175,9 @@ class Reproduce:
 class Diff:
     """Show the differences between two runs: configuration, data, environment and outcome. Exits with 1 if any."""
 
-    a: Positional[Path]
+    a: Positional[RunDir]
     """A run directory."""
-    b: Positional[Path]
+    b: Positional[RunDir]
     """Another."""
 
     def __call__(self) -> int:
@@ -208,6 +210,7 @@ class Compare:
     def __call__(self) -> None:
         """Prints the two means, their difference and the verdict."""
         from cnnjax.runs.inspection import scores
+        from cnnjax.runs.statistics import describe, verdict
 
         found = []
         for target in (self.a, self.b):
@@ -218,66 +221,6 @@ class Compare:
             found.append(score)
         for line in verdict((self.a, self.b), (found[0], found[1]), self.metric):
             print(line)
-
-
-def verdict(
-    names: tuple[str, str], scores: tuple[Mapping[int, float], Mapping[int, float]], metric: str = "test_accuracy"
-) -> list[str]:
-    """Returns the difference of two experiments and whether it is resolved, in words.
-
-    Args:
-      names: of the experiments.
-      scores: the score of each seed, of both.
-
-    Raises:
-      UserError: see `statistics.compare`.
-    """
-    from cnnjax.runs.statistics import compare
-
-    c = compare(*scores, bounds=_bounds(metric))
-    test = "paired t test, the same seeds" if c.paired else "Welch's t test"
-    low, high = (_show(value, metric, sign=True) for value in (c.low, c.high))
-    difference = (
-        f"difference: {_show(c.difference, metric, sign=True)} (95% interval {low} to {high}), "
-        f"p = {c.p_value:.2g} ({test})"
-    )
-    if c.resolved:
-        better = (c.difference > 0) == (metric != "test_loss")
-        return [difference, f"The difference is resolved: {names[better]} is better."]
-    if c.difference == 0:
-        return [difference, "The means are equal."]
-    if c.more is None:
-        rest = "and more than 10,000 seeds of each would not resolve one of its size."
-        return [difference, f"The difference is not resolved, {rest}"]
-    counts = [(count, name) for count, name in zip(c.more, names, strict=True) if count]
-    more = " and ".join(f"{count} more {'seed' if count == 1 else 'seeds'} of {name}" for count, name in counts)
-    return [
-        difference,
-        f"The difference is not resolved. One of this size would take about {more} (for a probability of 80% of "
-        "detecting it).",
-    ]
-
-
-def describe(values: list[float], metric: str = "test_accuracy") -> str:
-    """Returns mean, deviation, 95% interval and n, in words."""
-    from cnnjax.runs.statistics import summarize
-
-    s = summarize(values, bounds=_bounds(metric))
-    if s.n == 1:
-        return f"{metric} {_show(s.mean, metric)} (one seed)"
-    return (
-        f"{metric} {_show(s.mean, metric)} ± {_show(s.deviation, metric)} (sample deviation), 95% interval of the mean "
-        f"{_show(s.low, metric)} to {_show(s.high, metric)}, n = {s.n}"
-    )
-
-
-def _bounds(metric: str) -> tuple[float, float]:
-    return (0.0, inf) if metric == "test_loss" else (0.0, 1.0)
-
-
-def _show(value: float, metric: str, *, sign: bool = False) -> str:
-    plus = "+" if sign else ""
-    return f"{value:{plus}.4f}" if metric == "test_loss" else f"{value:{plus}.2%}"
 
 
 def _print_changes(changes: Mapping[str, tuple[Any, Any]]) -> None:

@@ -1,19 +1,16 @@
 """The command `cnnjax lr-find`, with the options of `cnnjax train` that determine the configuration."""
 
-import io
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import arg
 
-from cnnjax.cli.inspection import expand
 from cnnjax.cli.tables import table
 from cnnjax.config import Config
 from cnnjax.errors import UserError, check
-from cnnjax.runs.files import atomic_write
 
 if TYPE_CHECKING:
     from cnnjax.lr_find import RangeTest
@@ -25,8 +22,8 @@ _ROW, _WIDTH = 8, 40  # Updates per line of the table, characters of its longest
 class LrFind:
     """Find a learning rate: raise it from step to step until the loss diverges, and plot the loss.
 
-    `cnnjax lr-find EXPERIMENT` takes the options of `cnnjax train`. It writes the plot, makes no run, and changes no
-    bit of a later one.
+    `cnnjax lr-find EXPERIMENT` takes the options of `cnnjax train`. It writes the plot, makes no run, and does not
+    change a later one.
     """
 
     config: Annotated[Config, arg(name="")] = field(default_factory=Config)
@@ -36,23 +33,25 @@ class LrFind:
     """The file of the plot, .svg or .html; the latter shows values under the pointer. It is overwritten."""
 
     def __post_init__(self) -> None:
-        check("plot", "a file .svg or .html", self.plot.suffix in (".svg", ".html"), self.plot)
+        path = Path(os.path.expanduser(self.plot))
+        check("plot", "a file .svg or .html", path.suffix in (".svg", ".html") and not path.is_dir(), self.plot)
 
     def __call__(self) -> None:
         """Prints the losses and the suggestion, and writes the plot."""
         from cnnjax.cli.console import Report
         from cnnjax.lr_find import find_learning_rate
+        from cnnjax.report.range_test import write_range_test
 
-        found, report = find_learning_rate(self.config, data_dir=self.data_dir, report=Report()), Report()
+        report = Report()
+        found = find_learning_rate(self.config, data_dir=self.data_dir, report=report)
         if not len(found.loss):
             raise UserError(
-                f"`optim.learning_rate` must be at most {self.config.optim.learning_rate:g}, from which the loss "
-                "diverges at 1/10,000. Lower it."
+                "`optim.learning_rate` must be lower: the loss diverges even at 1/10,000 of it, got "
+                f"{self.config.optim.learning_rate:g}."
             )
         for line in (*_table(found), *_advice(found)):
             report.say(line)
-        path = expand(self.plot) or self.plot
-        _save(_chart(found, self.config.run_name), path)
+        path = write_range_test(found, self.plot, f"Learning-rate range test of {self.config.run_name}")
         report.say(f"The plot is in {path}.")
 
 
@@ -79,37 +78,3 @@ def _advice(found: "RangeTest") -> Iterator[str]:
         "for a constant rate or the peak of a schedule:"
     )
     yield f"  --optim.learning-rate {found.suggestion:g}"
-
-
-def _chart(found: "RangeTest", name: str) -> Any:
-    import altair as alt
-
-    smoothed = found.smoothed
-    rows = [
-        {"learning rate": rate, "loss": loss, "smoothed loss": mean}
-        for rate, loss, mean in zip(found.learning_rate.tolist(), found.loss.tolist(), smoothed.tolist(), strict=True)
-    ]
-    margin = 0.1 * float(smoothed[0] - smoothed.min()) + 1e-9
-    y = alt.Scale(domain=[float(smoothed.min()) - margin, float(smoothed[0]) + 2 * margin])  # Not where it diverges.
-    x = alt.X("learning rate:Q", scale=alt.Scale(type="log"), axis=alt.Axis(format=".0e"))
-    base = alt.Chart(alt.Data(values=rows)).encode(x=x)
-    losses = base.mark_point(size=12, color="#999", clip=True).encode(alt.Y("loss:Q", scale=y))
-    tooltip = [alt.Tooltip(f"{column}:Q", format=".3g") for column in rows[0]]
-    means = base.mark_line(color="#1764ab", clip=True).encode(alt.Y("smoothed loss:Q", scale=y), tooltip=tooltip)
-    layers: list[Any] = [losses, means]
-    if found.suggestion is not None:
-        mark = alt.Chart(alt.Data(values=[{"learning rate": found.suggestion}])).encode(x=x)
-        text = f"suggested: {found.suggestion:g}"
-        layers += [
-            mark.mark_rule(color="#b4451f"),
-            mark.mark_text(text=text, y=10, dx=4, align="left", color="#b4451f"),
-        ]
-    return alt.layer(*layers).properties(title=f"Learning-rate range test of {name}", width=640, height=360)
-
-
-def _save(chart: Any, path: Path) -> None:
-    text = io.StringIO()
-    chart.save(text, format=path.suffix[1:], inline=path.suffix == ".html")
-    os.makedirs(path.parent, exist_ok=True)
-    with atomic_write(path, shared=True) as file:
-        file.write(text.getvalue().encode())

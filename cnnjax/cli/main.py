@@ -1,4 +1,4 @@
-"""The command line: train | data, and those of `predict` and `inspection`. Imports jax only if needed."""
+"""The command line, which chooses among the commands of this package. Imports jax only if needed."""
 
 import atexit
 import errno
@@ -24,7 +24,6 @@ from cnnjax.cli.process import keep_memory
 from cnnjax.cli.report import WriteReport
 from cnnjax.cli.signals import Interrupted, ignore_signals, stop_signals
 from cnnjax.cli.streams import OutputError, guarded_streams, quote
-from cnnjax.cli.summary import Summary, names_experiment, parse_summary
 from cnnjax.errors import UserError, messages_for_shell
 
 if TYPE_CHECKING:
@@ -72,34 +71,56 @@ class _LrFind:
     """Find a learning rate: raise it from step to step until the loss diverges, and plot the loss."""
 
 
+@dataclass(frozen=True)
+class _Summary:
+    """Print the layers of a network with output shapes, parameters and floating-point operations per image."""
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line; exits with 0, or with 2 and a message if the user has to fix something."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    commands: dict[str, Any] = {"train": _Train, "eval": Eval, "predict": Predict, "data": Data, "runs": Runs}
-    commands |= {"verify": Verify, "reproduce": Reproduce, "diff": Diff, "compare": Compare}
-    commands |= {"lr-find": _LrFind}
-    commands |= {"export": Export, "summary": Summary, "report": WriteReport}
+    commands: dict[str, Any] = {
+        "train": _Train,
+        "eval": Eval,
+        "predict": Predict,
+        "report": WriteReport,
+        "export": Export,
+        "data": Data,
+        "runs": Runs,
+        "compare": Compare,
+        "diff": Diff,
+        "verify": Verify,
+        "reproduce": Reproduce,
+        "summary": _Summary,
+        "lr-find": _LrFind,
+    }
 
     def parse() -> Any:
-        if arguments[:1] in (["train"], ["lr-find"]):  # Its options depend on the network, so that it imports Flax.
-            from cnnjax.cli.experiment import Experiment, load_experiment
-            from cnnjax.cli.lr_find import LrFind
-            from cnnjax.cli.train_command import Train, parse_train
-            from cnnjax.config import Config
-
-            command = Train if arguments[0] == "train" else LrFind
-            named = len(arguments) > 1 and not arguments[1].startswith("-")
-            experiment = load_experiment(arguments[1]) if named else Experiment(Config(), {})
-            prog = " ".join(["cnnjax", *arguments[: 1 + named]])
-            return parse_train(experiment, arguments[1 + named :], prog=prog, command=command)
-        if arguments[:1] == ["summary"] and names_experiment(arguments[1:]):
-            return parse_summary(arguments[1:])
+        if arguments[:1] in (["train"], ["lr-find"], ["summary"]):  # Their options depend on the network: Flax.
+            return _parse_experiment(*arguments)
         return tyro.extras.subcommand_cli_from_dict(
             commands, args=arguments, prog="cnnjax", description="Train image classifiers with JAX and Flax."
         )
 
     resumable = arguments[:1] in (["train"], ["reproduce"])
     _run(parse, resumable, process_ends=argv is None)
+
+
+def _parse_experiment(name: str, *arguments: str) -> Any:
+    """Parses a command whose options are the fields of a configuration."""
+    from cnnjax.cli.experiment import Experiment, load_experiment
+    from cnnjax.cli.lr_find import LrFind
+    from cnnjax.cli.summary import Summary, SummaryOfExperiment, is_of_experiment
+    from cnnjax.cli.train_command import Train, parse_train
+    from cnnjax.config import Config
+
+    if name == "summary" and not is_of_experiment(arguments):
+        return tyro.cli(Summary, args=arguments, prog="cnnjax summary")
+    named = bool(arguments) and not arguments[0].startswith("-")
+    experiment = load_experiment(arguments[0]) if named else Experiment(Config(), {})
+    prog = " ".join(["cnnjax", name, *arguments[:named]])
+    command = {"train": Train, "lr-find": LrFind, "summary": SummaryOfExperiment}[name]
+    return parse_train(experiment, arguments[named:], prog=prog, command=command)
 
 
 def run_experiment(config: "Config") -> None:
@@ -160,9 +181,9 @@ def _status(run: Callable[[], Any], resumable: bool) -> Any:
         if not re.search("failed to map segment|allocate memory|start new thread|MemoryError", repr(error)):
             raise
         message, status = f"The process ran out of memory or threads ({error!r}). Raise ulimit -v or -u.", 1
-    except KeyboardInterrupt:
-        lost = " Everything since the last checkpoint is lost." if resumable else ""
-        message, status = f"Stopped at once.{lost}", 130
+    except KeyboardInterrupt as error:
+        lost = str(error) or ("Everything since the last checkpoint is lost." if resumable else "")
+        message, status = f"Stopped at once. {lost}".rstrip(), 130
     print(message, file=sys.stderr)
     return status
 

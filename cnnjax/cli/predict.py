@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
-from cnnjax.cli.inspection import config_of, expand
+from cnnjax.cli.inspection import RunDir, config_of, expand
 from cnnjax.cli.tables import accuracies, class_lines, printable
-from cnnjax.errors import check
+from cnnjax.errors import UserError, check
 
 if TYPE_CHECKING:
     from cnnjax.metrics import Scores
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from cnnjax.runs.run import Run
 
 
+Tta = Literal["none", "flip", "flip_translate", "uncertain"]
 _STDIN = 0  # Its descriptor.
 
 
@@ -28,18 +29,21 @@ _STDIN = 0  # Its descriptor.
 class Eval:
     """Score a trained network on every image of a split, or of a labelled folder, and on those of each class.
 
-    A file of the folder that cannot be read has a line on standard error. The others are scored, and the exit code
+    Files of the folder that cannot be read are reported on standard error; the others are scored, and the exit code
     is 2.
     """
 
-    run: Positional[Path]
+    run: Positional[RunDir]
     """The run directory."""
     split: Literal["test", "validation"] = "test"
     """The split; validation is the validation split of the data, or else the part of the training split that was held
     out."""
     data: Path | None = None
     """Score the images of this folder instead, with a folder per class, or of a .csv or .jsonl file with the columns
-    path and label. The names of its classes must be those of the run. Of several splits, test is scored."""
+    path and label. The names of its classes must be those of the run. If it has several splits, the test split is
+    scored."""
+    tta: Tta | None = None
+    """The test-time augmentation; by default that of each run, and none for validation."""
     ensemble: tuple[Path, ...] = ()
     """More run directories: score the mean of the probabilities of all runs."""
     data_dir: Path | None = None
@@ -51,15 +55,16 @@ class Eval:
         """Prints the scores of the classes, accuracy and loss."""
         from cnnjax.runs.predictions import evaluate_ensemble
 
-        alone = not self.ensemble or self.split == "test" or self.data is not None
+        check("split", "left out with `data`", self.data is None or self.split == "test", self.split)
+        alone = not self.ensemble or self.split == "test"
         check("split", "test for an ensemble: the other runs may have been trained on it", alone, self.split)
         runs = _load([self.run, *self.ensemble], self.experiment)
         if self.data is not None:
             return self._score_files(runs, expand(self.data) or self.data)
         if self.ensemble:
-            scores = evaluate_ensemble(runs, self.data_dir)
+            scores = evaluate_ensemble(runs, tta=self.tta, data_dir=self.data_dir)
         else:
-            scores = runs[0].evaluate(self.split, data_dir=self.data_dir)
+            scores = runs[0].evaluate(self.split, tta=self.tta, data_dir=self.data_dir)
         rest = f"In Python, load_run({str(self.run)!r}).evaluate({self.split!r}) counts all of them."
         self._show(runs, scores, self.split, f"all {scores.num_examples:,} images", rest)
         return 0
@@ -80,7 +85,7 @@ class Eval:
             more = f" and {len(missing) - 10:,} more" if missing[10:] else ""
             print(f"{data} has no image of {', '.join(missing[:10])}{more}.", file=sys.stderr)
         label, predicted, probability = [], [], []
-        found = track(predict_files(runs, files.paths), "images", total=len(files.paths))
+        found = track(predict_files(runs, files.paths, tta=self.tta), "images", total=len(files.paths))
         for k, prediction in zip(files.labels, found, strict=True):
             if prediction.probabilities is None:
                 print(printable(prediction.error), file=sys.stderr)
@@ -97,6 +102,7 @@ class Eval:
 
     def _show(self, runs: Sequence["Run"], scores: "Scores", what: str, images: str, rest: str) -> None:
         from cnnjax.class_scores import class_scores, confusion_matrix, is_uneven
+        from cnnjax.runs.statistics import wilson_interval
 
         names = runs[0].facts.class_names
         classes, matrix = class_scores(scores.confusion, len(names)), confusion_matrix(scores.confusion, len(names))
@@ -105,30 +111,35 @@ class Eval:
         uneven = is_uneven([count for count in classes.num_examples.tolist() if count])
         of_runs = ", ".join(f"{run.run_dir}{'' if run.result else ', which is not finished'}" for run in runs)
         score = accuracies(scores.accuracy, scores.balanced_accuracy, uneven)
-        print(f"{printable(what)} {score}, loss {scores.loss:.4f}, on {images} ({of_runs})")
+        low, high = wilson_interval(scores.accuracy, scores.num_examples)
+        print(
+            f"{printable(what)} {score}, loss {scores.loss:.4f}, on {images}; 95% interval of the accuracy {low:.2%} "
+            f"to {high:.2%} ({of_runs})"
+        )
 
 
 @dataclass(frozen=True)
 class Predict:
     """Print the most probable classes of image files of any size and format, in the order of the arguments.
 
-    A file that cannot be read has a line on standard error. The others are classified all the same, and the exit code
-    is 2. The first frame of an animation counts.
+    Files that cannot be read are reported on standard error; the others are classified, and the exit code is 2. The
+    first frame of an animation counts.
     """
 
-    run: Positional[Path]
+    run: Positional[RunDir]
     """The run directory."""
-    images: Positional[tuple[Path, ...]]
+    images: Positional[Annotated[tuple[str, ...], arg(metavar="IMAGE ...")]]
     """Image files; folders, which are searched at any depth; quoted patterns, such as "photos/**/*.jpg"; - reads names
-    from standard input, one per line or each ended by NUL. -- before a name that begins with a hyphen."""
+    of files from standard input, one per line or each ended by NUL. Put -- before a name that begins with a hyphen."""
     top: int = 3
-    """Number of classes to print; 0: all of them."""
+    """Number of classes to print; 0 prints all."""
     json: bool = False
     """Print a JSON object per file: file, classes and probabilities, the most probable first; or file and error."""
     csv: bool = False
     """Print a table in CSV: file, class_1, probability_1, ..., error."""
-    tta: str | None = None
-    """Test-time augmentation: none, flip, flip_translate or uncertain; by default that of the test score of the run."""
+    tta: Tta | None = None
+    """The test-time augmentation; by default that of the test score of each run, or flip_translate for uncertain, with
+    which the prediction for a file would depend on others."""
     ensemble: tuple[Path, ...] = ()
     """More run directories, after the images: print the mean of the probabilities of all runs."""
     invert: bool = False
@@ -138,15 +149,21 @@ class Predict:
 
     def __call__(self) -> int:
         """Prints one line per file."""
+        if not self.images and self.ensemble:
+            raise UserError(
+                "`images` must be at least one file, got none: --ensemble takes all names after it. Put the images "
+                "first: cnnjax predict RUN IMAGES --ensemble RUN ..."
+            )
         check("images", "at least one file", bool(self.images), "none")
         check("top", "at least 0", self.top >= 0, self.top)
-        check("csv", "False with `json`: use one of the two", not (self.csv and self.json), self.csv)
+        if self.csv and self.json:
+            raise UserError("`--json` and `--csv` exclude each other. Use one of them.")
         from cnnjax.runs.predictions import predict_files
 
-        paths, total = self._find()
+        paths, total, failed = self._find()
         runs = _load([self.run, *self.ensemble], self.experiment)
         write = self._writer(runs[0].facts.class_names)
-        failed = bright = 0
+        bright = 0
         for found in _with_bar(predict_files(runs, paths, tta=self.tta, invert=self.invert), total):
             if found.error is not None:
                 print(printable(found.error), file=sys.stderr)
@@ -163,15 +180,31 @@ class Predict:
             print(f"{bright:,} files are that bright", file=sys.stderr)
         return 2 if failed else 0
 
-    def _find(self) -> tuple[Iterable[str], int | None]:
-        """Returns the files, and their number; None: standard input tells."""
+    def _find(self) -> tuple[Iterable[str], int | None, int]:
+        """Returns the files, their number (None: standard input tells), and that of folders and patterns without any.
+
+        Raises:
+          UserError: there is no file at all.
+        """
         from cnnjax.data.image_paths import find_images, read_names
 
-        names = [str(image) for image in self.images]
-        check("images", "- once", names.count("-") < 2, f"it {names.count('-')} times")
-        parts = [None if name == "-" else find_images(name) for name in names]
+        names = self.images
+        check("images", "names of files", all(names), "an empty one")
+        if (times := names.count("-")) > 1:
+            raise UserError(f"`images` must contain - at most once, got {times} times.")
+        parts, errors = [], []
+        for name in names:
+            try:
+                parts.append(None if name == "-" else find_images(name))
+            except UserError as error:
+                errors.append(error)
+        if not parts:
+            raise errors[0]
+        for error in errors:
+            print(printable(error), file=sys.stderr)
         total = None if None in parts else sum(len(part) for part in parts if part)
-        return chain.from_iterable(read_names(_STDIN) if part is None else part for part in parts), total
+        found = chain.from_iterable(read_names(_STDIN) if part is None else part for part in parts)
+        return found, total, len(errors)
 
     def _writer(self, class_names: Sequence[str]) -> Callable[["FilePrediction"], None]:
         """Returns a function that prints a prediction."""
@@ -207,7 +240,16 @@ def _load(run_dirs: Sequence[Path], experiment: str | None) -> list["Run"]:
     from cnnjax.runs.predictions import check_ensemble
     from cnnjax.runs.run import load_run
 
-    runs = [load_run(run_dir, config_of(run_dir, experiment)) for run_dir in run_dirs]
+    different = len({run_dir.resolve() for run_dir in run_dirs}) == len(run_dirs)
+    check("ensemble", "different runs", different, ", ".join(map(str, run_dirs)))
+    runs = []
+    for run_dir in run_dirs:
+        try:
+            runs.append(load_run(run_dir, config_of(run_dir, experiment)))
+        except UserError as error:
+            if not runs:
+                raise
+            raise UserError(str(error).replace("`run`", "`ensemble`")) from error
     check_ensemble(runs)
     return runs
 

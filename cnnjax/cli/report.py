@@ -26,7 +26,7 @@ class WriteReport:
 
     runs: Positional[tuple[Path, ...]]
     """The run directories."""
-    out: Path | None = None
+    path: Path | None = None
     """The file; RUN/report.html for one run, report.html in the working directory for several, by default."""
     figures: Path | None = None
     """A folder that receives every chart as an SVG file."""
@@ -42,7 +42,7 @@ class WriteReport:
         from cnnjax.runs.run import load_run
 
         runs = [load_run(run, config_of(run, self.experiment)) for run in self.runs]
-        path = write_report(runs, self.out, figures=self.figures, data_dir=self.data_dir, warn=_warn)
+        path = write_report(runs, self.path, figures=self.figures, data_dir=self.data_dir, warn=_warn)
         print(f"Report: {printable(path)}")
         if self.figures is not None:
             print(f"Figures: {printable(self.figures)}")
@@ -54,11 +54,13 @@ def report_on_run(run: "Run", data_dir: Path | None, say: Callable[[str], None])
     A run that was finished before is not scored again: `cnnjax train --resume` must end at once.
     """
     path = run.run_dir / "report.html"
-    if run.test_logits is None:
-        return say(f"Report: {path}" if path.exists() else f"Report: run cnnjax report {run.run_dir}")
     with _never_fails():
+        from cnnjax.report.commands import command_for
         from cnnjax.report.write import write_report
 
+        if run.test_logits is None:
+            is_new = path.exists() and path.stat().st_mtime_ns >= (run.run_dir / "result.json").stat().st_mtime_ns
+            return say(f"Report: {path}" if is_new else f"Report: run {command_for(run, 'report', data_dir)}")
         say(f"Report: {write_report(run, path, data_dir=data_dir, warn=_warn)}")
 
 

@@ -1,31 +1,28 @@
-"""The command cnnjax summary. Imports jax only if it runs."""
+"""The command `cnnjax summary`, of a run or of an experiment."""
 
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from cnnjax.cli.inspection import config_of
 from cnnjax.cli.tables import table
+from cnnjax.config import Config
 from cnnjax.errors import check
-
-if TYPE_CHECKING:
-    from cnnjax.config import Config
 
 
 @dataclass(frozen=True)
 class Summary:
     """Print the layers of a network with output shapes, parameters and floating-point operations (FLOPs) per image.
 
-    `cnnjax summary EXPERIMENT` takes the options of `cnnjax train`, and loads the data as that does: they determine the
-    shapes.
+    `cnnjax summary EXPERIMENT` takes the options of `cnnjax train` that determine the configuration.
     """
 
-    run: Positional[Path]
+    run: Positional[Annotated[Path, arg(metavar="RUN")]]
     """The run directory, or an experiment."""
     experiment: str | None = None
     """The experiment file, if the run has classes or data of its own."""
@@ -42,12 +39,20 @@ class Summary:
 
 
 @dataclass(frozen=True)
-class _OfExperiment:
-    config: "Config"
-    data_dir: Path | None
-    details: bool
+class SummaryOfExperiment:
+    """Print the layers of a network with output shapes, parameters and floating-point operations (FLOPs) per image.
+
+    Loads the data, which determine the shapes. `cnnjax summary RUN` prints those of a run.
+    """
+
+    config: Annotated[Config, arg(name="")] = field(default_factory=Config)
+    data_dir: Path | None = None
+    """The tfds directory; $TFDS_DATA_DIR or ~/tensorflow_datasets by default."""
+    details: bool = False
+    """Print Flax's table, too, with the inputs and every array of each module."""
 
     def __call__(self) -> None:
+        """Prints the table."""
         from cnnjax.prepare import load_data, load_network_weights
 
         def say(line: str) -> None:
@@ -58,20 +63,9 @@ class _OfExperiment:
         _print_summary(config.model, dataset.image_shape, self.details)
 
 
-def names_experiment(arguments: Sequence[str]) -> bool:
-    """Returns whether the arguments of the command begin with an experiment, and not with a run directory."""
-    return bool(arguments) and not arguments[0].startswith("-") and not Path(arguments[0]).is_dir()
-
-
-def parse_summary(arguments: Sequence[str]) -> _OfExperiment:
-    """Parses the arguments of the command that follow it, for an experiment."""
-    from cnnjax.cli.experiment import load_experiment
-    from cnnjax.cli.train_command import parse_train
-
-    name, *options = arguments
-    own = [option for option in options if option != "--details"]
-    train = parse_train(load_experiment(name), own, prog=f"cnnjax summary {name}")
-    return _OfExperiment(train.config, train.data_dir, len(own) < len(options))
+def is_of_experiment(arguments: Sequence[str]) -> bool:
+    """Returns whether the arguments of the command begin with an experiment or an option of it, not with a run."""
+    return bool(arguments) and arguments[0] not in ("-h", "--help") and not Path(arguments[0]).is_dir()
 
 
 def _print_summary(model: Any, image_shape: tuple[int, ...], details: bool) -> None:

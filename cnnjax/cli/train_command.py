@@ -15,8 +15,8 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Str
 from cnnjax.cli.experiment import PARTS, Experiment
 from cnnjax.cli.process import use_compilation_cache
 from cnnjax.config import Config, word
-from cnnjax.errors import UserError, check, check_name, unknown_name
-from cnnjax.loggers import Logger
+from cnnjax.errors import UserError, check, check_name, unknown_name, user_code
+from cnnjax.runs.loggers import Logger, check_loggers
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Train:
     """Resume the run in the run directory exactly where it stopped (or train longer, at a constant learning rate)."""
     log: tuple[Logger, ...] = ()
     """Where else to record the run: tensorboard (files in RUN/tensorboard), wandb (Weights & Biases), mlflow, or a
-    subclass of Logger in the experiment file. Changes no bit."""
+    subclass of Logger in the experiment file. Does not change the result."""
     profile: str | None = None
     """Trace the steps from A to B, given as A:B, into RUN/profile for XProf, and print what they spend their time on.
     10:20 are the ten steps after the tenth; on an accelerator, where an epoch is one program, all of its steps."""
@@ -52,15 +52,17 @@ class Train:
     def __post_init__(self) -> None:
         if not self.checkpoint_seconds >= 0:
             raise UserError(f"`checkpoint_seconds` must be at least 0, got {self.checkpoint_seconds}.")
+        check_loggers(self.log)
 
     def __call__(self) -> None:
         """Trains, and prints the result."""
         from cnnjax.class_scores import is_uneven
         from cnnjax.cli.console import Report
-        from cnnjax.cli.inspection import describe, expand
+        from cnnjax.cli.inspection import expand
         from cnnjax.cli.report import report_on_run, report_on_seeds
-        from cnnjax.profile import parse_steps
+        from cnnjax.runs.profile import parse_steps
         from cnnjax.runs.seeds import parse_seeds, train_seeds, use_cores
+        from cnnjax.runs.statistics import describe
         from cnnjax.train import train_and_evaluate
 
         seeds = None if self.seeds is None else parse_seeds(self.seeds)
@@ -95,6 +97,8 @@ def parse_train(experiment: Experiment, arguments: Sequence[str], prog: str | No
     config, arguments = experiment.config, list(arguments)
     for part in PARTS:
         config = _choose(config, part, experiment.words(part), arguments)
+    logs = sum(argument.partition("=")[0] == "--log" for argument in arguments)
+    check("--log", "given once, with all names", logs < 2, f"{logs} times")
     words = "\n".join(f"--{part} {'|'.join(experiment.words(part))}" for part in PARTS)
     classes = f"The classes of network, optimizer and augmentation, whose options follow:\n{words}"
     description = f"{inspect.getdoc(command)}\n\n{classes}"
@@ -149,8 +153,16 @@ def _logger(info: Any, words: dict[str, type]) -> PrimitiveConstructorSpec[Any] 
         return None
 
     def make(args: list[str]) -> Logger:
-        check_name("log", args[0], words)
-        return words[args[0]]()
+        name = args[0]
+        if name in words and _needs_arguments(words[name]):
+            cls = words[name].__name__
+            raise UserError(
+                f"`log` must be the name of a logger that can be made without arguments, got {name!r}. Give defaults "
+                f"to the parameters of {cls}, or pass loggers=[{cls}(...)] in Python."
+            )
+        check_name("log", name, [other for other, cls in words.items() if not _needs_arguments(cls)])
+        with user_code(f"The constructor of the logger {name}"):
+            return words[name]()
 
     return PrimitiveConstructorSpec(
         nargs=1,
@@ -159,6 +171,16 @@ def _logger(info: Any, words: dict[str, type]) -> PrimitiveConstructorSpec[Any] 
         is_instance=lambda x: isinstance(x, Logger),
         str_from_instance=lambda x: [word(type(x))],
     )
+
+
+def _needs_arguments(cls: type) -> bool:
+    try:
+        inspect.signature(cls).bind()
+    except TypeError:
+        return True
+    except ValueError:  # It has no signature.
+        pass
+    return False
 
 
 def _dataset(info: Any) -> PrimitiveConstructorSpec[Any] | None:

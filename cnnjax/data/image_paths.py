@@ -1,5 +1,6 @@
 """Which image files a user names: files, folders, patterns, names on standard input; and labelled folders and lists."""
 
+import codecs
 import glob
 import os
 import re
@@ -25,6 +26,8 @@ def find_images(name: str) -> list[str]:
     Raises:
       UserError: a folder holds no file or cannot be read, or nothing matches a pattern.
     """
+    if not os.path.lexists(name):
+        name = os.path.expanduser(name)
     if os.path.isdir(name):
         found = list(_files_in(name, ()))
         rule = "hold a file"
@@ -63,14 +66,15 @@ def read_names(descriptor: int) -> Iterator[str]:
     Args:
       descriptor: of an open file, which is read when the names are needed.
     """
-    block = os.read(descriptor, _BLOCK)
+    block = os.read(descriptor, _BLOCK).removeprefix(codecs.BOM_UTF8)
     end, rest = b"\0" if b"\0" in block else b"\n", b""
+    last = b"\r" if end == b"\n" else b""  # Lines of Windows.
     while block:
         *names, rest = (rest + block).split(end)
-        yield from (os.fsdecode(name) for name in names if name)
+        yield from (os.fsdecode(name.removesuffix(last)) for name in names if name.removesuffix(last))
         block = os.read(descriptor, _BLOCK)
-    if rest:
-        yield os.fsdecode(rest)
+    if rest.removesuffix(last):
+        yield os.fsdecode(rest.removesuffix(last))
 
 
 class LabelledFiles(NamedTuple):
@@ -118,6 +122,9 @@ def find_labelled(path: Path, class_names: Sequence[str]) -> LabelledFiles:
 def _read_folder(root: Path, class_names: Sequence[str]) -> tuple[list[Row], set[str]]:
     """Returns the files of the chosen split, and the names of all splits."""
     folders, loose = entries(root)
+    named = [(SPLITS[name.lower()], name) for name in folders if name.lower() in SPLITS and name not in class_names]
+    if twice := [name for split, name in named if [split for split, _ in named].count(split) > 1]:
+        raise UserError(f"`data` must have one folder for each split, got {' and '.join(twice)} in {root}. Merge them.")
     splits: Any = {SPLITS.get(name.lower()): name for name in folders if name not in class_names}
     if not splits or None in splits:
         return scan_classes(root, "", folders, loose, "train")[0], set()

@@ -14,14 +14,14 @@ from jaxtyping import Float, UInt8
 from safetensors.numpy import load_file, save
 
 from cnnjax.cli.console import track
-from cnnjax.data.folders import publish, staging
+from cnnjax.data.folders import staging
 from cnnjax.data.tta import TTA
 from cnnjax.errors import UserError, check, check_name
 from cnnjax.export.card import Checked, Live, model_card, public_config, weights_license
-from cnnjax.export.onnx import is_installed, read_onnx, to_onnx, widen
+from cnnjax.export.onnx import is_installed, read_onnx, to_onnx, widen, without_pools
 from cnnjax.export.predictor import PredictFn, any_batch, make_predictor, read_stablehlo, to_stablehlo
-from cnnjax.runs.files import check_local, is_key, raw_keys, write_file, write_json, write_sums
-from cnnjax.runs.predictions import batch_size_of
+from cnnjax.runs.files import check_local, is_key, raw_keys, tree_sha256, write_file, write_json, write_sums
+from cnnjax.runs.inference import batch_size_of
 from cnnjax.runs.run import Run
 from cnnjax.step import TrainState, eval_params
 
@@ -78,18 +78,17 @@ def export_run(
     folder = Path(os.path.expanduser(folder))
     check_local("folder", folder)
     if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
-        got = "which is not empty" if folder.is_dir() else "a file"
-        raise UserError(f"`folder` must be a new or empty folder, got {folder}, {got}. Choose another one.")
-    names = tuple(FORMATS) if formats is None else tuple(formats)
+        raise _not_empty(folder)
+    names = (formats,) if isinstance(formats, str) else tuple(FORMATS if formats is None else formats)
     check("formats", "at least one format", bool(names), "none")
     for name in names:
         check_name("formats", name, FORMATS)
     if "onnx" in names and not is_installed():
-        missing = "jax2onnx and onnxruntime are not installed. Install them: pip install 'cnnjax[onnx]'"
+        install = "Install them: pip install 'cnnjax[onnx]'"
         if formats is not None:
-            raise UserError(f"`formats` must be without onnx, got it, but {missing}.")
+            raise UserError(f"`formats` may contain onnx only if jax2onnx and onnxruntime are installed. {install}")
         names = tuple(name for name in names if name != "onnx")
-        say(f"{FORMATS['onnx']} is not written: {missing}.")
+        say(f"{FORMATS['onnx']} is not written, because jax2onnx and onnxruntime are not installed. {install}")
     run.finished_result()
     tta = _tta_of(run, tta, say)
     examples = run.load_data("test", data_dir=data_dir)
@@ -97,9 +96,9 @@ def export_run(
     index = np.linspace(0, len(examples.image) - 1, min(len(examples.image), NUM_IMAGES)).round().astype(int)
     images, label = examples.image[index], examples.label[index]
     live, checks = Live(tta, images, label, run.predict(images, tta=tta)), []
-    parent = folder.resolve().parent
-    with staging(folder.name, parent, locked=False) as stage:
-        new = stage / folder.name
+    target = folder.resolve()
+    with staging(target.name, target.parent, locked=False) as stage:
+        new = stage / target.name
         new.mkdir()
         for checked in _write_files(run, live, new, names, say, must=formats is not None):
             say(str(checked))
@@ -113,8 +112,18 @@ def export_run(
         files = [path.name for path in new.iterdir()]
         write_file(new / "README.md", model_card(run, files, checks, live))
         write_sums(new, [*files, "README.md"])
-        publish(new, stage, parent)
+        try:
+            new.rename(target)
+        except OSError:
+            if not os.path.lexists(target):
+                raise
+            raise _not_empty(folder) from None  # By now.
     return checks
+
+
+def _not_empty(folder: Path) -> UserError:
+    got = "which is not empty" if folder.is_dir() else "a link to nothing" if folder.is_symlink() else "a file"
+    return UserError(f"`folder` must be a new or empty folder, got {folder}, {got}. Choose another one.")
 
 
 def _tta_of(run: Run, tta: str | None, say: Callable[[str], None]) -> str:
@@ -141,10 +150,13 @@ def _write_files(
     if "safetensors" in names:
         path = folder / FORMATS["safetensors"]
         write_file(path, _tensors(run, metadata))
-        yield _compare(path, "the network", 0.0, _with_tensors(run, path).predict(live.image, tta=live.tta), expected)
+        restored = _with_tensors(run, path)
+        if tree_sha256(_variables(restored)) != tree_sha256(_variables(run)):
+            raise ExportError(f"Nothing was exported: {path.name} must hold the arrays of the network, got others.")
+        yield _compare(path, "the network", 0.0, restored.predict(live.image, tta=live.tta), expected)
     if "stablehlo" in names:
         path = folder / FORMATS["stablehlo"]
-        write_file(path, to_stablehlo(predict, image))
+        write_file(path, to_stablehlo(without_pools(predict, image) if is_narrow else predict, image))
         predicted = _in_batches(read_stablehlo(path.read_bytes()), live.image, path.name)
         yield _compare(path, "the network", ROUNDED if is_narrow else exact, predicted, expected)
     if "onnx" in names:

@@ -1,6 +1,7 @@
 """The model card: a README.md with the front matter of the Hugging Face hub."""
 
 import json
+import re
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
@@ -10,12 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Integer, UInt8
 
-from cnnjax.class_scores import is_uneven
+from cnnjax.class_scores import calibrate, is_uneven, top_confusions
 from cnnjax.cli.tables import accuracies, printable
 from cnnjax.data.image_files import MODES
-from cnnjax.report.analysis import calibrate, top_confusions, wilson_interval
 from cnnjax.runs.codec import encode
 from cnnjax.runs.run import Run
+from cnnjax.runs.statistics import wilson_interval
 
 FEW = 100  # Test images of a class: the 95% interval of its recall has a width of about 20 points or more.
 
@@ -42,7 +43,7 @@ class Checked(NamedTuple):
     def __str__(self) -> str:
         return (
             f"{self.file}: largest difference {self.difference:.1e} from {self.reference} (tolerance "
-            f"{self.tolerance:.1e}), {self.num_changed} of {self.num_images:,} classes differ"
+            f"{self.tolerance:.1e}), another class for {self.num_changed:,} of {self.num_images:,} images"
         )
 
 
@@ -113,9 +114,9 @@ def _use(run: Run, files: Sequence[str], tta: str) -> Iterator[str]:
     (height, width, channels), k = run.facts.image_shape, len(run.facts.class_names)
     views = "" if tta == "none" else f" and averages the views of the test-time augmentation {tta!r}"
     yield _text(
-        f"A predictor takes images as uint8 [B {height} {width} {channels}], with values from 0 to 255 and any B from "
-        f"1 on, and returns the probabilities of the {k} classes of labels.json, float32 [B {k}]. It standardizes the "
-        f"images itself{views}. From an image file without transparency:"
+        f"A predictor takes images as uint8 [B {height} {width} {channels}], with values from 0 to 255 and any batch "
+        f"size B, and returns the probabilities of the {k} classes of labels.json, float32 [B {k}]. It standardizes "
+        f"the images itself{views}. From an image file without transparency:"
     )
     yield from _code(_image_lines(run, f"(1, {height}, {width}, {channels})"))
     if "predictor.stablehlo" in files:
@@ -130,8 +131,8 @@ def _use(run: Run, files: Sequence[str], tta: str) -> Iterator[str]:
             ]
         )
         yield _text(
-            f"It was written by jax {version('jax')}. JAX promises that versions of the next six months read it; later "
-            "ones may refuse it. The other files do not expire."
+            f"It was written by jax {version('jax')}. JAX guarantees that versions released within six months can read "
+            "it; later versions may not. The other files have no such limit."
         )
         yield ""
     if "model.onnx" in files:
@@ -141,6 +142,15 @@ def _use(run: Run, files: Sequence[str], tta: str) -> Iterator[str]:
                 "import onnxruntime",
                 'session = onnxruntime.InferenceSession("model.onnx")',
                 '(probabilities,) = session.run(["probabilities"], {"image": images})',
+            ]
+        )
+    if {"predictor.stablehlo", "model.onnx"} & {*files}:
+        yield "The most probable class of the image, and its probability:"
+        yield from _code(
+            [
+                "import json",
+                'labels = json.load(open("labels.json", encoding="utf-8"))',
+                "print(labels[int(probabilities[0].argmax())], float(probabilities[0].max()))",
             ]
         )
     if "model.safetensors" in files:
@@ -195,8 +205,8 @@ def _training(run: Run) -> Iterator[str]:
         )
     yield _text(
         f"{result['num_params']:,} parameters, trained for {result['stopped_epoch'] or result['num_epochs']} epochs in "
-        f"{result['training_seconds']:.0f} s on {result['device']}, with cnnjax {version('cnnjax')}. They are those of "
-        f"epoch {result['best_epoch']}.{start} The configuration:"
+        f"{result['training_seconds']:.0f} s on {result['device']}, with cnnjax {version('cnnjax')}. The exported "
+        f"parameters are from epoch {result['best_epoch']}.{start} The configuration:"
     )
     yield from ("", "```json", json.dumps(config, indent=2, ensure_ascii=False), "```")
 
@@ -206,7 +216,7 @@ def _results(run: Run, live: Live) -> Iterator[str]:
     low, high = wilson_interval(result["test_accuracy"], result["num_test_examples"])
     scores = accuracies(result["test_accuracy"], result["test_balanced_accuracy"], True)
     yield _text(
-        f"Test {scores}, loss {result['test_loss']:.4f}, with the test-time augmentation {run.config.tta!r}. The 95% "
+        f"Test {scores}, loss {result['test_loss']:.4f}, {_with_tta(run.config.tta)}. The 95% "
         f"interval of the accuracy, from the number of test images, is {low:.2%} to {high:.2%}."
     )
     yield from ("", "| class | test images | precision | recall | F1 |", "| --- | ---: | ---: | ---: | ---: |")
@@ -216,7 +226,7 @@ def _results(run: Run, live: Live) -> Iterator[str]:
     calibration = calibrate(live.probabilities.max(1), live.probabilities.argmax(1) == live.label)
     yield ""
     yield _text(
-        f"The exported predictors, with the test-time augmentation {live.tta!r}, on {len(live.label):,} of the test "
+        f"The exported predictors, {_with_tta(live.tta)}, on {len(live.label):,} of the test "
         f"images: accuracy {calibration.mean_accuracy:.2%}, mean probability of the predicted class "
         f"{calibration.mean_confidence:.2%}, expected calibration error {calibration.error:.2%}."
     )
@@ -226,7 +236,7 @@ def _limits(run: Run) -> Iterator[str]:
     result, names = run.finished_result(), run.facts.class_names
     counts, (height, width, _) = [row["count"] for row in result["classes"]], run.facts.image_shape
     limits = [
-        f"It always answers with one of its {len(names)} classes, also for an image of something else. A high "
+        f"The network always names one of its {len(names)} classes, even for an image of something else. A high "
         "probability does not show that the image belongs to a class.",
         "The scores hold for images from the source of the test set. Images from another camera, another place or "
         "another preparation were not tested.",
@@ -237,11 +247,11 @@ def _limits(run: Run) -> Iterator[str]:
     if few := [_cell(row["name"]) for row in result["classes"] if row["count"] < FEW]:
         more = f" and {len(few) - 10} more" if len(few) > 10 else ""
         limits.append(
-            f"The scores of these classes are uncertain, with less than {FEW} test images: {', '.join(few[:10])}{more}."
+            f"The scores of classes with fewer than {FEW} test images are uncertain: {', '.join(few[:10])}{more}."
         )
     for label, predicted, number in top_confusions(result["confusion_matrix"] or [[0]], 3):
-        taken = f"{number:,} are taken for {_cell(names[predicted])}"
-        limits.append(f"Of {counts[label]:,} test images of {_cell(names[label])}, {taken}.")
+        classified = f"{'is' if number == 1 else 'are'} classified as {_cell(names[predicted])}"
+        limits.append(f"{number:,} of {counts[label]:,} test images of {_cell(names[label])} {classified}.")
     for limit in limits:
         yield _text(f"- {limit}", "  ")
 
@@ -265,9 +275,13 @@ def _license(run: Run) -> Iterator[str]:
         yield "The license of the pretrained weights that training started from is not recorded: look it up."
     else:
         yield _text(
-            "Not stated. Choose one before you publish this network, which the terms of the data may restrict, and add "
+            "Not stated. Choose a license before you publish this network, check the terms of the data, and add "
             "`license:` to the front matter."
         )
+
+
+def _with_tta(tta: str) -> str:
+    return "without test-time augmentation" if tta == "none" else f"with the test-time augmentation {tta!r}"
 
 
 def _text(text: str, indent: str = "") -> str:
@@ -279,4 +293,5 @@ def _code(lines: Sequence[str]) -> Iterator[str]:
 
 
 def _cell(name: str) -> str:
-    return printable(name).replace("|", "\\|")
+    """Returns a name as text in Markdown."""
+    return re.sub(r"([\\`*_{}\[\]<>|~])", r"\\\1", printable(name))

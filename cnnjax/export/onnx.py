@@ -15,10 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Literal
+from jax.extend.core import Literal
 
 from cnnjax.errors import UserError, describe
 from cnnjax.export.predictor import PredictFn
+from cnnjax.jaxprs import called_program
 from cnnjax.layers.derivatives import plain_operations
 
 INPUT, OUTPUT = "image", "probabilities"
@@ -26,7 +27,6 @@ _WITHOUT = "`formats` must be without onnx for this network"
 _NARROW = (np.dtype(jnp.bfloat16), np.dtype(jnp.float16))
 _WIDE = np.dtype(np.float32)
 _POOLS = {"reduce_window_max": (jax.lax.max, -np.inf), "reduce_window_sum": (jax.lax.add, 0.0)}
-_WITH_REGIONS = ("cond", "scan", "while")  # Their programs are no plain calls.
 
 
 def is_installed() -> bool:
@@ -43,9 +43,19 @@ def widen(predict: PredictFn, image: jax.ShapeDtypeStruct) -> tuple[PredictFn, b
         traced = jax.make_jaxpr(predict)(image)
 
     def wide(image: Any) -> Any:
-        return _evaluate(traced, [image])[0]
+        return _evaluate(traced, [image], _WIDE)[0]
 
     return wide, _is_narrow(traced)
+
+
+def without_pools(predict: PredictFn, image: jax.ShapeDtypeStruct) -> PredictFn:
+    """Returns a predictor in basic operations, whose reductions over windows are strided slices.
+
+    On a CPU, jaxlib 0.12.0 computes nan for a max-pool of bfloat16 behind a convolution with bias and ReLU.
+    """
+    with plain_operations():
+        traced = jax.make_jaxpr(predict)(image)
+    return lambda image: _evaluate(traced, [image], None)[0]
 
 
 def to_onnx(predict: PredictFn, image: jax.ShapeDtypeStruct, metadata: dict[str, str]) -> bytes:
@@ -55,10 +65,15 @@ def to_onnx(predict: PredictFn, image: jax.ShapeDtypeStruct, metadata: dict[str,
       UserError: jax2onnx cannot convert it.
     """
     try:
+        import jax2onnx
+        from onnx.helper import set_model_props
+    except ImportError as error:
+        raise UserError(
+            f"`formats` may contain onnx only if jax2onnx can be imported, got {describe(error)} Reinstall it: pip "
+            "install 'cnnjax[onnx]'"
+        ) from error
+    try:
         with _quiet():
-            import jax2onnx
-            from onnx.helper import set_model_props
-
             options: dict[str, Any] = {"input_names": [INPUT], "output_names": [OUTPUT]}
             model: Any = jax2onnx.to_onnx(predict, [image], model_name="cnnjax", **options)
             _merge_equal(model.graph)
@@ -88,26 +103,37 @@ def read_onnx(content: bytes) -> PredictFn:
     return lambda image: call(session.run, [OUTPUT], {INPUT: image})[0]
 
 
-def _evaluate(closed: Any, values: Sequence[Any]) -> list[Any]:
-    """Evaluates a program with its calls inlined and with float32 in place of narrower dtypes."""
+def _evaluate(closed: Any, values: Sequence[Any], dtype: Any) -> list[Any]:
+    """Evaluates a program with its calls inlined, and without pads and pools.
+
+    Args:
+      dtype: replaces narrower ones; None: they are kept.
+    """
+
+    def wide(value: Any) -> Any:
+        return dtype if dtype is not None and isinstance(value, np.dtype) and value in _NARROW else value
+
+    def widened(x: Any) -> Any:
+        return np.asarray(x, dtype) if dtype is not None and getattr(x, "dtype", None) in _NARROW else x
+
     jaxpr = closed.jaxpr
-    known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*map(_widen, closed.consts), *values], strict=True))
+    known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*map(widened, closed.consts), *values], strict=True))
 
     def read(x: Any) -> Any:
-        return _widen(np.asarray(x.val)) if isinstance(x, Literal) else known[x]
+        return widened(np.asarray(x.val)) if isinstance(x, Literal) else known[x]
 
     for equation in jaxpr.eqns:
         operands, name = [read(x) for x in equation.invars], equation.primitive.name
-        if name not in _WITH_REGIONS and (inner := _program(equation.params)) is not None:
-            results = _evaluate(inner, operands)
+        if (inner := called_program(equation)) is not None:
+            results = _evaluate(inner, operands, dtype)
         elif name == "pad" and not any(interior for _, _, interior in equation.params["padding_config"]):
             results = [_pad(operands[0], operands[1], equation.params["padding_config"])]
         elif name in _POOLS and {*equation.params["base_dilation"]} == {1}:
             results = [_pool(operands[0], *_POOLS[name], equation.params)]
-        elif name == "convert_element_type" and _wide(equation.params["new_dtype"]) == operands[0].dtype:
+        elif name == "convert_element_type" and wide(equation.params["new_dtype"]) == operands[0].dtype:
             results = operands
         else:
-            params = {key: _wide(value) for key, value in equation.params.items()}
+            params = {key: wide(value) for key, value in equation.params.items()}
             result = equation.primitive.bind(*operands, **params)
             results = result if equation.primitive.multiple_results else [result]
         known.update(zip(equation.outvars, results, strict=True))
@@ -127,7 +153,7 @@ def _pad(x: Any, value: Any, config: Sequence[Sequence[Any]]) -> Any:
 
 def _pool(x: Any, combine: Callable[[Any, Any], Any], fill: float, params: dict[str, Any]) -> Any:
     """Returns a reduction over windows as strided slices: jax2onnx pools over all axes, ONNX Runtime over at most 3."""
-    x = _pad(x, np.float32(fill), [(low, high, 0) for low, high in params["padding"]])
+    x = _pad(x, np.asarray(fill, x.dtype), [(low, high, 0) for low, high in params["padding"]])
     axes = (params[f"window_{name}"] for name in ("dimensions", "strides", "dilation"))
     for axis, (size, stride, dilation) in enumerate(zip(*axes, strict=True)):
         if (size, stride) != (1, 1):
@@ -138,27 +164,13 @@ def _pool(x: Any, combine: Callable[[Any, Any], Any], fill: float, params: dict[
     return x
 
 
-def _program(params: dict[str, Any]) -> Any:
-    """Returns the program that an equation calls, or None."""
-    inner: Any = params.get("jaxpr", params.get("call_jaxpr"))
-    return inner if inner is None or hasattr(inner, "jaxpr") else ClosedJaxpr(inner, [])
-
-
 def _is_narrow(closed: Any) -> bool:
     def narrow(equation: Any) -> bool:
-        inner = None if equation.primitive.name in _WITH_REGIONS else _program(equation.params)
+        inner = called_program(equation)
         own = any(getattr(x.aval, "dtype", None) in _NARROW for x in equation.outvars)
         return own or (inner is not None and _is_narrow(inner))
 
     return any(map(narrow, closed.jaxpr.eqns))
-
-
-def _wide(value: Any) -> Any:
-    return _WIDE if isinstance(value, np.dtype) and value in _NARROW else value
-
-
-def _widen(x: Any) -> Any:
-    return np.asarray(x, _WIDE) if getattr(x, "dtype", None) in _NARROW else x
 
 
 def _merge_equal(graph: Any) -> None:

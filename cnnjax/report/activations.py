@@ -16,6 +16,7 @@ from cnnjax.step import eval_params
 from cnnjax.summary import trace
 
 NUM_MAPS = 16  # Of a layer.
+SIDE = 64  # Pixels of the longer side of a map, at most.
 
 
 class FeatureMap(NamedTuple):
@@ -26,6 +27,7 @@ class FeatureMap(NamedTuple):
       operation: in words: "convolution", "ReLU", "max-pool", "normalization", "dense", "logits", ...
       shape: (h, w, c), or (n,) for a vector.
       maps: float32, the channels that vary most (those of the convolution that they stem from); a vector is [1 1 n].
+        Of more than 64 pixels a side, the means of square blocks.
       channels: their indices.
     """
 
@@ -65,10 +67,20 @@ def _interpret(
         outputs = found.run(traced.jaxpr.jaxpr, traced.jaxpr.consts, [*leaves[:-1], found.image])
         found.finish(outputs[0])
         records.extend(found.records)
-        return [] if kernel_only else [record.shown.astype(jnp.float32) for record in records], found.kernel
+        return [] if kernel_only else [_reduce(record.shown.astype(jnp.float32)) for record in records], found.kernel
 
     maps, kernel = program(*jax.tree.leaves(arguments))
     return list(_choose_channels(records, maps)), None if kernel is None else np.asarray(kernel)
+
+
+def _reduce(x: jax.Array) -> jax.Array:
+    """Returns the means of blocks of maps [h w c] that are larger than `SIDE`; their last rows may be left out."""
+    if x.ndim == 1:
+        return x
+    h, w, _ = x.shape
+    block = -(-max(h, w) // SIDE)
+    a, b = min(block, h), min(block, w)
+    return x[: h // a * a, : w // b * b].reshape(h // a, a, w // b, b, -1).mean((1, 3))
 
 
 def _choose_channels(records: Sequence[Record], maps: Sequence[Any]) -> Iterator[FeatureMap]:
@@ -81,7 +93,7 @@ def _choose_channels(records: Sequence[Record], maps: Sequence[Any]) -> Iterator
             numbers[operation] += 1
             name = f"{operation} {numbers[operation]}" if totals[operation] > 1 else operation
         if x.ndim == 1:
-            yield FeatureMap(name, operation, x.shape, x[None, None], tuple(range(len(x))))
+            yield FeatureMap(name, operation, record.shown.shape, x[None, None], tuple(range(len(x))))
             continue
         same = record.source.shown.shape[-1:] == x.shape[-1:] if id(record.source) in chosen else False
         if same and operation != "convolution":
@@ -89,4 +101,4 @@ def _choose_channels(records: Sequence[Record], maps: Sequence[Any]) -> Iterator
         else:
             channels = np.sort(np.argsort(-x.std((0, 1)), kind="stable")[:NUM_MAPS])
         chosen[id(record)] = channels
-        yield FeatureMap(name, operation, x.shape, x[..., channels], tuple(channels.tolist()))
+        yield FeatureMap(name, operation, record.shown.shape, x[..., channels], tuple(channels.tolist()))

@@ -5,13 +5,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cnnjax.report import charts
-from cnnjax.report.analysis import Band, Calibration, Fit, band
+from cnnjax.class_scores import Calibration
+from cnnjax.report import charts, prediction_charts
+from cnnjax.report.analysis import Band, Fit, band
 from cnnjax.runs.schema import Result
 from cnnjax.runs.statistics import Summary
 
 MATRIX_CLASSES = 30  # Of more classes, the confusion matrix shows those with the most mistakes.
-METRICS = {"loss": "loss", "accuracy": "accuracy"}
+METRICS = ("loss", "accuracy")
 PARTS = {charts.TRAINING: "train", charts.VALIDATION: "validation"}
 
 
@@ -42,16 +43,16 @@ class Figure(NamedTuple):
 def learning_curves(history: Mapping[str, np.ndarray], fit: Fit) -> list[Figure]:
     """Returns loss and accuracy over the epochs, as far as the history has them."""
     found = []
-    for metric, title in METRICS.items():
+    for metric in METRICS:
         bands = {part: band([history], f"{prefix}_{metric}") for part, prefix in PARTS.items()}
         bands = {part: values for part, values in bands.items() if values is not None}
         if bands:
             percent = metric == "accuracy"
-            draw = _curves(metric, bands, title, percent=percent, fit=fit)
+            draw = _curves(metric, bands, metric, percent=percent, fit=fit)
             lines = [f"{part} from {_ends(values, percent)}" for part, values in bands.items()]
-            description = f"{title.capitalize()} over the epochs: {'; '.join(lines)}."
+            description = f"{metric.capitalize()} over the epochs: {'; '.join(lines)}."
             header = ("epoch", *bands)
-            found.append(Figure(metric, title.capitalize(), draw, description, header, _curve_rows(bands, percent)))
+            found.append(Figure(metric, metric.capitalize(), draw, description, header, _curve_rows(bands, percent)))
     return found
 
 
@@ -62,16 +63,16 @@ def overlaid_curves(histories: Mapping[str, Sequence[Mapping[str, np.ndarray]]])
       histories: those of the runs of each group, by its label.
     """
     found = []
-    for metric, title in METRICS.items():
+    for metric in METRICS:
         for part, prefix in PARTS.items():
             bands = {label: band(group, f"{prefix}_{metric}") for label, group in histories.items()}
             bands = {label: values for label, values in bands.items() if values is not None}
             if bands:
-                percent, name = metric == "accuracy", f"{part.capitalize()} {title}"
+                percent, name = metric == "accuracy", f"{part.capitalize()} {metric}"
                 lines = [f"{label} from {_ends(values, percent)}" for label, values in bands.items()]
                 description = f"{name} over the epochs: {'; '.join(lines)}."
                 rows = _curve_rows(bands, percent)
-                draw = _curves(f"{part}_{metric}", bands, title, percent=percent)
+                draw = _curves(f"{part}_{metric}", bands, metric, percent=percent)
                 found.append(Figure(f"{part}-{metric}", name, draw, description, ("epoch", *bands), rows))
     return found
 
@@ -110,19 +111,20 @@ def confusion(result: Result) -> tuple[Figure, str] | None:
     if len(shown) < len(names):
         left_out = f"The {len(shown)} of {len(names):,} classes with the most mistakes. result.json has all of them."
     correct = int(np.trace(matrix))
-    description = f"Confusion matrix: {correct:,} of {int(np.sum(matrix)):,} test images are on the diagonal, so right."
+    total = int(np.sum(matrix))
+    description = f"Confusion matrix: {correct:,} of {total:,} test images are classified correctly (the diagonal)."
     rows = [(names[i], *(f"{matrix[i][j]:,}" for j in shown)) for i in shown]
     header = ("true class \\ predicted", *(names[j] for j in shown))
 
     def draw(width: int | str) -> Any:
-        return charts.confusion(matrix, names, shown, width)
+        return prediction_charts.confusion(matrix, names, shown, width)
 
     return Figure("confusion", "Confusion matrix", draw, description, header, rows), left_out
 
 
 def calibration(found: Calibration) -> list[Figure]:
     """Returns the reliability diagram, and the histogram of the confidences."""
-    bins = charts.bin_rows(found)
+    bins = prediction_charts.bin_rows(found)
     rows = [(row["bin"], f"{row['images']:,}", f"{row['confidence']:.1%}", f"{row['accuracy']:.1%}") for row in bins]
     description = (
         f"Reliability diagram: the expected calibration error is {found.error:.2%}; predictions are "
@@ -133,11 +135,13 @@ def calibration(found: Calibration) -> list[Figure]:
     total = sum(row["images"] for row in bins)
     counts = f"Histogram: {most['images'] / total:.1%} of the images have a confidence of {most['bin']}."
     return [
-        Figure("reliability", "Reliability", lambda w: charts.reliability(found, w), description, header, rows),
+        Figure(
+            "reliability", "Reliability", lambda w: prediction_charts.reliability(found, w), description, header, rows
+        ),
         Figure(
             "confidences",
             "How often each confidence occurs",
-            lambda w: charts.confidences(found, w),
+            lambda w: prediction_charts.confidences(found, w),
             counts,
             header[:2],
             [row[:2] for row in rows],

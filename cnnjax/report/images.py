@@ -9,7 +9,6 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 THUMBNAIL = 64  # Pixels of the longer side; smaller images keep their size.
-NUM_MAPS = 16  # Of a layer.
 NUM_FILTERS = 64
 SIDE = 48  # Pixels of a feature map, at least.
 GAP = 255  # The palette's index of the space between maps.
@@ -45,12 +44,12 @@ def filter_pictures(kernel: Float[np.ndarray, "h w C F"]) -> list[str]:
 
 
 def maps_picture(maps: Float[np.ndarray, "h w c"]) -> str:
-    """Returns the first feature maps of a layer, eight in a row, as a data URI.
+    """Returns the feature maps of a layer, eight in a row, as a data URI.
 
     Dark is the lowest value of all of them, bright the highest. A vector, 1 by 1 by c, becomes one row of c squares.
     """
     maps = np.nan_to_num(np.asarray(maps, np.float32))
-    maps = maps.transpose(0, 2, 1) if maps.shape[:2] == (1, 1) else maps[..., :NUM_MAPS]
+    maps = maps.transpose(0, 2, 1) if maps.shape[:2] == (1, 1) else maps
     low, high = float(maps.min()), float(maps.max())
     pixels = np.round((maps - low) / ((high - low) or 1.0) * 254).astype(np.uint8)
     scale = max(1, SIDE // pixels.shape[1])

@@ -14,41 +14,19 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend.core import Literal
 
+from cnnjax.jaxprs import LOOPS, called_program
+from cnnjax.report.operations import (
+    ACTIVATIONS,
+    AFFINE,
+    CALLS,
+    NONLINEAR,
+    OPERATIONS,
+    REDUCTIONS,
+    UNCHANGED,
+    activation_name,
+    is_normalization,
+)
 from cnnjax.summary import Module, layer_of
-
-CALLS = ("jit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "checkpoint")
-# Named functions that are one activation.
-ACTIVATIONS = {
-    "relu": "ReLU",
-    "relu6": "ReLU6",
-    "gelu": "GELU",
-    "silu": "SiLU",
-    "swish": "SiLU",
-    "elu": "ELU",
-    "selu": "SELU",
-    "celu": "CELU",
-    "leaky_relu": "leaky ReLU",
-    "hard_swish": "hard SiLU",
-    "hard_silu": "hard SiLU",
-    "hard_sigmoid": "hard sigmoid",
-    "softplus": "softplus",
-    "mish": "Mish",
-    "sigmoid": "sigmoid",
-}
-AFFINE = {"add", "sub", "mul", "div"}
-NONLINEAR = {"max", "min", "clamp", "neg", "sign", "abs", "exp", "exp2", "expm1", "log", "log1p", "tanh", "logistic"}
-NONLINEAR |= {"erf", "erfc", "square", "integer_pow", "pow", "sqrt", "rsqrt", "select_n", "ge", "gt", "le", "lt", "eq"}
-BENDING = {"max", "min", "clamp", "abs", "exp", "exp2", "expm1", "log1p", "select_n"}
-# They change the dtype or the shape, not the values.
-UNCHANGED = {"convert_element_type", "reshape", "squeeze", "broadcast_in_dim", "copy", "reduce_precision"}
-OPERATIONS = {
-    "dot_general": "dense",
-    "reduce_window_max": "max-pool",
-    "reduce_window_sum": "average-pool",
-    "concatenate": "concatenation",
-}
-LOOPS = ("scan", "while", "cond")
-REDUCTIONS = {"reduce_max": "maximum", "reduce_sum": "mean"}
 
 
 class Record:
@@ -102,7 +80,7 @@ class Interpreter:
             inputs = [v.val if isinstance(v, Literal) else values[v] for v in equation.invars]
             outputs = self._evaluate(equation, inputs, layer_of(equation, layer))
             for variable, value in zip(equation.outvars, outputs, strict=True):
-                ends = uses[variable] > 1 and isinstance(value, _Value) and _is_normalization(value.ops)
+                ends = uses[variable] > 1 and isinstance(value, _Value) and is_normalization(value.ops)
                 values[variable] = self._flush(value) if ends else value
         return [v.val if isinstance(v, Literal) else values[v] for v in jaxpr.outvars]
 
@@ -124,8 +102,8 @@ class Interpreter:
             return [self._leave(inputs[0], int(index))] if is_layer else inputs
         activation = len(traced) == len(equation.outvars) == 1 and _called(equation) in ACTIVATIONS
         if name in CALLS and not activation:
-            inner = params.get("jaxpr", params.get("call_jaxpr"))
-            return self.run(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), inputs, layer)
+            inner = called_program(equation)
+            return self.run(inner.jaxpr, inner.consts, inputs, layer)
         if not traced:
             return _bind(equation, inputs)
         if name in AFFINE or name in NONLINEAR or activation:
@@ -215,8 +193,8 @@ class Interpreter:
     def _is_complete(self, value: _Value, op: str, layer: int | None) -> bool:
         """Returns whether the next operation does not continue the normalization or the activation of a value."""
         if {*value.ops} <= AFFINE:
-            return op not in AFFINE and _is_normalization(value.ops)
-        return value.layer != layer or (op in AFFINE and _activation({*value.ops}) in ("ReLU", "ReLU6"))
+            return op not in AFFINE and is_normalization(value.ops)
+        return value.layer != layer or (op in AFFINE and activation_name({*value.ops}) in ("ReLU", "ReLU6"))
 
     def _flush(self, value: _Value) -> _Value:
         """Records the elementwise operations that led to a value."""
@@ -224,7 +202,7 @@ class Interpreter:
             return value
         if id(value.array) in self._flushed:
             return self._flushed[id(value.array)][1]
-        operation = "normalization" if _is_normalization(value.ops) else _activation({*value.ops})
+        operation = "normalization" if is_normalization(value.ops) else activation_name({*value.ops})
         shown = operation and isinstance(value.base, Record | _Source)
         result = self._record(value, operation, value.layer, value) if shown else value._replace(ops=())
         self._flushed[id(value.array)] = (value, result)
@@ -273,10 +251,6 @@ def _is_same_shape(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
     return same_kind and [n for n in a if n != 1] == [n for n in b if n != 1]
 
 
-def _is_normalization(ops: Sequence[str]) -> bool:
-    return len(ops) > 1 and {*ops} <= AFFINE and not AFFINE.isdisjoint({"mul", "div"} & {*ops})
-
-
 def _token(equation: Any, inputs: Sequence[Any]) -> str:
     """Returns the name of an elementwise operation; "mul of both" if all of its operands depend on the image."""
     if equation.primitive.name in CALLS:
@@ -287,19 +261,3 @@ def _token(equation: Any, inputs: Sequence[Any]) -> str:
     if name in ("max", "min") and not isinstance(constants[0], Tracer) and np.size(constants[0]) == 1:
         return f"{name} {float(np.asarray(constants[0]).item()):g}"
     return name
-
-
-def _activation(ops: set[str]) -> str:
-    """Returns the name of an activation, or "" if it is none: a sum of squares, for example."""
-    for op in ops:
-        if op in ACTIVATIONS:
-            return ACTIVATIONS[op]
-    if "max 0" in ops and ops <= {"max 0", "min inf", "min 6"}:
-        return "ReLU6" if "min 6" in ops else "ReLU"
-    if ops & {"erf", "erfc"} or ("tanh" in ops and "mul of both" in ops):
-        return "GELU"
-    if "logistic" in ops:
-        return "SiLU" if "mul of both" in ops else "sigmoid"
-    if "tanh" in ops:
-        return "tanh"
-    return "activation" if {op.split()[0] for op in ops} & BENDING else ""

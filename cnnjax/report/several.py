@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import altair as alt
 
-from cnnjax.cli.inspection import describe, verdict
 from cnnjax.report import figures, words
 from cnnjax.report.analysis import differing
 from cnnjax.runs.files import flatten, show
@@ -16,7 +15,7 @@ from cnnjax.runs.inspection import read_info
 from cnnjax.runs.manifest import DECISIVE, read_manifest
 from cnnjax.runs.records import read_record
 from cnnjax.runs.run import Run
-from cnnjax.runs.statistics import Summary, summarize
+from cnnjax.runs.statistics import Summary, describe, summarize, verdict
 
 MAX_PAIRS = 10  # Of groups to compare.
 
@@ -74,7 +73,7 @@ def several_content(runs: Sequence[Run]) -> tuple[dict[str, Any], dict[str, Any]
     found = figures.overlaid_curves({label: [run.history for run in group.runs] for label, group in of_label.items()})
     files: dict[str, Any] = {}
     if found:
-        drawn = [figure.draw(380) for figure in found]
+        drawn = [figure.draw(380).properties(title=figure.title) for figure in found]
         files["learning_curves"] = alt.concat(*drawn, columns=2)
     dots = figures.seed_scores(scores, summaries) if scores else None
     if dots is not None:

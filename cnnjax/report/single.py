@@ -1,6 +1,7 @@
 """The content of the report on one run."""
 
 import json
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -12,30 +13,25 @@ import numpy as np
 from jaxtyping import Float
 from scipy.special import softmax
 
-from cnnjax.class_scores import is_uneven
+from cnnjax.class_scores import NUM_BINS, calibrate, is_uneven, top_confusions
 from cnnjax.cli.console import track
 from cnnjax.config import word
 from cnnjax.data.stored import Examples
 from cnnjax.errors import UserError
 from cnnjax.report import charts, figures, images, words
 from cnnjax.report.activations import FeatureMap, feature_maps, first_filters
-from cnnjax.report.analysis import (
-    NUM_BINS,
-    Shown,
-    calibrate,
-    judge_fit,
-    most_confident,
-    top_confusions,
-    wilson_interval,
-)
+from cnnjax.report.analysis import DIGITS, Shown, judge_fit, most_confident
+from cnnjax.report.commands import command_for
 from cnnjax.runs.files import flatten, show
 from cnnjax.runs.inspection import read_info
 from cnnjax.runs.manifest import read_manifest
 from cnnjax.runs.records import read_record
 from cnnjax.runs.run import Run
+from cnnjax.runs.statistics import wilson_interval
 from cnnjax.summary import layer_table
 
 CHUNK = 1024  # Images between two steps of the progress bar; a multiple of the batch sizes of `Run.predict`.
+NUM_MAPS = 60  # Operations whose maps are shown.
 NUM_MISTAKES = 12
 PER_CLASS = 5  # Thumbnails of each kind.
 NUM_CLASSES = 20  # With thumbnails; of more, those with the lowest recall.
@@ -85,7 +81,7 @@ def run_content(run: Run, data_dir: Path | None, warn: Say) -> tuple[dict[str, A
         "seed": run.config.seed,
         "tta": run.config.tta,
         "notes": [],
-        "reproduce": _reproduce(run.run_dir, record.files),
+        "reproduce": command_for(run, "reproduce"),
         "sessions": [_session(session) for session in manifest["sessions"]],
         "config": _rows(record.config),
         "data": _rows(asdict(record.data)),
@@ -107,7 +103,7 @@ def run_content(run: Run, data_dir: Path | None, warn: Say) -> tuple[dict[str, A
         try:
             scored = score(run, data_dir)
         except UserError as error:
-            lack(f"The report lacks calibration and example images, because the test images cannot be used: {error}")
+            lack(f"The report lacks calibration and example images: {error}")
         else:
             content |= _examples(run, scored, files)
     try:
@@ -117,16 +113,11 @@ def run_content(run: Run, data_dir: Path | None, warn: Say) -> tuple[dict[str, A
     return content, files
 
 
-def _reproduce(run_dir: Path, sources: Mapping[str, str]) -> str:
-    own = next((file for file in sources if not file.endswith(" in a cell")), None)
-    return words.shell(["cnnjax", "reproduce", str(run_dir), *(["--experiment", own] if own else [])])
-
-
 def _session(session: Mapping[str, Any]) -> dict[str, str]:
     commit = session.get("commit") or session.get("package_commit") or "unknown"
     changed = f", with changes ({session['diff']})" if session.get("diff") else ""
     return {
-        "command": words.shell(session["command"]),
+        "command": shlex.join(session["command"]),
         "commit": f"{show(commit)}{changed}",
         "device": session.get("device", ""),
         "started": session["started"],
@@ -185,7 +176,7 @@ def _examples(run: Run, scored: Scored, files: dict[str, Any]) -> dict[str, Any]
     """Returns calibration, mistakes and certain answers."""
     (pictures, label), probabilities = scored
     predicted = probabilities.argmax(axis=1)
-    found = calibrate(probabilities.max(axis=1), predicted == label)
+    found = calibrate(probabilities.max(axis=1).round(DIGITS), predicted == label)
     diagrams = figures.calibration(found)
     files["calibration"] = alt.vconcat(*(figure.draw(420) for figure in diagrams))
     mistakes, classes = most_confident(probabilities, label, PER_CLASS)
@@ -251,11 +242,14 @@ def _network(run: Run, scored: Scored | None, data_dir: Path | None, files: dict
         files["filters"] = charts.pictures([(uri, "") for uri in content["filters"]], 12, 40, 40)
     if scored is not None:
         image, label = scored.examples.image[0], int(scored.examples.label[0])
-        maps = feature_maps(run, image)
+        every = feature_maps(run, image)
+        kept = np.linspace(0, len(every) - 1, min(len(every), NUM_MAPS)).round().astype(int)
+        maps = [every[i] for i in kept]
+        content["num_maps"] = len(every)
         first = {layer.operation: layer.name for layer in reversed(maps)}  # Each is explained once.
         content["input"] = {"uri": images.thumbnail(image), "label": run.facts.class_names[label]}
         content["maps"] = [_map_row(layer, layer.name == first[layer.operation]) for layer in maps]
-        top = np.argsort(-scored.probabilities[0], kind="stable")[:3]
+        top = np.argsort(-scored.probabilities[0].round(DIGITS), kind="stable")[:3]
         content["answer"] = [(run.facts.class_names[k], float(scored.probabilities[0, k])) for k in top]
         cells = [(content["input"]["uri"], "input"), *((x["uri"], x["name"]) for x in content["maps"])]
         files["feature_maps"] = charts.pictures(cells, 2, 360, 90)  # Two rows of eight maps.

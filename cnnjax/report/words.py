@@ -1,14 +1,14 @@
 """The sentences of the report: what the numbers of a run mean."""
 
-import shlex
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from cnnjax.class_scores import Calibration
 from cnnjax.config import Config
 from cnnjax.losses import CrossEntropy
-from cnnjax.report.analysis import GAP, Calibration, Fit
+from cnnjax.report.analysis import GAP, Fit
 
 CALIBRATED = 0.02  # An expected calibration error below 2 points needs no warning.
 
@@ -41,18 +41,26 @@ def explain_fit(fit: Fit, history: Mapping[str, np.ndarray], config: Config) -> 
     """
     last = {name: float(values[-1]) for name, values in history.items()}
     epoch = int(last["epoch"])
+    for part in ("train", "validation"):
+        if not np.isfinite(value := last.get(f"{part}_loss", 0.0)):
+            name = "training" if part == "train" else part
+            return [f"The {name} loss is {value} after epoch {epoch}. The training diverges: lower the learning rate."]
     if fit.lowest is None:
         return [
+            *_explain_start(fit, history),
             "No images were held out for validation (validation_fraction is 0), so these curves cannot show "
-            "over-fitting: those of a network that learns its training images by heart look the same. The test score "
-            "is the only one on images that the network has not seen."
+            "over-fitting: a network that memorizes its training images has the same curves. The test score is the "
+            "only one on images that the network has not seen.",
         ]
     lowest = float(np.nanmin(history["validation_loss"]))
-    if fit.over_fitted:
+    ends = f"it ends at {last['validation_loss']:.4f}, and is lowest ({lowest:.4f}) after epoch {fit.lowest}"
+    if start := _explain_start(fit, history):
+        lines = start
+    elif fit.over_fitted:
         lines = [
             f"This run over-fits from epoch {fit.lowest + 1} on. Its validation loss is lowest after epoch "
             f"{fit.lowest} ({lowest:.4f}) and ends at {last['validation_loss']:.4f}, while the network keeps improving "
-            "on its training images: it learns them by heart. Dropout, augmentation, weight decay, more images, or "
+            "on its training images: it memorizes them. Dropout, augmentation, weight decay, more images, or "
             "fewer epochs reduce this."
         ]
     elif fit.rises:
@@ -60,6 +68,17 @@ def explain_fit(fit: Fit, history: Mapping[str, np.ndarray], config: Config) -> 
             f"The validation loss is lowest after epoch {fit.lowest} ({lowest:.4f}) and ends at "
             f"{last['validation_loss']:.4f}. As the training loss has not fallen since, this is not over-fitting; "
             "perhaps the learning rate is too high."
+        ]
+    elif (gap := fit.gap or 0.0) > GAP:
+        where = f"it is lowest at the end ({lowest:.4f})" if fit.lowest == epoch else ends
+        lines = [
+            f"The validation loss has not risen clearly yet: {where}. But training accuracy is {100 * gap:.1f} points "
+            "higher than validation accuracy: the network begins to memorize its training images."
+        ]
+    elif fit.above:
+        lines = [
+            f"There is no clear sign of over-fitting: the validation loss has risen in the last epochs ({ends}), which "
+            "may be noise."
         ]
     elif fit.lowest == epoch:
         lines = [
@@ -77,15 +96,27 @@ def explain_fit(fit: Fit, history: Mapping[str, np.ndarray], config: Config) -> 
     return [*lines, *_scale_of_loss(config)]
 
 
+def _explain_start(fit: Fit, history: Mapping[str, np.ndarray]) -> list[str]:
+    """Returns why the curves say nothing about over-fitting, or []."""
+    loss = history["train_loss"]
+    if len(loss) == 1:
+        return ["One epoch shows no trend."]
+    if fit.flat:
+        return [
+            f"The loss has hardly fallen since the first epoch (training loss {loss[0]:.4f} to {loss[-1]:.4f}): the "
+            "network has not learned anything since then."
+        ]
+    return []
+
+
 def _explain_gap(fit: Fit) -> str:
     gap = 100 * (fit.gap or 0.0)
     if gap > 100 * GAP:
-        cost = "" if fit.rises else " As the validation loss does not rise, it costs nothing yet."
-        return f"The network is {gap:.1f} points better on the images that it was trained on: the shaded gap.{cost}"
+        return f"The network is {gap:.1f} points better on the images that it was trained on: the shaded gap."
     if gap < 0:
         return (
-            "Validation may well be the better of the two: it is measured after each epoch, without dropout and "
-            "augmentation, and training accuracy during it, with both."
+            "Validation accuracy is often higher: it is measured after the epoch without dropout and augmentation, "
+            "training accuracy during the epoch with both."
         )
     return f"A gap of {gap:.1f} points is small."
 
@@ -98,18 +129,17 @@ def _scale_of_loss(config: Config) -> list[str]:
     name = getattr(loss, "__name__", type(loss).__name__) if own else f"label smoothing of {loss.label_smoothing:g}"
     name = "class weights" if not own and loss.label_smoothing == 0 else name
     return [
-        f"The training loss is that of the configuration ({name}), the validation loss is the plain cross-entropy: "
+        f"The training loss is the configured one ({name}), the validation loss is the plain cross-entropy: "
         "compare their shapes, not their heights."
     ]
 
 
 def explain_calibration(calibration: Calibration, config: Config) -> list[str]:
     """Returns whether the confidence of a network can be trusted."""
-    confidence, accuracy, error = calibration.mean_confidence, calibration.mean_accuracy, 100 * calibration.error
+    confidence, accuracy = calibration.mean_confidence, calibration.mean_accuracy
     lines = [
         "A network is calibrated if, of all predictions that it makes with a confidence of 80%, it gets 80% right. "
-        f"This one is {confidence:.1%} confident on average, and right in {accuracy:.1%} of the cases. Its expected "
-        f"calibration error, the mean distance between confidence and accuracy, is {error:.1f} points."
+        f"This one is {confidence:.1%} confident on average, and right in {accuracy:.1%} of the cases."
     ]
     if calibration.error < CALIBRATED:
         lines.append("Its probabilities can be taken at face value.")
@@ -120,8 +150,9 @@ def explain_calibration(calibration: Calibration, config: Config) -> list[str]:
         )
     else:
         lines.append(
-            "It is over-confident: it is right less often than it says, as most networks are. Divide the logits by a "
-            "temperature that is chosen on validation images to correct this without changing a prediction."
+            "It is over-confident: it is right less often than it says, which is common in modern networks (Guo et al. "
+            "2017). Divide the logits by a temperature that is chosen on validation images to correct this without "
+            "changing a prediction."
         )
     return lines
 
@@ -138,8 +169,3 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
-
-
-def shell(arguments: list[str]) -> str:
-    """Returns a command as it is typed."""
-    return shlex.join(arguments)

@@ -1,6 +1,7 @@
 """Writes reports."""
 
 import base64
+import errno
 import hashlib
 import os
 import re
@@ -38,8 +39,9 @@ def write_report(
 ) -> Path:
     """Writes a report on a run, or on several, as one HTML file that loads nothing from the network.
 
-    The same runs give the same file. It lacks what cannot be computed, such as the calibration of a run whose test
-    images are gone, and says so.
+    The same runs give the same file, except for rounding: right after training, the probabilities are those of the test
+    score; later they are computed again, in batches of another size. The page lacks what cannot be computed, such as
+    the calibration of a run whose test images are gone, and says so.
 
     Example:
       >>> write_report(load_run("runs/mnist_mlp-seed0"))
@@ -47,7 +49,8 @@ def write_report(
 
     Args:
       runs: the runs. Those that differ only in their seed are shown as one group.
-      path: the file; report.html in the directory of a single run, otherwise in the working directory, if None.
+      path: the file, in a folder that is created if it is missing; report.html in the directory of a single run,
+        otherwise in the working directory, if None.
       figures: a folder that receives every chart as an SVG file.
       data_dir: the tfds directory; tfds's default if None.
       warn: receives a line for each part that is missing.
@@ -56,13 +59,21 @@ def write_report(
       The path of the file.
 
     Raises:
-      UserError: there is no run, or a file of a run is damaged.
+      UserError: there is no run, one is given twice, a file of a run is damaged, or `path` is a folder.
       OSError: the file cannot be written.
     """
     runs = [runs] if isinstance(runs, Run) else [*runs]
     check("runs", "at least one run", len(runs) > 0, "none")
     path = Path(os.path.expanduser(path)) if path else (runs[0].run_dir if len(runs) == 1 else Path()) / "report.html"
     data_dir = None if data_dir is None else Path(data_dir)
+    folders = [run.run_dir.resolve() for run in runs]
+    check("runs", "different runs", len({*folders}) == len(folders), " and ".join(str(run.run_dir) for run in runs))
+    check("path", "a file", not path.is_dir(), f"the folder {path}")
+    folder = None if figures is None else Path(os.path.expanduser(figures))
+    for needed in filter(None, (path.parent, folder)):  # Now, and not after minutes of computation.
+        needed.mkdir(parents=True, exist_ok=True)
+        if not os.access(needed, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(needed))
     if len(runs) == 1:
         from cnnjax.report.single import run_content
 
@@ -74,15 +85,14 @@ def write_report(
     page = render(template, content)
     with atomic_write(path, shared=True) as file:
         file.write(page.encode(errors="backslashreplace"))
-    if figures is not None:
-        write_figures(charts, Path(os.path.expanduser(figures)))
+    if folder is not None:
+        write_figures(charts, folder)
     return path
 
 
 def render(template: str, content: dict[str, Any]) -> str:
     """Returns the HTML of a page. Every string in `content` is escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
 
     loader = FileSystemLoader(TEMPLATES)
     environment = Environment(
@@ -93,10 +103,10 @@ def render(template: str, content: dict[str, Any]) -> str:
     policy = f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data:; base-uri 'none'"
     return environment.get_template(template).render(
         **content,
-        css=Markup((TEMPLATES / "page.css").read_text()),
-        library=Markup(scripts[0]),
-        script=Markup(scripts[1]),
-        policy=Markup(policy),
+        css=(TEMPLATES / "page.css").read_text(),
+        library=scripts[0],
+        script=scripts[1],
+        policy=policy,
         sections=[(id_, title) for id_, (title, entry) in SECTIONS.items() if content.get(entry)],
     )
 
@@ -114,13 +124,16 @@ def _base64_sha256(text: str) -> str:
 
 
 def write_figures(charts: dict[str, Any], folder: Path) -> None:
-    """Writes each chart as an SVG file, in the colors of the light mode."""
+    """Writes each chart as an SVG file into an existing folder."""
+    for name, chart in charts.items():
+        with atomic_write(folder / f"{name}.svg", shared=True) as file:
+            file.write(svg(chart, name.replace("_", " ")).encode())
+
+
+def svg(chart: Any, description: str) -> str:
+    """Returns a chart as the content of an SVG file, in the colors of the light mode."""
     from cnnjax.report.charts import configured, to_svg
 
     css = (TEMPLATES / "page.css").read_text()
     colors = dict(re.findall(r"(--[\w-]+): (#\w+)", css.partition("@media")[0]))
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, chart in charts.items():
-        with atomic_write(folder / f"{name}.svg", shared=True) as file:
-            opaque = configured(chart, name.replace("_", " ")).properties(background="var(--surface)")
-            file.write(to_svg(opaque, colors).encode())
+    return to_svg(configured(chart, description).properties(background="var(--surface)"), colors)

@@ -15,11 +15,11 @@ from cnnjax.class_scores import count_pairs
 from cnnjax.data.image_files import AHEAD, check_channels, fit_image, on_all_cores, open_image
 from cnnjax.errors import UserError, check
 from cnnjax.metrics import Scores
+from cnnjax.runs.inference import batch_size_of
 
 if TYPE_CHECKING:
     from cnnjax.runs.run import Run
 
-BATCH_SIZE, LARGE_BATCH_SIZE = 128, 8  # Images per call of a network; the latter above 64 by 64 pixels.
 _TINY = float(np.finfo(np.float32).tiny)  # The least probability that counts as it is.
 
 
@@ -30,18 +30,13 @@ class FilePrediction(NamedTuple):
       path: of the file.
       probabilities: of each class, float32; None if the file cannot be read.
       error: why it cannot be read, or None.
-      is_bright: whether the image is more than twice as bright as the training images.
+      is_bright: whether the image would be closer to the training images in brightness if it were inverted.
     """
 
     path: Path
     probabilities: Float[np.ndarray, " K"] | None
     error: UserError | None = None
     is_bright: bool = False
-
-
-def batch_size_of(image_shape: tuple[int, ...]) -> int:
-    """Returns the number of images (H, W, C) per call of a network."""
-    return BATCH_SIZE if image_shape[0] * image_shape[1] <= 64 * 64 else LARGE_BATCH_SIZE
 
 
 def check_ensemble(runs: Sequence["Run"]) -> None:
@@ -72,9 +67,13 @@ def predict_files(
     Args:
       runs: have the same classes, see `check_ensemble`.
       paths: of any number of files.
-      tta: the test-time augmentation, see `Run.predict`; None: that of the configuration of each run.
+      tta: the test-time augmentation, see `Run.predict`; None: that of the configuration of each run, or
+        "flip_translate" instead of "uncertain", so that the prediction for a file does not depend on others.
       invert: swaps dark and bright first.
     """
+    if isinstance(paths, (str, os.PathLike)):
+        fix = "Pass [path], or sorted(Path(folder).rglob('*.jpg'))."
+        raise UserError(f"`paths` must be several paths, got {paths!r}. {fix}")
     check_ensemble(runs)
     for run in runs:
         check_channels(run.facts.image_shape)
@@ -97,44 +96,49 @@ def predict_files(
     ):
         while batch := list(islice(results, size)):
             read_images = [images for _, images in batch if isinstance(images, list)]
-            found = _predict(runs, kinds, read_images, tta, invert)
+            found = iter(_predict(runs, kinds, read_images, tta, invert))
             for file, images in batch:
                 if isinstance(images, UserError):
                     yield FilePrediction(file, None, images)
                 else:
-                    yield FilePrediction(file, *next(found))
+                    probabilities, is_bright = next(found)
+                    yield FilePrediction(file, probabilities, is_bright=is_bright)
 
 
 def _predict(
     runs: Sequence["Run"],
     kinds: Sequence[Any],
-    read_images: Sequence[Sequence[UInt8[np.ndarray, "H W C"]]],
+    read_images: Sequence[Sequence[UInt8[np.ndarray, "_ _ C"]]],
     tta: str | None,
     invert: bool,
-) -> Iterator[tuple[Float[np.ndarray, " K"], None, bool]]:
-    """Yields the last fields of a `FilePrediction` for each image.
+) -> list[tuple[Float[np.ndarray, " K"], bool]]:
+    """Returns the probabilities of each file, and whether its image is bright, see `FilePrediction`.
 
     Args:
       kinds: of image, that each run needs.
       read_images: for each file, an image of each distinct kind.
     """
     if not read_images:
-        return
+        return []
     columns = map(np.stack, zip(*read_images, strict=True))
     images = dict(zip(dict.fromkeys(kinds), columns, strict=True))
     first, facts = _color(images[kinds[0]]), runs[0].facts
-    is_bright = first.mean(axis=(1, 2, 3)) > 2 * max(facts.mean[: first.shape[-1]])
+    brightness, usual = first.mean(axis=(1, 2, 3)), np.mean(facts.mean[: first.shape[-1]])
+    is_bright = (brightness > usual) & (np.abs(255 - brightness - usual) < np.abs(brightness - usual))
     if invert:
         for pixels in images.values():
             _color(pixels)[...] ^= 255
     probabilities = _mean(
         [
-            run.predict(images[kind], tta=run.config.tta if tta is None else tta)
+            run.predict(images[kind], tta=_tta_of(run) if tta is None else tta)
             for run, kind in zip(runs, kinds, strict=True)
         ]
     )
-    for row, bright in zip(probabilities, is_bright.tolist(), strict=True):
-        yield row, None, bright
+    return [*zip(probabilities, is_bright.tolist(), strict=True)]
+
+
+def _tta_of(run: "Run") -> str:
+    return "flip_translate" if run.config.tta == "uncertain" else run.config.tta
 
 
 def _color(images: UInt8[np.ndarray, "N H W C"]) -> UInt8[np.ndarray, "N H W D"]:
@@ -146,8 +150,11 @@ def _mean(probabilities: Sequence[Float[np.ndarray, "N K"]]) -> Float[np.ndarray
     return probabilities[0] if len(probabilities) == 1 else np.mean(probabilities, axis=0)
 
 
-def evaluate_ensemble(runs: Sequence["Run"], data_dir: Path | None = None) -> Scores:
+def evaluate_ensemble(runs: Sequence["Run"], *, tta: str | None = None, data_dir: Path | None = None) -> Scores:
     """Scores the mean probabilities of several runs on their test split.
+
+    Args:
+      tta, data_dir: see `Run.evaluate`.
 
     Raises:
       UserError: the runs have other classes, or other test examples.
@@ -159,7 +166,7 @@ def evaluate_ensemble(runs: Sequence["Run"], data_dir: Path | None = None) -> Sc
         same = label is None or np.array_equal(label, examples.label)
         check("ensemble", f"runs with the test examples of {runs[0].run_dir}", same, f"{run.run_dir} with others")
         label = examples.label
-        probabilities.append(run.predict(examples.image, tta=run.config.tta))
+        probabilities.append(run.predict(examples.image, tta=run.config.tta if tta is None else tta))
     found = _mean(probabilities)
     label = np.asarray(label)
     return scores_of(found[np.arange(len(label)), label], found.argmax(axis=1), label)

@@ -1,30 +1,25 @@
 """The progress of a run: records, reports and saves it after steps and epochs, and decides whether the run stops."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Sharding
 
 from cnnjax.cli.signals import Interrupted
-from cnnjax.config import word
-from cnnjax.errors import NonFiniteLossError, UserError, describe, option
-from cnnjax.loggers import Logger
+from cnnjax.errors import NonFiniteLossError, UserError
 from cnnjax.metrics import Metrics, Scores, Totals
 from cnnjax.runs.checkpoints import all_finite
 from cnnjax.runs.directory import OpenRun
 from cnnjax.runs.files import tree_sha256
+from cnnjax.runs.loggers import Loggers
 from cnnjax.runs.records import write_rows
-from cnnjax.runs.schema import Result, Row, Timing
-from cnnjax.step import TrainState
-
-if TYPE_CHECKING:
-    from cnnjax.runs.run import Run
+from cnnjax.runs.schema import Row, Timing
+from cnnjax.step import TrainState, copy_state
 
 OnStep = Callable[[int, dict[str, float]], object]
 OnEpoch = Callable[[dict[str, Any], TrainState], object]
@@ -66,45 +61,12 @@ class Callbacks:
 
     Attributes:
       raised: the exception that a function raised.
-      result: that of the run, for the loggers, once it is known.
     """
 
     on_step: OnStep | None = None
     on_epoch: OnEpoch | None = None
-    loggers: list[Logger] = field(default_factory=list)  # Those that have started.
-    say: Callable[[str], None] = print
+    loggers: Loggers = field(default_factory=Loggers)
     raised: BaseException | None = None
-    result: Result | None = None
-
-    @contextmanager
-    def logged(self, loggers: Sequence[Logger], run: "Run", step: int) -> Iterator[None]:
-        """Starts loggers, and ends them with the context.
-
-        Raises:
-          UserError: one could not start.
-        """
-        try:
-            for logger in loggers:
-                try:
-                    logger.start(run, step)
-                except Exception as error:
-                    raise UserError(
-                        f"The logger {word(type(logger))} could not start: {describe(error)} Correct this, or leave it "
-                        f"out. Then resume the run: {option('resume')}."
-                    ) from error
-                self.loggers.append(logger)
-            yield
-        finally:
-            for logger in [*self.loggers]:
-                self._log(logger, "finish", self.result)
-
-    def _log(self, logger: Logger, method: str, *arguments: Any) -> None:
-        """Calls a method of a logger. Without the logger after an exception: training costs more than its log."""
-        try:
-            getattr(logger, method)(*arguments)
-        except Exception as error:
-            self.loggers.remove(logger)
-            self.say(f"The logger {word(type(logger))} failed: {describe(error)} The run continues without it.")
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         try:
@@ -119,14 +81,13 @@ class Callbacks:
         Args:
           metrics: arrays [S] on the host.
         """
-        if self.on_step is None and not self.loggers:
+        if self.on_step is None and not self.loggers.active:
             return
         sums: dict[str, Any] = {"loss": metrics.loss, **metrics.values}
         for i, num_examples in enumerate(metrics.num_examples.tolist()):
             means = {name: float(values[i]) / num_examples for name, values in sums.items()}
             means["grad_norm"] = float(metrics.grad_norm[i])
-            for logger in [*self.loggers]:
-                self._log(logger, "on_step", first + i, {**means})
+            self.loggers.on_step(first + i, means)
             if self.on_step is not None:
                 self._call(self.on_step, first + i, means)
 
@@ -136,8 +97,7 @@ class Callbacks:
         Raises:
           UserError: it returned something else than True, False or None, or donated the state.
         """
-        for logger in [*self.loggers]:
-            self._log(logger, "on_epoch", {**row}, state)
+        self.loggers.on_epoch(row, state)
         decision = None if self.on_epoch is None else self._call(self.on_epoch, row, state)
         if decision is not None and not isinstance(decision, (bool, np.bool_)):
             raise UserError(
@@ -201,6 +161,22 @@ def save(run: OpenRun, state: TrainState, progress: Progress, validation: dict[s
         best = {"step": None}
     kept = {**progress._asdict(), "totals": progress.totals._asdict(), "best_step": best["step"]}
     run.checkpoints.save(state, kept, validation)
+
+
+def save_within_epoch(run: OpenRun, state: TrainState, progress: Progress, steps: tuple[int, int]) -> None:
+    """Saves a copy of a state; after a signal, then raises `Interrupted`.
+
+    Args:
+      steps: the numbers of steps before and after the last dispatch.
+
+    Raises:
+      NonFiniteLossError: a parameter became infinite or nan.
+      Interrupted: a signal arrived.
+    """
+    snapshot = copy_state(state)
+    check_finite(run, snapshot, steps)
+    save(run, snapshot, progress)
+    raise_if_stopped(run, steps[1])
 
 
 def raise_if_stopped(run: OpenRun, step: int) -> None:

@@ -1,42 +1,40 @@
 """A run as an object: its configuration, its history, its result, and the network that it trained."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, UInt8
+from jaxtyping import Float
 
 from cnnjax.cli.process import start_jax
 from cnnjax.compiler import jit
 from cnnjax.config import Config, word
-from cnnjax.data.batches import Pixels, Standardization, standardize
+from cnnjax.data.batches import Pixels, standardize
 from cnnjax.data.datasets import load_dataset
 from cnnjax.data.stored import Examples
 from cnnjax.data.tta import TTA
 from cnnjax.errors import UserError, check_name, option
 from cnnjax.metrics import Scores
-from cnnjax.network import Network, layers_of, logits_of
 from cnnjax.program import evaluate
 from cnnjax.runs.checkpoints import Checkpoints
 from cnnjax.runs.codec import collect_names
 from cnnjax.runs.files import tree_sha256
+from cnnjax.runs.inference import check_images, features_of, in_batches, probabilities_of
 from cnnjax.runs.manifest import read_manifest
-from cnnjax.runs.predictions import FilePrediction, batch_size_of, predict_files
+from cnnjax.runs.predictions import FilePrediction, predict_files
 from cnnjax.runs.records import read_record, read_result, read_rows, read_timing, run_argument
 from cnnjax.runs.recovery import list_steps
 from cnnjax.runs.schema import DataFacts, Result, Row, Timing
 from cnnjax.sharding import place
-from cnnjax.step import TrainState, abstract_state, apply_views, eval_params, init_optimizer
-from cnnjax.typing import AnyArray, Batch
+from cnnjax.step import TrainState, abstract_state, eval_params, init_optimizer
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -174,7 +172,7 @@ class Run:
         Args:
           images: see `predict`.
         """
-        return np.asarray(standardize(self._checked(images), self.facts.standardization))
+        return np.asarray(standardize(check_images(images, self.facts.image_shape), self.facts.standardization))
 
     def predict(self, images: Any, *, tta: str = "none") -> Float[np.ndarray, "N K"]:
         """Returns the probability of each class, float32.
@@ -189,7 +187,8 @@ class Run:
         """
         check_name("tta", tta, TTA)
         model, standardization = self.config.model, self.facts.standardization
-        return self._in_batches(images, partial(_probabilities, self.state, standardization, model=model, tta=tta))
+        images = check_images(images, self.facts.image_shape)
+        return in_batches(partial(probabilities_of, self.state, standardization, model=model, tta=tta), images)
 
     def predict_files(
         self, paths: Iterable[str | os.PathLike[str]], *, tta: str | None = None, invert: bool = False
@@ -202,7 +201,7 @@ class Run:
 
         Args:
           paths: of any number of files.
-          tta: see `predict`; None: that of the test score.
+          tta: see `predict`; None: that of the test score, but "flip_translate" instead of "uncertain".
           invert: swaps dark and bright first: for dark digits on white paper, if the training images are the reverse.
 
         Raises:
@@ -222,36 +221,8 @@ class Run:
           UserError: there is no such layer; the message lists them. See also `predict`.
         """
         model, standardization = self.config.model, self.facts.standardization
-        return self._in_batches(images, partial(_features, self.state, standardization, model=model, layer=layer))
-
-    def _in_batches(
-        self, images: Any, fn: Callable[[UInt8[np.ndarray, "B H W C"], Bool[np.ndarray, " B"]], Float[Array, "B ..."]]
-    ) -> Float[np.ndarray, "N ..."]:
-        images, parts = self._checked(images), []
-        batch_size = batch_size_of(self.facts.image_shape)
-        for i in range(0, max(len(images), 1), batch_size):
-            part = images[i : i + batch_size]
-            padding = [(0, batch_size - len(part)), (0, 0), (0, 0), (0, 0)]
-            mask = np.arange(batch_size) < len(part)
-            parts.append(np.asarray(fn(np.pad(part, padding), mask))[: len(part)])
-        return np.concatenate(parts)
-
-    def _checked(self, images: Any) -> UInt8[np.ndarray, "N H W C"]:
-        try:
-            images = np.asarray(images)
-        except ValueError as error:
-            raise UserError(f"`images` must be one array, or of one size, got {error}.") from error
-        height, width, channels = self.facts.image_shape
-        if images.ndim == 3 and channels == 1 and images.shape[1:] == (height, width):
-            images = images[..., None]
-        if images.dtype != np.uint8 or images.shape[1:] != self.facts.image_shape:
-            gray = f" or [N {height} {width}]" if channels == 1 else ""
-            one = " For one image: images[None]." if images.shape == self.facts.image_shape else ""
-            raise UserError(
-                f"`images` must be uint8 [N {height} {width} {channels}]{gray}, with values from 0 to 255 as in the "
-                f"training images, got {images.dtype} {[*images.shape]}.{one}"
-            )
-        return images
+        images = check_images(images, self.facts.image_shape)
+        return in_batches(partial(features_of, self.state, standardization, model=model, layer=layer), images)
 
     def load_data(self, split: str = "test", *, data_dir: str | os.PathLike[str] | None = None) -> Examples:
         """Returns the images, uint8 [N H W C], and labels, int [N], of the "test" or the "validation" split.
@@ -280,18 +251,22 @@ class Run:
             raise UserError("`split` must be test if `validation_fraction` was 0, got validation.")
         return dataset.load_parts(config.seed, config.validation_fraction)[1]
 
-    def evaluate(self, split: str = "test", *, data_dir: str | os.PathLike[str] | None = None) -> Scores:
+    def evaluate(
+        self, split: str = "test", *, tta: str | None = None, data_dir: str | os.PathLike[str] | None = None
+    ) -> Scores:
         """Scores every image of the "test" split, or of the "validation" part that the run was not trained on.
 
         Args:
-          split: see `load_data`; "test" is scored with the `tta` of the configuration, as at the end of training.
+          split: see `load_data`.
+          tta: the test-time augmentation; None: as in training, that of the configuration for "test", else "none".
           data_dir: the tfds directory; tfds's default if None.
 
         Raises:
           UserError: the data are not those of the run, or it has no validation part.
         """
         pixels = Pixels(*self.load_data(split, data_dir=data_dir), self.facts.standardization)
-        tta = self.config.tta if split == "test" else "none"  # As in training.
+        if tta is None:
+            tta = self.config.tta if split == "test" else "none"
         placement = place(1, [*self.state.step.devices()])
         return evaluate(self.state, pixels, model=self.config.model, tta=tta, placement=placement)
 
@@ -334,35 +309,3 @@ def _is_deleted(state: TrainState) -> bool:
 def _restart(state: TrainState, *, tx: optax.GradientTransformation) -> TrainState:
     params, model_state = jax.tree.map(jnp.copy, (eval_params(state), state.model_state))
     return TrainState(jnp.zeros((), jnp.int32), params, model_state, init_optimizer(tx, params))
-
-
-@jit(static_argnames=("model", "tta"))
-def _probabilities(
-    state: TrainState,
-    standardization: Standardization,
-    image: UInt8[AnyArray, "B H W C"],
-    mask: Bool[AnyArray, " B"],
-    *,
-    model: Network,
-    tta: str,
-) -> Float[Array, "B K"]:
-    batch = Batch(standardize(image, standardization), jnp.zeros(len(image), jnp.int32), mask)
-    return jax.nn.softmax(logits_of(apply_views(state, batch, model, tta)).astype(jnp.float32))
-
-
-@jit(static_argnames=("model", "layer"))
-def _features(
-    state: TrainState,
-    standardization: Standardization,
-    image: UInt8[AnyArray, "B H W C"],
-    mask: Bool[AnyArray, " B"],
-    *,
-    model: Network,
-    layer: str,
-) -> Float[Array, "B ..."]:
-    if not isinstance(model, nn.Module):
-        raise UserError(f"`layer` must be a part of a Linen module, got a run of {word(type(model))}.")
-    found = layers_of(model, eval_params(state), state.model_state, standardize(image, standardization))
-    if layer not in found:
-        raise UserError(f"`layer` must be one of {', '.join(found)}, got {layer!r}.")
-    return found[layer].astype(jnp.float32)

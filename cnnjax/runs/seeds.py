@@ -20,9 +20,9 @@ from cnnjax.cli.process import num_cores, start_jax
 from cnnjax.cli.signals import Interrupted, stop_signals
 from cnnjax.config import Config
 from cnnjax.errors import check
-from cnnjax.loggers import Logger
 from cnnjax.prepare import load_data, load_network_weights
 from cnnjax.runs.directory import check_path, check_run
+from cnnjax.runs.loggers import Logger
 from cnnjax.runs.records import data_version
 from cnnjax.runs.schema import Result
 from cnnjax.runs.source import source_of

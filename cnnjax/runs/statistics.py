@@ -1,4 +1,4 @@
-"""Statistics over seeds: the mean with its interval, and the comparison of two experiments, by the tests of SciPy."""
+"""Statistics over seeds, by SciPy and in words: the mean with its interval, and the comparison of two experiments."""
 
 import bisect
 import math
@@ -139,3 +139,70 @@ def _more_seeds(difference: float, samples: Sequence[np.ndarray], sizes: tuple[i
         return None
     more_a, more_b = (max(0, candidates[index] - n) for n in sizes)
     return more_a, more_b
+
+
+def wilson_interval(accuracy: float, num_examples: int) -> tuple[float, float]:
+    """Returns the 95% interval of an accuracy that was measured on `num_examples` images.
+
+    Source: Wilson, "Probable inference, the law of succession, and statistical inference" (1927).
+    """
+    from scipy.stats import binomtest
+
+    interval = binomtest(round(accuracy * num_examples), num_examples).proportion_ci(CONFIDENCE, "wilson")
+    return float(interval.low), float(interval.high)
+
+
+def verdict(
+    names: tuple[str, str], scores: tuple[Mapping[int, float], Mapping[int, float]], metric: str = "test_accuracy"
+) -> list[str]:
+    """Returns the difference of two experiments and whether it is resolved, in words.
+
+    Args:
+      names: of the experiments.
+      scores: the score of each seed, of both.
+
+    Raises:
+      UserError: see `compare`.
+    """
+    c = compare(*scores, bounds=_bounds(metric))
+    test = "paired t test, the same seeds" if c.paired else "Welch's t test"
+    in_points, digits = metric != "test_loss", 2 if metric != "test_loss" else 4
+    size, low, high = (f"{value * (100 if in_points else 1):+.{digits}f}" for value in (c.difference, c.low, c.high))
+    difference = (
+        f"{names[1]} minus {names[0]}: {size}{' points' if in_points else ''} (95% interval {low} to {high}), "
+        f"p = {c.p_value:.2g} ({test})."
+    )
+    if c.resolved:
+        better = (c.difference > 0) == (metric != "test_loss")
+        return [difference, f"The difference is resolved: {names[better]} is better."]
+    if c.difference == 0:
+        return [difference, "The means are equal."]
+    if c.more is None:
+        rest = "and more than 10,000 seeds of each would not resolve one of its size."
+        return [difference, f"The difference is not resolved, {rest}"]
+    counts = [(count, name) for count, name in zip(c.more, names, strict=True) if count]
+    more = " and ".join(f"{count} more {'seed' if count == 1 else 'seeds'} of {name}" for count, name in counts)
+    return [
+        difference,
+        f"The difference is not resolved. One of this size would take about {more} (for a probability of 80% of "
+        "detecting it).",
+    ]
+
+
+def describe(values: list[float], metric: str = "test_accuracy") -> str:
+    """Returns mean, deviation, 95% interval and n, in words."""
+    s = summarize(values, bounds=_bounds(metric))
+    if s.n == 1:
+        return f"{metric} {_show(s.mean, metric)} (one seed)"
+    return (
+        f"{metric} {_show(s.mean, metric)} ± {_show(s.deviation, metric)} (sample deviation), 95% interval of the mean "
+        f"{_show(s.low, metric)} to {_show(s.high, metric)}, n = {s.n}"
+    )
+
+
+def _bounds(metric: str) -> tuple[float, float]:
+    return (0.0, math.inf) if metric == "test_loss" else (0.0, 1.0)
+
+
+def _show(value: float, metric: str) -> str:
+    return f"{value:.4f}" if metric == "test_loss" else f"{value:.2%}"

@@ -36,9 +36,7 @@ from cnnjax import (
     load_dataset,
 )
 from cnnjax import program as steps
-from cnnjax.cli.console import Report
 from cnnjax.cli.experiment import load_experiment
-from cnnjax.cli.signals import Stop
 from cnnjax.data import batches
 from cnnjax.data.batches import Pixels, standardize
 from cnnjax.layers import conv, norm, ops
@@ -47,7 +45,6 @@ from cnnjax.models.speednet import SpeedConv
 from cnnjax.optim import transforms
 from cnnjax.prepare import INIT_IMAGES, Setup, set_up
 from cnnjax.program import Program, evaluate, init_run
-from cnnjax.runs.directory import OpenRun
 from cnnjax.runs.files import tree_sha256
 from cnnjax.step import TrainState
 from cnnjax.train import plan_dispatches
@@ -317,8 +314,8 @@ def main() -> None:
     if args.small:
         model = replace(config.model, widths=(8, 16, 16)) if isinstance(config.model, SpeedNet) else config.model
         config = replace(config, dataset=random_images, num_epochs=1, batch_size=250, model=model)
-    run = OpenRun(Path(), config, Report(quiet=True), Stop())  # Of no directory: nothing is saved.
-    setup, initial_state = set_up(run, load_dataset(config.dataset), None)
+    dataset = load_dataset(config.dataset)
+    setup, initial_state = set_up(config, dataset, None, title=args.variant, say=lambda line: None)
     test = setup.validation
     if not config.validation_fraction:
         test = Pixels(*setup.dataset.load("test"), setup.train.standardization)

@@ -64,7 +64,8 @@ def test_eval_prints_the_score_of_every_image_of_a_split(run_dir, prepared_dir, 
     assert [int(count) for count in lines[14].split()[-10:]] == result["confusion_matrix"][0]
     test, validation = lines[24], lines[49]
     assert test == (
-        f"test accuracy {result['test_accuracy']:.2%}, loss {result['test_loss']:.4f}, on all 170 images ({run_dir})"
+        f"test accuracy {result['test_accuracy']:.2%}, loss {result['test_loss']:.4f}, on all 170 images; 95% interval "
+        f"of the accuracy 97.79% to 100.00% ({run_dir})"  # Wilson's: 170 / (170 + 1.96²).
     )
     assert validation.startswith(
         f"validation accuracy {row['validation_accuracy']:.2%}, loss {row['validation_loss']:.4f}, on all 40 images"
@@ -112,7 +113,7 @@ def test_predict_reads_the_other_files_if_one_is_bad(run_dir, tmp_path, capsys, 
     samples = struct.pack("<HHLH", 277, 3, 1, 3)  # Tag 277: samples per pixel. Pillow logs an error if they are many.
     assert content.count(samples) == 1
     Path("bad.tiff").write_bytes(content.replace(samples, struct.pack("<HHLH", 277, 3, 1, 99)))
-    images = [names[1], "missing\n.png", "fifo.png", "bad.tiff", names[1], *names[2:], "--", names[0]]
+    images = [names[1], "no*.gif", "missing\n.png", "fifo.png", "bad.tiff", names[1], *names[2:], "--", names[0]]
     with pytest.raises(SystemExit) as stopped:
         main(["predict", str(run_dir), "--top", "1", *images])
     assert stopped.value.code == 2
@@ -120,7 +121,8 @@ def test_predict_reads_the_other_files_if_one_is_bad(run_dir, tmp_path, capsys, 
     found = [line.rsplit(": ", 1) for line in captured.out.splitlines()]
     assert [name for name, _ in found] == ["b b.png", "b b.png", "new\\nline.png", "\\udcff.png", "-a.png"]
     assert len({classes for _, classes in found}) == 1
-    missing, fifo, tiff = captured.err.splitlines()
+    pattern, missing, fifo, tiff = captured.err.splitlines()
+    assert "`images` must match a file, got no*.gif" in pattern
     assert "got missing\\n.png (No such file or directory)" in missing
     assert "got fifo.png (Not a regular file)" in fifo
     assert "got bad.tiff (of an unknown format)" in tiff
@@ -216,11 +218,22 @@ def test_an_ensemble_is_the_mean_of_runs_that_prepare_images_in_their_own_way(
     line = capsys.readouterr().out.splitlines()[-1]
     mean = run.predict(test_images.image, tta="flip") + other.predict(other.load_data(data_dir=prepared_dir).image)
     accuracy, loss = accuracy_score(test_images.label, mean.argmax(1)), log_loss(test_images.label, mean / 2)
-    assert line == f"test accuracy {accuracy:.2%}, loss {loss:.4f}, on all 170 images ({run_dir}, {other_dir})"
+    start = f"test accuracy {accuracy:.2%}, loss {loss:.4f}, on all 170 images; 95% interval of the accuracy "
+    assert line.startswith(start) and line.endswith(f" ({run_dir}, {other_dir})")
 
     assert status("eval", run_dir, *ensemble, "--split", "validation") == 2
     assert "`split` must be test for an ensemble" in capsys.readouterr().err
+    assert status("eval", run_dir, "--data", "photos", "--split", "validation") == 2
+    assert "`split` must be left out with `data`, got validation" in capsys.readouterr().err
     names = ("cat", *run.facts.class_names[1:])
+    for arguments, message in {
+        (run_dir, "--ensemble", other_dir, paths[0]): "--ensemble takes all names after it",
+        (run_dir, paths[0], "--ensemble", "nowhere"): "`ensemble` must be the directory of a run",
+        (run_dir, paths[0], "--ensemble", run_dir): "`ensemble` must be different runs",
+        (run_dir, ""): "`images` must be names of files, got an empty one",
+    }.items():
+        assert status("predict", *arguments) == 2
+        assert message in capsys.readouterr().err
     with pytest.raises(UserError, match=r"`ensemble` must be runs .* with class 0 'cat' instead of 'T-shirt/top'\."):
         check_ensemble([run, replace(run, facts=replace(run.facts, class_names=names))])
 
@@ -246,9 +259,8 @@ def test_eval_scores_a_labelled_list_by_the_names_of_its_classes(run_dir, test_i
     np.testing.assert_array_equal(matrix, counts)
     accuracy, loss = accuracy_score(labels, probabilities.argmax(1)), log_loss(labels, probabilities, labels=range(10))
     n = len(labels)
-    assert f" accuracy {accuracy:.2%}, loss {loss:.4f}, on {n} of {n + 1} images (1 cannot be read) (" in lines[
-        -1
-    ].replace(f", balanced accuracy {np.mean(np.diag(counts)[:6] / counts.sum(1)[:6]):.2%}", "")
+    line = lines[-1].replace(f", balanced accuracy {np.mean(np.diag(counts)[:6] / counts.sum(1)[:6]):.2%}", "")
+    assert f" accuracy {accuracy:.2%}, loss {loss:.4f}, on {n} of {n + 1} images (1 cannot be read); 95%" in line
     missing, unreadable = captured.err.splitlines()
     assert missing == f"{tmp_path / 'list.csv'} has no image of {', '.join(names[6:])}."
     assert f"got {tmp_path / 'bad.png'} (No such file or directory)" in unreadable

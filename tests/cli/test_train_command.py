@@ -8,7 +8,7 @@ import pytest
 
 from cnnjax import CNN, MLP, SGD, Adam, Augment, Config, CrossEntropy, CutMix, Mixup, Muon, SpeedNet, UserError
 from cnnjax.cli.experiment import Experiment, experiment_of, find_experiment, load_experiment
-from cnnjax.cli.main import main
+from cnnjax.cli.main import _status, main
 from cnnjax.cli.train_command import parse_train
 from cnnjax.runs.codec import decode, encode, source_files
 
@@ -202,3 +202,12 @@ def test_an_experiment_without_a_configuration(tmp_path):
         load_experiment(str(path))
     with pytest.raises(UserError, match="`EXPERIMENT` must be a file with a CONFIG of type Config"):
         experiment_of(re, None)
+
+
+def test_ctrl_c_says_what_is_lost(capsys):
+    def stop(*arguments):
+        raise KeyboardInterrupt(*arguments)
+
+    assert _status(stop, resumable=True) == _status(lambda: stop("The result is saved."), resumable=True) == 130
+    lost = "Stopped at once. Everything since the last checkpoint is lost."
+    assert capsys.readouterr().err == f"{lost}\nStopped at once. The result is saved.\n"

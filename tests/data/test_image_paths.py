@@ -52,6 +52,7 @@ def test_nothing_to_find_is_an_error(folder):
     [
         (b"a b.png\n\n\xff.png\nlast", ["a b.png", os.fsdecode(b"\xff.png"), "last"]),
         (b"a\nb.png\0c.png\0", ["a\nb.png", "c.png"]),
+        (b"\xef\xbb\xbfa.png\r\n\r\nb.png\r\n", ["a.png", "b.png"]),  # Of Windows.
         (b"x" * 70_000 + b"\ny", ["x" * 70_000, "y"]),  # More than one block.
         (b"", []),
     ],
@@ -85,6 +86,7 @@ def test_of_several_splits_the_test_split_is_used(folder):
     [
         (["a/dogg/1.jpg"], r"`data` must hold classes of the run, got 'dogg' \('dogg/1.jpg'\). Did you mean dog\?"),
         (["a/1.jpg"], "`data` must hold each image in the folder of its class, got '1.jpg' in a"),
+        (["a/val/cat/1.jpg", "a/valid/dog/1.jpg"], "`data` must have one folder for each split, got val and valid"),
         (["a/.hidden"], "`data` must hold a folder of images per class, got a without one"),
         (["a"], r"`data` must be a folder of images, or an existing file .csv or .jsonl, got a\."),
     ],

@@ -21,13 +21,10 @@ import numpy as np
 from research import Noise
 
 from cnnjax import MLP, Adam, Config, load_dataset, train_and_evaluate
-from cnnjax.cli.console import Report
-from cnnjax.cli.signals import Stop
 from cnnjax.data.batches import make_batch
 from cnnjax.layers.modules import Dropout
 from cnnjax.prepare import set_up
 from cnnjax.program import train_steps
-from cnnjax.runs.directory import OpenRun
 from cnnjax.runs.files import tree_sha256
 from cnnjax.sharding import place
 from cnnjax.train import plan_dispatches
@@ -50,8 +47,7 @@ def digest(arrays):
 
 def train(devices, data_dir):
     """Trains an epoch; returns a summary, and the state."""
-    run = OpenRun(Path("unused"), CONFIG, Report(quiet=True), Stop())
-    setup, state = set_up(run, load_dataset("generated", data_dir), devices)
+    setup, state = set_up(CONFIG, load_dataset("generated", data_dir), devices, title="", say=print)
     compiled, batches, loss = steps._cache_size(), [], 0.0
     for plan, key in islice(plan_dispatches(setup, 0), setup.steps_per_epoch):
         batches.append(make(setup.train, plan.row(0), CONFIG.augment, key))

@@ -11,8 +11,7 @@ from pathlib import Path
 
 from research import CONFIG
 
-from cnnjax import train_and_evaluate
-from cnnjax.loggers import TensorBoard
+from cnnjax import TensorBoard, train_and_evaluate
 
 run_dir = Path(sys.argv[1])
 

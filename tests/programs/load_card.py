@@ -15,8 +15,8 @@ names, results = {}, {}
 for block in re.findall(r"```python\n(.*?)```", Path("README.md").read_text(encoding="utf-8"), re.DOTALL):
     assert len(block.splitlines()) <= 5
     exec(block, names)
-    if "probabilities" in names:
-        results["onnx" if "onnx" in block else "stablehlo"] = np.asarray(names.pop("probabilities"))
+    if re.search(r"probabilities,?\)? = ", block):
+        results["onnx" if "onnx" in block else "stablehlo"] = np.asarray(names["probabilities"])
 images = np.load("images.npy")
 if "predictor" in names:
     results["stablehlo_batch"] = np.asarray(names["predictor"].call(images))
@@ -25,5 +25,7 @@ if "session" in names:
 if "tensors" in names:
     results |= {f"tensors/{name}": tensor for name, tensor in names["tensors"].items()}
     results["metadata"] = np.array([*names["metadata"].items()])
+if "probabilities" in names:
+    results["labels"] = np.array(names["labels"])
 assert "cnnjax" not in sys.modules
 np.savez(sys.argv[1], **results)

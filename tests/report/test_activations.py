@@ -1,5 +1,6 @@
 """The feature maps, against what Flax captures, and against NumPy."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import flax.linen as nn
@@ -125,6 +126,21 @@ def test_channels_that_vary_are_shown_and_kept_until_the_next_convolution():
     spread = np.asarray(every).std((0, 1))
     assert len(conv.channels) == NUM_MAPS and conv.channels == relu.channels == pool.channels
     assert min(spread[[*conv.channels]]) >= max(np.delete(spread, conv.channels))
+
+
+def test_large_maps_are_reduced_to_the_means_of_blocks():
+    image = np.random.default_rng(2).integers(0, 256, (140, 70, 2)).astype(np.uint8)
+
+    def apply(variables, image, key, train):
+        x = jax.nn.relu(image * variables["params"]["scale"])
+        return x.mean((1, 2)), {}
+
+    run = make_run(Functions(lambda key, image: {"params": {"scale": jnp.zeros((1, 1, 1, 2))}}, apply))
+    run = replace(run, facts=replace(FACTS, image_shape=image.shape))
+    (relu, *_) = feature_maps(run, image)
+    full = np.maximum(run.standardize(image[None])[0] * run.state.params["scale"][0], 0)
+    assert (relu.operation, relu.shape) == ("ReLU", (140, 70, 2))
+    close(relu.maps, [[full[3 * i : 3 * i + 3, 3 * j : 3 * j + 3].mean((0, 1)) for j in range(23)] for i in range(46)])
 
 
 def test_a_network_of_functions_with_channels_first():

@@ -3,17 +3,10 @@ import pytest
 from sklearn.calibration import calibration_curve
 
 from cnnjax import Config, CrossEntropy
-from cnnjax.report.analysis import (
-    Confused,
-    band,
-    calibrate,
-    differing,
-    judge_fit,
-    most_confident,
-    top_confusions,
-    wilson_interval,
-)
+from cnnjax.class_scores import Confused, calibrate, top_confusions
+from cnnjax.report.analysis import band, differing, judge_fit, most_confident
 from cnnjax.report.words import duration, explain_fit, explain_operation
+from cnnjax.runs.statistics import wilson_interval
 
 
 def predictions(seed=0, n=400, k=5):
@@ -53,7 +46,7 @@ def test_calibration_agrees_with_scikit_learn_and_with_a_loop():
 
 def test_the_most_confident_examples_are_those_of_a_sort():
     probabilities, label = predictions()
-    predicted, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
+    predicted, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1).round(5)
     mistakes, classes = most_confident(probabilities, label, per_class=3)
     wrong = sorted(np.flatnonzero(predicted != label), key=lambda i: -confidence[i])
     assert [x.example for x in mistakes] == wrong
@@ -78,23 +71,63 @@ def history(training, validation, loss, train_loss=(0.9, 0.5, 0.1)):
 @pytest.mark.parametrize(
     ("loss", "lowest", "over_fitted", "words"),
     [
-        ([0.9, 0.5, 0.8], 2, True, "This run over-fits from epoch 3 on. Its validation loss is lowest after epoch 2"),
-        ([0.9, 0.5, 0.51], 2, False, "no sign of over-fitting: the validation loss ends at 0.5100, near its lowest"),
+        ([0.9, 0.5, 0.8, 0.8], 2, True, "over-fits from epoch 3 on. Its validation loss is lowest after epoch 2"),
+        ([0.9, 0.5, 0.51, 0.51], 2, False, "no sign of over-fitting: the validation loss ends at 0.5100, near its"),
         ([0.9, 0.5, 0.4], 3, False, "no sign of over-fitting: the validation loss is lowest at the end (0.4000)"),
+        (
+            [0.9, 0.5, 0.6],
+            2,
+            False,
+            "the validation loss has risen in the last epochs (it ends at 0.6000, and is lowest",
+        ),
+        ([0.5, 1e-6, 2e-6, 2e-6], 2, False, "no sign of over-fitting"),
+        ([0.5, 0.35, 0.3, 0.25, 0.21, 0.2, 0.212], 6, False, "which may be noise"),
+        ([0.5, 0.2, 0.6, 0.4, 0.3, 0.215], 2, False, "which may be noise"),
+        ([0.5, 0.2, 0.6, 0.5, 0.45, 0.44], 2, True, "This run over-fits from epoch 3 on"),
+        ([0.9, 0.5, float("nan")], 2, False, "The validation loss is nan after epoch 3. The training diverges"),
+        ([0.9], 1, False, "One epoch shows no trend."),
     ],
 )
 def test_learning_curves_are_judged(loss, lowest, over_fitted, words):
-    curves = history([0.5, 0.8, 0.99], [0.5, 0.7, 0.75], loss)
+    score = np.linspace(0.5, 0.9, len(loss))
+    curves = history(score, score, loss, train_loss=np.geomspace(0.9, 0.1, len(loss)))
     fit = judge_fit(curves)
     assert (fit.lowest, fit.over_fitted) == (lowest, over_fitted)
-    assert fit.gap == pytest.approx(0.24)
+    assert words in explain_fit(fit, curves, Config())[0]
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        ([0.9, 0.5, 0.51], "it ends at 0.5100, and is lowest (0.5000) after epoch 2"),
+        ([0.9, 0.5, 0.4], "lowest at the end"),
+    ],
+)
+def test_a_large_gap_is_not_called_no_over_fitting(loss, words):
+    curves = history([0.5, 0.8, 0.99], [0.5, 0.6, 0.62], loss)
+    fit = judge_fit(curves)
+    assert fit.gap == pytest.approx(0.37)
     lines = explain_fit(fit, curves, Config())
-    assert words in lines[0]
-    assert "24.0 points better on the images that it was trained on" in lines[1]
+    assert lines[0].startswith("The validation loss has not risen clearly yet: ") and words in lines[0]
+    assert "training accuracy is 37.0 points higher than validation accuracy: the network begins to mem" in lines[0]
+    assert "37.0 points better on the images that it was trained on" in lines[1]
+
+
+def test_a_network_that_learns_nothing_has_a_sentence_of_its_own():
+    curves = history([0.1, 0.1, 0.1], [0.1, 0.1, 0.1], [2.30, 2.34, 2.5], train_loss=(2.303, 2.302, 2.30))
+    fit = judge_fit(curves)
+    assert (fit.flat, fit.over_fitted) == (True, False)
+    assert explain_fit(fit, curves, Config())[0].startswith(
+        "The loss has hardly fallen since the first epoch (training"
+    )
+    without = {name: values for name, values in curves.items() if "validation" not in name}
+    lines = explain_fit(judge_fit(without), without, Config())
+    assert lines[0].startswith("The loss has hardly fallen") and "cannot show over-fitting" in lines[1]
 
 
 def test_a_validation_loss_that_rises_with_the_training_loss_is_no_over_fitting():
-    curves = history([0.5, 0.8, 0.6], [0.5, 0.8, 0.6], [0.9, 0.5, 0.8], train_loss=(0.9, 0.5, 0.8))
+    loss = [0.9, 0.5, 0.8, 0.8]
+    curves = history([0.5, 0.8, 0.6, 0.6], [0.5, 0.8, 0.6, 0.6], loss, train_loss=loss)
     fit = judge_fit(curves)
     assert (fit.lowest, fit.rises, fit.over_fitted) == (2, True, False)
     assert "this is not over-fitting; perhaps the learning rate is too high" in explain_fit(fit, curves, Config())[0]

@@ -5,26 +5,31 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 from dataclasses import replace
 from xml.etree import ElementTree
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 from cnnjax import UserError, load_run
-from cnnjax.cli.inspection import verdict
+from cnnjax.cli.lr_find import LrFind
 from cnnjax.cli.main import main
 from cnnjax.cli.report import report_on_run, report_on_seeds
 from cnnjax.cli.signals import stop_signals
 from cnnjax.cli.train_command import Train
 from cnnjax.data.stored import Examples
 from cnnjax.report import single
+from cnnjax.report.activations import FeatureMap, _reduce
+from cnnjax.report.commands import command_for
 from cnnjax.report.images import filter_pictures, maps_picture
 from cnnjax.report.several import group_runs
 from cnnjax.report.write import write_report
+from cnnjax.runs.statistics import verdict
 
 
 @pytest.fixture
@@ -49,6 +54,8 @@ def test_the_same_run_gives_the_same_bytes(trained, tmp_path):
         write_report(trained.run, tmp_path / name, data_dir=trained.data_dir).read_bytes() for name in ("a", "b")
     )
     assert first == second
+    later = write_report(trained.runs[0], tmp_path / "c", data_dir=trained.data_dir).read_bytes()
+    assert first == later  # Whose probabilities are computed again, see `score`.
     assert len(first) < 1.5e6
     assert b"<script>alert" not in first
 
@@ -59,6 +66,8 @@ def test_figures_are_svg_files_without_variables(trained, tmp_path):
     names = {"learning_curves", "confusion", "calibration", "certain", "filters", "feature_maps"}
     assert names <= {path.stem for path in tmp_path.glob("one/*")} <= names | {"mistakes"}
     assert {path.stem for path in tmp_path.glob("three/*")} == {"learning_curves", "scores"}
+    panels = (tmp_path / "three/learning_curves.svg").read_text()
+    assert all(f"{part} {metric}" in panels for part in ("Training", "Validation") for metric in ("loss", "accuracy"))
     for path in tmp_path.glob("*/*.svg"):
         content = path.read_text()
         assert ElementTree.fromstring(content).tag.endswith("svg")
@@ -83,7 +92,7 @@ def test_a_report_without_the_test_images_says_so(trained, tmp_path, capsys, mon
     main(["report", str(run_dir), "--data-dir", str(tmp_path / "nothing")])
     captured = capsys.readouterr()
     assert captured.out == f"Report: {run_dir}/report.html\n"
-    assert captured.err.startswith("The report lacks calibration and example images, because the test images cannot be")
+    assert captured.err.startswith("The report lacks calibration and example images: `dataset` must be a known name")
     assert captured.err.count("\n") == 1
     page = (run_dir / "report.html").read_text()
     assert "The report lacks calibration and example images" in page
@@ -141,9 +150,53 @@ def test_two_runs_of_one_seed_are_two_groups(trained):
     assert len(group_runs([trained.runs[0], trained.runs[0]])) == 2
 
 
-def test_there_must_be_a_run():
+def test_wrong_arguments_fail_before_anything_is_computed(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(single, "run_content", None)
     with pytest.raises(UserError, match="`runs` must be at least one run, got none"):
         write_report([])
+    run = trained.runs[0]
+    again = replace(run, run_dir=run.run_dir / ".." / run.run_dir.name)
+    with pytest.raises(UserError, match="`runs` must be different runs, got "):
+        write_report([run, again])
+    with pytest.raises(UserError, match=f"`path` must be a file, got the folder {tmp_path}"):
+        write_report(run, tmp_path)
+    (tmp_path / "file").touch()
+    for options in ({"path": tmp_path / "file/a.html"}, {"path": tmp_path / "a.html", "figures": tmp_path / "file"}):
+        with pytest.raises(OSError, match=f"{tmp_path}/file") as caught:
+            write_report(run, **options)
+        assert "partial" not in str(caught.value)
+    if os.getuid():
+        (tmp_path / "closed").mkdir(mode=0o500)
+        with pytest.raises(PermissionError, match=r"closed'$"):
+            write_report(run, tmp_path / "closed/a.html")
+
+
+def test_the_plot_of_a_range_test_is_no_folder(tmp_path):
+    (tmp_path / "a.svg").mkdir()
+    with pytest.raises(UserError, match=r"`plot` must be a file .svg or .html, got .*a.svg"):
+        LrFind(plot=tmp_path / "a.svg")
+
+
+def test_a_page_of_large_images_and_many_layers_stays_below_5_mb(trained, monkeypatch, tmp_path):
+    rng = np.random.default_rng(0)
+
+    def program(x):
+        return [_reduce(jnp.tile(x, (1, 1, 16))[:: 2**i, :: 2**i]) for i in range(4)]
+
+    large = rng.normal(size=(500, 500, 1)).astype(np.float32)  # PNG cannot compress noise.
+    maps = [
+        FeatureMap(f"layer {i}.{k}", "convolution", (500 >> k, 500 >> k, 64), np.asarray(x), tuple(range(16)))
+        for i in range(50)
+        for k, x in enumerate(program(large))
+    ]
+    monkeypatch.setattr(single, "feature_maps", lambda run, image: maps)
+    images = rng.integers(0, 256, (120, 500, 500, 3), np.uint8)
+    scored = single.score(trained.runs[0], trained.data_dir)
+    monkeypatch.setattr(single, "score", lambda *_: scored._replace(examples=Examples(images, scored.examples.label)))
+    page = write_report(trained.runs[0], tmp_path / "new/folder/a.html").read_text()
+    assert len(page) < 5e6
+    assert "60 of 200 operations are shown" in page and page.count("<b>layer ") == 60
+    assert "<b>layer 0.0</b>" in page and "<b>layer 49.3</b>" in page
 
 
 def test_pictures_show_every_filter_and_map():
@@ -178,6 +231,34 @@ def test_training_writes_a_report_and_an_error_does_not_fail_it(trained, monkeyp
     finished_before = trained.runs[0]
     report_on_run(finished_before, trained.data_dir, lines.append)
     assert lines[1:] == [f"Report: {run.run_dir}/report.html"]
+    os.utime(run.run_dir / "report.html", ns=(0, (run.run_dir / "result.json").stat().st_mtime_ns - 1))
+    report_on_run(finished_before, tmp_path / "a b", lines.append)
+    command = f"cnnjax report {run.run_dir} --experiment EXPERIMENT.py --data-dir '{tmp_path}/a b'"
+    assert lines[2:] == [f"Report: run {command}"]
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        (["python", "bin/cnnjax", "train", "my net", "--data_dir", "d"], ["--experiment", "my net", "--data-dir", "d"]),
+        (
+            ["python", "-m", "cnnjax", "train", "a/b.py", "--data-dir=d/e"],
+            ["--experiment", "a/b.py", "--data-dir", "d/e"],
+        ),
+        (["python", "mine.py", "--optim.learning-rate", "1"], ["--experiment", "mine.py"]),
+        (["python", "bin/cnnjax", "reproduce", "run", "--experiment", "x"], ["--experiment", "x"]),
+        (["python", "-m", "pytest", "test.py"], ["--experiment", "EXPERIMENT.py"]),
+    ],
+)
+def test_a_command_names_the_experiment_and_the_data(copy, tmp_path, monkeypatch, command, options):
+    monkeypatch.chdir(tmp_path)
+    for name, text in (("mine.py", "from base import Net\nCONFIG = 1"), ("base.py", "class Net:\n"), ("test.py", "")):
+        (tmp_path / name).write_text(text)
+    run = copy(
+        manifest=lambda manifest: manifest["sessions"][-1].update(command=command),
+        config=lambda content: content.update(files={"base.py": "0" * 64}),
+    )
+    assert shlex.split(command_for(run, "reproduce")) == ["cnnjax", "reproduce", str(run.run_dir), *options]
 
 
 def test_seeds_have_one_report_next_to_their_folders(trained):

@@ -2,9 +2,13 @@
 
 import shutil
 
+import numpy as np
 import pytest
 from tiny import NAMES
 
+from cnnjax import load_run
+from cnnjax.lr_find import RangeTest
+from cnnjax.report.range_test import write_range_test
 from cnnjax.report.write import write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -53,7 +57,20 @@ def browser():
 def paths(trained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
     one = write_report(trained.run, folder / "one.html", data_dir=trained.data_dir)
-    return {"one": one, "three": write_report(trained.runs, folder / "three.html")}
+    three = write_report(trained.runs, folder / "three.html")
+    config = trained.run.run_dir / "config.json"
+    other = shutil.copytree(trained.run.run_dir, folder / "other")
+    (other / "SHA256SUMS").unlink(missing_ok=True)
+    (other / "config.json").write_text(config.read_text().replace('"batch_size": 20', '"batch_size": 21'))
+    two = write_report([trained.runs[0], load_run(other, trained.run.config)], folder / "two.html")
+    power = np.arange(-140, 1) / 20
+    found = RangeTest(10**power, np.interp(power, (-7, -4, -2, -1), (2.3, 2.3, 0.5, 4.0)), True)
+    return {
+        "one": one,
+        "two": two,
+        "three": three,
+        "range": write_range_test(found, folder / "range/test.html", "Range <test>"),
+    }
 
 
 @pytest.fixture
@@ -107,10 +124,29 @@ def test_a_group_shows_mean_and_interval_of_its_seeds(visit, trained):
     page = visit("three")
     scores = [run.test_accuracy for run in trained.runs]
     assert float(page.locator("#test-accuracy data").get_attribute("value")) == pytest.approx(sum(scores) / 3)
-    cells = page.locator("#run-table tbody tr td:nth-child(6) data").all()
+    cells = page.locator("#run-table tbody tr td:nth-child(2) data").all()
     assert [float(cell.get_attribute("value")) for cell in cells] == scores
     assert page.locator("#scores .mark-symbol path").count() == 3
     assert page.locator("#training-loss .mark-area path").count() == 1
+
+
+def test_groups_of_one_seed_have_points_without_intervals(visit):
+    page = visit("two")  # Without a warning of Vega.
+    assert page.locator("#scores .mark-symbol path").count() == 2
+    assert page.locator("#scores .mark-rule.role-mark").count() == 0
+
+
+def test_the_plot_of_a_range_test_shows_each_loss_and_the_suggestion(visit):
+    page = visit("range")
+    assert page.locator("h1").inner_text() == "Range <test>"
+    assert page.locator(".chart svg .mark-symbol path").count() == 141
+    labels = page.locator(".chart svg .mark-text.role-mark").all_text_contents()
+    page.locator("summary").click()
+    rows = [row.locator("th, td").all_inner_texts() for row in page.locator("tbody tr").all()]
+    assert len(rows) == 141 and rows[80][:2] == ["1.0e-03", "1.4000"]
+    lowest = min(rows, key=lambda row: float(row[2]))[0]
+    suggested = float(lowest) / 10
+    assert "".join(labels).replace("\n", "") == f"suggested:{suggested:g}"
 
 
 def test_hovering_over_a_chart_shows_the_values_of_an_epoch(visit, trained):
@@ -125,6 +161,27 @@ def test_hovering_over_a_chart_shows_the_values_of_an_epoch(visit, trained):
     history = trained.run.history
     for name in ("train_accuracy", "validation_accuracy"):
         assert f"{history[name][-1]:.2%}" in tooltip.inner_text()
+
+
+def test_a_tap_on_a_chart_shows_the_values_of_an_epoch(visit, trained):
+    page = visit("one", width=360, has_touch=True, is_mobile=True)
+    assert page.locator("#curves .hint").inner_text() == "Tap a chart to read its values."
+    chart = page.locator("#accuracy svg")
+    chart.scroll_into_view_if_needed()
+    box = chart.bounding_box()
+    page.touchscreen.tap(box["x"] + box["width"] - 14, box["y"] + box["height"] / 2)
+    page.set_default_timeout(5000)
+    tooltip = page.locator("#vg-tooltip-element.visible")
+    tooltip.wait_for()
+    assert f"{trained.run.history['train_accuracy'][-1]:.2%}" in tooltip.inner_text()
+    page.touchscreen.tap(2, box["y"])
+    tooltip.wait_for(state="hidden")
+
+
+def test_the_epoch_axis_has_whole_numbers(visit):
+    page = visit("one")
+    axis = page.locator("#loss .role-axis").filter(has_text="epoch")
+    assert [*filter(None, axis.locator(".role-axis-label text").all_text_contents())] == ["1", "2", "3"]
 
 
 def test_a_wheel_scrolls_the_page_and_zooms_with_ctrl(visit):
@@ -161,12 +218,12 @@ def test_the_keyboard_reaches_links_tables_and_details(visit):
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
 
 
-@pytest.mark.parametrize("name", ["one", "three"])
+@pytest.mark.parametrize("name", ["one", "three", "range"])
 def test_a_phone_scrolls_tables_inside_their_boxes_and_the_page_only_vertically(visit, name):
-    page = visit(name, width=360, has_touch=True, is_mobile=True)
-    assert page.evaluate("document.documentElement.scrollWidth") == 360
+    page = visit(name, width=320, has_touch=True, is_mobile=True)
+    assert page.evaluate("document.documentElement.scrollWidth") == 320
     page.evaluate("document.querySelectorAll('details').forEach(x => x.open = true)")
-    assert page.evaluate("document.documentElement.scrollWidth") == 360
+    assert page.evaluate("document.documentElement.scrollWidth") == 320
 
 
 @pytest.mark.parametrize("name", ["one", "three"])
@@ -182,7 +239,7 @@ def test_light_dark_and_print_have_their_own_colors_and_enough_contrast(visit, n
     assert paper == ["rgb(255, 255, 255)", light[1]]
 
 
-@pytest.mark.parametrize("name", ["one", "three"])
+@pytest.mark.parametrize("name", ["one", "three", "range"])
 def test_the_structure_is_accessible(visit, name):
     page = visit(name)
     problems = page.evaluate(

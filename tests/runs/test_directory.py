@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from generated import Lines
 
 from cnnjax import MLP, SGD, Adam, Config, Interrupted, ParamGroup, UserError
 from cnnjax.cli.console import Report
@@ -164,15 +165,6 @@ def resume(run_dir, config=CONFIG):
     """Returns what `finished` returns, and what it says."""
     with open_run(run_dir, config, Lines(), resume=True) as run:
         return run.finished(), run.report.lines
-
-
-class Lines(Report):
-    def __init__(self):
-        super().__init__(quiet=True)
-        self.lines = []
-
-    def say(self, line):
-        self.lines.append(line)
 
 
 def test_a_run_is_finished_when_its_last_session_is(tmp_path):

@@ -242,11 +242,11 @@ def test_compare_tests_two_experiments_over_their_seeds(seeds, tmp_path, capsys,
     assert lines[0] == (
         "good: test_accuracy 90.10% ± 0.10% (sample deviation), 95% interval of the mean 89.85% to 90.35%, n = 3"
     )
-    assert lines[2].startswith("difference: -11.00% (95% interval -13.48% to -8.52%), p = 0.0027 (paired t test")
+    assert lines[2].startswith("bad minus good: -11.00 points (95% interval -13.48 to -8.52), p = 0.0027 (paired t")
     assert lines[3] == "The difference is resolved: good is better."
     main(["compare", "bad", "good", "--metric", "test_loss"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2].startswith("difference: -0.1100 (95% interval -0.1348 to -0.0852), p = 0.0027")
+    assert lines[2].startswith("good minus bad: -0.1100 (95% interval -0.1348 to -0.0852), p = 0.0027")
     assert lines[3] == "The difference is resolved: good is better."  # Its loss is lower.
     Path("runs/bad-seed2/result.json").unlink()
     change(Path("runs/bad-seed0/result.json"), test_accuracy=0.95)
@@ -281,7 +281,7 @@ def test_compare_accepts_the_scores_of_every_class(seeds, tmp_path, capsys, monk
     assert lines[1] == (
         f"b: recall:{name} 99.60% ± 0.10% (sample deviation), 95% interval of the mean 99.35% to 99.85%, n = 3"
     )
-    assert lines[2].startswith("difference: +2.00% (95% interval +2.00% to +2.00%)")
+    assert lines[2].startswith("b minus a: +2.00 points (95% interval +2.00 to +2.00)")
     assert lines[3] == "The difference is resolved: b is better."
     main(["compare", "b", "a", "--metric", "test_macro_f1"])
     lines = capsys.readouterr().out.splitlines()

@@ -10,28 +10,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from programs import research
 
-from cnnjax import Batch, UserError, init_state, load_run, softmax_cross_entropy, train_and_evaluate, train_step
-from cnnjax.cli.experiment import load_experiment
+from cnnjax import Batch, UserError, init_state, load_run, softmax_cross_entropy, train_step
 from cnnjax.runs.files import tree_sha256
-from cnnjax.runs.run import Run, _probabilities
+from cnnjax.runs.inference import probabilities_of
+from cnnjax.runs.run import Run
 from cnnjax.step import eval_params
 
 # Its best epoch is not the last, its seed is not 0, the test split has two views, and there are batch statistics.
-CONFIG: Any = load_experiment(str(Path(__file__).parents[1] / "programs" / "research.py")).config
+CONFIG: Any = research.CONFIG
 IMAGES = CONFIG.dataset[2]  # [37 6 5 3]
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A run that was trained just now."""
-    return train_and_evaluate(CONFIG, run_dir=str(tmp_path_factory.mktemp("trained") / "run"))
-
-
-@pytest.fixture(scope="module")
-def run(trained):
-    """The same run, loaded from its directory."""
-    return load_run(str(trained.run_dir), CONFIG)
+def run(research_run):
+    """The run of research.py, loaded from its directory."""
+    return load_run(str(research_run.run_dir), CONFIG)
 
 
 def read_lines(path):
@@ -45,14 +40,14 @@ def assert_equal(a, b):
 # --- What a run knows -----------------------------------------------------------------------------------------------
 
 
-def test_a_loaded_run_is_the_one_that_was_trained(trained, run):
-    result = json.loads((trained.run_dir / "result.json").read_text())
-    assert trained.result == run.result == result
+def test_a_loaded_run_is_the_one_that_was_trained(research_run, run):
+    result = json.loads((research_run.run_dir / "result.json").read_text())
+    assert research_run.result == run.result == result
     assert (run.test_accuracy, run.test_loss) == (result["test_accuracy"], result["test_loss"])
-    assert (run.config, run.facts, run.run_dir) == (trained.config, trained.facts, trained.run_dir)
+    assert (run.config, run.facts, run.run_dir) == (research_run.config, research_run.facts, research_run.run_dir)
     assert run.config == CONFIG
-    assert_equal(trained.state, run.state)
-    assert_equal(trained.history, run.history)
+    assert_equal(research_run.state, run.state)
+    assert_equal(research_run.history, run.history)
     outcome = f"net on arrays in memory, seed 3, test accuracy {result['test_accuracy']:.2%} after 3 epochs"
     assert repr(run) == f"Run({run.run_dir}: {outcome})"
 
@@ -144,11 +139,12 @@ def test_another_checkpoint_is_restored_by_its_step(run):
         load_run(run.run_dir, CONFIG, step=7)
 
 
-def test_loading_does_not_touch_the_run(run):
-    (run.run_dir / "checkpoints" / "7.orbax-checkpoint-tmp").mkdir()  # Perhaps of a training that is still saving.
-    before = sorted(run.run_dir.rglob("*"))
-    _ = load_run(run.run_dir, CONFIG).state
-    assert sorted(run.run_dir.rglob("*")) == before
+def test_loading_does_not_touch_the_run(run, tmp_path):
+    run_dir = Path(shutil.copytree(run.run_dir, tmp_path / "run"))
+    (run_dir / "checkpoints" / "7.orbax-checkpoint-tmp").mkdir()  # Perhaps of a training that is still saving.
+    before = sorted(run_dir.rglob("*"))
+    _ = load_run(run_dir, CONFIG).state
+    assert sorted(run_dir.rglob("*")) == before
 
 
 def test_only_the_best_checkpoint_of_a_finished_run_is_used(seeds, run_dir):
@@ -235,17 +231,17 @@ def test_test_time_augmentation_is_the_mean_of_the_logits_of_the_views(run):
 def test_padding_gets_no_extra_views(run, monkeypatch):
     expected = run.predict(IMAGES[:8], tta="flip_translate")
     # The quarter with extra views is as large as the images.
-    monkeypatch.setattr("cnnjax.runs.predictions.BATCH_SIZE", 32)
+    monkeypatch.setattr("cnnjax.runs.inference.BATCH_SIZE", 32)
     np.testing.assert_allclose(run.predict(IMAGES[:8], tta="uncertain"), expected, atol=1e-5)
 
 
 def test_any_number_of_images_is_one_program(run):
     run.predict(IMAGES)
-    before = _probabilities._cache_size()
+    before = probabilities_of._cache_size()
     for count in (0, 1, 5, 37):
         run.predict(IMAGES[:count])
     run.predict(jnp.asarray(IMAGES))
-    assert _probabilities._cache_size() == before
+    assert probabilities_of._cache_size() == before
 
 
 @pytest.mark.parametrize(
@@ -383,7 +379,8 @@ def test_a_schedule_free_run_uses_its_parameters_for_evaluation(run):
 # --- Scores ---------------------------------------------------------------------------------------------------------
 
 
-def test_scores_equal_those_of_the_run(trained, run):
+@pytest.mark.usefixtures("quick_compilation")  # As the run was compiled.
+def test_scores_equal_those_of_the_run(research_run, run):
     result, best = run.result, read_lines(run.run_dir / "metrics.jsonl")[run.result["best_epoch"] - 1]
     test, validation = (run.evaluate(split) for split in ("test", "validation"))
     assert (test.loss, test.accuracy, test.num_examples) == (
@@ -393,7 +390,7 @@ def test_scores_equal_those_of_the_run(trained, run):
     )
     assert (validation.loss, validation.accuracy) == (best["validation_loss"], best["validation_accuracy"])
     assert validation.num_examples == 110 - 88
-    assert trained.evaluate() == test
+    assert research_run.evaluate() == test
     # Only the test split has several views, and the held-out part depends on the seed.
     plain, other = (replace(run, config=c) for c in (replace(CONFIG, tta="none"), replace(CONFIG, seed=0)))
     assert plain.evaluate("test").loss != test.loss

@@ -4,37 +4,41 @@ import csv
 import importlib.util
 import json
 import os
+import re
+import shutil
 import signal
 import struct
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from generated import Lines
 from programs import research
 from programs.research import CONFIG
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins.base_plugin import TBContext
+from tensorboard.plugins.hparams import api_pb2
+from tensorboard.plugins.hparams.backend_context import Context
+from tensorboard.plugins.hparams.get_experiment import Handler as GetExperiment
+from tensorboard.plugins.hparams.list_session_groups import Handler as ListSessionGroups
 
-from cnnjax import SGD, Interrupted, Report, Run, UserError, train_and_evaluate
+from cnnjax import SGD, Interrupted, Logger, MLflow, Run, TensorBoard, UserError, WandB, train_and_evaluate
 from cnnjax.cli.main import main
-from cnnjax.loggers import Logger, MLflow, TensorBoard, WandB
 from cnnjax.runs.inspection import verify
+from cnnjax.runs.loggers import Loggers
 from cnnjax.runs.manifest import read_manifest
 
 PROGRAMS = Path(research.__file__).parent
-PER_EPOCH = ["batch/loss", "batch/accuracy", "batch/grad_norm"]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """Compiles in half the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_processes")
 
 
 class Record(Logger):
@@ -72,15 +76,15 @@ class Failing(Logger):
             raise KeyError("a key")
 
 
-class Lines(Report):
-    """A report that keeps what it is told."""
+class Deleting(Logger):
+    def on_epoch(self, row, state):
+        for leaf in jax.tree.leaves(state):
+            leaf.delete()
 
-    def __init__(self):
-        super().__init__(quiet=True)
-        self.lines = []
 
-    def say(self, line):
-        self.lines.append(line)
+class Exiting(Logger):
+    def finish(self, result):
+        sys.exit(3)
 
 
 def read_events(folder):
@@ -100,22 +104,16 @@ def text(events, tag):
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-    """A run without loggers."""
-    return train_and_evaluate(CONFIG, run_dir=tmp_path_factory.mktemp("plain") / "run")
-
-
-@pytest.fixture(scope="module")
-def logged(tmp_path_factory):
+def logged(tmp_path_factory, quick_processes):
     """The same run with TensorBoard and a logger of our own; returns the run, and the calls of the latter."""
     record = Record()
     run_dir = tmp_path_factory.mktemp("logged") / "run"
     return train_and_evaluate(CONFIG, run_dir=run_dir, loggers=[record, TensorBoard()]), record.calls
 
 
-def test_loggers_change_no_bit_and_are_called_in_order(plain, logged):
+def test_loggers_change_no_bit_and_are_called_in_order(research_run, logged):
     run, calls = logged
-    assert run.result["sha256"] == plain.result["sha256"]
+    assert run.result["sha256"] == research_run.result["sha256"]
     assert calls[0] == ("start", run.run_dir, 0)
     assert [c[0] if c[0] != "epoch" else f"epoch {c[1]['epoch']}" for c in calls[1:-1]] == [
         *range(1, 7), "epoch 1", *range(7, 13), "epoch 2", *range(13, 19), "epoch 3"
@@ -128,20 +126,20 @@ def test_tensorboard_reads_the_metrics_the_scores_and_the_configuration(logged):
     events = read_events(run.run_dir / "tensorboard")
     found = scalars(events)
     of_steps = [call for call in calls if isinstance(call[0], int)]
-    for name in ("loss", "accuracy", "grad_norm"):
+    for name in ("loss", "accuracy", "grad_norm", "learning_rate"):
         steps, values = zip(*found.pop(f"batch/{name}"), strict=True)
         assert steps == tuple(range(1, 19))
         np.testing.assert_array_equal(np.float32(values), np.float32([metrics[name] for _, metrics in of_steps]))
+    rates = [metrics["learning_rate"] for _, metrics in of_steps]
+    np.testing.assert_allclose(rates, [0.1] * 6 + [0] * 4 + [-2] * 2 + [0] * 6, rtol=1e-6)  # Of research.py.
     rows = [json.loads(line) for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()]
     for name in rows[0].keys() - {"epoch", "step", "params_sha256"}:
         expected = [(row["step"], np.float32(row[name])) for row in rows]
         assert found.pop(name.replace("_", "/", 1)) == expected
-    assert found.pop("epoch") == [(6, 1), (12, 2), (18, 3)]
     assert found.pop("images_per_second") == [
         (6 * (i + 1), np.float32(x)) for i, x in enumerate(run.history["images_per_second"])
     ]
     assert [step for step, _ in found.pop("seconds")] == [6, 12, 18]
-    assert found.pop("best_epoch") == [(6, 1), (12, 1), (18, 1)]
     assert found.pop("learning_rate") == [(6, np.float32(0.1)), (12, -2), (18, 0)]  # Of the optimizer in research.py.
     for name in ("accuracy", "balanced_accuracy", "loss", "macro_precision", "macro_recall", "macro_f1"):
         assert found.pop(f"test/{name}") == [(18, np.float32(run.result[f"test_{name}"]))]
@@ -151,30 +149,71 @@ def test_tensorboard_reads_the_metrics_the_scores_and_the_configuration(logged):
     ]
     assert matrix == run.result["confusion_matrix"]
     assert {"| optim.momentum | 0.5 |", "| seed | 3 |"} < {*text(events, "config").split("\n")}
-    plugin = events.PluginTagToContent("hparams")
-    start = HParamsPluginData.FromString(plugin["_hparams_/session_start_info"]).session_start_info
-    assert start.hparams["optim.momentum"].number_value == 0.5
-    assert HParamsPluginData.FromString(plugin["_hparams_/session_end_info"]).session_end_info.status == 1
 
 
-def test_the_learning_rate_is_that_of_the_last_update(plain, tmp_path):
+def test_the_hparams_tab_of_tensorboard_has_the_options_and_the_test_accuracy(logged):
+    run, _ = logged
+    logdir = str(run.run_dir)
+    multiplexer = EventMultiplexer().AddRunsFromDirectory(logdir)
+    multiplexer.Reload()
+    provider = MultiplexerDataProvider(multiplexer, logdir)
+    context = Context(TBContext(data_provider=provider, logdir=logdir, multiplexer=multiplexer))
+    known = GetExperiment(RequestContext(), context, "", api_pb2.GetExperimentRequest(include_metrics=True)).run()
+    assert "test/accuracy" in {metric.name.tag for metric in known.metric_infos}
+    request = api_pb2.ListSessionGroupsRequest(slice_size=1, allowed_statuses=[api_pb2.STATUS_SUCCESS])
+    (group,) = ListSessionGroups(RequestContext(), context, "", request).run().session_groups
+    assert group.hparams["optim.momentum"].number_value == 0.5
+    shown = {metric.name.tag: metric.value for metric in group.metric_values}
+    assert shown["test/accuracy"] == np.float32(run.result["test_accuracy"])
+
+
+def test_the_learning_rate_is_that_of_the_last_update(research_run, tmp_path):
     """One cycle over 3 epochs of 2 updates, of 3 batches each."""
     optim, logger = SGD(learning_rate=0.6, schedule="one_cycle", warmup=0.5, accumulate_steps=3), TensorBoard()
-    logger.start(Run(tmp_path, replace(CONFIG, optim=optim), plain.facts, None), 0)
+    logger_run = Run(tmp_path, replace(CONFIG, optim=optim), research_run.facts, None)
+    logger.start(logger_run, 0)
     for epoch in (1, 2, 3):
-        logger.on_epoch({"epoch": epoch, "step": 6 * epoch}, plain.state)
+        logger.on_epoch({"epoch": epoch, "step": 6 * epoch}, research_run.state)
     logger.finish(None)
     rates = scalars(read_events(tmp_path / "tensorboard"))["learning_rate"]
     np.testing.assert_allclose(rates, [(6, 0.2), (12, 0.6), (18, 0.2)], rtol=1e-6)  # Updates 1, 3 and 5.
+    record = Record()
+    loggers = Loggers([record])
+    with loggers.started(logger_run, 0, 18):
+        for step in (1, 3, 4, 6, 12, 18):
+            loggers.on_step(step, {})
+    rates = [call[1]["learning_rate"] for call in record.calls[1:-1]]
+    np.testing.assert_allclose(rates, [0, 0, 0.2, 0.2, 0.6, 0.2], rtol=1e-6)
 
 
 def test_after_a_kill_every_step_is_there_once(tmp_path):
-    """Killed within the second epoch, whose steps so far are trained and logged again."""
-    run_dir, environment = tmp_path / "run", {**os.environ, "CNNJAX_ONEDNN": "0", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    command = [sys.executable, str(PROGRAMS / "killed_with_logger.py"), str(run_dir)]
-    assert subprocess.run(command, check=False, env=environment).returncode == -signal.SIGKILL
+    """Within the second epoch. A copy of the run directory is what a kill leaves: nothing is lost in a buffer."""
+    run_dir = tmp_path / "copy"
+
+    def kill(step, metrics):
+        if step == 10:
+            while not (tmp_path / "run/checkpoints/6/SHA256SUMS").exists():
+                time.sleep(0.01)
+            shutil.copytree(tmp_path / "run", run_dir)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_and_evaluate(CONFIG, run_dir=tmp_path / "run", loggers=[TensorBoard()], on_step=kill)
+    check_killed(run_dir)
+
+
+@pytest.mark.slow
+def test_after_a_real_kill_every_step_is_there_once(tmp_path):
+    command = [sys.executable, str(PROGRAMS / "killed_with_logger.py"), str(tmp_path / "run")]
+    killed = subprocess.run(command, check=False, env={**os.environ, "CNNJAX_ONEDNN": "0"})
+    assert killed.returncode == -signal.SIGKILL
+    check_killed(tmp_path / "run")
+
+
+def check_killed(run_dir):
+    """Resumes a run that was killed after step 10: its steps after the checkpoint of step 6 are logged again."""
     before = scalars(read_events(run_dir / "tensorboard"))
-    assert [step for step, _ in before["batch/loss"]] == [*range(1, 11)]  # Nothing is lost in a buffer.
+    assert [step for step, _ in before["batch/loss"]] == [*range(1, 11)]
     record = Record()
     run = train_and_evaluate(CONFIG, run_dir=run_dir, resume=True, loggers=[TensorBoard(), record])
     assert record.calls[0] == ("start", run_dir, 6) and record.calls[1][0] == 7
@@ -186,7 +225,7 @@ def test_after_a_kill_every_step_is_there_once(tmp_path):
     assert len([*(run_dir / "tensorboard").iterdir()]) == 2
 
 
-def test_a_run_that_is_stopped_and_a_finished_one(plain, tmp_path):
+def test_a_run_that_is_stopped_and_a_finished_one(research_run, tmp_path):
     def interrupt(step, metrics):
         if step == 8:
             signal.raise_signal(signal.SIGTERM)
@@ -198,38 +237,62 @@ def test_a_run_that_is_stopped_and_a_finished_one(plain, tmp_path):
     record.calls.clear()
     run = train_and_evaluate(CONFIG, run_dir=tmp_path, resume=True, loggers=[record])
     assert record.calls[0] == ("start", tmp_path, 8) and record.calls[-1] == ("finish", run.result)
-    assert run.result["sha256"] == plain.result["sha256"]
+    assert run.result["sha256"] == research_run.result["sha256"]
     record.calls.clear()
     train_and_evaluate(CONFIG, run_dir=tmp_path, resume=True, loggers=[record], report=report)
     assert record.calls == []
     assert f"{tmp_path} is finished: there is nothing to log, and no step to profile." in report.lines
 
 
-def test_a_logger_that_fails_is_reported_once_and_the_run_continues(plain, tmp_path):
+def test_a_logger_that_fails_is_reported_once_and_the_run_continues(research_run, tmp_path):
     record, report = Record(), Lines()
-    run = train_and_evaluate(CONFIG, run_dir=tmp_path, loggers=[Failing("on_step"), record], report=report)
-    assert run.result["sha256"] == plain.result["sha256"]
-    (line,) = [line for line in report.lines if line.startswith("The logger")]
-    assert (
-        line.startswith("The logger failing failed: tests/test_loggers.py, line ") or "test_loggers.py, line " in line
-    )
-    assert line.endswith("KeyError: 'a key'. The run continues without it.")
+    loggers = [Failing("on_step"), Deleting(), Exiting(), record]
+    run = train_and_evaluate(CONFIG, run_dir=tmp_path, loggers=loggers, report=report)
+    assert run.result["sha256"] == research_run.result["sha256"]
+    line, last = [line for line in report.lines if line.startswith("The logger")]
+    where = r"The logger failing failed: .*test_loggers\.py, line \d+"
+    assert re.fullmatch(rf"{where}: KeyError: 'a key'\. The run continues without it\.", line)
+    assert re.fullmatch(r"The logger exiting failed: .*: SystemExit: 3\. The run is not affected\.", last)
     assert record.calls[-1] == ("finish", run.result)
 
 
-def test_a_logger_that_cannot_start_ends_the_run_before_its_first_step(plain, tmp_path):
+def test_ctrl_c_in_finish_finishes_the_other_loggers(research_run):
+    class Interrupted(Logger):
+        def finish(self, result):
+            raise KeyboardInterrupt
+
+    for result, message in ((None, "^$"), (research_run.result, "^The result of the run is saved[.]$")):
+        record = Record()
+        loggers = Loggers([Interrupted(), record])
+        run = Run(research_run.run_dir, CONFIG, research_run.facts, None)
+        with pytest.raises(KeyboardInterrupt, match=message), loggers.started(run, 0, 18):
+            if result is not None:
+                loggers.result(result)
+        assert record.calls[-1] == ("finish", result)
+
+
+def test_a_logger_that_cannot_start_ends_the_run_before_its_first_step(research_run, tmp_path):
     record = Record()
     with pytest.raises(UserError, match=r"The logger failing could not start: .*no such server.*resume=True\."):
         train_and_evaluate(CONFIG, run_dir=tmp_path, loggers=[record, Failing("start")])
     assert [call[0] for call in record.calls] == ["start", "finish"]
     assert read_manifest(tmp_path)["sessions"][-1]["state"] == "failed"
-    assert train_and_evaluate(CONFIG, run_dir=tmp_path, resume=True).result["sha256"] == plain.result["sha256"]
+    assert train_and_evaluate(CONFIG, run_dir=tmp_path, resume=True).result["sha256"] == research_run.result["sha256"]
 
 
 @pytest.mark.usefixtures("no_type_checks")
-@pytest.mark.parametrize("loggers", [[Record], [TensorBoard(), TensorBoard()]])
-def test_other_values_of_loggers_are_errors(loggers, tmp_path):
-    with pytest.raises(UserError, match="`loggers` must be objects of different subclasses of Logger, got"):
+@pytest.mark.parametrize(
+    ("loggers", "message"),
+    [
+        ([Record], "a list of loggers, got the class Record. Write loggers=[TensorBoard()]."),
+        (["tensorboard"], "a list of loggers, got 'tensorboard'. Write loggers=[TensorBoard()]."),
+        ("tensorboard", "a list of loggers, got 'tensorboard'. Write loggers=[TensorBoard()]."),
+        (TensorBoard(), "a list of loggers, got TensorBoard. Write loggers=[TensorBoard()]."),
+        ([TensorBoard(), TensorBoard()], "objects of different classes, got TensorBoard, TensorBoard."),
+    ],
+)
+def test_other_values_of_loggers_are_errors(loggers, message, tmp_path):
+    with pytest.raises(UserError, match=f"^{re.escape(f'`loggers` must be {message}')}$"):
         train_and_evaluate(CONFIG, run_dir=tmp_path / "run", loggers=loggers)
     assert not (tmp_path / "run").exists()
 
@@ -240,8 +303,7 @@ EXPERIMENT = """
 import flax.linen as nn
 from programs.research import make_arrays
 
-from cnnjax import SGD, Config
-from cnnjax.loggers import Logger
+from cnnjax import SGD, Config, Logger
 
 class Linear(nn.Module):
     @nn.compact
@@ -260,6 +322,16 @@ class Csv(Logger):
 
 DATA = {"dataset": make_arrays(), "validation_fraction": 0.0}
 CONFIG = Config(model=Linear(), optim=SGD(), num_epochs=2, batch_size=22, **DATA)
+"""
+
+MORE_LOGGERS = """
+class Socket(Logger):
+    def __init__(self, port):
+        self.port = port
+
+class Broken(Logger):
+    def __init__(self):
+        raise OSError("no server")
 """
 
 
@@ -290,9 +362,30 @@ def test_unknown_words_are_errors(tmp_path, monkeypatch, capsys):
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("csv --log tensorboard", "`--log` must be given once, with all names, got 2 times."),
+        ("csv csv", "`log` must be different names, got csv, csv."),
+        (
+            "socket",
+            "`log` must be the name of a logger that can be made without arguments, got 'socket'.",
+        ),
+        ("broken", "The constructor of the logger broken failed at mine.py, line 31: OSError: no server."),
+        ("none", "`log` must be a known name, got 'none'. Valid names: broken, csv, mlflow, tensorboard, wandb."),
+    ],
+)
+def test_loggers_that_cannot_be_made_are_errors(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(EXPERIMENT + MORE_LOGGERS)
+    with pytest.raises(SystemExit):
+        main(["train", "mine.py", "--log", *arguments.split()])
+    assert capsys.readouterr().err.startswith(message)
+
+
 @pytest.mark.parametrize("logger", [WandB, MLflow])
 def test_a_missing_library_is_an_error_with_the_command(logger, monkeypatch):
-    monkeypatch.setattr("cnnjax.loggers.find_spec", lambda name: None)
+    monkeypatch.setattr("cnnjax.runs.trackers.find_spec", lambda name: None)
     name = logger.__name__.lower()
     with pytest.raises(UserError, match=rf"got {name}\. Install it: pip install 'cnnjax\[{name}\]'$"):
         logger()
@@ -324,14 +417,14 @@ def interrupted_and_resumed(run_dir, logger):
 @pytest.mark.slow
 @has("mlflow")
 @pytest.mark.filterwarnings("default")
-def test_mlflow_has_one_run_with_every_step_once(plain, tmp_path, monkeypatch):
+def test_mlflow_has_one_run_with_every_step_once(research_run, tmp_path, monkeypatch):
     from mlflow import MlflowClient
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/store.db")
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     monkeypatch.chdir(tmp_path)
     run = interrupted_and_resumed(tmp_path / "run", MLflow())
-    assert run.result["sha256"] == plain.result["sha256"]
+    assert run.result["sha256"] == research_run.result["sha256"]
     client = MlflowClient()
     (experiment,) = [e for e in client.search_experiments() if e.name == "cnnjax"]
     (found,) = client.search_runs([experiment.experiment_id])
@@ -349,11 +442,11 @@ def test_mlflow_has_one_run_with_every_step_once(plain, tmp_path, monkeypatch):
 @pytest.mark.slow
 @has("wandb")
 @pytest.mark.filterwarnings("default")
-def test_wandb_offline_has_every_step_under_one_id(plain, tmp_path, monkeypatch):
+def test_wandb_offline_has_every_step_under_one_id(research_run, tmp_path, monkeypatch):
     for name, value in {"WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true"}.items():
         monkeypatch.setenv(name, value)
     run = interrupted_and_resumed(tmp_path / "run", WandB())
-    assert run.result["sha256"] == plain.result["sha256"]
+    assert run.result["sha256"] == research_run.result["sha256"]
     ids, steps, summary, config = set(), [], {}, {}
     for path in sorted((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")):
         for record in read_wandb(path):

@@ -1,22 +1,21 @@
 """Traces some steps of a run with jax's profiler, and tells how much of the time the device was busy."""
 
 import re
-import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 
-from cnnjax.errors import check
-from cnnjax.step import copy_state
+from cnnjax.errors import check, describe
 
 FOLDER = "profile"  # In the run directory.
-T = TypeVar("T")
 _SHOWN = 5  # Operations.
+_MARK = "cnnjax.train_steps"  # An event of the trace: from the dispatch of some steps until the device has done them.
 _CONTAINERS = r"(while|call|conditional)(\.\d+)?"  # Their time is that of the operations in them.
 
 
@@ -44,7 +43,8 @@ class Profile:
     """Traces the steps after `steps[0]`, up to `steps[1]`, in a context that contains the training.
 
     On an accelerator an epoch is one program, so whole epochs are traced: smaller programs might give other bits, and
-    would not be what the run spends its time on.
+    would not be what the run spends its time on. The end of an epoch (validation, `on_epoch`, saving) is in the trace,
+    but not in the summary. A failure of the profiler is reported, and training continues.
 
     Args:
       steps: two numbers of steps; None: nothing is traced.
@@ -55,7 +55,8 @@ class Profile:
     def __init__(self, steps: tuple[int, int] | None, run_dir: Path, say: Callable[[str], None]):
         self._steps, self._folder, self._say = steps, run_dir / FOLDER, say
         self._first: int | None = None  # The step at which the trace began, while it is running.
-        self._start = 0.0
+        self._mark: jax.profiler.TraceAnnotation | None = None
+        self._compiled: set[tuple[int, tuple[str, ...]]] = set()
 
     def check(self, step: int, num_steps: int) -> None:
         """Checks that a session traces what it should.
@@ -79,52 +80,80 @@ class Profile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._first is not None:
-            jax.profiler.stop_trace()
+            with self._reported():
+                jax.profiler.stop_trace()
         if self._steps is not None:
             self._say(f"The run ended before step {self._steps[1]}: there is no complete profile.")
 
-    def call(self, fn: Callable[..., T], arguments: tuple[Any, ...], *, steps: tuple[int, int]) -> T:
-        """Returns `fn(*arguments)`, after it has started the trace, if it is to begin with these steps.
-
-        Then `fn` is called twice, first on a copy of the state, so that the trace does not contain its compilation.
+    def is_new_program(self, step: int, num_steps: int, frozen: tuple[str, ...]) -> bool:
+        """Returns whether the next `num_steps` steps are traced and their program must be compiled first.
 
         Args:
-          fn: a function that donates its first argument, a state.
-          steps: the numbers of steps before and after.
+          frozen: see `train_steps`. With the number of steps it determines the program.
         """
-        if self._steps is not None and self._first is None and steps[0] <= self._steps[0] < steps[1]:
-            state, *others = arguments
-            jax.block_until_ready(fn(copy_state(state), *others))
-            options = jax.profiler.ProfileOptions()
-            options.python_tracer_level = 0  # It would slow down the host.
-            jax.profiler.start_trace(self._folder, profiler_options=options)
-            self._first, self._start = steps[0], time.perf_counter()
-        return fn(*arguments)
+        if not self.traces(step, num_steps) or (num_steps, frozen) in self._compiled:
+            return False
+        self._compiled.add((num_steps, frozen))
+        return True
+
+    def begin(self, step: int, num_steps: int, epoch: int) -> None:
+        """Starts the trace, if it begins within the next `num_steps` steps; marks these if they are traced."""
+        if not self.traces(step, num_steps):
+            return
+        with self._reported():
+            if self._first is None:
+                self._folder.mkdir(exist_ok=True)
+                options = jax.profiler.ProfileOptions()
+                options.python_tracer_level = 0  # It would slow down the host.
+                jax.profiler.start_trace(self._folder, profiler_options=options)
+                self._first = step
+            self._mark = jax.profiler.TraceAnnotation(_MARK, epoch=epoch)
+            self._mark.__enter__()
 
     def end(self, step: int) -> None:
-        """Ends the trace once `step` steps are done, if these are enough, and reports a summary."""
-        if self._steps is None or self._first is None or step < self._steps[1]:
+        """Ends the mark; ends the trace once `step` steps are done, if these are enough, and reports a summary."""
+        if self._steps is None or self._first is None or self._mark is None:
             return
-        seconds, first = time.perf_counter() - self._start, self._first
-        self._steps = self._first = None
-        jax.profiler.stop_trace()
-        traces = sorted(self._folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime_ns)
-        for line in summarize(jax.profiler.ProfileData.from_file(str(traces[-1])), seconds, (first, step)):
-            self._say(line)
-        self._say(f"To see the trace: pip install xprof; xprof --logdir {self._folder}")
+        with self._reported():
+            self._mark.__exit__(None, None, None)
+            self._mark = None
+            if step < self._steps[1]:
+                return
+            first, self._first, self._steps = self._first, None, None
+            jax.profiler.stop_trace()
+            traces = sorted(self._folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime_ns)
+            for line in summarize(jax.profiler.ProfileData.from_file(str(traces[-1])), (first, step)):
+                self._say(line)
+            self._say(f"To see the trace: pip install xprof; xprof --logdir {self._folder}")
+
+    def traces(self, step: int, num_steps: int) -> bool:
+        """Returns whether the next `num_steps` steps are traced."""
+        return self._steps is not None and (self._first is not None or step <= self._steps[0] < step + num_steps)
+
+    @contextmanager
+    def _reported(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._steps = self._first = None
+            self._say(f"The profile failed: {describe(error)} The run continues without it.")
 
 
-def summarize(data: Any, seconds: float, steps: tuple[int, int]) -> list[str]:
+def summarize(data: Any, steps: tuple[int, int]) -> list[str]:
     """Returns the lines about a trace: the share of the time in which the device was busy, and what took longest.
+
+    Only the time from the first traced step of an epoch to its last counts.
 
     Args:
       data: a `jax.profiler.ProfileData`.
-      seconds: the duration of the steps.
       steps: the numbers of steps before and after.
     """
     planes = {plane.name: plane for plane in data.planes}
     devices = [plane for name, plane in planes.items() if re.match("/device:(GPU|TPU)", name)]
+    windows = marked(planes["/host:CPU"])
+    seconds = sum(stop - start for start, stop in windows) / 1e9
     spans = [on_device(plane) for plane in devices] or [on_threads(planes["/host:CPU"])]
+    spans = [within(of_device, windows) for of_device in spans]
     busy = sum(covered([span[:2] for span in of_device]) for of_device in spans) / len(spans) / 1e9
     total: Counter[str] = Counter()  # In whole ns.
     for start, stop, name in chain(*spans):
@@ -138,6 +167,27 @@ def summarize(data: Any, seconds: float, steps: tuple[int, int]) -> list[str]:
         f"Profile of the steps {steps[0]}:{steps[1]}: {each:.2f} ms per step. During {busy / seconds:.0%} of this time "
         f"at least one operation was running {where}. The operations with the largest share of all operations' time:",
         *(f"  {time / everything:4.0%} {name}" for name, time in total.most_common(_SHOWN)),
+    ]
+
+
+def marked(plane: Any) -> list[tuple[float, float]]:
+    """Returns the time in ns from the first traced step of each epoch to its last."""
+    windows: dict[Any, tuple[float, float]] = {}
+    for event in chain(*(line.events for line in plane.lines)):
+        if event.name == _MARK:
+            epoch, start, stop = dict(event.stats)["epoch"], event.start_ns, event.start_ns + event.duration_ns
+            first, last = windows.get(epoch, (start, stop))
+            windows[epoch] = min(first, start), max(last, stop)
+    return [*windows.values()]
+
+
+def within(spans: Iterable[Span], windows: list[tuple[float, float]]) -> list[Span]:
+    """Returns the parts of spans that are within disjoint intervals."""
+    return [
+        Span(max(span.start, start), min(span.stop, stop), span.name)
+        for span in spans
+        for start, stop in windows
+        if span.start < stop and span.stop > start
     ]
 
 

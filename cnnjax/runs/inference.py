@@ -1,0 +1,100 @@
+"""What a trained network computes for images in memory, in batches of one size: any number of images is one program."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, UInt8
+
+from cnnjax.compiler import jit
+from cnnjax.config import word
+from cnnjax.data.batches import Standardization, standardize
+from cnnjax.errors import UserError
+from cnnjax.network import Network, layers_of, logits_of
+from cnnjax.step import TrainState, apply_views, eval_params
+from cnnjax.typing import AnyArray, Batch
+
+BATCH_SIZE, LARGE_BATCH_SIZE = 128, 8  # Images per call of a network; the latter above 64 by 64 pixels.
+
+
+def batch_size_of(image_shape: tuple[int, ...]) -> int:
+    """Returns the number of images (H, W, C) per call of a network."""
+    return BATCH_SIZE if image_shape[0] * image_shape[1] <= 64 * 64 else LARGE_BATCH_SIZE
+
+
+def in_batches(
+    fn: Callable[[UInt8[np.ndarray, "B H W C"], Bool[np.ndarray, " B"]], Float[Array, "B ..."]],
+    images: UInt8[np.ndarray, "N H W C"],
+) -> Float[np.ndarray, "N ..."]:
+    """Returns the results of `fn(image, mask)` for all images; `mask` is False for the padding of the last batch."""
+    batch_size, parts = batch_size_of(images.shape[1:]), []
+    for i in range(0, max(len(images), 1), batch_size):
+        part = images[i : i + batch_size]
+        padding = [(0, batch_size - len(part)), (0, 0), (0, 0), (0, 0)]
+        mask = np.arange(batch_size) < len(part)
+        parts.append(np.asarray(fn(np.pad(part, padding), mask))[: len(part)])
+    return np.concatenate(parts)
+
+
+def check_images(images: Any, image_shape: tuple[int, ...]) -> UInt8[np.ndarray, "N H W C"]:
+    """Returns images as an array with a channel axis.
+
+    Args:
+      images: see `Run.predict`.
+      image_shape: (H, W, C), that of the training images.
+
+    Raises:
+      UserError: `images` has another dtype or shape.
+    """
+    try:
+        images = np.asarray(images)
+    except ValueError as error:
+        raise UserError(f"`images` must be one array, or of one size, got {error}.") from error
+    height, width, channels = image_shape
+    if images.ndim == 3 and channels == 1 and images.shape[1:] == (height, width):
+        images = images[..., None]
+    if images.dtype != np.uint8 or images.shape[1:] != image_shape:
+        gray = f" or [N {height} {width}]" if channels == 1 else ""
+        one = " For one image: images[None]." if images.shape == image_shape else ""
+        raise UserError(
+            f"`images` must be uint8 [N {height} {width} {channels}]{gray}, with values from 0 to 255 as in the "
+            f"training images, got {images.dtype} {[*images.shape]}.{one}"
+        )
+    return images
+
+
+@jit(static_argnames=("model", "tta"))
+def probabilities_of(
+    state: TrainState,
+    standardization: Standardization,
+    image: UInt8[AnyArray, "B H W C"],
+    mask: Bool[AnyArray, " B"],
+    *,
+    model: Network,
+    tta: str,
+) -> Float[Array, "B K"]:
+    """Returns the probability of each class; see `Run.predict`. `mask` is False for padding."""
+    batch = Batch(standardize(image, standardization), jnp.zeros(len(image), jnp.int32), mask)
+    return jax.nn.softmax(logits_of(apply_views(state, batch, model, tta)).astype(jnp.float32))
+
+
+@jit(static_argnames=("model", "layer"))
+def features_of(
+    state: TrainState,
+    standardization: Standardization,
+    image: UInt8[AnyArray, "B H W C"],
+    mask: Bool[AnyArray, " B"],
+    *,
+    model: Network,
+    layer: str,
+) -> Float[Array, "B ..."]:
+    """Returns the output of a layer; see `Run.features`."""
+    if not isinstance(model, nn.Module):
+        raise UserError(f"`layer` must be a part of a Linen module, got a run of {word(type(model))}.")
+    found = layers_of(model, eval_params(state), state.model_state, standardize(image, standardization))
+    if layer not in found:
+        raise UserError(f"`layer` must be one of {', '.join(found)}, got {layer!r}.")
+    return found[layer].astype(jnp.float32)

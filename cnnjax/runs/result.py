@@ -1,0 +1,63 @@
+"""The test score, and what result.json contains."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from cnnjax.class_scores import class_scores, confusion_matrix
+from cnnjax.data.batches import Pixels
+from cnnjax.errors import NonFiniteLossError, UserError
+from cnnjax.prepare import Setup, count_params, device_name
+from cnnjax.program import evaluate
+from cnnjax.runs.directory import OpenRun
+from cnnjax.runs.files import file_sha256, tree_sha256
+from cnnjax.runs.progress import Progress
+from cnnjax.runs.schema import Result
+from cnnjax.step import TrainState
+
+
+def score_test_set(
+    setup: Setup, last: TrainState, progress: Progress, run: OpenRun
+) -> tuple[Result, TrainState, np.ndarray | None]:
+    """Scores the best checkpoint on the test split; returns the content of result.json, its state, and the logits."""
+    best, config = progress.best(setup.config.best_by), setup.config
+    if best is None:
+        raise UserError(f"The checkpoints in {run.run_dir} must include the end of an epoch, got none. Train again.")
+    state, _ = run.checkpoints.restore(best["step"], last, setup.placement.state_sharding)
+    pixels = Pixels(*setup.dataset.load("test"), setup.train.standardization)
+    options: Any = {"tta": config.tta, "placement": setup.placement, "keep_logits": True}
+    scores = evaluate(state, pixels, model=config.model, **options)
+    if not math.isfinite(scores.loss):
+        raise NonFiniteLossError(f"The test loss must be finite, got {scores.loss}. Try a lower `optim.learning_rate`.")
+    names = setup.facts.class_names
+    classes = class_scores(scores.confusion, len(names))
+    means = classes.means()
+    result: Result = {
+        "test_accuracy": scores.accuracy,
+        "test_balanced_accuracy": means["recall"],
+        "test_macro_precision": means["precision"],
+        "test_macro_recall": means["recall"],
+        "test_macro_f1": means["f1"],
+        "test_loss": scores.loss,
+        "num_test_examples": scores.num_examples,
+        "best_validation_accuracy": best.get("validation_accuracy"),
+        "best_validation_balanced_accuracy": best.get("validation_balanced_accuracy"),
+        "best_epoch": best["epoch"],
+        "num_epochs": config.num_epochs,
+        "stopped_epoch": None if progress.stopped_within is None else len(progress.rows),
+        "training_seconds": progress.timing[-1]["seconds"],
+        "num_params": count_params(state),
+        "seed": config.seed,
+        "device": device_name(setup.placement.devices[0]),
+        "sha256": {
+            "params": tree_sha256(last.params),
+            "model_state": tree_sha256(last.model_state),
+            "opt_state": tree_sha256(last.opt_state),
+            "best_params": tree_sha256(state.params),
+            "metrics": file_sha256(run.run_dir / "metrics.jsonl"),
+        },
+        "classes": classes.rows(names),
+        "confusion_matrix": confusion_matrix(scores.confusion, len(names)),
+    }
+    return result, state, scores.logits
