@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr
 
+CALLS = ("jit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "checkpoint")
 LOOPS = ("scan", "while", "cond")  # They execute their programs several times, or one of them.
 
 
@@ -18,8 +19,11 @@ def programs_in(equation: Any) -> Iterator[Any]:
 
 
 def called_program(equation: Any) -> Any:
-    """Returns the program that an equation calls, with its constants, or None; also None for `LOOPS`."""
+    """Returns the program that an equation calls, with its constants.
+
+    None if it is no call: one of `LOOPS`, or a reduction with a function of its own.
+    """
     inner: Any = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
-    if equation.primitive.name in LOOPS or inner is None:
+    if equation.primitive.name not in CALLS or inner is None:
         return None
     return inner if hasattr(inner, "jaxpr") else ClosedJaxpr(inner, [])

@@ -30,6 +30,7 @@ OTHERS = {
     "cnnjax.metrics": ["Scores"],
     "cnnjax.runs.schema": ["DataFacts", "Result", "Row", "Timing"],
     "cnnjax.pretrained": ["Weights"],
+    "cnnjax.export.card": ["Checked"],
 }
 PAGES = [
     "experiments/lesson/lesson",

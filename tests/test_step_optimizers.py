@@ -127,7 +127,7 @@ ALL = {
 
 
 # Most are pairs of functions like these; `make test-slow` tries all of them.
-FEW = {"adam", "muon", "schedule_free_adamw", *BY_HAND} - {"momo", "momo_adam", "backtracking"}
+FEW = {"adam", "lion", "muon", "schedule_free_adamw", *BY_HAND} - {"momo_adam", "backtracking"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in FEW else pytest.mark.slow) for name in ALL])

@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import jax
@@ -213,15 +214,21 @@ def test_plain_networks_are_divided_among_devices():
 # --- Dtypes -----------------------------------------------------------------------------------------------------------
 
 
+FEW = [
+    (CNN, "bfloat16", False),
+    (CNN, "float16", True),
+    (MLP, "bfloat16", False),
+    (SPEEDNET, "float32", False),
+    (SPEEDNET, "float16", False),
+    (SPEEDNET, "bfloat16", True),
+]
+
+
 @pytest.mark.parametrize(
     ("make", "dtype", "plain"),
     [
-        (CNN, "bfloat16", False),
-        (CNN, "float16", True),
-        (MLP, "bfloat16", False),
-        (SPEEDNET, "float32", False),
-        (SPEEDNET, "float16", False),
-        (SPEEDNET, "bfloat16", True),
+        pytest.param(*case, marks=() if case in FEW else pytest.mark.slow)
+        for case in product((CNN, MLP, SPEEDNET), ("float32", "bfloat16", "float16"), (False, True))
     ],
 )
 def test_strict_promotion_and_x64_keep_float32(make, dtype, plain):

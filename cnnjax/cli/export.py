@@ -1,5 +1,6 @@
 """The command cnnjax export. Imports jax only if it runs."""
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from cnnjax.cli.inspection import RunDir, config_of, expand
+from cnnjax.cli.inspection import RunDir, config_of
 
 
 @dataclass(frozen=True)
@@ -16,9 +17,8 @@ class Export:
 
     The folder gets model.safetensors (parameters), predictor.stablehlo (bytes in, probabilities out, for JAX on a CPU,
     an NVIDIA GPU or a TPU), model.onnx (the same for ONNX Runtime), labels.json, a model card (README.md) and
-    SHA256SUMS. Each file is read back and compared with the network on up to 1,000 test
-    images. If one differs, nothing is
-    written, and the exit code is 1.
+    SHA256SUMS. Each file is read back and compared with the network on up to 1,000 test images. If one differs,
+    nothing is written, and the exit code is 1.
     """
 
     run: Positional[RunDir]
@@ -40,7 +40,7 @@ class Export:
         from cnnjax.export.bundle import ExportError, export_run
         from cnnjax.runs.run import load_run
 
-        run, folder = load_run(self.run, config_of(self.run, self.experiment)), expand(self.folder) or self.folder
+        run, folder = load_run(self.run, config_of(self.run, self.experiment)), Path(os.path.expanduser(self.folder))
         try:
             export_run(run, folder, formats=self.formats, tta=self.tta, data_dir=self.data_dir)
         except ExportError as error:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from cnnjax.cli.inspection import RunDir, config_of, expand
+from cnnjax.cli.inspection import RunDir, config_of
 from cnnjax.cli.tables import accuracies, class_lines, printable
 from cnnjax.errors import UserError, check
 
@@ -60,12 +61,13 @@ class Eval:
         check("split", "test for an ensemble: the other runs may have been trained on it", alone, self.split)
         runs = _load([self.run, *self.ensemble], self.experiment)
         if self.data is not None:
-            return self._score_files(runs, expand(self.data) or self.data)
+            return self._score_files(runs, Path(os.path.expanduser(self.data)))
         if self.ensemble:
             scores = evaluate_ensemble(runs, tta=self.tta, data_dir=self.data_dir)
         else:
             scores = runs[0].evaluate(self.split, tta=self.tta, data_dir=self.data_dir)
-        rest = f"In Python, load_run({str(self.run)!r}).evaluate({self.split!r}) counts all of them."
+        in_python = f"load_run({str(self.run)!r}).evaluate({self.split!r})"
+        rest = "" if self.ensemble or self.tta else f"In Python, {in_python} counts all of them."
         self._show(runs, scores, self.split, f"all {scores.num_examples:,} images", rest)
         return 0
 

@@ -21,7 +21,8 @@ def find_images(name: str) -> list[str]:
 
     Args:
       name: a file, which need not exist; a folder, whose files are found at any depth, in natural order, without hidden
-        files and Thumbs.db; or a pattern such as "photos/**/*.jpg", whose matches may be folders, too.
+        files and Thumbs.db; or a pattern such as "photos/**/*.jpg", whose matches may be folders, too, unless it
+        contains **.
 
     Raises:
       UserError: a folder holds no file or cannot be read, or nothing matches a pattern.
@@ -128,6 +129,11 @@ def _read_folder(root: Path, class_names: Sequence[str]) -> tuple[list[Row], set
     splits: Any = {SPLITS.get(name.lower()): name for name in folders if name not in class_names}
     if not splits or None in splits:
         return scan_classes(root, "", folders, loose, "train")[0], set()
+    if mixed := [name for name in folders if name in class_names]:
+        raise UserError(
+            f"`data` must hold folders of splits or folders of classes, got {mixed[0]} next to "
+            f"{next(iter(splits.values()))} in {root}. Move one of them away."
+        )
     split = _choose(splits)
     inner, loose = entries(root / splits[split])
     return scan_classes(root, f"{splits[split]}/", inner, loose, split)[0], {*splits}

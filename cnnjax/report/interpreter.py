@@ -14,11 +14,10 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend.core import Literal
 
-from cnnjax.jaxprs import LOOPS, called_program
+from cnnjax.jaxprs import CALLS, LOOPS, called_program
 from cnnjax.report.operations import (
     ACTIVATIONS,
     AFFINE,
-    CALLS,
     NONLINEAR,
     OPERATIONS,
     REDUCTIONS,
@@ -183,8 +182,10 @@ class Interpreter:
         record = first.base
         if first.is_recorded() and len(traced) == 1 and first.array.shape == shape:
             bias = op == "add" and record.operation.endswith(("convolution", "dense"))
-            count = op in ("mul", "div") and record.operation in ("mean", "average-pool")
+            count = op in ("mul", "div") and record.operation in ("sum", "mean", "average-pool")
             if bias or count:
+                if record.operation == "sum":
+                    record.operation = "mean"
                 record.full, record.shown = array, _view(array, first.layout)
                 return first._replace(array=array)
         ops = dict.fromkeys((*(op for x in traced for op in x.ops), _token(equation, inputs)))

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-CALLS = ("jit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "checkpoint")
 # Named functions that are one activation.
 ACTIVATIONS = {
     "relu": "ReLU",
@@ -33,12 +32,12 @@ OPERATIONS = {
     "reduce_window_sum": "average-pool",
     "concatenate": "concatenation",
 }
-REDUCTIONS = {"reduce_max": "maximum", "reduce_sum": "mean"}
+REDUCTIONS = {"reduce_max": "maximum", "reduce_sum": "sum"}
 
 
 def is_normalization(ops: Sequence[str]) -> bool:
     """Returns whether affine operations are a normalization: several, one of which scales."""
-    return len(ops) > 1 and {*ops} <= AFFINE and not AFFINE.isdisjoint({"mul", "div"} & {*ops})
+    return len(ops) > 1 and {*ops} <= AFFINE and not {"mul", "div"}.isdisjoint(ops)
 
 
 def activation_name(ops: set[str]) -> str:

@@ -15,6 +15,7 @@ CALIBRATED = 0.02  # An expected calibration error below 2 points needs no warni
 # What an operation does, by a word in its name; the first that fits.
 OPERATIONS = {
     "conv": "A convolution moves a small window of weights over its input; a map is bright where its pattern occurs.",
+    "leaky relu": "A leaky ReLU reduces negative values to a small fraction of themselves, and keeps positive ones.",
     "relu": "A ReLU sets every negative value to zero, so that only what was found remains.",
     "gelu": "A GELU is a smooth ReLU: it keeps positive values and nearly silences negative ones.",
     "pool": "Pooling keeps one value of each small square, so that the maps shrink and small shifts matter less.",
@@ -22,9 +23,9 @@ OPERATIONS = {
     "dense": "A dense layer computes weighted sums of all values before it.",
     "logits": "The logits are the scores of the classes; softmax turns them into probabilities.",
     "maximum": "The maximum over all positions leaves one value per map.",
+    "sum": "The sum over all positions leaves one value per map.",
     "mean": "The mean over all positions leaves one value per map.",
     "add": "An addition of two branches lets a layer learn only what has to change.",
-    "softmax": "Softmax turns scores into probabilities that add up to 1.",
 }
 
 

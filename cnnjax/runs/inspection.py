@@ -124,7 +124,8 @@ def verify(run_dir: Path) -> dict[str, str]:
     records.check_links(run_dir)
     last = _last_session(run_dir)
     killed = last is not None and last["state"] == "running"
-    others = ("checkpoints/", "damaged/", directory.LOCK, *(f"{name}/" for name in (*loggers.FOLDERS, profile.FOLDER)))
+    folders = ("checkpoints", "damaged", *loggers.FOLDERS, profile.FOLDER)
+    others = ("report.html", directory.LOCK, *(f"{name}/" for name in folders))
     found = {name: what for name, what in check_sums(run_dir).items() if not name.startswith(others)}
     if killed and found == {SUMS: "missing"}:
         found = dict.fromkeys(names, "no checksum")

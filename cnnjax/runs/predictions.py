@@ -62,7 +62,8 @@ def predict_files(
 ) -> Iterator[FilePrediction]:
     """Yields a prediction for each image file, in order: the mean of the probabilities of all runs.
 
-    Each run receives the images as it was trained on them. Few images are in memory at a time.
+    Each run receives the images as it was trained on them. Few images are in memory at a time. Python's warnings are
+    ignored until the iteration ends.
 
     Args:
       runs: have the same classes, see `check_ensemble`.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from contextvars import copy_context
-from copy import copy
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -122,7 +122,7 @@ def train_seeds(
                         config,
                         run_dir=run_dir,
                         resume=resume,
-                        loggers=[copy(logger) for logger in loggers],
+                        loggers=[deepcopy(logger) for logger in loggers],
                         checkpoint_seconds=checkpoint_seconds,
                         devices=[device],
                         report=report,

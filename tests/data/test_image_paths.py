@@ -87,6 +87,7 @@ def test_of_several_splits_the_test_split_is_used(folder):
         (["a/dogg/1.jpg"], r"`data` must hold classes of the run, got 'dogg' \('dogg/1.jpg'\). Did you mean dog\?"),
         (["a/1.jpg"], "`data` must hold each image in the folder of its class, got '1.jpg' in a"),
         (["a/val/cat/1.jpg", "a/valid/dog/1.jpg"], "`data` must have one folder for each split, got val and valid"),
+        (["a/cat/1.jpg", "a/test/cat/2.jpg"], "`data` must hold folders of splits or folders of classes, got cat next"),
         (["a/.hidden"], "`data` must hold a folder of images per class, got a without one"),
         (["a"], r"`data` must be a folder of images, or an existing file .csv or .jsonl, got a\."),
     ],
