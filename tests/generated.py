@@ -1,8 +1,9 @@
-"""A small generated data set, and a report for tests."""
+"""A small generated data set, and helpers of several tests."""
 
 import numpy as np
 
 from cnnjax import Report
+from cnnjax.cli.main import main
 from cnnjax.data.sources import RawSet, RawSplit
 
 
@@ -28,3 +29,12 @@ class Lines(Report):
 
     def say(self, line):
         self.lines.append(line)
+
+
+def status(*arguments):
+    """Runs a command; returns its exit code."""
+    try:
+        main([*map(str, arguments)])
+    except SystemExit as stopped:
+        return stopped.code
+    return 0

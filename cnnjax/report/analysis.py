@@ -1,4 +1,4 @@
-"""What the report computes: examples to show, signs of over-fitting, and what differs between runs."""
+"""Computes the content of a report: examples, signs of over-fitting, and the differences between runs."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple

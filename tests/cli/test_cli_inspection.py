@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from generated import status
 
 from cnnjax.cli.main import main
 
@@ -33,14 +34,6 @@ def runs(trained, tmp_path, monkeypatch):
 def change(path, **values):
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
     path.with_name("SHA256SUMS").unlink(missing_ok=True)
-
-
-def status(*arguments):
-    try:
-        main([*map(str, arguments)])
-    except SystemExit as stopped:
-        return stopped.code
-    return 0
 
 
 def fails(capsys, *arguments):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from generated import status
 from PIL import Image
 from sklearn.metrics import accuracy_score, confusion_matrix, log_loss
 
@@ -33,15 +34,6 @@ def other_dir(tmp_path_factory, train):
 @pytest.fixture(scope="module")
 def test_images(prepared_dir):
     return load_dataset("generated", prepared_dir).load("test")
-
-
-def status(*arguments):
-    """Runs a command; returns its exit code."""
-    try:
-        main([*map(str, arguments)])
-    except SystemExit as stopped:
-        return stopped.code
-    return 0
 
 
 def save(image, path):

@@ -7,7 +7,9 @@ DATA_DIR FOLDER
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import jax
 from filelock import FileLock
@@ -32,6 +34,9 @@ class StopInSeed2(Report):
     def step(self, step, means):
         if self.prefix == "seed 2: " and step == 3:
             signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+            stop: Any = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+            while stop.signum is None:  # The main thread handles it soon; until then this seed could end.
+                time.sleep(0.01)
 
 
 run_dir, data_dir, folder = map(Path, sys.argv[1:])
