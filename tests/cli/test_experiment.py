@@ -175,7 +175,8 @@ def test_commands_that_compare_runs_need_no_file(trained, tmp_path, monkeypatch,
         edit(b / "config.json", lambda content: content["config"]["optim"].update(b1=0.9))
         edit(b / "result.json", lambda content, accuracy=accuracy: content.update(test_accuracy=accuracy))
     main(["compare", "a", "b"])
-    assert re.search(r"^b minus a: -\d+\.\d\d points .*paired t", capsys.readouterr().out, re.MULTILINE)
+    verdict = r"^b minus a: -\d+\.\d\d points \(95% interval .*paired t test, the same seeds\)\.$"
+    assert re.search(verdict, capsys.readouterr().out, re.MULTILINE)
     with pytest.raises(SystemExit, match="1"):
         main(["diff", "runs/a-seed0", "runs/b-seed0"])
     assert capsys.readouterr().out.startswith("configuration:\n  optim.b1: 0.8 | 0.9\ndata: the same\n")

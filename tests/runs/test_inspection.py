@@ -242,7 +242,8 @@ def test_compare_tests_two_experiments_over_their_seeds(seeds, tmp_path, capsys,
     assert lines[0] == (
         "good: test_accuracy 90.10% ± 0.10% (sample deviation), 95% interval of the mean 89.85% to 90.35%, n = 3"
     )
-    assert lines[2].startswith("bad minus good: -11.00 points (95% interval -13.48 to -8.52), p = 0.0027 (paired t")
+    difference = "bad minus good: -11.00 points (95% interval -13.48 to -8.52), p = 0.0027"
+    assert lines[2] == f"{difference} (paired t test, the same seeds)."
     assert lines[3] == "The difference is resolved: good is better."
     main(["compare", "bad", "good", "--metric", "test_loss"])
     lines = capsys.readouterr().out.splitlines()
