@@ -2,7 +2,6 @@
 
 import os
 import signal
-from contextlib import contextmanager
 
 import jax
 import jaxtyping
@@ -53,35 +52,19 @@ def prepared_dir(tmp_path_factory, raw_fashion_mnist):
 
 @pytest.fixture(scope="session")
 def research_run(tmp_path_factory):
-    """Returns a finished run of research.py, compiled quickly, whose directory tests must not change."""
-    with quickly():
-        return train_and_evaluate(research.CONFIG, run_dir=tmp_path_factory.mktemp("research") / "run")
-
-
-@contextmanager
-def quickly():
-    """Compiles in half the time."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", before)
+    """Returns a finished run of research.py, whose directory tests must not change."""
+    return train_and_evaluate(research.CONFIG, run_dir=tmp_path_factory.mktemp("research") / "run")
 
 
 @pytest.fixture
 def quick_compilation():
-    """Compiles in half the time, for tests that compare values up to rounding."""
-    with quickly():
-        yield
+    """Compiles in half the time, for tests that compare values up to rounding.
 
-
-@pytest.fixture(scope="module")
-def quick_processes():
-    """Compiles in half the time, also in the processes that the tests start: the bits of all are comparable."""
-    with pytest.MonkeyPatch.context() as patch, quickly():
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        yield
+    A program is compiled once per process, so these must not share one with a test that compares bits.
+    """
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

@@ -31,7 +31,6 @@ from cnnjax.runs.progress import Callbacks
 from cnnjax.step import TrainState
 
 PROGRAMS = Path(research.__file__).parent
-pytestmark = pytest.mark.usefixtures("quick_processes")
 
 
 def read_rows(run_dir):
@@ -69,13 +68,13 @@ def stop_after_two(row, state):
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory, quick_processes):
+def plain(tmp_path_factory):
     """A run of three epochs without callbacks."""
     return train_and_evaluate(CONFIG, run_dir=tmp_path_factory.mktemp("plain") / "run")
 
 
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory, quick_processes):
+def stopped(tmp_path_factory):
     """A run that was stopped after the second epoch."""
     return train_and_evaluate(CONFIG, run_dir=tmp_path_factory.mktemp("stopped") / "run", on_epoch=stop_after_two)
 
@@ -262,6 +261,7 @@ class Linear(nn.Module):
 CONSTANT = replace(CONFIG, model=Linear(), optim=SGD(learning_rate=0.05))
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_stopped_run_can_be_trained_longer(tmp_path):
     three = CONSTANT
     two, whole = replace(three, num_epochs=2), train_and_evaluate(three, run_dir=tmp_path / "whole")

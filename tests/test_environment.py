@@ -29,7 +29,7 @@ def options(prepared_dir):
 
 
 @pytest.fixture(scope="module")
-def whole(options, tmp_path_factory, quick_processes):
+def whole(options, tmp_path_factory):
     """A run that nothing disturbs."""
     run_dir = tmp_path_factory.mktemp("whole") / "run"
     main(["train", *options, "--run-dir", str(run_dir)])

@@ -17,7 +17,6 @@ from cnnjax.data.named import NAMED_SETS
 from cnnjax.data.sources import RawSet, RawSplit
 from cnnjax.data.tfds_format import write_tfds
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 EXPERIMENT, LOOP, _, LIBRARY = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

@@ -77,7 +77,7 @@ CONFIG = Config(
 # A network, optimizer, augmentation, loss and data of the user: 88 training examples make 6 steps per epoch, of 3.
 RESEARCH = research.CONFIG
 PROGRAMS = Path(research.__file__).parent
-pytestmark = pytest.mark.usefixtures("quick_processes")
+quick = pytest.mark.usefixtures("quick_compilation")  # For tests that share no compiled program with others.
 
 
 class Watch(Report):
@@ -111,14 +111,14 @@ def saved_steps(run_dir):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, prepared_dir, quick_processes):
+def whole(tmp_path_factory, prepared_dir):
     """A run of CONFIG without interruptions: its directory and its result."""
     run_dir = tmp_path_factory.mktemp("whole") / "run"
     return run_dir, train(CONFIG, run_dir=run_dir, data_dir=prepared_dir)
 
 
 @pytest.fixture(scope="module")
-def whole_research(tmp_path_factory, quick_processes):
+def whole_research(tmp_path_factory):
     """A run of RESEARCH without interruptions: its directory and its result."""
     run_dir = tmp_path_factory.mktemp("research") / "run"
     return run_dir, train(RESEARCH, run_dir=run_dir)
@@ -140,6 +140,7 @@ def test_a_run_learns_and_leaves_its_directory(whole):
     assert saved_steps(run_dir) == [25, 50]
 
 
+@quick
 def test_a_run_equals_a_loop_by_hand(whole_research):
     """A second implementation, from the seed to the result: data, keys, initialization, steps, the best epoch, TTA."""
     run_dir, result = whole_research
@@ -247,6 +248,7 @@ class ShowKey(Augment):
         return batch._replace(image=jnp.broadcast_to(value[:, None, None, None], batch.image.shape))
 
 
+@quick
 def test_the_keys_of_augmentation_depend_on_seed_epoch_and_example_only(tmp_path):
     make = jax.jit(make_batch, static_argnums=2)
 
@@ -431,6 +433,7 @@ class Linear(nn.Module):
         return nn.Dense(self.num_classes)(image.reshape(image.shape[0], -1))
 
 
+@quick
 def test_a_run_at_a_constant_learning_rate_can_be_trained_longer(tmp_path):
     two = replace(RESEARCH, num_epochs=2, model=Linear(), optim=SGD(learning_rate=0.05), augment=Augment())
     one = replace(two, num_epochs=1)
@@ -463,6 +466,7 @@ def test_a_run_whose_steps_depend_on_its_length_cannot_be_trained_longer(optim, 
         check_run(tmp_path, replace(config, num_epochs=4), resume=True)
 
 
+@quick
 def test_a_speed_recipe_without_validation_is_resumed_to_the_bit_and_scored_with_its_last_epoch(tmp_path, monkeypatch):
     groups = (ParamGroup("whiten", multiplier=8.0, num_epochs=2), ParamGroup("bias", multiplier=8.0))
     config = Config(
@@ -532,6 +536,7 @@ class Diverges(Optimizer):
         return optax.sgd(lambda update: jnp.where(jnp.asarray(update) < self.update, 1e-3, self.huge))
 
 
+@quick
 def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_finite_checkpoint_is_kept(tmp_path):
     config = replace(RESEARCH, model=Linear(), optim=Diverges(update=7, huge=1e38), augment=Augment())
     pattern = (
@@ -544,6 +549,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_finite_checkpoint_
     assert len(read_rows(tmp_path)) == 1
 
 
+@quick
 def test_parameters_that_are_not_finite_are_never_saved(tmp_path):
     """The last step of an epoch diverges: no loss shows it yet."""
     config = replace(RESEARCH, model=Linear(), optim=Diverges(update=5, huge=float("inf")), augment=Augment())
@@ -552,6 +558,7 @@ def test_parameters_that_are_not_finite_are_never_saved(tmp_path):
     assert saved_steps(tmp_path) == []
 
 
+@quick
 def test_an_epoch_that_a_slow_disk_skips_is_checked_too(monkeypatch, tmp_path):
     optim = Diverges(update=6, huge=float("inf"))
     config = replace(RESEARCH, validation_fraction=0.0, model=Linear(), optim=optim, augment=Augment())
@@ -561,6 +568,7 @@ def test_an_epoch_that_a_slow_disk_skips_is_checked_too(monkeypatch, tmp_path):
     assert read_rows(tmp_path) == []
 
 
+@quick
 def test_a_slow_disk_delays_a_checkpoint_by_no_more_than_checkpoint_seconds(monkeypatch, tmp_path):
     config = replace(RESEARCH, validation_fraction=0.0, num_epochs=2)  # 7 steps per epoch.
     monkeypatch.setattr(Checkpoints, "is_saving", lambda _: True)
@@ -617,6 +625,7 @@ def test_a_run_continues_with_its_version_of_a_set_beside_a_newer_one(whole, pre
     assert read_record(into).data.version == old.version
 
 
+@quick
 def test_a_refusal_changes_nothing(tmp_path):
     """A finished run is to be trained longer, but its latest checkpoint is of another network."""
     short = replace(RESEARCH, optim=SGD(learning_rate=0.01), num_epochs=1)
@@ -654,6 +663,7 @@ def test_a_directory_that_cannot_be_written(tmp_path):
         train(CONFIG, run_dir=tmp_path / "file")
 
 
+@quick
 def test_a_checkpoint_of_another_model(whole_research, tmp_path):
     wide = replace(RESEARCH, model=Net(width=32))
     write_record(tmp_path, Record(encode(wide), read_record(whole_research[0]).data))
@@ -685,6 +695,7 @@ class Crop(Augment):
         return batch._replace(image=batch.image[:, 1:])
 
 
+@quick
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

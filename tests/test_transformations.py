@@ -72,7 +72,7 @@ NETWORKS = {  # Without dropout, which Flax draws differently.
 
 
 @pytest.fixture(params=NETWORKS, scope="module")
-def network(request, quick_processes):
+def network(request):
     """Returns a function that builds the network, Flax's network, drawn variables, and images."""
     make, flax, shape = NETWORKS[request.param]
     rng = np.random.default_rng(0)

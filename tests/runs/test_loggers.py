@@ -38,8 +38,6 @@ from cnnjax.runs.manifest import read_manifest
 
 PROGRAMS = Path(research.__file__).parent
 
-pytestmark = pytest.mark.usefixtures("quick_processes")
-
 
 class Record(Logger):
     """Keeps its calls; what it does to its arguments affects nothing."""
@@ -104,7 +102,7 @@ def text(events, tag):
 
 
 @pytest.fixture(scope="module")
-def logged(tmp_path_factory, quick_processes):
+def logged(tmp_path_factory):
     """The same run with TensorBoard and a logger of our own; returns the run, and the calls of the latter."""
     record = Record()
     run_dir = tmp_path_factory.mktemp("logged") / "run"

@@ -20,7 +20,6 @@ from cnnjax.throughput import peak_flops, seconds_at_peak
 # jaxlib 0.12 warns when it makes this type, and with warnings as errors the process aborts.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:builtin type event_stats:DeprecationWarning"),
-    pytest.mark.usefixtures("quick_processes"),
 ]
 
 
@@ -35,7 +34,7 @@ def traced(run_dir):
 
 
 @pytest.fixture(scope="module")
-def profiled(tmp_path_factory, quick_processes):
+def profiled(tmp_path_factory):
     """A run with a profile over the end of an epoch, which takes long, on a device whose peak is known.
 
     Returns the run, and what it reports.

@@ -379,7 +379,6 @@ def test_a_schedule_free_run_uses_its_parameters_for_evaluation(run):
 # --- Scores ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("quick_compilation")  # As the run was compiled.
 def test_scores_equal_those_of_the_run(research_run, run):
     result, best = run.result, read_lines(run.run_dir / "metrics.jsonl")[run.result["best_epoch"] - 1]
     test, validation = (run.evaluate(split) for split in ("test", "validation"))
