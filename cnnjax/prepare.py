@@ -23,6 +23,7 @@ from cnnjax.losses import ClassWeighted, balanced_weights
 from cnnjax.memory import device_memory, explain_out_of_memory, gib, largest_result, num_bytes
 from cnnjax.metrics import sum_metrics
 from cnnjax.network import apply_in_evaluation, apply_in_training, init_variables, logits_of
+from cnnjax.onednn.library import kernels
 from cnnjax.pretrained import Weights
 from cnnjax.program import Program, init_run, train_steps
 from cnnjax.runs.checkpoints import all_finite
@@ -161,10 +162,12 @@ def set_up(
             state = init_from_data(state, images, model=config.model, tx=program.make_tx())
     check("model", "initialized with finite parameters", all_finite(state.params), "an infinite one or nan")
     shared = f" ({placement.num_devices} share a batch)" if placement.num_devices > 1 else ""
+    device = placement.devices[0]
+    used = f", {kernels()}" if device.platform == "cpu" else ""
     say(
         f"{title}: {word(type(config.model))} ({count_params(state):,} parameters) on {dataset.name} "
         f"({dataset.source}), {len(train.label):,} training and {len(validation.label):,} validation images, on "
-        f"{device_name(placement.devices[0])}{shared}"
+        f"{device_name(device)}{used}{shared}"
     )
     return setup, jax.device_put(state, placement.state_sharding)
 

@@ -1,9 +1,11 @@
 """The benchmarks: their harness, their programs at a small size, and the variants of the ladder."""
 
 import importlib
+import re
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,15 +34,15 @@ def load(monkeypatch):
 
 
 def run(*arguments, into):
-    """Runs a benchmark at a small size; returns the rows of each table, without its head."""
+    """Runs a benchmark at a small size; returns the rows of each part's tables, without heads."""
     command = [sys.executable, str(HERE / arguments[0]), "--small", "--into", str(into), *arguments[1:]]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    tables = {path.stem: path.read_text().splitlines() for path in into.glob("*.md")}
-    return {name: [row.split(" | ") for row in rows if row.startswith("| ")][2:] for name, rows in tables.items()}
+    texts = {path.stem: re.sub(r"(?m)^.*\n\| --- .*\n", "", path.read_text()) for path in into.glob("*.md")}
+    return {part: [row.split(" | ") for row in text.splitlines() if row[:2] == "| "] for part, text in texts.items()}
 
 
 @pytest.mark.parametrize(
-    ("script", "prefix", "count"), [("cpu", "", 5), ("gpu", "gpu ", 8), ("runs", "", 2), ("images", "images ", 3)]
+    ("script", "prefix", "count"), [("cpu", "", 6), ("gpu", "gpu ", 8), ("runs", "", 2), ("images", "images ", 3)]
 )
 def test_every_part_of_a_benchmark_has_a_place_in_the_report(load, script, prefix, count):
     harness, parts = load("harness"), load(script).PARTS
@@ -69,13 +71,25 @@ def test_contenders_take_turns_and_the_first_turn_warms_up(load):
 def test_a_process_answers_until_it_ends_or_its_time_is_over(load, capsys):
     harness = load("harness")
     command = (sys.executable, str(HERE / "harness.py"))
-    with harness.worker(*command, JAX_PLATFORMS="cpu") as ask:
-        assert f"; Python {sys.version.split()[0]}, jax {jax.__version__}, " in ask("environment", "-")
+    with harness.worker(*command, JAX_PLATFORMS="cpu", CNNJAX_ONEDNN="0") as ask:
+        found = ask("environment", "-")
+        assert f"; Python {sys.version.split()[0]}, jax {jax.__version__}, " in found
+        assert "; jax on cpu, kernels of XLA (" in found
         assert ask("unknown", until=time.monotonic() + 60) is None
         with pytest.raises(SystemExit, match="ended without an answer"):
             ask("environment", "-")
     with harness.worker(*command) as ask:
         assert ask("environment", "-", until=time.monotonic()) is None
+
+
+def test_a_contender_that_cannot_run_is_left_out_with_the_reason(load, monkeypatch, capsys):
+    cpu = load("cpu")
+    monkeypatch.setattr(cpu, "PEERS", Path(sys.executable))  # An environment without Keras, and one that crashes.
+    assert cpu.images_per_second(["Keras 3 float32"], (4,), Namespace(small=True, turns=1)) == {}
+    assert "Keras 3 float32 is left out: ModuleNotFoundError: No module named 'keras'\n" in capsys.readouterr().err
+    monkeypatch.setattr(cpu, "RUNNER", "-c")
+    assert cpu.images_per_second(["Keras 3 float32"], (4,), Namespace(small=True, turns=1)) == {}
+    assert "Keras 3 float32 is left out: its process ended\n" in capsys.readouterr().err
 
 
 def test_results_of_airbench_are_read_from_the_last_columns_of_its_table(load):
@@ -101,8 +115,9 @@ def test_the_layers_are_measured(tmp_path):
 
 @pytest.mark.slow
 def test_the_benchmarks_of_a_cpu_produce_their_tables(tmp_path):
-    tables = run("cpu.py", "step", "sizes", "accuracy", into=tmp_path)
-    assert [row[0].split(":")[0] for row in tables["step"]][::2] == ["| cnnjax float32", "| Flax float32"]
+    tables = run("cpu.py", "step", "speednet", "sizes", "accuracy", into=tmp_path)
+    for part, name in (("step", "| cnnjax float32"), ("speednet", "| cnnjax bfloat16, Muon")):
+        assert [row[0] for row in tables[part]].count(name) == 2
     assert len(tables["sizes"]) == 2
     assert "GiB" in tables["accuracy"][0][-1]
     tables = run("runs.py", into=tmp_path)

@@ -1,5 +1,4 @@
 import json
-import os
 import re
 import shutil
 import signal
@@ -336,18 +335,12 @@ def test_a_run_saves_within_an_epoch_and_counts_the_time_of_all_sessions(whole_r
     assert result["training_seconds"] > before[0]["seconds"] + 0.5
 
 
-@pytest.fixture
-def environment():
-    """The environment of a process that finds its compiled programs in the cache, where those of oneDNN cannot be."""
-    return {**os.environ, "CNNJAX_ONEDNN": "0"}
-
-
-def test_a_process_stopped_by_sigint_is_resumed_to_the_bit(whole_research, environment, tmp_path):
+def test_a_process_stopped_by_sigint_is_resumed_to_the_bit(whole_research, tmp_path):
     """The next test sends SIGKILL; tests/cli/test_experiment.py sends SIGTERM."""
     run_dir = tmp_path / "run"
     command = [sys.executable, str(PROGRAMS / "research.py"), "--run-dir", str(run_dir)]
     command += ["--checkpoint-seconds", "0"]  # Each step is saved, so that the signal arrives before the last one.
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     while not (line := process.stdout.readline()).startswith("epoch 1/3"):
         assert line, process.communicate()[1]
@@ -376,10 +369,10 @@ def test_a_process_stopped_by_sigint_is_resumed_to_the_bit(whole_research, envir
         pytest.param("result.json", 1, marks=pytest.mark.slow),
     ],
 )
-def test_a_kill_at_any_write_is_repaired_by_resuming(name, count, whole_research, environment, tmp_path):
+def test_a_kill_at_any_write_is_repaired_by_resuming(name, count, whole_research, tmp_path):
     run_dir = tmp_path / "run"
     command = [sys.executable, str(PROGRAMS / "killed_at_write.py"), name, str(count), "--run-dir", str(run_dir)]
-    killed = subprocess.run(command, check=False, env=environment)
+    killed = subprocess.run(command, check=False)
     assert killed.returncode == -signal.SIGKILL
     result = train(RESEARCH, run_dir=run_dir, resume=True)
     assert result["sha256"] == whole_research[1]["sha256"]

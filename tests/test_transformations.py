@@ -16,10 +16,10 @@ import pytest
 from flax import linen as nn
 
 from cnnjax import CNN, MLP, SpeedNet
-from cnnjax.layers import onednn
 from cnnjax.layers.conv import conv2d
 from cnnjax.layers.norm import batch_norm_gelu
 from cnnjax.layers.ops import dense, gelu, max_pool_2x2, plain_max_pool_2x2
+from cnnjax.onednn import calls as onednn
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 PROGRAM = Path(__file__).parent / "programs" / "meshes.py"

@@ -7,7 +7,6 @@ import platform
 import re
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from cnnjax.errors import UserError
@@ -63,34 +62,28 @@ def start_jax() -> None:
 
 
 def use_compilation_cache(say: Callable[[str], None]) -> None:
-    """Caches compiled programs in ~/.cache/cnnjax (or $XDG_CACHE_HOME), unless $JAX_COMPILATION_CACHE_DIR is set.
+    """Caches compiled programs in `cache_dir`, unless $JAX_COMPILATION_CACHE_DIR is set.
 
-    A second start then saves most of the seconds before its first step and gives the same bits. Nothing is cached in
-    two cases: on a CPU with the kernels of `onednn`, whose programs cannot be serialized but compile in two seconds;
-    and if XLA_FLAGS enables CUDA graphs of convolutions, because cuDNN failed in such a program when it was loaded from
-    the cache (jaxlib 0.11.2, H100). A user who sets $JAX_COMPILATION_CACHE_DIR gets XLA's kernels and their bits.
+    A second start then saves most of the seconds before its first step and gives the same bits. Nothing is cached if
+    XLA_FLAGS enables CUDA graphs of convolutions, because cuDNN failed in such a program when it was loaded from the
+    cache (jaxlib 0.11.2, H100).
     """
     import jax
 
-    from cnnjax.layers import onednn
+    from cnnjax.runs.files import cache_dir
 
     start_jax()
-    with_onednn = jax.default_backend() == "cpu" and onednn.available()
     graphs = re.search(r"command_buffer=\S*(?<![-\w])CONVOLUTION", os.environ.get("XLA_FLAGS", "")) is not None
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
-        if with_onednn:
-            say("JAX_COMPILATION_CACHE_DIR is set, so XLA's slower kernels are used. Unset it to use oneDNN's.")
-        elif graphs:
+        if graphs:
             say("JAX_COMPILATION_CACHE_DIR is set: cached programs with CUDA graphs of convolutions may fail.")
         return
-    if with_onednn or graphs:
+    if graphs:
         return
-    try:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:  # The user is unknown to the system and has no $HOME.
+    if (folder := cache_dir()) is None:
         say("There is no home directory, so compiled programs are not kept: each start compiles again. Set HOME.")
         return
-    cache = home / "cnnjax" / f"xla-{processor()}"
+    cache = folder / f"xla-{processor()}"
     with suppress(OSError):
         cache.mkdir(parents=True, exist_ok=True)
     if not os.access(cache, os.W_OK):  # Training does not need the cache.
@@ -102,7 +95,7 @@ def use_compilation_cache(say: Callable[[str], None]) -> None:
 
 def processor() -> str:
     """Identifies the processor's instruction sets: a program compiled for one processor may crash on another."""
-    from cnnjax.layers.onednn import processor_flags
+    from cnnjax.onednn.library import processor_flags
 
     flags = processor_flags() or platform.processor()
     return f"{platform.machine()}-{hashlib.sha256(flags.encode()).hexdigest()[:8]}"

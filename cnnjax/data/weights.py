@@ -25,7 +25,7 @@ from cnnjax.data.stored import INTERPOLATIONS
 from cnnjax.data.torch_files import Refused, read_torch
 from cnnjax.errors import UserError, option
 from cnnjax.pretrained import Weights
-from cnnjax.runs.files import file_sha256, open_regular, read_json, write_file, write_json
+from cnnjax.runs.files import cache_dir, file_sha256, open_regular, read_json, write_file, write_json
 from cnnjax.typing import Preprocessing, PublishedWeights
 
 HUB = "https://huggingface.co"
@@ -165,10 +165,9 @@ def _fetch(published: PublishedWeights, say: Callable[[str], None]) -> _File:
 
 
 def _cache() -> Path:
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cnnjax" / "weights"
-    except RuntimeError as error:  # The user is unknown to the system and has no $HOME.
-        raise UserError("`model.weights` must be a file for a user without a home directory. Or set HOME.") from error
+    if (folder := cache_dir()) is None:
+        raise UserError("`model.weights` must be a file for a user without a home directory. Or set HOME.")
+    return folder / "weights"
 
 
 def _from_hub(published: PublishedWeights, folder: Path, say: Callable[[str], None]) -> _File:

@@ -6,8 +6,8 @@ from jaxtyping import Array, Float
 
 from cnnjax.layers.depthwise import depthwise_conv2d, plain_depthwise_conv2d, strided_conv2d
 from cnnjax.layers.derivatives import in_plain_operations
-from cnnjax.layers.onednn import Padding
 from cnnjax.layers.ops import dense, plain_dense
+from cnnjax.onednn.calls import Padding
 
 # Built once: modules are static arguments of the step. Source: He et al. (2015), equation 14, as in torchvision.
 HE_FAN_OUT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")

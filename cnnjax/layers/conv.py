@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from cnnjax.layers import onednn
 from cnnjax.layers.derivatives import fast_vjp
-from cnnjax.layers.onednn import Padding
+from cnnjax.onednn import calls as onednn
+from cnnjax.onednn.calls import Padding
 from cnnjax.typing import AnyArray
 
 
@@ -33,18 +33,17 @@ def conv2d(
       kernel, bias: float32, rounded to the dtype of the image.
       padding: zeros around the image, ((top, bottom), (left, right)).
     """
-    dtype = image.dtype
-    operands = tuple(jnp.asarray(x, dtype) for x in (image, kernel, bias) if x is not None)
+    operands = (image, kernel) if bias is None else (image, kernel, bias)
 
     def by_xla(image: Array, kernel: Array, *bias: Array, convolve=convolution_by_xla) -> Array:
-        y = convolve(image, kernel, padding=padding)
+        y = convolve(image, kernel.astype(image.dtype), padding=padding)
         for b in bias:
-            y = y + b[None, None, None]  # [K] -> [1 1 1 K]
+            y = y + b.astype(image.dtype)[None, None, None]  # [K] -> [1 1 1 K]
         return jnp.maximum(y, 0) if relu else y
 
-    cpu = partial(onednn.convolution, padding=padding, relu=relu) if onednn.in_use(dtype) else by_xla
+    cpu = partial(onednn.convolution, padding=padding, relu=relu) if onednn.in_use(image.dtype, padding) else by_xla
     default = partial(by_xla, convolve=convolution_on_accelerators)
-    return lax.platform_dependent(*operands, cpu=cpu, default=default)
+    return lax.platform_dependent(*map(jnp.asarray, operands), cpu=cpu, default=default)
 
 
 def plain_conv2d(
@@ -104,16 +103,32 @@ def _conv2d_bwd(padding, relu, residuals, g):
     image, kernel, bias, y = residuals
     if relu:
         g = jnp.where(y > 0, g, 0)
-    # The gradient of the image is a convolution of `g` with the kernel rotated by 180° and its channels swapped.
+    by_onednn, size = onednn.in_use(image.dtype, padding), image.shape[1:3]
+    # Without oneDNN, the gradient of the image is a convolution of `g` with the kernel rotated by 180° and its channels
+    # swapped.
     (i, j), ((top, bottom), (left, right)) = kernel.shape[:2], padding
     back = ((i - 1 - top, i - 1 - bottom), (j - 1 - left, j - 1 - right))
 
-    def cpu(g: Array, kernel: Array) -> Array:
-        return conv2d.fun(g, kernel[::-1, ::-1].swapaxes(2, 3), None, back, False)
+    def image_grad_on_cpu(g: Array, kernel: Array) -> Array:
+        if by_onednn:
+            return onednn.image_grad(g, kernel, size=size, padding=padding)
+        return convolution_by_xla(g, kernel.astype(g.dtype)[::-1, ::-1].swapaxes(2, 3), padding=back)
 
-    default = partial(image_grad_by_xla, size=image.shape[1:3], padding=padding)
-    image_grad = lax.platform_dependent(g, kernel.astype(g.dtype), cpu=cpu, default=default)
-    return image_grad, kernel_grad(image, g, padding), None if bias is None else _bias_grad(g, relu)
+    def image_grad_of(g: Array, kernel: Array) -> Array:
+        return image_grad_by_xla(g, kernel.astype(g.dtype), size=size, padding=padding)
+
+    def kernel_grads_on_cpu(image: Array, g: Array) -> list[Array]:
+        if by_onednn:
+            return onednn.kernel_grad(image, g, size=(i, j), padding=padding, bias=bias is not None)
+        return kernel_grads(image.astype(jnp.float32), g.astype(jnp.float32))
+
+    def kernel_grads(image: Array, g: Array) -> list[Array]:
+        grad = kernel_grad_by_xla(image, g, padding=padding)
+        return [grad] if bias is None else [grad, g.sum((0, 1, 2), dtype=jnp.float32)]
+
+    grads = lax.platform_dependent(image, g, cpu=kernel_grads_on_cpu, default=kernel_grads)
+    image_grad = lax.platform_dependent(g, kernel, cpu=image_grad_on_cpu, default=image_grad_of)
+    return image_grad, grads[0], None if bias is None else grads[1]
 
 
 def image_grad_by_xla(
@@ -126,102 +141,17 @@ def image_grad_by_xla(
     return grad[..., : kernel.shape[2]]
 
 
-conv2d.defvjp(_conv2d_fwd, _conv2d_bwd)
-conv2d.defplain(plain_conv2d)
-
-
-def _bias_grad(g: Float[Array, "B H W K"], relu: bool) -> Float[Array, " K"]:
-    def by_matmul(g: Array) -> Array:
-        g = g.reshape(-1, g.shape[-1])  # [B H W K] -> [B*H*W K]
-        return onednn.matmul(jnp.ones((1, g.shape[0]), g.dtype), g, dtype=jnp.float32)[0]
-
-    by_sum = partial(jnp.sum, axis=(0, 1, 2), dtype=jnp.float32)
-    # XLA fuses the computation of `g` into the sum: fast for a ReLU, slow for the activation of a later layer.
-    return by_sum(g) if relu else onednn.on_cpu(by_matmul, by_sum, g)
-
-
-def kernel_grad(
-    image: Float[Array, "B H W C"], g: Float[Array, "B H2 W2 K"], padding: Padding
-) -> Float[Array, "I J C K"]:
-    """Returns the gradient of the kernel: the products of image and `g`, summed over all positions.
-
-    The result is float32. On an accelerator it is first rounded to the dtype of the image, as in JAX's own gradient.
-    """
-    if not onednn.in_use(image.dtype) or not onednn.has_avx512() or image.shape[3] < 16:  # XLA is faster for these.
-        cpu = _kernel_grad_by_xla_in_float32
-    elif image.dtype == jnp.bfloat16 and onednn.has_bfloat16():
-        cpu = _kernel_grad_by_convolution
-    elif image.shape[1] * image.shape[2] <= 16:  # The product has I*J parts, most of them of padding.
-        cpu = _kernel_grad_by_xla_in_float32
-    else:
-        cpu = _kernel_grad_by_matmul
-    cpu, default = (partial(f, padding=padding) for f in (cpu, kernel_grad_by_xla))
-    return lax.platform_dependent(image, g, cpu=cpu, default=default)
-
-
 def kernel_grad_by_xla(
     image: Float[Array, "B H W C"], g: Float[Array, "B H2 W2 K"], *, padding: Padding
 ) -> Float[Array, "I J C K"]:
-    """Returns the gradient of the kernel as a convolution that sums over the batch instead of the channels."""
+    """Returns the float32 gradient of the kernel, as a convolution that sums over the batch instead of the channels.
+
+    It is first rounded to the dtype of the image, as in JAX's own gradient.
+    """
     numbers, channels = ("CHWN", "IHWO", "HWNC"), image.shape[3]
     grad = lax.conv_general_dilated(_fill(image, 3), g, (1, 1), padding, dimension_numbers=numbers)
     return grad[:, :, :channels].astype(jnp.float32)
 
 
-def _kernel_grad_by_xla_in_float32(
-    image: Float[Array, "B H W C"], g: Float[Array, "B H2 W2 K"], *, padding: Padding
-) -> Float[Array, "I J C K"]:
-    return kernel_grad_by_xla(image.astype(jnp.float32), g.astype(jnp.float32), padding=padding)
-
-
-def _kernel_grad_by_matmul(
-    image: Float[Array, "B H W C"], g: Float[Array, "B H2 W2 K"], *, padding: Padding
-) -> Float[Array, "I J C K"]:
-    """Multiplies J copies of the image, shifted in width, by I copies of `g`, shifted in height."""
-    (_, h, w, c), (_, h2, w2, k) = image.shape, g.shape
-    (top, bottom), (left, right) = padding
-    rows, columns = h + top + bottom - h2 + 1, w + left + right - w2 + 1  # Of the kernel.
-    zero = jnp.zeros((), image.dtype)
-    images = sum(
-        lax.pad(
-            image,
-            zero,
-            ((0, 0, 0), (top, bottom, 0), (left - j, w2 + j - left - w, 0), (j * c, (columns - 1 - j) * c, 0)),
-        )
-        for j in range(columns)
-    )  # [B H+pads W2 J*C]
-    gs = sum(
-        lax.pad(g, zero, ((0, 0, 0), (i, rows - 1 - i, 0), (0, 0, 0), (i * k, (rows - 1 - i) * k, 0)))
-        for i in range(rows)
-    )  # [B H+pads W2 I*K]
-    images, gs = lax.optimization_barrier((images, gs))
-    halves = 2 - images.size // (columns * c) % 2  # Two sums of equal length are faster than one.
-    images, gs = images.reshape(halves, -1, columns * c), gs.reshape(halves, -1, rows * k)
-    product = onednn.matmul(images, gs, transpose_a=True, dtype=jnp.float32).sum(0)
-    return product.reshape(columns, c, rows, k).transpose(2, 0, 1, 3)  # [J*C I*K] -> [I J C K]
-
-
-def _kernel_grad_by_convolution(
-    image: Float[Array, "B H W C"], g: Float[Array, "B H2 W2 K"], *, padding: Padding
-) -> Float[Array, "I J C K"]:
-    """Computes J convolutions with `g` as the kernel.
-
-    Their width is the image's channels, and their channels are its width and batch, which are summed over. `g` slides
-    over the height only, so each convolution returns all I rows.
-    """
-    (b, h, w, c), (_, h2, w2, k) = image.shape, g.shape
-    (top, bottom), (left, right) = padding
-    columns = w + left + right - w2 + 1
-    image = lax.optimization_barrier(image.transpose(1, 3, 2, 0))  # [B H W C] -> [H C W B]
-    image = jnp.pad(image, ((0, 0), (0, 0), (left, right), (0, 0)))
-    kernel = g.transpose(1, 2, 0, 3).reshape(h2, 1, w2 * b, k)  # [B H2 W2 K] -> [H2 1 W2*B K]
-    grads = [
-        onednn.convolution(
-            lax.optimization_barrier(image[:, :, j : j + w2].reshape(1, h, c, w2 * b)),
-            kernel,
-            padding=((top, bottom), (0, 0)),
-            dtype=jnp.float32,
-        )
-        for j in range(columns)
-    ]  # J arrays [1 I C K]
-    return jnp.concatenate(grads).swapaxes(0, 1)  # [J I C K] -> [I J C K]
+conv2d.defvjp(_conv2d_fwd, _conv2d_bwd)
+conv2d.defplain(plain_conv2d)

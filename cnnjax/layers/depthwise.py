@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from cnnjax.layers import onednn
 from cnnjax.layers.conv import conv2d, plain_conv2d
 from cnnjax.layers.derivatives import fast_vjp, in_plain_operations
-from cnnjax.layers.onednn import Padding
+from cnnjax.onednn import calls as onednn
+from cnnjax.onednn.calls import Padding
 
 
 @partial(fast_vjp, nondiff_argnums=(2, 3))
@@ -29,7 +29,7 @@ def depthwise_conv2d(
       stride: of both height and width.
     """
     options = {"padding": padding, "stride": stride}
-    cpu = _by_onednn if onednn.in_use(image.dtype) else _by_shifts
+    cpu = _by_onednn if onednn.in_use(image.dtype, padding) else _by_shifts
     cpu, default = partial(cpu, **options), partial(_by_xla, **options)
     return lax.platform_dependent(image, kernel.astype(image.dtype), cpu=cpu, default=default)
 
@@ -90,6 +90,9 @@ def _bwd(padding, stride, residuals, g):
         return depthwise_conv2d.fun(g, kernel[::-1, ::-1], back, 1)
 
     def kernel_grad(image: Array, g: Array) -> Array:
+        if i * j <= 9 and onednn.in_use(image.dtype, padding):  # oneDNN's is slow for larger kernels.
+            options = {"size": (i, j), "padding": padding, "stride": stride, "groups": image.shape[-1]}
+            return onednn.kernel_grad(image, g, **options)[0][:, :, 0]  # [I J 1 C] -> [I J C]
         parts = _shifts(image, (i, j), padding=padding, stride=stride)
         return jnp.stack([(part * g.astype(jnp.float32)).sum((0, 1, 2)) for part in parts]).reshape(kernel.shape)
 
@@ -126,8 +129,8 @@ def strided_conv2d(
 ) -> Float[Array, "B H2 W2 K"]:
     """Returns the cross-correlation, in the dtype of the image.
 
-    On a CPU, blocks of stride × stride pixels become channels, so that `conv2d` of stride 1 computes it: XLA's gradient
-    of a convolution with strides can take a hundred times as long as the convolution.
+    On a CPU without oneDNN, blocks of stride × stride pixels become channels, so that `conv2d` of stride 1 computes it:
+    XLA's gradient of a convolution with strides can take a hundred times as long as the convolution.
     """
     convolve = plain_conv2d if plain else conv2d
     if stride == 1:
@@ -137,6 +140,8 @@ def strided_conv2d(
         return lax.conv_general_dilated(
             image, kernel.astype(image.dtype), (stride, stride), padding, dimension_numbers=numbers
         )
+    if onednn.in_use(image.dtype, padding):
+        return _strided_by_onednn(image, kernel, padding, stride)
     (b, h, w, c), (i, j, _, k), s = image.shape, kernel.shape, stride
     rows, columns = -(-i // s), -(-j // s)  # Of the new kernel.
     (top, bottom), (left, right) = padding
@@ -148,3 +153,21 @@ def strided_conv2d(
     kernel = jnp.pad(kernel, ((0, rows * s - i), (0, columns * s - j), (0, 0), (0, 0)))
     kernel = kernel.reshape(rows, s, columns, s, c, k).swapaxes(1, 2).reshape(rows, columns, -1, k)
     return convolve(image, kernel, None, ((0, 0), (0, 0)), False)
+
+
+@partial(fast_vjp, nondiff_argnums=(2, 3))
+def _strided_by_onednn(image, kernel, padding, stride):
+    return onednn.convolution(image, kernel, padding=padding, stride=stride)
+
+
+def _strided_fwd(image, kernel, padding, stride):
+    return _strided_by_onednn.fun(image, kernel, padding, stride), (image, kernel)
+
+
+def _strided_bwd(padding, stride, residuals, g):
+    image, kernel = residuals
+    image_grad = onednn.image_grad(g, kernel, size=image.shape[1:3], padding=padding, stride=stride)
+    return image_grad, *onednn.kernel_grad(image, g, size=kernel.shape[:2], padding=padding, stride=stride)
+
+
+_strided_by_onednn.defvjp(_strided_fwd, _strided_bwd)

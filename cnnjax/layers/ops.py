@@ -6,7 +6,6 @@ float32.
 """
 
 import math
-from functools import partial
 
 import flax.linen as nn
 import jax
@@ -15,7 +14,6 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key, UInt8
 
-from cnnjax.layers import onednn
 from cnnjax.layers.derivatives import fast_vjp, in_plain_operations
 
 
@@ -47,8 +45,7 @@ def _matmul(
         axes = ((0 if transpose_a else 1,), (1 if transpose_b else 0,))
         return lax.dot_general(a, b, (axes, ((), ())), preferred_element_type=dtype or a.dtype)
 
-    fast = partial(onednn.matmul, transpose_a=transpose_a, transpose_b=transpose_b, dtype=dtype)
-    return onednn.on_cpu(fast, by_xla, a, b)
+    return by_xla(a, b)
 
 
 dense.defvjp(lambda x, kernel: (dense.fun(x, kernel), (x, kernel)), _dense_bwd)

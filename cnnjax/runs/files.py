@@ -33,6 +33,17 @@ RESTORE = "Restore the file, or train again."
 T = TypeVar("T")
 
 
+def cache_dir() -> Path | None:
+    """Returns cnnjax's folder for what can be made again, $XDG_CACHE_HOME/cnnjax or ~/.cache/cnnjax.
+
+    Returns None if there is no home directory.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cnnjax"
+    except RuntimeError:  # The user is unknown to the system and has no $HOME.
+        return None
+
+
 @contextmanager
 def atomic_write(path: Path, shared: bool = False) -> Iterator[IO[bytes]]:
     """Opens a temporary file that replaces `path` if the block succeeds.

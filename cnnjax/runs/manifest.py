@@ -15,7 +15,7 @@ from cnnjax.cli.process import num_cores, processor
 from cnnjax.cli.signals import Interrupted
 from cnnjax.compiler import compiler_options
 from cnnjax.errors import UserError
-from cnnjax.layers import onednn
+from cnnjax.onednn.library import kernels
 from cnnjax.runs.files import SUMS, changes, read_json, show, write_file, write_json, write_sums
 from cnnjax.runs.schema import FORMAT, Manifest, Session, Versioned
 
@@ -59,7 +59,7 @@ def environment(devices: Sequence[Any]) -> dict[str, Any]:
         "processor": processor(),
         "cores": num_cores(),
         "driver": " ".join(driver),
-        "kernels": "oneDNN" if first.platform == "cpu" and onednn.in_use() else "XLA",
+        "kernels": f"oneDNN {found}" if first.platform == "cpu" and (found := kernels().version) else "XLA",
         "flags": flags,
         "compiler_options": compiler_options(),
         "host": platform.node(),

@@ -2,16 +2,19 @@
 
     .venv/bin/python experiments/benchmarks/cpu.py                # all parts except the last
     .venv/bin/python experiments/benchmarks/cpu.py step sizes     # these parts
-    .venv/bin/python experiments/benchmarks/cpu.py --small        # try them at a small size, without peers
+    .venv/bin/python experiments/benchmarks/cpu.py --small        # try them at a small size
 
 step       a training step of the tutorial's network at batch size 128: cnnjax, plain Flax, PyTorch and Keras 3
-sizes      the same for cnnjax at batch sizes from 32 to 512
+speednet   a training step of `cifar10_fast`, and of its network in PyTorch with SGD
+sizes      a step of the tutorial's network in cnnjax at batch sizes from 32 to 512
 layers     each convolution of the tutorial's network, forward and backward, beside a matrix product
 accuracy   `cifar10_fast` from its first step to 78.5% and to 90% of CIFAR-10's test images, 3 seeds
 tutorial   the tutorial's Keras code from `fit` to 78.5%, 3 seeds: several hours
 
 Each contender is a process. Contenders take turns on the same images; a turn is a warm pass, synchronized at both ends.
-Peers are installed in .venv-peers, which `make bench` creates. Each part writes its table into BENCHMARKS.md.
+`step` and `speednet` measure twice: with default settings, and with variables of glibc for all that keep freed memory,
+as `cnnjax.keep_memory` does. Peers are installed in .venv-peers, which `make bench` creates; a peer that cannot run is
+left out. Each part writes its tables into BENCHMARKS.md.
 """
 
 import argparse
@@ -19,6 +22,7 @@ import os
 import statistics
 import sys
 import tempfile
+import time
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -31,48 +35,79 @@ from peers import CONTENDERS
 PEERS = harness.ROOT / ".venv-peers" / "bin" / "python"
 RUNNER = str(harness.HERE / "peers.py")
 SIZES = (32, 64, 128, 256, 512)
+# The settings of `cnnjax.keep_memory` as variables.
+KEEP_MEMORY = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "2147483647",
+    "MALLOC_TOP_PAD_": "67108864",
+    "MALLOC_ARENA_MAX": "1",
+}
 LAYERS = ((3, 32, 32), (32, 32, 32), (32, 64, 16), (64, 64, 16))  # Input and output channels, height and width.
 
-# --- Parts: each returns a table ------------------------------------------------------------------------------------
+# --- Parts: each returns its tables ---------------------------------------------------------------------------------
 
 
-def contenders() -> list[str]:
-    """Returns the installed contenders, except those in bfloat16 on a processor that emulates it, which are slow."""
-    from cnnjax.layers.onednn import has_bfloat16
+def contenders(part: str) -> list[str]:
+    """Returns the contenders of a part, except those in bfloat16 on a processor that emulates it, which are slow."""
+    from cnnjax.onednn.library import kernels
 
-    return [name for name in CONTENDERS if Path(python(name)).exists() and (has_bfloat16() or "bfloat16" not in name)]
+    names = [name for name in CONTENDERS if CONTENDERS[name].part == part and Path(python(name)).exists()]
+    return [name for name in names if kernels().bfloat16 or "bfloat16" not in name]
 
 
 def python(name: str) -> str:
     return str(PEERS) if CONTENDERS[name].peer else sys.executable
 
 
-def images_per_second(names: list[str], sizes: tuple[int, ...], args: argparse.Namespace) -> Any:
-    """Returns the speed of each contender at each batch size, by turn."""
-    num_images = 2 * max(sizes) if args.small else 4096
+def images_per_second(
+    names: list[str], sizes: tuple[int, ...], args: argparse.Namespace, *widths: int, **environment: str
+) -> Any:
+    """Returns the speed of each contender that can run at each batch size, by turn."""
+    num_images = max(sizes) * (2 if args.small else 4096 // max(sizes))
     with ExitStack() as stack:
-        asks = {name: stack.enter_context(worker(python(name), RUNNER, log=Path(os.devnull))) for name in names}
-
-        def speed(name: str, size: int) -> float:
-            return num_images / asks[name]("training_pass", name, size, num_images)
-
-        work = {(name, size): partial(speed, name, size) for name in names for size in sizes}
+        work = {}
+        for name in names:
+            peer = CONTENDERS[name].peer
+            log = Path(os.devnull) if peer else None
+            ask = stack.enter_context(worker(python(name), RUNNER, log=log, **environment))
+            for size in sizes:
+                question = (name, size, num_images, *widths)
+                reason = ask("prepare", *question, until=time.monotonic() + 600 if peer else None)
+                if reason == "":
+                    work[name, size] = lambda ask=ask, question=question: num_images / ask("training_pass", *question)
+                else:
+                    print(f"{name} is left out: {reason or 'its process ended'}", file=sys.stderr)
         return harness.take_turns(work, args.turns)
 
 
+def compare(part: str, size: int, args: argparse.Namespace, *widths: int) -> str:
+    """Returns two tables of the contenders of a part: with default settings, and with memory kept by all."""
+    tables = []
+    for title, environment in ((f"batch {size}", {}), (f"batch {size}, all keep memory", KEEP_MEMORY)):
+        speed = images_per_second(contenders(part), (size,), args, *widths, **environment)
+        ours = [name for name, _ in speed if name.startswith("cnnjax")]
+        rows = []
+        for name, _ in speed:
+            ratios = [f"{ratio(speed[our, size], speed[name, size]):.2f} ×" for our in ours]
+            rows.append([name + CONTENDERS[name].details, spread(speed[name, size]), *ratios])
+        tables.append(table([title, "images/s", *(f"{our} is" for our in ours)], rows))
+    return "\n\n".join(tables)
+
+
 def step(args: argparse.Namespace) -> str:
-    size, names = 4 if args.small else 128, contenders()
-    speed = images_per_second(names, (size,), args)
-    ours = [name for name in names if name.startswith("cnnjax")]
-    rows = []
-    for name in names:
-        ratios = [f"{ratio(speed[our, size], speed[name, size]):.2f} ×" for our in ours]
-        rows.append([name + CONTENDERS[name].details, spread(speed[name, size]), *ratios])
-    return table([f"batch {size}", "images/s", *(f"{our} is" for our in ours)], rows)
+    return compare("step", 4 if args.small else 128, args)
+
+
+def speednet(args: argparse.Namespace) -> str:
+    from cnnjax.cli.experiment import load_experiment
+
+    config: Any = load_experiment(str(harness.EXPERIMENTS / "cifar10_fast.py")).config
+    size, widths = (4, (4, 4, 4)) if args.small else (config.batch_size, config.model.widths)
+    return compare("speednet", size, args, *widths)
 
 
 def sizes(args: argparse.Namespace) -> str:
-    sizes, names = (2, 4) if args.small else SIZES, [name for name in contenders() if name.startswith("cnnjax")]
+    sizes, names = (2, 4) if args.small else SIZES, [name for name in contenders("step") if name.startswith("cnnjax")]
     speed, rows = images_per_second(names, sizes, args), []
     for name in names:
         medians = [statistics.median(speed[name, size]) for size in sizes]
@@ -174,16 +209,18 @@ def tutorial(args: argparse.Namespace) -> str:
     return table([*head, "s per epoch"], rows)
 
 
-PARTS = {f.__name__: f for f in (step, sizes, layers, accuracy, tutorial)}
+PARTS = {f.__name__: f for f in (step, speednet, sizes, layers, accuracy, tutorial)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--turns", type=int, default=7, help="of step, sizes and layers")
+    parser.add_argument("--turns", type=int, default=5, help="of step, speednet, sizes and layers")
     parser.add_argument("--num-seeds", type=int, default=3, help="of accuracy and tutorial")
     args = harness.parse(parser, list(PARTS), list(PARTS)[:-1])
-    if not PEERS.exists() and ("tutorial" in args.parts or ("step" in args.parts and not args.small)):
+    if not PEERS.exists() and ("tutorial" in args.parts or ({"step", "speednet"} & {*args.parts} and not args.small)):
         parser.error(f"The peers must be in {PEERS.parents[1]}. Use: make bench ARGS='{' '.join(args.parts)}'")
+    if variables := sorted(name for name in os.environ if name.startswith("MALLOC_")):
+        parser.error(f"Variables that begin with MALLOC_ must not be set, got {', '.join(variables)}. Unset them.")
     if args.small:
         args.turns = args.num_seeds = 1
     harness.write_tables(args, PARTS, "" if args.small else harness.describe(str(PEERS)))

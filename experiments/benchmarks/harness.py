@@ -208,11 +208,12 @@ def describe(peers: str, python: str = sys.executable) -> str:
 
 
 def environment(peers: str) -> str:
-    """Returns date, hardware, versions (also of the interpreter `peers`) and commit as a sentence."""
+    """Returns date, hardware, versions (also of the interpreter `peers`), kernels and commit as a sentence."""
     from importlib.metadata import version
 
     import jax
 
+    from cnnjax.onednn.library import kernels
     from cnnjax.prepare import device_name
     from cnnjax.runs.source import source_code
 
@@ -224,11 +225,12 @@ def environment(peers: str) -> str:
     if Path(peers).exists():
         packages = subprocess.check_output([peers, "-m", "pip", "list", "--format", "freeze"], text=True)
         versions += [" ".join(found) for found in re.findall(r"(?m)^(torch|keras|tensorflow[_a-z-]*)==(.*)", packages)]
+    backend = f"cpu, kernels of {kernels()}" if jax.default_backend() == "cpu" else jax.default_backend()
     code = source_code().facts
     commit = (code["commit"] or "unknown")[:7] + (" with changes" if code["dirty"] else "")
     return (
         f"{time.strftime('%Y-%m-%d')}, {device_name(jax.devices()[0])}: {model} ({', '.join(units)}); "
-        f"{', '.join(versions)}; jax on {jax.default_backend()}; commit {commit}."
+        f"{', '.join(versions)}; jax on {backend}; commit {commit}."
     )
 
 

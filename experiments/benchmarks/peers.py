@@ -1,4 +1,4 @@
-"""The contenders of cpu.py: the tutorial's network in cnnjax and in its peers. A process of the harness.
+"""The contenders of cpu.py: two networks in cnnjax and in its peers. A process of the harness.
 
     echo '["training_pass", "Keras 3 float32", 128, 4096]' | PYTHON experiments/benchmarks/peers.py
 
@@ -9,29 +9,52 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
-from harness import serve
+from harness import EXPERIMENTS, serve
 
 # --- Each yields after a pass over the images, when its device has finished -----------------------------------------
 
 
 def cnnjax_passes(image: np.ndarray, label: np.ndarray, batch_size: int, dtype: str) -> Iterator[None]:
-    import jax
-    import jax.numpy as jnp
     import optax
 
-    from cnnjax import CNN, Batch, init_state, keep_memory, train_step
+    from cnnjax import CNN, CrossEntropy, keep_memory
 
     keep_memory()
-    model, tx, key = CNN(10, dtype=dtype), optax.adam(1e-3), jax.random.key(0)
-    state = init_state(key, jnp.zeros((1, 32, 32, 3)), model=model, tx=tx)
+    model, tx = CNN(10, dtype=dtype), optax.adam(1e-3)
+    return step_passes(image, label, batch_size, model=model, tx=tx, loss_fn=CrossEntropy())
+
+
+def muon_passes(image: np.ndarray, label: np.ndarray, batch_size: int, *widths: int) -> Iterator[None]:
+    from cnnjax import keep_memory
+    from cnnjax.cli.experiment import load_experiment
+
+    keep_memory()
+    config = load_experiment(str(EXPERIMENTS / "cifar10_fast.py")).config
+    model = config.model.clone(widths=widths)
+    tx = config.optim.make_tx(50_000 // batch_size * config.num_epochs, config.num_epochs)
+    return step_passes(image, label, batch_size, model=model, tx=tx, loss_fn=config.loss)
+
+
+def step_passes(
+    image: np.ndarray, label: np.ndarray, batch_size: int, *, model: Any, tx: Any, loss_fn: Any
+) -> Iterator[None]:
+    import jax
+
+    from cnnjax import Batch, init_from_data, init_state, train_step
+
+    key = jax.random.key(0)
+    state = init_state(key, image[:1], model=model, tx=tx)
+    if hasattr(model, "init_from_data"):
+        state = init_from_data(state, image, model=model, tx=tx)
     parts = [slice(i, i + batch_size) for i in range(0, len(label), batch_size)]
     batches = jax.device_put([Batch(image[i], label[i], np.ones(batch_size, bool)) for i in parts])
     while True:
         for batch in batches:
-            state, _ = train_step(state, batch, key, model=model, tx=tx)
+            state, _ = train_step(state, batch, key, model=model, tx=tx, loss_fn=loss_fn)
         jax.block_until_ready(state)
         yield
 
@@ -75,7 +98,8 @@ def flax_passes(image: np.ndarray, label: np.ndarray, batch_size: int) -> Iterat
         yield
 
 
-def torch_passes(image: np.ndarray, label: np.ndarray, batch_size: int, *, last=False, half=False) -> Iterator[None]:
+def torch_cnn() -> tuple[Any, Any, Any]:
+    """Returns the tutorial's network, its optimizer and its loss."""
     import torch
     from torch import nn
 
@@ -84,9 +108,59 @@ def torch_passes(image: np.ndarray, label: np.ndarray, batch_size: int, *, last=
         return (*conv, nn.MaxPool2d(2), nn.Dropout(0.25))
 
     head = (nn.Flatten(), nn.Linear(4096, 512), nn.ReLU(), nn.Dropout(0.5), nn.Linear(512, 10))
+    model = nn.Sequential(*group(3, 32), *group(32, 64), *head)
+    return model, torch.optim.Adam(model.parameters(), 1e-3), nn.CrossEntropyLoss()
+
+
+def torch_speednet(*widths: int) -> tuple[Any, Any, Any]:
+    """Returns the network of `cifar10_fast`, SGD instead of its Muon, and its loss; filters are not whitened."""
+    import torch
+    from torch import nn
+
+    def norm(features):
+        norm = nn.BatchNorm2d(features, eps=1e-12, momentum=0.4)
+        norm.weight.requires_grad_(False)
+        return norm, nn.GELU("tanh")
+
+    def group(c, features):
+        first, second = (nn.Conv2d(i, features, 3, padding=1, bias=False) for i in (c, features))
+        return (first, nn.MaxPool2d(2), *norm(features), second, *norm(features))
+
+    class SpeedNet(nn.Module):
+        def __init__(self):
+            super().__init__()
+            whiten = nn.Conv2d(3, 24, 2)
+            whiten.weight.requires_grad_(False)
+            groups = (layer for pair in pairwise((24, *widths)) for layer in group(*pair))
+            head = (nn.MaxPool2d(3), nn.Flatten(), nn.Linear(widths[-1], 10, bias=False))
+            self.layers = nn.Sequential(whiten, nn.GELU("tanh"), *groups, *head)
+
+        def forward(self, x):
+            return self.layers(x) / 9
+
+    model = SpeedNet()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    sgd = torch.optim.SGD(trained, 0.01, momentum=0.85, weight_decay=0.0042, nesterov=True)
+    return model, sgd, nn.CrossEntropyLoss(label_smoothing=0.2)
+
+
+def torch_passes(
+    image: np.ndarray,
+    label: np.ndarray,
+    batch_size: int,
+    *widths: int,
+    make: Callable[..., tuple[Any, Any, Any]] = torch_cnn,
+    last: bool = False,
+    half: bool = False,
+    compiled: bool = False,
+) -> Iterator[None]:
+    import torch
+
+    model, optimizer, loss_fn = make(*widths)
     layout = torch.channels_last if last else torch.contiguous_format
-    model = nn.Sequential(*group(3, 32), *group(32, 64), *head).to(memory_format=layout)
-    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    model = model.to(memory_format=layout)
+    if compiled:
+        model = torch.compile(model)
     x = torch.tensor(image).permute(0, 3, 1, 2).contiguous(memory_format=layout)
     y = torch.tensor(label, dtype=torch.long)
     while True:
@@ -94,7 +168,7 @@ def torch_passes(image: np.ndarray, label: np.ndarray, batch_size: int, *, last=
             optimizer.zero_grad()
             with torch.autocast("cpu", torch.bfloat16, enabled=half):
                 logits = model(x[i : i + batch_size])
-            nn.functional.cross_entropy(logits.float(), y[i : i + batch_size]).backward()
+            loss_fn(logits.float(), y[i : i + batch_size]).backward()
             optimizer.step()
         yield
 
@@ -123,13 +197,16 @@ def keras_passes(image: np.ndarray, label: np.ndarray, batch_size: int) -> Itera
 
 
 class Contender(NamedTuple):
-    """An implementation of the network, and whether it is installed in the peers' environment."""
+    """An implementation of a network: which part measures it, and whether the peers' environment contains it."""
 
     passes: Callable[..., Iterator[None]]
     details: str = ""
     peer: bool = True
+    part: str = "step"
 
 
+half_passes = partial(torch_passes, last=True, half=True)
+sgd_passes = partial(half_passes, make=torch_speednet)
 CONTENDERS = {
     "cnnjax float32": Contender(partial(cnnjax_passes, dtype="float32"), peer=False),
     "cnnjax bfloat16": Contender(partial(cnnjax_passes, dtype="bfloat16"), ": `--model.dtype bfloat16`", peer=False),
@@ -137,26 +214,43 @@ CONTENDERS = {
     "Keras 3 float32": Contender(keras_passes, ": on TensorFlow, `fit`"),
     "PyTorch float32": Contender(torch_passes, ": eager, channels first"),
     "PyTorch float32, channels last": Contender(partial(torch_passes, last=True), ": eager"),
-    "PyTorch bfloat16, channels last": Contender(partial(torch_passes, last=True, half=True), ": eager, autocast"),
+    "PyTorch bfloat16, channels last": Contender(half_passes, ": eager, autocast"),
+    "PyTorch bfloat16, channels last, compiled": Contender(partial(half_passes, compiled=True), ": autocast"),
+    "cnnjax bfloat16, Muon": Contender(muon_passes, peer=False, part="speednet"),
+    "PyTorch bfloat16, SGD": Contender(sgd_passes, ": channels last, eager, autocast", part="speednet"),
+    "PyTorch bfloat16, SGD, compiled": Contender(
+        partial(sgd_passes, compiled=True), ": channels last, autocast", part="speednet"
+    ),
 }
 
 # --- Questions ------------------------------------------------------------------------------------------------------
 
 
-def training_pass(name: str, batch_size: int, num_images: int) -> float:
+def prepare(name: str, batch_size: int, num_images: int, *widths: int) -> str:
+    """Prepares a contender for `training_pass`; returns "", or why a peer cannot run here."""
+    try:
+        start_passes(name, batch_size, num_images, *widths)
+    except Exception as error:
+        if not CONTENDERS[name].peer:
+            raise
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return ""
+
+
+def training_pass(name: str, batch_size: int, num_images: int, *widths: int) -> float:
     """Returns the seconds of a warm pass."""
-    passes = start_passes(name, batch_size, num_images)
+    passes = start_passes(name, batch_size, num_images, *widths)
     start = time.perf_counter()
     next(passes)
     return time.perf_counter() - start
 
 
 @cache
-def start_passes(name: str, batch_size: int, num_images: int) -> Iterator[None]:
+def start_passes(name: str, batch_size: int, num_images: int, *widths: int) -> Iterator[None]:
     rng = np.random.default_rng(0)
     image = rng.normal(size=(num_images, 32, 32, 3)).astype(np.float32)
     label = rng.integers(0, 10, num_images).astype(np.int32)
-    passes = CONTENDERS[name].passes(image, label, batch_size)
+    passes = CONTENDERS[name].passes(image, label, batch_size, *widths)
     next(passes)  # Compiles.
     return passes
 
@@ -192,4 +286,4 @@ def write_airbench_data(path: str, folder: str) -> str:
 
 
 if __name__ == "__main__":
-    serve(training_pass, keras_to_accuracy, write_airbench_data)
+    serve(prepare, training_pass, keras_to_accuracy, write_airbench_data)

@@ -11,7 +11,6 @@ import pytest
 
 from cnnjax.cli.process import start_jax, use_compilation_cache
 from cnnjax.errors import UserError
-from cnnjax.layers import onednn
 
 
 def page_faults(before, **environment):
@@ -28,16 +27,13 @@ def test_freed_memory_is_kept_by_the_call_and_the_command_line_unless_the_user_t
     assert page_faults("call", MALLOC_TRIM_THRESHOLD_="131072") > returned / 2
 
 
-SLOWER = "JAX_COMPILATION_CACHE_DIR is set, so XLA's slower kernels are used. Unset it to use oneDNN's."
 GRAPHS = "JAX_COMPILATION_CACHE_DIR is set: cached programs with CUDA graphs of convolutions may fail."
-NEEDS_ONEDNN = pytest.mark.skipif(not onednn.available(), reason="jaxlib has no oneDNN kernels on this platform")
 
 
 @pytest.mark.parametrize(
     ("backend", "name", "value", "warning"),
     [
-        ("cpu", "CNNJAX_ONEDNN", "0", None),
-        pytest.param("cpu", "CNNJAX_ONEDNN", "1", SLOWER, marks=NEEDS_ONEDNN),
+        ("cpu", "XLA_FLAGS", "", None),
         ("gpu", "XLA_FLAGS", "", None),
         ("gpu", "XLA_FLAGS", "--xla_gpu_enable_command_buffer=+CUBLAS", None),
         ("gpu", "XLA_FLAGS", "--xla_gpu_enable_command_buffer=+CONVOLUTION", GRAPHS),
@@ -50,7 +46,7 @@ NEEDS_ONEDNN = pytest.mark.skipif(not onednn.available(), reason="jaxlib has no 
     ],
 )
 def test_programs_are_cached_unless_they_cannot_be(backend, name, value, warning, monkeypatch, tmp_path):
-    """Programs with oneDNN's kernels cannot be serialized; CUDA graphs of convolutions failed after loading."""
+    """CUDA graphs of convolutions failed after loading."""
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -76,7 +72,6 @@ def test_without_a_home_directory_nothing_is_cached(monkeypatch):
     monkeypatch.setattr(pwd, "getpwuid", getpwuid)
     for name in ("HOME", "XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("CNNJAX_ONEDNN", "0")
     monkeypatch.setattr(jax.config, "update", pytest.fail)
     messages = []
     use_compilation_cache(messages.append)

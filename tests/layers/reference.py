@@ -5,27 +5,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cnnjax.layers import onednn
+from cnnjax.onednn import calls, library
 
 # Relative to the largest value. Sums are in float32; bfloat16 rounds the result to 8 bits, before and after the bias.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2**-7, "float16": 2**-10}
-# Instruction sets that are hidden from the layers, to test the kernels of other processors.
-HIDDEN = {"onednn without bfloat16": ["_bf16"], "onednn without AVX-512": ["avx512f", "_bf16"]}
+NEEDS_ONEDNN = pytest.mark.skipif(library.kernels().version is None, reason=str(library.kernels()))
 
 
 def select_kernels(name, monkeypatch):
-    """Makes the layers use oneDNN's kernels of this or a simpler processor, or XLA's kernels."""
+    """Makes the layers use oneDNN's kernels, those of a processor without bfloat16, or XLA's."""
     monkeypatch.setenv("CNNJAX_ONEDNN", "1" if name.startswith("onednn") else "0")
-    if not name.startswith("onednn"):
-        return
-    if not onednn.available():
-        pytest.skip("jaxlib has no oneDNN kernels on this platform")
-    flags = onednn.processor_flags()
-    for hidden in HIDDEN.get(name, []):
-        flags = flags.replace(hidden, "")
-    if name in HIDDEN and flags == onednn.processor_flags():
-        pytest.skip("this processor has the same kernels")
-    monkeypatch.setattr(onednn, "processor_flags", lambda: flags)
+    if name.startswith("onednn") and not calls.in_use():
+        pytest.skip(str(library.kernels()))
+    if name == "onednn without bfloat16":
+        monkeypatch.setattr(calls, "kernels", lambda: library.kernels()._replace(bfloat16=False))
 
 
 def simulate_accelerator(monkeypatch):

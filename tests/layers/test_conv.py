@@ -9,8 +9,8 @@ import pytest
 from reference import TOLERANCE, assert_near, convolution_by_numpy, draw, select_kernels, simulate_accelerator
 
 from cnnjax.compiler import compiler_options
-from cnnjax.layers import onednn
 from cnnjax.layers.conv import conv2d, convolution_on_accelerators, image_grad_by_xla, kernel_grad_by_xla
+from cnnjax.onednn import calls as onednn
 
 SAME = ((1, 1), (1, 1))
 VALID = ((0, 0), (0, 0))
@@ -35,8 +35,6 @@ KERNELS = [
     ("onednn", "float32"),
     ("onednn", "bfloat16"),
     ("onednn without bfloat16", "bfloat16"),
-    ("onednn without AVX-512", "float32"),
-    ("onednn without AVX-512", "bfloat16"),
     ("xla", "float32"),
     ("xla", "bfloat16"),
     ("xla with its own flags", "float32"),
@@ -82,9 +80,9 @@ def test_convolution_and_gradients_match_numpy(h, w, c, k, kernel_size, padding,
     image, g = draw((batch_size, h, w, c), (batch_size, *size, k), dtype=dtype)
     kernel, bias = draw((kernel_size, kernel_size, c, k), (k,), rounded_to=dtype)
     lowered = forward_and_gradients(padding, relu).lower(image, kernel, bias, g)
-    calls = re.findall(r"@__onednn\$convolution.*", lowered.as_text())
-    assert (len(calls) > 0) == kernels.startswith("onednn")
-    narrow = dtype == "bfloat16" and "without" not in kernels and onednn.has_bfloat16()
+    calls = re.findall(r"@cnnjax_\w+\(.*", lowered.as_text())
+    assert len(calls) == 3 * kernels.startswith("onednn")
+    narrow = dtype == "bfloat16" and "without" not in kernels and onednn.kernels().bfloat16
     assert all(("bf16" in call) == narrow for call in calls)
     program = lowered.compile(XLA_DEFAULTS if kernels == "xla with its own flags" else compiler_options())
     got = program(image, kernel, bias, g)
@@ -95,24 +93,6 @@ def test_convolution_and_gradients_match_numpy(h, w, c, k, kernel_size, padding,
     expected = convolution_by_numpy(image, kernel, bias, g, padding, relu, positive=np.asarray(got[0]) > 0)
     for a, wanted in zip(got, expected, strict=True):
         assert_near(a, wanted, TOLERANCE[dtype] if a.dtype == dtype else 1e-4)
-
-
-def test_onednn_is_used_unless_disabled_unsupported_or_programs_are_cached(monkeypatch, tmp_path):
-    select_kernels("onednn", monkeypatch)
-    assert [onednn.in_use(dtype) for dtype in (jnp.float32, jnp.bfloat16, jnp.float16)] == [True, True, False]
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
-    while_cached = onednn.in_use()
-    jax.config.update("jax_compilation_cache_dir", None)
-    assert (while_cached, onednn.in_use()) == (False, True)
-    monkeypatch.setenv("CNNJAX_ONEDNN", "0")
-    assert not onednn.in_use()
-
-
-def test_a_stack_of_matrices_needs_avx512(monkeypatch):
-    """oneDNN's routine for it deadlocks on other processors."""
-    monkeypatch.setattr(onednn, "processor_flags", lambda: "")
-    with pytest.raises(ValueError, match=r"`a` must be one matrix .* without AVX-512, got the shape \(2, 3, 4\)"):
-        onednn.matmul(*draw((2, 3, 4), (2, 4, 5)))
 
 
 @pytest.mark.parametrize("channels", [5, 24])  # 24 channels are padded to 32 in 16-bit dtypes.

@@ -1,0 +1,108 @@
+"""oneDNN's operations on images, for programs on a CPU.
+
+Operands are float32 or bfloat16, and sums are accumulated in float32. On a processor without bfloat16 instructions,
+bfloat16 operands are widened to float32.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from cnnjax.layers.derivatives import in_plain_operations, without_derivative
+from cnnjax.onednn.library import KINDS, kernels
+from cnnjax.onednn.partition import divided
+
+Padding = tuple[tuple[int, int], tuple[int, int]]  # (low, high) of the height and the width.
+
+
+def in_use(dtype: DTypeLike = jnp.float32, padding: Padding = ((0, 0), (0, 0))) -> bool:
+    """Returns whether the layers use oneDNN on a CPU for images of `dtype` and this padding; read at trace time."""
+    supported = dtype in (jnp.float32, jnp.bfloat16) and min(*padding[0], *padding[1]) >= 0
+    return supported and not in_plain_operations() and kernels().version is not None
+
+
+def convolution(
+    image: Float[Array, "B H W C"],
+    kernel: Float[Array, "I J C2 K"],
+    bias: Float[Array, " K"] | None = None,
+    *,
+    padding: Padding,
+    stride: int = 1,
+    groups: int = 1,
+    relu: bool = False,
+) -> Float[Array, "B H2 W2 K"]:
+    """Returns the cross-correlation plus `bias`, followed by a ReLU if `relu` is true, in the dtype of the image.
+
+    Args:
+      image: float32 or bfloat16.
+      kernel: float32 or bfloat16, rounded to the dtype of the image.
+      bias: float32 or bfloat16.
+      padding: zeros around the image.
+      groups: see `feature_group_count` of `jax.lax.conv_general_dilated`.
+    """
+    sides = zip(image.shape[1:3], padding, kernel.shape[:2], strict=True)
+    size = [(n + sum(pad) - k) // stride + 1 for n, pad, k in sides]
+    result = jax.ShapeDtypeStruct((image.shape[0], *size, kernel.shape[3]), image.dtype)
+    operands, dims = (image, kernel), "b h w c, i j d k -> b y x n"
+    if bias is not None:
+        operands, dims = (image, kernel, bias), "b h w c, i j d k, m -> b y x n"
+    return _call("convolution", dims, result, *operands, padding=padding, stride=stride, groups=groups, relu=relu)
+
+
+def image_grad(
+    g: Float[Array, "B H2 W2 K"],
+    kernel: Float[Array, "I J C2 K"],
+    *,
+    size: tuple[int, int],
+    padding: Padding,
+    stride: int = 1,
+    groups: int = 1,
+) -> Float[Array, "B H W C"]:
+    """Returns the gradient of the image of `convolution`, whose height and width are `size`, in the dtype of `g`."""
+    result = jax.ShapeDtypeStruct((g.shape[0], *size, groups * kernel.shape[2]), g.dtype)
+    dims = "b y x n, i j d k -> b h w c"
+    return _call("image_grad", dims, result, g, kernel, padding=padding, stride=stride, groups=groups)
+
+
+def kernel_grad(
+    image: Float[Array, "B H W C"],
+    g: Float[Array, "B H2 W2 K"],
+    *,
+    size: tuple[int, int],
+    padding: Padding,
+    stride: int = 1,
+    groups: int = 1,
+    bias: bool = False,
+) -> list[Array]:
+    """Returns the float32 gradient of the kernel of `convolution`, [I J C2 K], and with `bias` that of the bias, [K].
+
+    Args:
+      image, g: of one dtype.
+      size: I and J.
+    """
+    c, k = image.shape[3] // groups, g.shape[3]
+    result = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((*size, c, k), (k,))[: 1 + bias]]
+    dims = "b h w c, b y x n -> i j d k" + (", m" if bias else "")
+    return _call("kernel_grad", dims, result, image, g, padding=padding, stride=stride, groups=groups)
+
+
+def _call(kind, dims, result, *operands, padding, stride, groups, relu=False) -> Any:
+    """Calls a handler of kernels.c, which `kernels` has registered. For `dims` see `divided`."""
+    if operands[0].dtype == jnp.bfloat16 and not kernels().bfloat16:
+        options = {"padding": padding, "stride": stride, "groups": groups, "relu": relu}
+        wide = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), result)
+        y = _call(kind, dims, wide, *(x.astype(jnp.float32) for x in operands), **options)
+        return jax.tree.map(lambda y, x: y.astype(x.dtype), y, result)
+    config = np.array([KINDS.index(kind), stride, groups, *padding[0], *padding[1], relu], np.int64)  # As in kernels.c.
+
+    def call(*operands: Array) -> Any:
+        shapes = result
+        if "-> b" in dims:  # A part of the batch, or more than one.
+            shapes = jax.ShapeDtypeStruct((operands[0].shape[0], *result.shape[1:]), result.dtype)
+        return jax.ffi.ffi_call(f"cnnjax_{kind}", shapes, vmap_method="sequential")(*operands, config=config)
+
+    return without_derivative(divided(call, dims, config))(*operands)

@@ -1,0 +1,510 @@
+// Calls oneDNN from XLA: handlers of XLA's foreign function interface (xla/ffi/api/c_api.h of jaxlib).
+//
+// Each call site of a compiled program has a `Convolution`, which XLA creates and destroys with the program. Its
+// primitives are created at its first execution, from the shapes of the buffers.
+//
+// oneDNN would start OpenMP threads, which compete with XLA's. Instead, a batch is divided into parts, each is computed
+// on one thread, and XLA's own pool provides the threads. The number of parts does not depend on the number of threads
+// below 8, so neither does the order of summation.
+
+#include <pthread.h>
+#include <semaphore.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "oneapi/dnnl/dnnl.h"
+#include "xla/ffi/api/c_api.h"
+
+extern void omp_set_num_threads(int);  // Of the calling thread, in the OpenMP library that oneDNN uses.
+extern int omp_get_max_threads(void);
+
+#define MIN_PARTS 8
+#define SPINS 2000  // Some 50 microseconds: longer than a balanced part is late.
+#define TRY(expression)                        \
+  do {                                         \
+    dnnl_status_t status_ = (expression);      \
+    if (status_ != dnnl_success) return status_; \
+  } while (0)
+
+static dnnl_engine_t engine;
+static dnnl_stream_t stream;  // Has no state on a CPU.
+
+// --- Memory of each thread, kept for the next call ------------------------------------------------------------------
+
+typedef struct {
+  void* data;
+  size_t size;
+} Block;
+
+typedef struct {
+  Block kernel, scratch;
+} Workspace;
+
+static pthread_key_t workspace_key;
+
+static void free_workspace(void* pointer) {
+  Workspace* workspace = pointer;
+  free(workspace->kernel.data);
+  free(workspace->scratch.data);
+  free(workspace);
+}
+
+static Workspace* workspace(void) {
+  Workspace* found = pthread_getspecific(workspace_key);
+  if (!found && (found = calloc(1, sizeof *found)) && pthread_setspecific(workspace_key, found)) {
+    free(found);
+    found = NULL;
+  }
+  return found;
+}
+
+// Returns at least `size` bytes, or NULL. Their content is lost at the next call.
+static void* reserve(Block* block, size_t size) {
+  if (block->size < size || !block->data) {
+    free(block->data);
+    block->size = 0;
+    if (posix_memalign(&block->data, 4096, size + 1)) return block->data = NULL;
+    block->size = size;
+  }
+  return block->data;
+}
+
+// --- Parts of a call, on XLA's threads ------------------------------------------------------------------------------
+
+typedef dnnl_status_t Work(const void* call, int64_t part);
+
+typedef struct {
+  Work* work;
+  const void* call;
+  int64_t count;
+  atomic_llong next, finished;
+  atomic_int status;
+  atomic_int references;  // A helper may start after all parts are finished.
+  sem_t all_finished;
+} Job;
+
+static void release(Job* job) {
+  if (atomic_fetch_sub(&job->references, 1) > 1) return;
+  sem_destroy(&job->all_finished);
+  free(job);
+}
+
+static void work_on(Job* job) {
+  int threads = omp_get_max_threads();
+  omp_set_num_threads(1);
+  for (int64_t part; (part = atomic_fetch_add(&job->next, 1)) < job->count;) {
+    dnnl_status_t status = job->work(job->call, part);
+    if (status != dnnl_success) atomic_store(&job->status, status);
+    if (atomic_fetch_add(&job->finished, 1) + 1 == job->count) sem_post(&job->all_finished);
+  }
+  omp_set_num_threads(threads);
+}
+
+static void help(void* job) {
+  work_on(job);
+  release(job);
+}
+
+// Returns whether there was an error, and destroys it.
+static bool failed(const XLA_FFI_Api* api, XLA_FFI_Error* error) {
+  if (!error) return false;
+  XLA_FFI_Error_Destroy_Args args = {.struct_size = XLA_FFI_Error_Destroy_Args_STRUCT_SIZE, .error = error};
+  api->XLA_FFI_Error_Destroy(&args);
+  return true;
+}
+
+static int64_t num_threads(const XLA_FFI_CallFrame* frame) {
+  int64_t threads = 1;
+  XLA_FFI_ThreadPool_NumThreads_Args args = {
+      .struct_size = XLA_FFI_ThreadPool_NumThreads_Args_STRUCT_SIZE, .ctx = frame->ctx, .num_threads = &threads};
+  return failed(frame->api, frame->api->XLA_FFI_ThreadPool_NumThreads(&args)) ? 1 : threads;
+}
+
+// Calls `work` for each part. The calling thread works, too, and waits only for parts that other threads have begun.
+static dnnl_status_t in_parts(const XLA_FFI_CallFrame* frame, int64_t count, Work* work, const void* call) {
+  int64_t threads = num_threads(frame), helpers = (threads < count ? threads : count) - 1;
+  Job* job = malloc(sizeof *job);
+  if (!job) return dnnl_out_of_memory;
+  *job = (Job){.work = work, .call = call, .count = count, .references = (int)helpers + 1};
+  sem_init(&job->all_finished, 0, 0);
+  for (int64_t i = 0; i < helpers; i++) {
+    XLA_FFI_ThreadPool_Schedule_Args args = {
+        .struct_size = XLA_FFI_ThreadPool_Schedule_Args_STRUCT_SIZE, .ctx = frame->ctx, .task = help, .data = job};
+    if (failed(frame->api, frame->api->XLA_FFI_ThreadPool_Schedule(&args))) release(job);
+  }
+  work_on(job);
+  bool finished = false;
+  for (int i = 0; i < SPINS && !finished; i++) {
+    finished = sem_trywait(&job->all_finished) == 0;
+    if (!finished) __builtin_ia32_pause();
+  }
+  while (!finished) finished = sem_wait(&job->all_finished) == 0;  // A signal may interrupt it.
+  dnnl_status_t status = atomic_load(&job->status);
+  release(job);
+  return status;
+}
+
+// --- Convolutions ---------------------------------------------------------------------------------------------------
+
+enum { FORWARD, IMAGE_GRAD, KERNEL_GRAD };
+
+// A primitive for the images of one part.
+typedef struct {
+  dnnl_primitive_t primitive;
+  dnnl_primitive_desc_t desc;
+  dnnl_memory_desc_t image, result;
+  const_dnnl_memory_desc_t scratch;
+  size_t scratch_size;
+} Part;
+
+typedef struct {
+  struct {  // In the order of calls.py.
+    int64_t kind, stride, groups, top, bottom, left, right, relu;
+  } config;
+  pthread_mutex_t lock;
+  bool ready;
+  int64_t batch, part_size, num_parts;
+  Part parts[2];  // Of `part_size` images, and of the remaining images.
+  dnnl_memory_desc_t outer_kernel, bias;   // [I J C K] of the program.
+  const_dnnl_memory_desc_t inner_kernel;   // In the layout that oneDNN prefers; owned by parts[0].
+  size_t kernel_size, image_size, result_size, bias_size;  // Bytes; of the images and results, for one image.
+  dnnl_primitive_t reorder;                // Between the layouts of the kernel.
+} Convolution;
+
+typedef struct {
+  const XLA_FFI_Buffer *image, *kernel, *bias, *result;  // The gradients of these have the same shapes.
+} Buffers;
+
+static dnnl_data_type_t dtype(const XLA_FFI_Buffer* buffer) {
+  return buffer->dtype == XLA_FFI_DataType_BF16 ? dnnl_bf16 : dnnl_f32;
+}
+
+static size_t bytes_per_image(const XLA_FFI_Buffer* buffer) {
+  return buffer->dims[1] * buffer->dims[2] * buffer->dims[3] * (dtype(buffer) == dnnl_bf16 ? 2 : 4);
+}
+
+// Describes `batch` images of a buffer [B H W C].
+static dnnl_status_t describe_images(dnnl_memory_desc_t* desc, const XLA_FFI_Buffer* buffer, int64_t batch) {
+  int64_t h = buffer->dims[1], w = buffer->dims[2], c = buffer->dims[3];
+  dnnl_dims_t dims = {batch, c, h, w}, strides = {h * w * c, 1, w * c, c};
+  return dnnl_memory_desc_create_with_strides(desc, 4, dims, dtype(buffer), strides);
+}
+
+// Describes a kernel of the shape of `buffer`, [I J C/G K]: in its own layout, or in any if `type` is given.
+static dnnl_status_t describe_kernel(
+    dnnl_memory_desc_t* desc, const XLA_FFI_Buffer* buffer, int64_t groups, dnnl_data_type_t type) {
+  int64_t i = buffer->dims[0], j = buffer->dims[1], c = buffer->dims[2], k = buffer->dims[3];
+  dnnl_dims_t dims = {groups, k / groups, c, i, j}, strides = {k / groups, 1, k, j * c * k, c * k};
+  int skip = groups == 1;  // oneDNN has faster kernels without the dimension of groups.
+  if (type) return dnnl_memory_desc_create_with_tag(desc, 5 - skip, dims + skip, type, dnnl_format_tag_any);
+  return dnnl_memory_desc_create_with_strides(desc, 5 - skip, dims + skip, dtype(buffer), strides + skip);
+}
+
+static dnnl_status_t set_relu(dnnl_primitive_attr_t attr) {
+  dnnl_post_ops_t ops;
+  TRY(dnnl_post_ops_create(&ops));
+  dnnl_status_t status = dnnl_post_ops_append_eltwise(ops, dnnl_eltwise_relu, 0, 0);
+  if (status == dnnl_success) status = dnnl_primitive_attr_set_post_ops(attr, ops);
+  dnnl_post_ops_destroy(ops);
+  return status;
+}
+
+static dnnl_status_t create_desc(
+    const Convolution* conv, Part* part, const Buffers* of, const_dnnl_memory_desc_t kernel,
+    const_dnnl_memory_desc_t forward_kernel, const_dnnl_primitive_attr_t attr) {
+  int64_t stride = conv->config.stride, kind = conv->config.kind;
+  dnnl_dims_t strides = {stride, stride}, dilates = {0, 0};
+  dnnl_dims_t low = {conv->config.top, conv->config.left}, high = {conv->config.bottom, conv->config.right};
+  dnnl_primitive_desc_t forward;
+  TRY(dnnl_convolution_forward_primitive_desc_create(
+      &forward, engine, dnnl_forward_training, dnnl_convolution_direct, part->image, forward_kernel,
+      kind == FORWARD ? conv->bias : NULL, part->result, strides, dilates, low, high, attr));
+  if (kind == FORWARD) {
+    part->desc = forward;
+    return dnnl_success;
+  }
+  dnnl_status_t status =
+      kind == IMAGE_GRAD
+          ? dnnl_convolution_backward_data_primitive_desc_create(
+                &part->desc, engine, dnnl_convolution_direct, part->image, kernel, part->result, strides, dilates, low,
+                high, forward, attr)
+          : dnnl_convolution_backward_weights_primitive_desc_create(
+                &part->desc, engine, dnnl_convolution_direct, part->image, kernel, conv->bias, part->result, strides,
+                dilates, low, high, forward, attr);
+  dnnl_primitive_desc_destroy(forward);
+  return status;
+}
+
+static dnnl_status_t create_part(Convolution* conv, Part* part, const Buffers* of, int64_t batch) {
+  int64_t groups = conv->config.groups, kind = conv->config.kind;
+  dnnl_memory_desc_t forward_kernel = NULL, any = NULL;
+  dnnl_primitive_attr_t attr = NULL;
+  TRY(describe_images(&part->image, of->image, batch));
+  TRY(describe_images(&part->result, of->result, batch));
+  dnnl_status_t status = dnnl_primitive_attr_create(&attr);
+  if (!status) status = dnnl_primitive_attr_set_scratchpad_mode(attr, dnnl_scratchpad_mode_user);
+  if (!status && conv->config.relu) status = set_relu(attr);
+  if (!status) status = describe_kernel(&forward_kernel, of->kernel, groups, dtype(of->image));
+  if (!status) status = describe_kernel(&any, of->kernel, groups, kind == KERNEL_GRAD ? dnnl_f32 : dtype(of->image));
+  if (!status) {  // Both parts use one layout.
+    const_dnnl_memory_desc_t kernel = conv->inner_kernel ? conv->inner_kernel : any;
+    status = create_desc(conv, part, of, kernel, kind == FORWARD ? kernel : forward_kernel, attr);
+  }
+  if (!status) status = dnnl_primitive_create(&part->primitive, part->desc);
+  dnnl_memory_desc_destroy(forward_kernel);
+  dnnl_memory_desc_destroy(any);
+  dnnl_primitive_attr_destroy(attr);
+  TRY(status);
+  part->scratch = dnnl_primitive_desc_query_md(part->desc, dnnl_query_scratchpad_md, 0);
+  part->scratch_size = dnnl_memory_desc_get_size(part->scratch);
+  if (!conv->inner_kernel) {
+    dnnl_query_t what = kind == KERNEL_GRAD ? dnnl_query_diff_weights_md : dnnl_query_weights_md;
+    conv->inner_kernel = dnnl_primitive_desc_query_md(part->desc, what, 0);
+  }
+  return dnnl_success;
+}
+
+static dnnl_status_t create(Convolution* conv, const Buffers* of, int64_t threads) {
+  int64_t kind = conv->config.kind, batch = of->image->dims[0], parts = threads > MIN_PARTS ? threads : MIN_PARTS;
+  conv->batch = batch;
+  conv->part_size = (batch + parts - 1) / parts;
+  conv->num_parts = (batch + conv->part_size - 1) / conv->part_size;
+  conv->image_size = bytes_per_image(of->image);
+  conv->result_size = bytes_per_image(of->result);
+  if (of->bias) {
+    dnnl_dims_t dims = {of->bias->dims[0]}, strides = {1};
+    TRY(dnnl_memory_desc_create_with_strides(&conv->bias, 1, dims, dtype(of->bias), strides));
+    conv->bias_size = dnnl_memory_desc_get_size(conv->bias);
+  }
+  TRY(create_part(conv, &conv->parts[0], of, conv->part_size));
+  int64_t rest = batch - (conv->num_parts - 1) * conv->part_size;
+  if (rest != conv->part_size) TRY(create_part(conv, &conv->parts[1], of, rest));
+  conv->kernel_size = (dnnl_memory_desc_get_size(conv->inner_kernel) + 63) / 64 * 64;  // Aligned in a sequence.
+  TRY(describe_kernel(&conv->outer_kernel, of->kernel, conv->config.groups, dnnl_data_type_undef));
+  bool out = kind == KERNEL_GRAD;
+  dnnl_primitive_desc_t reorder;
+  TRY(dnnl_reorder_primitive_desc_create(
+      &reorder, out ? conv->inner_kernel : conv->outer_kernel, engine, out ? conv->outer_kernel : conv->inner_kernel,
+      engine, NULL));
+  dnnl_status_t status = dnnl_primitive_create(&conv->reorder, reorder);
+  dnnl_primitive_desc_destroy(reorder);
+  return status;
+}
+
+static void destroy_contents(Convolution* conv) {
+  for (int i = 0; i < 2; i++) {
+    Part* part = &conv->parts[i];
+    dnnl_primitive_destroy(part->primitive);
+    dnnl_primitive_desc_destroy(part->desc);
+    dnnl_memory_desc_destroy(part->image);
+    dnnl_memory_desc_destroy(part->result);
+    *part = (Part){0};
+  }
+  dnnl_primitive_destroy(conv->reorder);
+  dnnl_memory_desc_destroy(conv->outer_kernel);
+  dnnl_memory_desc_destroy(conv->bias);
+  conv->reorder = NULL;
+  conv->outer_kernel = conv->bias = NULL;
+  conv->inner_kernel = NULL;
+}
+
+static void destroy(void* pointer) {
+  Convolution* conv = pointer;
+  destroy_contents(conv);
+  pthread_mutex_destroy(&conv->lock);
+  free(conv);
+}
+
+typedef struct {
+  int id;
+  const_dnnl_memory_desc_t desc;
+  void* data;
+} Argument;
+
+// Executes a primitive on the arguments that are not NULL.
+static dnnl_status_t execute(dnnl_primitive_t primitive, int count, const Argument* arguments) {
+  dnnl_exec_arg_t args[8];
+  int used = 0;
+  dnnl_status_t status = dnnl_success;
+  for (int i = 0; i < count && status == dnnl_success; i++) {
+    if (!arguments[i].data) continue;
+    args[used].arg = arguments[i].id;
+    status = dnnl_memory_create(&args[used].memory, arguments[i].desc, engine, arguments[i].data);
+    used += status == dnnl_success;
+  }
+  if (status == dnnl_success) status = dnnl_primitive_execute(primitive, stream, used, args);
+  while (used > 0) dnnl_memory_destroy(args[--used].memory);
+  return status;
+}
+
+// Pointers of one call. A kernel's gradient has a kernel and a bias for each part.
+typedef struct {
+  const Convolution* conv;
+  char *image, *kernel, *bias, *result;
+} Call;
+
+static dnnl_status_t compute_part(const void* pointer, int64_t i) {
+  const Call* call = pointer;
+  const Convolution* conv = call->conv;
+  const Part* part = &conv->parts[(i + 1) * conv->part_size > conv->batch];
+  int64_t kind = conv->config.kind, first = i * conv->part_size, own = kind == KERNEL_GRAD ? i : 0;
+  Workspace* space = workspace();
+  void* scratch = space && part->scratch_size ? reserve(&space->scratch, part->scratch_size) : NULL;
+  if (!space || (part->scratch_size && !scratch)) return dnnl_out_of_memory;
+  Argument arguments[] = {
+      {kind == IMAGE_GRAD ? DNNL_ARG_DIFF_SRC : DNNL_ARG_SRC, part->image, call->image + first * conv->image_size},
+      {kind == FORWARD ? DNNL_ARG_DST : DNNL_ARG_DIFF_DST, part->result, call->result + first * conv->result_size},
+      {kind == KERNEL_GRAD ? DNNL_ARG_DIFF_WEIGHTS : DNNL_ARG_WEIGHTS, conv->inner_kernel,
+       call->kernel + own * conv->kernel_size},
+      {kind == FORWARD ? DNNL_ARG_BIAS : DNNL_ARG_DIFF_BIAS, conv->bias,
+       call->bias ? call->bias + own * conv->bias_size : NULL},
+      {DNNL_ARG_SCRATCHPAD, part->scratch, scratch},
+  };
+  return execute(part->primitive, 5, arguments);
+}
+
+// Adds a range of the gradients of all parts to that of the first part.
+static dnnl_status_t add_range(const void* pointer, int64_t range) {
+  const Call* call = pointer;
+  const Convolution* conv = call->conv;
+  size_t size = conv->kernel_size / sizeof(float);
+  size_t first = size * range / MIN_PARTS, last = size * (range + 1) / MIN_PARTS;
+  float* restrict sum = (float*)call->kernel;
+  for (int64_t part = 1; part < conv->num_parts; part++) {
+    const float* restrict other = (const float*)(call->kernel + part * conv->kernel_size);
+    for (size_t i = first; i < last; i++) sum[i] += other[i];
+  }
+  return dnnl_success;
+}
+
+static dnnl_status_t reorder(const Convolution* conv, void* inner, void* outer) {
+  bool out = conv->config.kind == KERNEL_GRAD;
+  Argument arguments[] = {
+      {out ? DNNL_ARG_FROM : DNNL_ARG_TO, conv->inner_kernel, inner},
+      {out ? DNNL_ARG_TO : DNNL_ARG_FROM, conv->outer_kernel, outer},
+  };
+  return execute(conv->reorder, 2, arguments);
+}
+
+static dnnl_status_t convolve(const XLA_FFI_CallFrame* frame, const Convolution* conv, const Buffers* of) {
+  int64_t kind = conv->config.kind, copies = kind == KERNEL_GRAD ? conv->num_parts : 1;
+  size_t biases = kind == KERNEL_GRAD ? copies * conv->bias_size : 0;
+  Workspace* space = workspace();
+  char* kernel = space ? reserve(&space->kernel, copies * conv->kernel_size + biases) : NULL;
+  if (!kernel) return dnnl_out_of_memory;
+  Call call = {conv, of->image->data, kernel, of->bias ? of->bias->data : NULL, of->result->data};
+  if (kind != KERNEL_GRAD) {
+    TRY(reorder(conv, kernel, of->kernel->data));
+    return in_parts(frame, conv->num_parts, compute_part, &call);
+  }
+  if (of->bias) call.bias = kernel + copies * conv->kernel_size;
+  TRY(in_parts(frame, conv->num_parts, compute_part, &call));
+  TRY(in_parts(frame, MIN_PARTS, add_range, &call));
+  if (of->bias) {
+    float* sum = of->bias->data;
+    memset(sum, 0, conv->bias_size);
+    for (int64_t part = 0; part < copies; part++)
+      for (int64_t i = 0; i < of->bias->dims[0]; i++) sum[i] += ((float*)(call.bias + part * conv->bias_size))[i];
+  }
+  return reorder(conv, kernel, of->kernel->data);
+}
+
+// --- Handlers -------------------------------------------------------------------------------------------------------
+
+XLA_FFI_TypeId cnnjax_type_id;  // XLA sets it.
+XLA_FFI_TypeInfo cnnjax_type_info = {.struct_size = XLA_FFI_TypeInfo_STRUCT_SIZE, .deleter = destroy};
+
+// Answers XLA's question for the version of its interface. Returns false if the frame asks something else.
+static bool answers_metadata(const XLA_FFI_CallFrame* frame) {
+  if (!frame->extension_start || frame->extension_start->type != XLA_FFI_Extension_Metadata) return false;
+  XLA_FFI_Metadata* metadata = ((XLA_FFI_Metadata_Extension*)frame->extension_start)->metadata;
+  metadata->api_version.major_version = XLA_FFI_API_MAJOR;
+  metadata->api_version.minor_version = XLA_FFI_API_MINOR;
+  metadata->state_type_id = cnnjax_type_id;
+  return true;
+}
+
+static XLA_FFI_Error* new_error(const XLA_FFI_Api* api, XLA_FFI_Error_Code code, const char* message) {
+  XLA_FFI_Error_Create_Args args = {
+      .struct_size = XLA_FFI_Error_Create_Args_STRUCT_SIZE, .message = message, .errc = code};
+  return api->XLA_FFI_Error_Create(&args);
+}
+
+static XLA_FFI_Error* error_of(const XLA_FFI_Api* api, dnnl_status_t status, const Convolution* conv, const Buffers* of) {
+  static const char* const kinds[] = {"a convolution", "the image's gradient", "the kernel's gradient"};
+  const int64_t *image = of->image->dims, *kernel = of->kernel->dims;
+  const char* reason = status == dnnl_out_of_memory    ? "out of memory"
+                       : status == dnnl_unimplemented  ? "not implemented"
+                       : status == dnnl_invalid_arguments ? "invalid arguments"
+                                                       : "runtime error";
+  char message[512];
+  snprintf(message, sizeof message,
+           "oneDNN failed to compute %s (status %d: %s) of an image [%lld %lld %lld %lld] and a kernel [%lld %lld %lld "
+           "%lld]. Set CNNJAX_ONEDNN=0 to use XLA's kernels.",
+           kinds[conv->config.kind], status, reason, (long long)image[0], (long long)image[1], (long long)image[2],
+           (long long)image[3], (long long)kernel[0], (long long)kernel[1], (long long)kernel[2], (long long)kernel[3]);
+  bool memory = status == dnnl_out_of_memory;
+  return new_error(api, memory ? XLA_FFI_Error_Code_RESOURCE_EXHAUSTED : XLA_FFI_Error_Code_INTERNAL, message);
+}
+
+// Creates the state of a call site. Its only attribute is `config`.
+XLA_FFI_Error* cnnjax_instantiate(XLA_FFI_CallFrame* frame) {
+  if (answers_metadata(frame)) return NULL;
+  Convolution* conv = calloc(1, sizeof *conv);
+  if (!conv) return new_error(frame->api, XLA_FFI_Error_Code_RESOURCE_EXHAUSTED, "Out of memory.");
+  const XLA_FFI_Array* config = frame->attrs.size == 1 ? frame->attrs.attrs[0] : NULL;
+  if (!config || frame->attrs.types[0] != XLA_FFI_AttrType_ARRAY || config->dtype != XLA_FFI_DataType_S64 ||
+      config->size * sizeof(int64_t) != sizeof conv->config) {
+    free(conv);
+    return new_error(frame->api, XLA_FFI_Error_Code_INVALID_ARGUMENT, "`config` must be 8 int64 values.");
+  }
+  memcpy(&conv->config, config->data, sizeof conv->config);
+  pthread_mutex_init(&conv->lock, NULL);
+  XLA_FFI_State_Set_Args args = {
+      .struct_size = XLA_FFI_State_Set_Args_STRUCT_SIZE, .ctx = frame->ctx, .stage = frame->stage, .type_id = &cnnjax_type_id,
+      .state = conv};
+  return frame->api->XLA_FFI_State_Set(&args);
+}
+
+XLA_FFI_Error* cnnjax_execute(XLA_FFI_CallFrame* frame) {
+  if (answers_metadata(frame)) return NULL;
+  XLA_FFI_State_Get_Args get = {
+      .struct_size = XLA_FFI_State_Get_Args_STRUCT_SIZE, .ctx = frame->ctx,
+      .stage = XLA_FFI_ExecutionStage_INSTANTIATE, .type_id = &cnnjax_type_id};
+  XLA_FFI_Error* error = frame->api->XLA_FFI_State_Get(&get);
+  if (error) return error;
+  Convolution* conv = get.state;
+  XLA_FFI_Buffer **in = (XLA_FFI_Buffer**)frame->args.args, **out = (XLA_FFI_Buffer**)frame->rets.rets;
+  Buffers of;
+  if (conv->config.kind == FORWARD)
+    of = (Buffers){.image = in[0], .kernel = in[1], .bias = frame->args.size > 2 ? in[2] : NULL, .result = out[0]};
+  else if (conv->config.kind == IMAGE_GRAD)
+    of = (Buffers){.result = in[0], .kernel = in[1], .image = out[0]};
+  else
+    of = (Buffers){.image = in[0], .result = in[1], .kernel = out[0], .bias = frame->rets.size > 1 ? out[1] : NULL};
+
+  int threads = omp_get_max_threads();
+  omp_set_num_threads(1);
+  pthread_mutex_lock(&conv->lock);
+  dnnl_status_t status = dnnl_success;
+  if (!conv->ready) {
+    status = create(conv, &of, num_threads(frame));
+    conv->ready = status == dnnl_success;
+    if (!conv->ready) destroy_contents(conv);
+  }
+  pthread_mutex_unlock(&conv->lock);
+  if (status == dnnl_success) status = convolve(frame, conv, &of);
+  omp_set_num_threads(threads);
+  return status == dnnl_success ? NULL : error_of(frame->api, status, conv, &of);
+}
+
+// Prepares oneDNN. Returns its version, 10000 * major + 100 * minor + patch, or 0 if it failed.
+int cnnjax_open(void) {
+  if (pthread_key_create(&workspace_key, free_workspace)) return 0;
+  if (dnnl_engine_create(&engine, dnnl_cpu, 0) || dnnl_stream_create(&stream, engine, dnnl_stream_in_order)) return 0;
+  const dnnl_version_t* version = dnnl_version();
+  return 10000 * version->major + 100 * version->minor + version->patch;
+}

@@ -1,0 +1,72 @@
+"""Divides calls among the devices that share a batch, and maps them over further axes: XLA can do neither."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array, lax
+from jax.custom_batching import custom_vmap
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.experimental.xla_metadata import set_xla_metadata
+from jax.sharding import NamedSharding, PartitionSpec
+
+
+def divided(call: Callable[..., Any], dims: str, config: np.ndarray) -> Callable[..., Any]:
+    """Makes XLA divide an FFI call along the batch, and defines its `vmap`.
+
+    Each device computes the examples that it holds; sums over the batch are then added up. XLA gathers any other
+    dimension that is sharded, and the batch if the devices do not divide it. On a mesh with explicit axes, it gathers
+    the batch too. `vmap` folds an axis that all examples and nothing else have into the batch; it computes any other
+    axis one element after another.
+
+    Args:
+      call: the function of arrays, for any number of examples.
+      dims: names of the dimensions of operands and results, as in einops. `b` is the batch, the first dimension of the
+        leading operands and of the result; no other name occurs twice. Results without `b` are sums over the batch.
+      config: what distinguishes this call from others with the same shapes. JAX identifies a call on several devices by
+        an address; without `config`, its compilation cache could confuse two programs (an address can recur).
+    """
+    operands, results = dims.split("->")
+    has_batch, summed = [names.split()[0] == "b" for names in operands.split(",")], "b" not in results.split()
+
+    def partition(mesh: Any, operands: Any, results: Any) -> Any:
+        axes = [x.sharding.spec[0] for x, b in zip(operands, has_batch, strict=True) if b]
+        axes = next(filter(None, axes), ())
+        axes = (axes,) if isinstance(axes, str) else axes
+        if operands[0].shape[0] % math.prod(mesh.shape[axis] for axis in axes):
+            axes = ()
+        whole, part = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec(axes)))
+
+        def local(*operands: Array) -> Any:
+            return lax.psum(call(*operands), axes) if summed else call(*operands)
+
+        return_to = jax.tree.map(lambda _: whole if summed else part, results)
+        return mesh, local, return_to, tuple(part if b else whole for b in has_batch)
+
+    across_devices = custom_partitioning(lambda *operands: call(*operands))  # noqa: PLW0108  A partial fails.
+    across_devices.def_partition(partition, sharding_rule=dims, reduction_factors=("b",) if summed else ())
+
+    @custom_vmap
+    def f(*operands: Array) -> Any:
+        mesh, shardy = jax.sharding.get_abstract_mesh(), jax.config.values["jax_use_shardy_partitioner"]
+        if mesh.manual_axes or mesh.explicit_axes or not shardy:  # custom_partitioning fails there.
+            return call(*operands)
+        with set_xla_metadata(onednn=" ".join(map(str, config))):
+            return across_devices(*operands)
+
+    @f.def_vmap
+    def _(size: int, is_mapped: list[bool], *operands: Array) -> Any:
+        if is_mapped == has_batch and not summed:
+            y = f(*(x.reshape(-1, *x.shape[2:]) if m else x for x, m in zip(operands, is_mapped, strict=True)))
+            return y.reshape(size, -1, *y.shape[1:]), True
+
+        def one(mapped: list[Array]) -> Any:
+            rest = iter(mapped)
+            return f(*(next(rest) if m else x for x, m in zip(operands, is_mapped, strict=True)))
+
+        results = lax.map(one, [x for x, m in zip(operands, is_mapped, strict=True) if m])
+        return results, jax.tree.map(lambda _: True, results)
+
+    return f

@@ -1,0 +1,58 @@
+"""Prints digests of a convolution and its gradients, computed on as many cores as the argument says.
+
+    python onednn_bits.py CORES [fork | spawn | threads]
+
+fork and spawn compute them in a child process, threads in eight threads at the same time.
+"""
+
+import hashlib
+import multiprocessing
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+
+def digest(_=0):
+    import jax
+    import jax.numpy as jnp
+
+    from cnnjax.layers.conv import conv2d
+
+    rng = np.random.default_rng(0)
+    image, g = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((61, 9, 8, 24), (61, 9, 8, 32)))
+    kernel, bias = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((3, 3, 24, 32), (32,)))
+
+    @jax.jit
+    def f(image, kernel, bias, g):
+        y, pullback = jax.vjp(lambda *x: conv2d(*x, ((1, 1), (1, 1)), True), image, kernel, bias)
+        return y, *pullback(g)
+
+    results = f(image, kernel, bias, g)
+    return [hashlib.sha256(np.asarray(x.astype(jnp.float32))).hexdigest()[:8] for x in results]
+
+
+def main():
+    cores, way = int(sys.argv[1]), (sys.argv[2:] or ["here"])[0]
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])  # XLA starts a thread per core.
+    if way == "threads":
+        import jax.numpy as jnp
+
+        jnp.zeros(1, jnp.bfloat16).astype(jnp.float32)  # Modules that jax imports at first use.
+        with ThreadPoolExecutor(8) as threads:
+            found = list(threads.map(digest, range(32)))
+        assert all(x == found[0] for x in found)
+        print(*found[0])
+    elif way == "here":
+        print(*digest())
+    else:
+        from cnnjax.onednn.library import kernels
+
+        assert kernels().version  # Loaded in the parent.
+        with multiprocessing.get_context(way).Pool(1) as pool:
+            print(*pool.apply(digest))
+
+
+if __name__ == "__main__":
+    main()
