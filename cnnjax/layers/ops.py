@@ -6,6 +6,7 @@ float32.
 """
 
 import math
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -15,12 +16,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key, UInt8
 
 from cnnjax.layers.derivatives import fast_vjp, in_plain_operations
+from cnnjax.onednn import calls as onednn
 
 
 @fast_vjp
 def dense(x: Float[Array, "B N"], kernel: Float[Array, "N P"]) -> Float[Array, "B P"]:
     """Returns x · kernel in the dtype of `x`; the kernel is float32."""
-    return _matmul(x, kernel.astype(x.dtype))
+    return _matmul(x, kernel.astype(x.dtype), "b n, n p -> b p")
 
 
 def plain_dense(x: Float[Array, "B N"], kernel: Float[Array, "N P"]) -> Float[Array, "B P"]:
@@ -30,13 +32,15 @@ def plain_dense(x: Float[Array, "B N"], kernel: Float[Array, "N P"]) -> Float[Ar
 
 def _dense_bwd(residuals, g):
     x, kernel = residuals
-    kernel = kernel.astype(x.dtype)
-    return _matmul(g, kernel, transpose_b=True), _matmul(x, g, transpose_a=True, dtype=jnp.float32)
+    x_grad = _matmul(g, kernel.astype(x.dtype), "b p, n p -> b n", transpose_b=True)
+    return x_grad, _matmul(x, g, "b n, b p -> n p", transpose_a=True, dtype=jnp.float32)
 
 
 def _matmul(
     a: Float[Array, "_ _"],
     b: Float[Array, "_ _"],
+    dims: str,
+    *,
     transpose_a: bool = False,
     transpose_b: bool = False,
     dtype: DTypeLike | None = None,
@@ -45,7 +49,10 @@ def _matmul(
         axes = ((0 if transpose_a else 1,), (1 if transpose_b else 0,))
         return lax.dot_general(a, b, (axes, ((), ())), preferred_element_type=dtype or a.dtype)
 
-    return by_xla(a, b)
+    if not onednn.in_use(a.dtype):
+        return by_xla(a, b)
+    fast = partial(onednn.matmul, dims=dims, transpose_a=transpose_a, transpose_b=transpose_b, dtype=dtype)
+    return lax.platform_dependent(a, b, cpu=fast, default=by_xla)
 
 
 dense.defvjp(lambda x, kernel: (dense.fun(x, kernel), (x, kernel)), _dense_bwd)

@@ -90,19 +90,42 @@ def kernel_grad(
     return _call("kernel_grad", dims, result, image, g, padding=padding, stride=stride, groups=groups)
 
 
-def _call(kind, dims, result, *operands, padding, stride, groups, relu=False) -> Any:
+def matmul(
+    a: Float[Array, "_ _"],
+    b: Float[Array, "_ _"],
+    dims: str,
+    *,
+    transpose_a: bool = False,
+    transpose_b: bool = False,
+    dtype: DTypeLike | None = None,
+) -> Float[Array, "_ _"]:
+    """Returns a · b, with each operand optionally transposed first.
+
+    Args:
+      a, b: of one dtype, float32 or bfloat16.
+      dims: names of the dimensions, see `divided`, such as "b n, n p -> b p".
+      dtype: dtype of the result; by default that of the operands.
+    """
+    shape = (a.shape[1 if transpose_a else 0], b.shape[0 if transpose_b else 1])
+    result = jax.ShapeDtypeStruct(shape, dtype or a.dtype)
+    return _call("matmul", dims, result, a, b, transpose_a=transpose_a, transpose_b=transpose_b)
+
+
+def _call(kind, dims, result, *operands, **config) -> Any:
     """Calls a handler of kernels.c, which `kernels` has registered. For `dims` see `divided`."""
     if operands[0].dtype == jnp.bfloat16 and not kernels().bfloat16:
-        options = {"padding": padding, "stride": stride, "groups": groups, "relu": relu}
         wide = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), result)
-        y = _call(kind, dims, wide, *(x.astype(jnp.float32) for x in operands), **options)
+        y = _call(kind, dims, wide, *(x.astype(jnp.float32) for x in operands), **config)
         return jax.tree.map(lambda y, x: y.astype(x.dtype), y, result)
-    config = np.array([KINDS.index(kind), stride, groups, *padding[0], *padding[1], relu], np.int64)  # As in kernels.c.
+    (top, bottom), (left, right) = config.get("padding", ((0, 0), (0, 0)))
+    values = [KINDS.index(kind), config.get("stride", 1), config.get("groups", 1), top, bottom, left, right]
+    values += [config.get(name, False) for name in ("relu", "transpose_a", "transpose_b")]
+    numbers = np.array(values, np.int64)  # As in kernels.c.
 
     def call(*operands: Array) -> Any:
         shapes = result
         if "-> b" in dims:  # A part of the batch, or more than one.
             shapes = jax.ShapeDtypeStruct((operands[0].shape[0], *result.shape[1:]), result.dtype)
-        return jax.ffi.ffi_call(f"cnnjax_{kind}", shapes, vmap_method="sequential")(*operands, config=config)
+        return jax.ffi.ffi_call(f"cnnjax_{kind}", shapes, vmap_method="sequential")(*operands, config=numbers)
 
-    return without_derivative(divided(call, dims, config))(*operands)
+    return without_derivative(divided(call, dims, numbers))(*operands)

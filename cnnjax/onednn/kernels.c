@@ -1,7 +1,7 @@
 // Calls oneDNN from XLA: handlers of XLA's foreign function interface (xla/ffi/api/c_api.h of jaxlib).
 //
-// Each call site of a compiled program has a `Convolution`, which XLA creates and destroys with the program. Its
-// primitives are created at its first execution, from the shapes of the buffers.
+// Each call site of a compiled program has a `Site`, which XLA creates and destroys with the program. Its primitives are
+// created at its first execution, from the shapes of the buffers.
 //
 // oneDNN would start OpenMP threads, which compete with XLA's. Instead, a batch is divided into parts, each is computed
 // on one thread, and XLA's own pool provides the threads. The number of parts does not depend on the number of threads
@@ -147,43 +147,48 @@ static dnnl_status_t in_parts(const XLA_FFI_CallFrame* frame, int64_t count, Wor
   return status;
 }
 
-// --- Convolutions ---------------------------------------------------------------------------------------------------
+// --- What a call site keeps -----------------------------------------------------------------------------------------
 
-enum { FORWARD, IMAGE_GRAD, KERNEL_GRAD };
+enum { FORWARD, IMAGE_GRAD, KERNEL_GRAD, MATMUL };
 
-// A primitive for the images of one part.
+// The primitive of one part.
 typedef struct {
   dnnl_primitive_t primitive;
   dnnl_primitive_desc_t desc;
-  dnnl_memory_desc_t image, result;
+  dnnl_memory_desc_t image, kernel, result;  // Of a matmul: a, b and their product. A convolution has no `kernel`.
   const_dnnl_memory_desc_t scratch;
   size_t scratch_size;
 } Part;
 
 typedef struct {
   struct {  // In the order of calls.py.
-    int64_t kind, stride, groups, top, bottom, left, right, relu;
+    int64_t kind, stride, groups, top, bottom, left, right, relu, transpose_a, transpose_b;
   } config;
   pthread_mutex_t lock;
   bool ready;
-  int64_t batch, part_size, num_parts;
-  Part parts[2];  // Of `part_size` images, and of the remaining images.
-  dnnl_memory_desc_t outer_kernel, bias;   // [I J C K] of the program.
-  const_dnnl_memory_desc_t inner_kernel;   // In the layout that oneDNN prefers; owned by parts[0].
-  size_t kernel_size, image_size, result_size, bias_size;  // Bytes; of the images and results, for one image.
-  dnnl_primitive_t reorder;                // Between the layouts of the kernel.
-} Convolution;
+  bool by_columns;                             // Whether a product is divided into columns, or rows.
+  int64_t length, part_size, num_parts, rest;  // `length`: the number of images, columns or rows.
+  Part parts[2];                               // Of `part_size`, and of the `rest`.
+  size_t image_step, kernel_step, result_step;  // Bytes from one image, row or column to the next.
+  // Of a convolution:
+  dnnl_memory_desc_t outer_kernel, bias;  // [I J C K] of the program.
+  const_dnnl_memory_desc_t inner_kernel;  // In the layout that oneDNN prefers; owned by parts[0].
+  size_t kernel_size, bias_size;          // Bytes.
+  dnnl_primitive_t reorder;               // Between the layouts of the kernel.
+} Site;
 
 typedef struct {
-  const XLA_FFI_Buffer *image, *kernel, *bias, *result;  // The gradients of these have the same shapes.
+  const XLA_FFI_Buffer *image, *kernel, *bias, *result;  // Or their gradients, which have the same shapes.
 } Buffers;
 
 static dnnl_data_type_t dtype(const XLA_FFI_Buffer* buffer) {
   return buffer->dtype == XLA_FFI_DataType_BF16 ? dnnl_bf16 : dnnl_f32;
 }
 
+static size_t bytes(const XLA_FFI_Buffer* buffer) { return dtype(buffer) == dnnl_bf16 ? 2 : 4; }
+
 static size_t bytes_per_image(const XLA_FFI_Buffer* buffer) {
-  return buffer->dims[1] * buffer->dims[2] * buffer->dims[3] * (dtype(buffer) == dnnl_bf16 ? 2 : 4);
+  return buffer->dims[1] * buffer->dims[2] * buffer->dims[3] * bytes(buffer);
 }
 
 // Describes `batch` images of a buffer [B H W C].
@@ -213,15 +218,15 @@ static dnnl_status_t set_relu(dnnl_primitive_attr_t attr) {
 }
 
 static dnnl_status_t create_desc(
-    const Convolution* conv, Part* part, const Buffers* of, const_dnnl_memory_desc_t kernel,
-    const_dnnl_memory_desc_t forward_kernel, const_dnnl_primitive_attr_t attr) {
-  int64_t stride = conv->config.stride, kind = conv->config.kind;
+    const Site* site, Part* part, const_dnnl_memory_desc_t kernel, const_dnnl_memory_desc_t forward_kernel,
+    const_dnnl_primitive_attr_t attr) {
+  int64_t stride = site->config.stride, kind = site->config.kind;
   dnnl_dims_t strides = {stride, stride}, dilates = {0, 0};
-  dnnl_dims_t low = {conv->config.top, conv->config.left}, high = {conv->config.bottom, conv->config.right};
+  dnnl_dims_t low = {site->config.top, site->config.left}, high = {site->config.bottom, site->config.right};
   dnnl_primitive_desc_t forward;
   TRY(dnnl_convolution_forward_primitive_desc_create(
       &forward, engine, dnnl_forward_training, dnnl_convolution_direct, part->image, forward_kernel,
-      kind == FORWARD ? conv->bias : NULL, part->result, strides, dilates, low, high, attr));
+      kind == FORWARD ? site->bias : NULL, part->result, strides, dilates, low, high, attr));
   if (kind == FORWARD) {
     part->desc = forward;
     return dnnl_success;
@@ -232,90 +237,143 @@ static dnnl_status_t create_desc(
                 &part->desc, engine, dnnl_convolution_direct, part->image, kernel, part->result, strides, dilates, low,
                 high, forward, attr)
           : dnnl_convolution_backward_weights_primitive_desc_create(
-                &part->desc, engine, dnnl_convolution_direct, part->image, kernel, conv->bias, part->result, strides,
+                &part->desc, engine, dnnl_convolution_direct, part->image, kernel, site->bias, part->result, strides,
                 dilates, low, high, forward, attr);
   dnnl_primitive_desc_destroy(forward);
   return status;
 }
 
-static dnnl_status_t create_part(Convolution* conv, Part* part, const Buffers* of, int64_t batch) {
-  int64_t groups = conv->config.groups, kind = conv->config.kind;
+// Creates the primitive of `part`, whose descriptor exists.
+static dnnl_status_t create_primitive(Part* part) {
+  part->scratch = dnnl_primitive_desc_query_md(part->desc, dnnl_query_scratchpad_md, 0);
+  part->scratch_size = dnnl_memory_desc_get_size(part->scratch);
+  return dnnl_primitive_create(&part->primitive, part->desc);
+}
+
+static dnnl_status_t create_part(Site* site, Part* part, const Buffers* of, int64_t batch) {
+  int64_t groups = site->config.groups, kind = site->config.kind;
   dnnl_memory_desc_t forward_kernel = NULL, any = NULL;
   dnnl_primitive_attr_t attr = NULL;
   TRY(describe_images(&part->image, of->image, batch));
   TRY(describe_images(&part->result, of->result, batch));
   dnnl_status_t status = dnnl_primitive_attr_create(&attr);
   if (!status) status = dnnl_primitive_attr_set_scratchpad_mode(attr, dnnl_scratchpad_mode_user);
-  if (!status && conv->config.relu) status = set_relu(attr);
+  if (!status && site->config.relu) status = set_relu(attr);
   if (!status) status = describe_kernel(&forward_kernel, of->kernel, groups, dtype(of->image));
   if (!status) status = describe_kernel(&any, of->kernel, groups, kind == KERNEL_GRAD ? dnnl_f32 : dtype(of->image));
   if (!status) {  // Both parts use one layout.
-    const_dnnl_memory_desc_t kernel = conv->inner_kernel ? conv->inner_kernel : any;
-    status = create_desc(conv, part, of, kernel, kind == FORWARD ? kernel : forward_kernel, attr);
+    const_dnnl_memory_desc_t kernel = site->inner_kernel ? site->inner_kernel : any;
+    status = create_desc(site, part, kernel, kind == FORWARD ? kernel : forward_kernel, attr);
   }
-  if (!status) status = dnnl_primitive_create(&part->primitive, part->desc);
   dnnl_memory_desc_destroy(forward_kernel);
   dnnl_memory_desc_destroy(any);
   dnnl_primitive_attr_destroy(attr);
   TRY(status);
-  part->scratch = dnnl_primitive_desc_query_md(part->desc, dnnl_query_scratchpad_md, 0);
-  part->scratch_size = dnnl_memory_desc_get_size(part->scratch);
-  if (!conv->inner_kernel) {
+  if (!site->inner_kernel) {
     dnnl_query_t what = kind == KERNEL_GRAD ? dnnl_query_diff_weights_md : dnnl_query_weights_md;
-    conv->inner_kernel = dnnl_primitive_desc_query_md(part->desc, what, 0);
+    site->inner_kernel = dnnl_primitive_desc_query_md(part->desc, what, 0);
   }
-  return dnnl_success;
+  return create_primitive(part);
 }
 
-static dnnl_status_t create(Convolution* conv, const Buffers* of, int64_t threads) {
-  int64_t kind = conv->config.kind, batch = of->image->dims[0], parts = threads > MIN_PARTS ? threads : MIN_PARTS;
-  conv->batch = batch;
-  conv->part_size = (batch + parts - 1) / parts;
-  conv->num_parts = (batch + conv->part_size - 1) / conv->part_size;
-  conv->image_size = bytes_per_image(of->image);
-  conv->result_size = bytes_per_image(of->result);
+static dnnl_status_t create_convolution(Site* site, const Buffers* of) {
+  bool out = site->config.kind == KERNEL_GRAD;
+  site->image_step = bytes_per_image(of->image);
+  site->result_step = bytes_per_image(of->result);
   if (of->bias) {
     dnnl_dims_t dims = {of->bias->dims[0]}, strides = {1};
-    TRY(dnnl_memory_desc_create_with_strides(&conv->bias, 1, dims, dtype(of->bias), strides));
-    conv->bias_size = dnnl_memory_desc_get_size(conv->bias);
+    TRY(dnnl_memory_desc_create_with_strides(&site->bias, 1, dims, dtype(of->bias), strides));
+    site->bias_size = dnnl_memory_desc_get_size(site->bias);
   }
-  TRY(create_part(conv, &conv->parts[0], of, conv->part_size));
-  int64_t rest = batch - (conv->num_parts - 1) * conv->part_size;
-  if (rest != conv->part_size) TRY(create_part(conv, &conv->parts[1], of, rest));
-  conv->kernel_size = (dnnl_memory_desc_get_size(conv->inner_kernel) + 63) / 64 * 64;  // Aligned in a sequence.
-  TRY(describe_kernel(&conv->outer_kernel, of->kernel, conv->config.groups, dnnl_data_type_undef));
-  bool out = kind == KERNEL_GRAD;
+  TRY(create_part(site, &site->parts[0], of, site->part_size));
+  if (site->rest != site->part_size) TRY(create_part(site, &site->parts[1], of, site->rest));
+  site->kernel_size = (dnnl_memory_desc_get_size(site->inner_kernel) + 63) / 64 * 64;  // Aligned in a sequence.
+  TRY(describe_kernel(&site->outer_kernel, of->kernel, site->config.groups, dnnl_data_type_undef));
   dnnl_primitive_desc_t reorder;
   TRY(dnnl_reorder_primitive_desc_create(
-      &reorder, out ? conv->inner_kernel : conv->outer_kernel, engine, out ? conv->outer_kernel : conv->inner_kernel,
+      &reorder, out ? site->inner_kernel : site->outer_kernel, engine, out ? site->outer_kernel : site->inner_kernel,
       engine, NULL));
-  dnnl_status_t status = dnnl_primitive_create(&conv->reorder, reorder);
+  dnnl_status_t status = dnnl_primitive_create(&site->reorder, reorder);
   dnnl_primitive_desc_destroy(reorder);
   return status;
 }
 
-static void destroy_contents(Convolution* conv) {
+// Describes m × n values of a matrix that has `rows` rows and `columns` columns, or as many columns and rows if it is
+// stored transposed.
+static dnnl_status_t describe_matrix(
+    dnnl_memory_desc_t* desc, const XLA_FFI_Buffer* buffer, bool transposed, int64_t m, int64_t n) {
+  int64_t width = buffer->dims[1];
+  dnnl_dims_t dims = {m, n}, strides = {transposed ? 1 : width, transposed ? width : 1};
+  return dnnl_memory_desc_create_with_strides(desc, 2, dims, dtype(buffer), strides);
+}
+
+// Creates a product of [m k] and [k n].
+static dnnl_status_t create_product(Site* site, Part* part, const Buffers* of, int64_t m, int64_t n) {
+  int64_t k = of->image->dims[!site->config.transpose_a];
+  dnnl_primitive_attr_t attr;
+  TRY(describe_matrix(&part->image, of->image, site->config.transpose_a, m, k));
+  TRY(describe_matrix(&part->kernel, of->kernel, site->config.transpose_b, k, n));
+  TRY(describe_matrix(&part->result, of->result, false, m, n));
+  TRY(dnnl_primitive_attr_create(&attr));
+  dnnl_status_t status = dnnl_primitive_attr_set_scratchpad_mode(attr, dnnl_scratchpad_mode_user);
+  if (!status)
+    status = dnnl_matmul_primitive_desc_create(&part->desc, engine, part->image, part->kernel, NULL, part->result, attr);
+  dnnl_primitive_attr_destroy(attr);
+  return status ? status : create_primitive(part);
+}
+
+static dnnl_status_t create_matmul(Site* site, const Buffers* of) {
+  bool a = site->config.transpose_a, b = site->config.transpose_b;
+  const int64_t *shape = of->result->dims;
+  if (site->by_columns) site->kernel_step = (b ? of->kernel->dims[1] : 1) * bytes(of->kernel);
+  else site->image_step = (a ? 1 : of->image->dims[1]) * bytes(of->image);
+  site->result_step = (site->by_columns ? 1 : shape[1]) * bytes(of->result);
+  for (int i = 0; i < (site->rest == site->part_size ? 1 : 2); i++) {
+    int64_t size = i ? site->rest : site->part_size;
+    TRY(create_product(site, &site->parts[i], of, site->by_columns ? shape[0] : size, site->by_columns ? size : shape[1]));
+  }
+  return dnnl_success;
+}
+
+static dnnl_status_t create(Site* site, const Buffers* of, int64_t threads) {
+  int64_t parts = threads > MIN_PARTS ? threads : MIN_PARTS, multiple = 1;
+  site->length = of->image->dims[0];
+  if (site->config.kind == MATMUL) {
+    const int64_t* shape = of->result->dims;
+    site->by_columns = shape[1] >= shape[0];
+    site->length = shape[site->by_columns];
+    multiple = 16;  // Values of a vector register.
+  }
+  site->part_size = (site->length + parts * multiple - 1) / (parts * multiple) * multiple;
+  if (site->part_size > site->length) site->part_size = site->length;
+  site->num_parts = (site->length + site->part_size - 1) / site->part_size;
+  site->rest = site->length - (site->num_parts - 1) * site->part_size;
+  return site->config.kind == MATMUL ? create_matmul(site, of) : create_convolution(site, of);
+}
+
+static void destroy_contents(Site* site) {
   for (int i = 0; i < 2; i++) {
-    Part* part = &conv->parts[i];
+    Part* part = &site->parts[i];
     dnnl_primitive_destroy(part->primitive);
     dnnl_primitive_desc_destroy(part->desc);
     dnnl_memory_desc_destroy(part->image);
+    dnnl_memory_desc_destroy(part->kernel);
     dnnl_memory_desc_destroy(part->result);
     *part = (Part){0};
   }
-  dnnl_primitive_destroy(conv->reorder);
-  dnnl_memory_desc_destroy(conv->outer_kernel);
-  dnnl_memory_desc_destroy(conv->bias);
-  conv->reorder = NULL;
-  conv->outer_kernel = conv->bias = NULL;
-  conv->inner_kernel = NULL;
+  dnnl_primitive_destroy(site->reorder);
+  dnnl_memory_desc_destroy(site->outer_kernel);
+  dnnl_memory_desc_destroy(site->bias);
+  site->reorder = NULL;
+  site->outer_kernel = site->bias = NULL;
+  site->inner_kernel = NULL;
 }
 
 static void destroy(void* pointer) {
-  Convolution* conv = pointer;
-  destroy_contents(conv);
-  pthread_mutex_destroy(&conv->lock);
-  free(conv);
+  Site* site = pointer;
+  destroy_contents(site);
+  pthread_mutex_destroy(&site->lock);
+  free(site);
 }
 
 typedef struct {
@@ -342,25 +400,26 @@ static dnnl_status_t execute(dnnl_primitive_t primitive, int count, const Argume
 
 // Pointers of one call. A kernel's gradient has a kernel and a bias for each part.
 typedef struct {
-  const Convolution* conv;
+  const Site* site;
   char *image, *kernel, *bias, *result;
 } Call;
 
 static dnnl_status_t compute_part(const void* pointer, int64_t i) {
   const Call* call = pointer;
-  const Convolution* conv = call->conv;
-  const Part* part = &conv->parts[(i + 1) * conv->part_size > conv->batch];
-  int64_t kind = conv->config.kind, first = i * conv->part_size, own = kind == KERNEL_GRAD ? i : 0;
+  const Site* site = call->site;
+  const Part* part = &site->parts[(i + 1) * site->part_size > site->length];
+  int64_t kind = site->config.kind, first = i * site->part_size, own = kind == KERNEL_GRAD ? i : 0;
+  bool forward = kind == FORWARD || kind == MATMUL;
   Workspace* space = workspace();
   void* scratch = space && part->scratch_size ? reserve(&space->scratch, part->scratch_size) : NULL;
   if (!space || (part->scratch_size && !scratch)) return dnnl_out_of_memory;
   Argument arguments[] = {
-      {kind == IMAGE_GRAD ? DNNL_ARG_DIFF_SRC : DNNL_ARG_SRC, part->image, call->image + first * conv->image_size},
-      {kind == FORWARD ? DNNL_ARG_DST : DNNL_ARG_DIFF_DST, part->result, call->result + first * conv->result_size},
-      {kind == KERNEL_GRAD ? DNNL_ARG_DIFF_WEIGHTS : DNNL_ARG_WEIGHTS, conv->inner_kernel,
-       call->kernel + own * conv->kernel_size},
-      {kind == FORWARD ? DNNL_ARG_BIAS : DNNL_ARG_DIFF_BIAS, conv->bias,
-       call->bias ? call->bias + own * conv->bias_size : NULL},
+      {kind == IMAGE_GRAD ? DNNL_ARG_DIFF_SRC : DNNL_ARG_SRC, part->image, call->image + first * site->image_step},
+      {forward ? DNNL_ARG_DST : DNNL_ARG_DIFF_DST, part->result, call->result + first * site->result_step},
+      {kind == KERNEL_GRAD ? DNNL_ARG_DIFF_WEIGHTS : DNNL_ARG_WEIGHTS, part->kernel ? part->kernel : site->inner_kernel,
+       call->kernel + first * site->kernel_step + own * site->kernel_size},
+      {forward ? DNNL_ARG_BIAS : DNNL_ARG_DIFF_BIAS, site->bias,
+       call->bias ? call->bias + own * site->bias_size : NULL},
       {DNNL_ARG_SCRATCHPAD, part->scratch, scratch},
   };
   return execute(part->primitive, 5, arguments);
@@ -369,47 +428,51 @@ static dnnl_status_t compute_part(const void* pointer, int64_t i) {
 // Adds a range of the gradients of all parts to that of the first part.
 static dnnl_status_t add_range(const void* pointer, int64_t range) {
   const Call* call = pointer;
-  const Convolution* conv = call->conv;
-  size_t size = conv->kernel_size / sizeof(float);
+  const Site* site = call->site;
+  size_t size = site->kernel_size / sizeof(float);
   size_t first = size * range / MIN_PARTS, last = size * (range + 1) / MIN_PARTS;
   float* restrict sum = (float*)call->kernel;
-  for (int64_t part = 1; part < conv->num_parts; part++) {
-    const float* restrict other = (const float*)(call->kernel + part * conv->kernel_size);
+  for (int64_t part = 1; part < site->num_parts; part++) {
+    const float* restrict other = (const float*)(call->kernel + part * site->kernel_size);
     for (size_t i = first; i < last; i++) sum[i] += other[i];
   }
   return dnnl_success;
 }
 
-static dnnl_status_t reorder(const Convolution* conv, void* inner, void* outer) {
-  bool out = conv->config.kind == KERNEL_GRAD;
+static dnnl_status_t reorder(const Site* site, void* inner, void* outer) {
+  bool out = site->config.kind == KERNEL_GRAD;
   Argument arguments[] = {
-      {out ? DNNL_ARG_FROM : DNNL_ARG_TO, conv->inner_kernel, inner},
-      {out ? DNNL_ARG_TO : DNNL_ARG_FROM, conv->outer_kernel, outer},
+      {out ? DNNL_ARG_FROM : DNNL_ARG_TO, site->inner_kernel, inner},
+      {out ? DNNL_ARG_TO : DNNL_ARG_FROM, site->outer_kernel, outer},
   };
-  return execute(conv->reorder, 2, arguments);
+  return execute(site->reorder, 2, arguments);
 }
 
-static dnnl_status_t convolve(const XLA_FFI_CallFrame* frame, const Convolution* conv, const Buffers* of) {
-  int64_t kind = conv->config.kind, copies = kind == KERNEL_GRAD ? conv->num_parts : 1;
-  size_t biases = kind == KERNEL_GRAD ? copies * conv->bias_size : 0;
-  Workspace* space = workspace();
-  char* kernel = space ? reserve(&space->kernel, copies * conv->kernel_size + biases) : NULL;
-  if (!kernel) return dnnl_out_of_memory;
-  Call call = {conv, of->image->data, kernel, of->bias ? of->bias->data : NULL, of->result->data};
-  if (kind != KERNEL_GRAD) {
-    TRY(reorder(conv, kernel, of->kernel->data));
-    return in_parts(frame, conv->num_parts, compute_part, &call);
+static dnnl_status_t compute(const XLA_FFI_CallFrame* frame, const Site* site, const Buffers* of) {
+  if (site->config.kind == MATMUL) {
+    Call call = {site, of->image->data, of->kernel->data, NULL, of->result->data};
+    return in_parts(frame, site->num_parts, compute_part, &call);
   }
-  if (of->bias) call.bias = kernel + copies * conv->kernel_size;
-  TRY(in_parts(frame, conv->num_parts, compute_part, &call));
+  int64_t kind = site->config.kind, copies = kind == KERNEL_GRAD ? site->num_parts : 1;
+  size_t biases = kind == KERNEL_GRAD ? copies * site->bias_size : 0;
+  Workspace* space = workspace();
+  char* kernel = space ? reserve(&space->kernel, copies * site->kernel_size + biases) : NULL;
+  if (!kernel) return dnnl_out_of_memory;
+  Call call = {site, of->image->data, kernel, of->bias ? of->bias->data : NULL, of->result->data};
+  if (kind != KERNEL_GRAD) {
+    TRY(reorder(site, kernel, of->kernel->data));
+    return in_parts(frame, site->num_parts, compute_part, &call);
+  }
+  if (of->bias) call.bias = kernel + copies * site->kernel_size;
+  TRY(in_parts(frame, site->num_parts, compute_part, &call));
   TRY(in_parts(frame, MIN_PARTS, add_range, &call));
   if (of->bias) {
     float* sum = of->bias->data;
-    memset(sum, 0, conv->bias_size);
+    memset(sum, 0, site->bias_size);
     for (int64_t part = 0; part < copies; part++)
-      for (int64_t i = 0; i < of->bias->dims[0]; i++) sum[i] += ((float*)(call.bias + part * conv->bias_size))[i];
+      for (int64_t i = 0; i < of->bias->dims[0]; i++) sum[i] += ((float*)(call.bias + part * site->bias_size))[i];
   }
-  return reorder(conv, kernel, of->kernel->data);
+  return reorder(site, kernel, of->kernel->data);
 }
 
 // --- Handlers -------------------------------------------------------------------------------------------------------
@@ -433,19 +496,26 @@ static XLA_FFI_Error* new_error(const XLA_FFI_Api* api, XLA_FFI_Error_Code code,
   return api->XLA_FFI_Error_Create(&args);
 }
 
-static XLA_FFI_Error* error_of(const XLA_FFI_Api* api, dnnl_status_t status, const Convolution* conv, const Buffers* of) {
-  static const char* const kinds[] = {"a convolution", "the image's gradient", "the kernel's gradient"};
-  const int64_t *image = of->image->dims, *kernel = of->kernel->dims;
-  const char* reason = status == dnnl_out_of_memory    ? "out of memory"
-                       : status == dnnl_unimplemented  ? "not implemented"
+// Writes the shape of a buffer, such as [2 3].
+static void write_shape(char* text, size_t size, const XLA_FFI_Buffer* buffer) {
+  size_t used = snprintf(text, size, "[");
+  for (int64_t i = 0; i < buffer->rank && used < size; i++)
+    used += snprintf(text + used, size - used, "%s%lld", i ? " " : "", (long long)buffer->dims[i]);
+  if (used < size) snprintf(text + used, size - used, "]");
+}
+
+static XLA_FFI_Error* error_of(const XLA_FFI_Api* api, dnnl_status_t status, const Site* site, const Buffers* of) {
+  static const char* const kinds[] = {"a convolution", "the gradient of an image", "the gradient of a kernel", "a product"};
+  const char* reason = status == dnnl_out_of_memory       ? "out of memory"
+                       : status == dnnl_unimplemented     ? "not implemented"
                        : status == dnnl_invalid_arguments ? "invalid arguments"
-                                                       : "runtime error";
-  char message[512];
+                                                          : "runtime error";
+  char message[512], image[100], kernel[100];
+  write_shape(image, sizeof image, of->image);
+  write_shape(kernel, sizeof kernel, of->kernel);
   snprintf(message, sizeof message,
-           "oneDNN failed to compute %s (status %d: %s) of an image [%lld %lld %lld %lld] and a kernel [%lld %lld %lld "
-           "%lld]. Set CNNJAX_ONEDNN=0 to use XLA's kernels.",
-           kinds[conv->config.kind], status, reason, (long long)image[0], (long long)image[1], (long long)image[2],
-           (long long)image[3], (long long)kernel[0], (long long)kernel[1], (long long)kernel[2], (long long)kernel[3]);
+           "oneDNN failed to compute %s (status %d: %s), shapes %s and %s. Set CNNJAX_ONEDNN=0 to use XLA's kernels.",
+           kinds[site->config.kind], status, reason, image, kernel);
   bool memory = status == dnnl_out_of_memory;
   return new_error(api, memory ? XLA_FFI_Error_Code_RESOURCE_EXHAUSTED : XLA_FFI_Error_Code_INTERNAL, message);
 }
@@ -453,19 +523,19 @@ static XLA_FFI_Error* error_of(const XLA_FFI_Api* api, dnnl_status_t status, con
 // Creates the state of a call site. Its only attribute is `config`.
 XLA_FFI_Error* cnnjax_instantiate(XLA_FFI_CallFrame* frame) {
   if (answers_metadata(frame)) return NULL;
-  Convolution* conv = calloc(1, sizeof *conv);
-  if (!conv) return new_error(frame->api, XLA_FFI_Error_Code_RESOURCE_EXHAUSTED, "Out of memory.");
+  Site* site = calloc(1, sizeof *site);
+  if (!site) return new_error(frame->api, XLA_FFI_Error_Code_RESOURCE_EXHAUSTED, "Out of memory.");
   const XLA_FFI_Array* config = frame->attrs.size == 1 ? frame->attrs.attrs[0] : NULL;
   if (!config || frame->attrs.types[0] != XLA_FFI_AttrType_ARRAY || config->dtype != XLA_FFI_DataType_S64 ||
-      config->size * sizeof(int64_t) != sizeof conv->config) {
-    free(conv);
-    return new_error(frame->api, XLA_FFI_Error_Code_INVALID_ARGUMENT, "`config` must be 8 int64 values.");
+      config->size * sizeof(int64_t) != sizeof site->config) {
+    free(site);
+    return new_error(frame->api, XLA_FFI_Error_Code_INVALID_ARGUMENT, "`config` must be 10 int64 values.");
   }
-  memcpy(&conv->config, config->data, sizeof conv->config);
-  pthread_mutex_init(&conv->lock, NULL);
+  memcpy(&site->config, config->data, sizeof site->config);
+  pthread_mutex_init(&site->lock, NULL);
   XLA_FFI_State_Set_Args args = {
       .struct_size = XLA_FFI_State_Set_Args_STRUCT_SIZE, .ctx = frame->ctx, .stage = frame->stage, .type_id = &cnnjax_type_id,
-      .state = conv};
+      .state = site};
   return frame->api->XLA_FFI_State_Set(&args);
 }
 
@@ -476,29 +546,29 @@ XLA_FFI_Error* cnnjax_execute(XLA_FFI_CallFrame* frame) {
       .stage = XLA_FFI_ExecutionStage_INSTANTIATE, .type_id = &cnnjax_type_id};
   XLA_FFI_Error* error = frame->api->XLA_FFI_State_Get(&get);
   if (error) return error;
-  Convolution* conv = get.state;
+  Site* site = get.state;
   XLA_FFI_Buffer **in = (XLA_FFI_Buffer**)frame->args.args, **out = (XLA_FFI_Buffer**)frame->rets.rets;
   Buffers of;
-  if (conv->config.kind == FORWARD)
+  if (site->config.kind == FORWARD || site->config.kind == MATMUL)
     of = (Buffers){.image = in[0], .kernel = in[1], .bias = frame->args.size > 2 ? in[2] : NULL, .result = out[0]};
-  else if (conv->config.kind == IMAGE_GRAD)
+  else if (site->config.kind == IMAGE_GRAD)
     of = (Buffers){.result = in[0], .kernel = in[1], .image = out[0]};
   else
     of = (Buffers){.image = in[0], .result = in[1], .kernel = out[0], .bias = frame->rets.size > 1 ? out[1] : NULL};
 
   int threads = omp_get_max_threads();
   omp_set_num_threads(1);
-  pthread_mutex_lock(&conv->lock);
+  pthread_mutex_lock(&site->lock);
   dnnl_status_t status = dnnl_success;
-  if (!conv->ready) {
-    status = create(conv, &of, num_threads(frame));
-    conv->ready = status == dnnl_success;
-    if (!conv->ready) destroy_contents(conv);
+  if (!site->ready) {
+    status = create(site, &of, num_threads(frame));
+    site->ready = status == dnnl_success;
+    if (!site->ready) destroy_contents(site);
   }
-  pthread_mutex_unlock(&conv->lock);
-  if (status == dnnl_success) status = convolve(frame, conv, &of);
+  pthread_mutex_unlock(&site->lock);
+  if (status == dnnl_success) status = compute(frame, site, &of);
   omp_set_num_threads(threads);
-  return status == dnnl_success ? NULL : error_of(frame->api, status, conv, &of);
+  return status == dnnl_success ? NULL : error_of(frame->api, status, site, &of);
 }
 
 // Prepares oneDNN. Returns its version, 10000 * major + 100 * minor + patch, or 0 if it failed.

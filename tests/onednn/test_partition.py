@@ -14,6 +14,7 @@ from cnnjax.onednn import library
 
 pytestmark = pytest.mark.skipif(library.kernels().version is None, reason=str(library.kernels()))
 PROGRAM = Path(__file__).parents[1] / "programs" / "partition.py"
+ONCE = {"convolution": 1, "image_grad": 1, "kernel_grad": 1}
 CLOSE = 2e-6  # Relative to the largest value.
 
 
@@ -33,12 +34,18 @@ def test_each_device_computes_its_examples(found, case, num_examples):
     assert found[case]["batches"] == [num_examples]
     assert found[case]["gathered"] == []
     assert found[case]["sums"] == 1  # Of both gradients.
-    assert found[case]["calls"] == 3
+    assert found[case]["calls"] == ONCE
     assert found[case]["error"] < CLOSE
 
 
 def test_replicated_arrays_are_not_communicated(found):
-    assert found["replicated"] == {"error": 0, "calls": 3, "batches": [16], "gathered": [], "sums": 0}
+    assert found["replicated"] == {"error": 0, "calls": ONCE, "batches": [16], "gathered": [], "sums": 0}
+
+
+def test_a_replicated_image_is_divided_as_the_gradient_of_the_result_is(found):
+    case = dict(found["replicated image"])
+    assert case.pop("error") < CLOSE
+    assert case == {"calls": ONCE, "batches": [2, 16], "gathered": [], "sums": 1}  # 16: the result itself.
 
 
 @pytest.mark.parametrize(("case", "num_examples"), [("sharded weights", 2), ("weights on another axis", 4)])
@@ -64,7 +71,7 @@ def test_a_training_step_gathers_nothing(found):
     assert step["error"] < CLOSE
     assert step["gathered"] == []
     assert step["batches"] == [8]
-    assert step["calls"] == 4 + 3 + 4  # Convolutions, gradients of images, gradients of kernels.
+    assert {kind: step["calls"][kind] for kind in ONCE} == {"convolution": 4, "image_grad": 3, "kernel_grad": 4}
 
 
 def test_the_program_of_one_device_has_only_the_calls(found):

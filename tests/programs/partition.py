@@ -6,6 +6,7 @@ Prints as JSON how the calls were divided, and their errors relative to the larg
 import json
 import os
 import re
+from collections import Counter
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -87,15 +88,15 @@ def relative_error(got, wanted):
 def calls_and_collectives(text):
     """Returns what an optimized program calls and communicates.
 
-    batches: the number of examples of each call of oneDNN, without repetitions. gathered: the shapes that are moved
-    between devices. sums: the number of sums over devices.
+    calls: the number of calls of oneDNN by their kind. batches: their numbers of examples, without repetitions.
+    gathered: the shapes that are moved between devices. sums: the number of sums over devices.
     """
-    operands = re.findall(r'custom_call_target="cnnjax_\w+", operand_layout_constraints=\{\w+\[(\d+),', text)
+    found = re.findall(r'custom_call_target="cnnjax_(\w+)", operand_layout_constraints=\{\w+\[(\d+),', text)
     moves = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
     collectives = re.findall(rf"= (.*?) ({moves})(?:-start)?\(", text)
     return {
-        "calls": len(operands),
-        "batches": sorted({*map(int, operands)}),
+        "calls": Counter(kind for kind, _ in found),
+        "batches": sorted({int(batch) for _, batch in found}),
         "gathered": [shape for shape, name in collectives if name != "all-reduce"],
         "sums": sum(name == "all-reduce" for _, name in collectives),
     }
@@ -183,6 +184,7 @@ def main():
         "shard_map": (sharded_by_hand(MESH, set()), MESH, DIVIDED),
         "shard_map of one axis": (sharded_by_hand(SQUARE, {"data"}), SQUARE, DIVIDED),
         "replicated": (operations, MESH, (WHOLE,) * 4),
+        "replicated image": (operations, MESH, (WHOLE, WHOLE, WHOLE, BATCH)),
         "sharded weights": (operations, MESH, (BATCH, by_data, BATCH, BATCH)),
         "weights on another axis": (operations, SQUARE, (BATCH, by_model, P("model"), g_by_both)),
         "height": (operations, THREE, (by_height, WHOLE, WHOLE, by_height)),
