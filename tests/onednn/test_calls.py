@@ -20,8 +20,8 @@ def test_an_error_of_onednn_names_the_operation_and_the_switch():
     with pytest.raises(jax.errors.JaxRuntimeError) as raised:
         f(jnp.zeros((2, 5, 4, 3)), jnp.zeros((3, 3, 3, 8)))
     assert str(raised.value) == (
-        "INTERNAL: oneDNN failed to compute a convolution (status 2: invalid arguments), shapes [2 5 4 3] and [3 3 3 8]. "
-        "Set CNNJAX_ONEDNN=0 to use XLA's kernels."
+        "INTERNAL: oneDNN failed to compute a convolution (status 2: invalid arguments), shapes [2 5 4 3] and "
+        "[3 3 3 8]. Set CNNJAX_ONEDNN=0 to use XLA's kernels."
     )
 
 
