@@ -76,8 +76,10 @@ data: setup
 
 # Not what users write next to it, such as exports.
 CODE := cnnjax docs experiments tests README.md
+CLANG_FORMAT := $(BIN)/clang-format --style='{BasedOnStyle: Google, ColumnLimit: 120}'
 test: setup
 	$(BIN)/ruff check $(CODE) && $(BIN)/ruff format --check $(CODE) && $(BIN)/pyright --pythonpath $(BIN)/python
+	$(CLANG_FORMAT) --dry-run -Werror cnnjax/onednn/*.c
 	$(BIN)/pytest -n 2 -m 'not slow' $(ARGS)
 
 test-slow: setup
@@ -114,6 +116,7 @@ bench-gpu: $(if $(GPU_PYTHON),,setup) $(if $(GPU_PEERS),.venv-peers-gpu/installe
 	@touch $@
 
 lint: setup
+	$(CLANG_FORMAT) -i cnnjax/onednn/*.c
 	$(BIN)/ruff check --fix $(CODE) && $(BIN)/ruff format $(CODE) && $(BIN)/pyright --pythonpath $(BIN)/python
 
 # Updates the lock file; needs uv.

@@ -163,11 +163,11 @@ def set_up(
     check("model", "initialized with finite parameters", all_finite(state.params), "an infinite one or nan")
     shared = f" ({placement.num_devices} share a batch)" if placement.num_devices > 1 else ""
     device = placement.devices[0]
-    used = f", {kernels()}" if device.platform == "cpu" else ""
+    kernels_used = f", {kernels()}" if device.platform == "cpu" else ""
     say(
         f"{title}: {word(type(config.model))} ({count_params(state):,} parameters) on {dataset.name} "
         f"({dataset.source}), {len(train.label):,} training and {len(validation.label):,} validation images, on "
-        f"{device_name(device)}{used}{shared}"
+        f"{device_name(device)}{kernels_used}{shared}"
     )
     return setup, jax.device_put(state, placement.state_sharding)
 

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 AnyArray = Array | np.ndarray
+Padding = tuple[tuple[int, int], tuple[int, int]]  # (low, high) of the height and the width.
 
 
 class Batch(NamedTuple):

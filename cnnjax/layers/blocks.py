@@ -9,7 +9,7 @@ from cnnjax.layers.depthwise import depthwise_conv2d, plain_depthwise_conv2d, st
 from cnnjax.layers.derivatives import in_plain_operations
 from cnnjax.layers.ops import dense, plain_dense
 from cnnjax.onednn import calls as onednn
-from cnnjax.onednn.calls import Padding
+from cnnjax.typing import Padding
 
 # Built once: modules are static arguments of the step. Source: He et al. (2015), equation 14, as in torchvision.
 HE_FAN_OUT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -54,8 +54,8 @@ class ConvNorm(nn.Module):
             x = convolve(x, kernel[:, :, 0], padding, self.stride)
         else:
             kernel = self.param("kernel", HE_FAN_OUT, (*size, channels, self.features), jnp.float32)
-            on_cpu = jax.default_backend() == "cpu" and onednn.in_use(x.dtype)
-            if self.kernel_size > 1 or in_plain_operations() or on_cpu:
+            by_onednn = jax.default_backend() == "cpu" and onednn.in_use(x.dtype)
+            if self.kernel_size > 1 or in_plain_operations() or by_onednn:
                 x = strided_conv2d(x, kernel, padding, self.stride, plain=self.plain)
             else:
                 x = x[:, :: self.stride, :: self.stride]

@@ -14,8 +14,7 @@ from jaxtyping import Array, Float
 
 from cnnjax.layers.derivatives import fast_vjp
 from cnnjax.onednn import calls as onednn
-from cnnjax.onednn.calls import Padding
-from cnnjax.typing import AnyArray
+from cnnjax.typing import AnyArray, Padding
 
 
 @partial(fast_vjp, nondiff_argnums=(3, 4))
@@ -30,7 +29,8 @@ def conv2d(
 
     Args:
       image: float32, bfloat16 or float16; the result has the same dtype.
-      kernel, bias: float32, rounded to the dtype of the image.
+      kernel: float32, rounded to the dtype of the image.
+      bias: float32, rounded to the dtype of the image except by oneDNN.
       padding: zeros around the image, ((top, bottom), (left, right)).
     """
     operands = (image, kernel) if bias is None else (image, kernel, bias)
@@ -104,17 +104,16 @@ def _conv2d_bwd(padding, relu, residuals, g):
     if relu:
         g = jnp.where(y > 0, g, 0)
     by_onednn, size = onednn.in_use(image.dtype, padding), image.shape[1:3]
-    # Without oneDNN, the gradient of the image is a convolution of `g` with the kernel rotated by 180° and its channels
-    # swapped.
     (i, j), ((top, bottom), (left, right)) = kernel.shape[:2], padding
-    back = ((i - 1 - top, i - 1 - bottom), (j - 1 - left, j - 1 - right))
 
     def image_grad_on_cpu(g: Array, kernel: Array) -> Array:
         if by_onednn:
             return onednn.image_grad(g, kernel, size=size, padding=padding)
+        # A convolution of `g` with the kernel rotated by 180° and its channels swapped.
+        back = ((i - 1 - top, i - 1 - bottom), (j - 1 - left, j - 1 - right))
         return convolution_by_xla(g, kernel.astype(g.dtype)[::-1, ::-1].swapaxes(2, 3), padding=back)
 
-    def image_grad_of(g: Array, kernel: Array) -> Array:
+    def image_grad_on_accelerators(g: Array, kernel: Array) -> Array:
         return image_grad_by_xla(g, kernel.astype(g.dtype), size=size, padding=padding)
 
     def kernel_grads_on_cpu(image: Array, g: Array) -> list[Array]:
@@ -127,7 +126,7 @@ def _conv2d_bwd(padding, relu, residuals, g):
         return [grad] if bias is None else [grad, g.sum((0, 1, 2), dtype=jnp.float32)]
 
     grads = lax.platform_dependent(image, g, cpu=kernel_grads_on_cpu, default=kernel_grads)
-    image_grad = lax.platform_dependent(g, kernel, cpu=image_grad_on_cpu, default=image_grad_of)
+    image_grad = lax.platform_dependent(g, kernel, cpu=image_grad_on_cpu, default=image_grad_on_accelerators)
     return image_grad, grads[0], None if bias is None else grads[1]
 
 

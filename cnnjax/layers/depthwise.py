@@ -1,6 +1,7 @@
 """Depthwise convolution, and convolution with strides, in forms that are fast on a CPU.
 
-XLA's own depthwise convolution is slow on a CPU: 40 to 100 times slower than these for EfficientNet's layers.
+XLA's own depthwise convolution is slow on a CPU: 40 to 100 times slower than sums of shifted images for the layers of
+EfficientNet.
 """
 
 from functools import partial, reduce
@@ -13,7 +14,7 @@ from jaxtyping import Array, Float
 from cnnjax.layers.conv import conv2d, plain_conv2d
 from cnnjax.layers.derivatives import fast_vjp, in_plain_operations
 from cnnjax.onednn import calls as onednn
-from cnnjax.onednn.calls import Padding
+from cnnjax.typing import Padding
 
 
 @partial(fast_vjp, nondiff_argnums=(2, 3))
@@ -84,13 +85,14 @@ def _bwd(padding, stride, residuals, g):
     # As in `conv2d`, the kernel rotated by 180°; zeros between the values of `g` take the place of the stride.
     back = tuple((a, n + k - 1 - m - a) for a, n, k, m in zip(low, (h, w), (i, j), wide, strict=True))
 
-    def image_grad(g: Array, kernel: Array) -> Array:
+    def image_grad(g: Array, kernel: Array) -> Array:  # oneDNN's is slow in bfloat16 with strides.
         between = (0, 0, stride - 1)
         g = lax.pad(g, jnp.zeros((), g.dtype), ((0, 0, 0), between, between, (0, 0, 0)))
         return depthwise_conv2d.fun(g, kernel[::-1, ::-1], back, 1)
 
     def kernel_grad(image: Array, g: Array) -> Array:
-        if i * j <= 9 and onednn.in_use(image.dtype, padding):  # oneDNN's is slow for larger kernels.
+        # oneDNN's takes 50 ms instead of 5 for a kernel [5 5 1152] and an image [32 4 4 1152] (AMD EPYC).
+        if i * j <= 9 and onednn.in_use(image.dtype, padding):
             options = {"size": (i, j), "padding": padding, "stride": stride, "groups": image.shape[-1]}
             return onednn.kernel_grad(image, g, **options)[0][:, :, 0]  # [I J 1 C] -> [I J C]
         parts = _shifts(image, (i, j), padding=padding, stride=stride)

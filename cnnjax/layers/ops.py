@@ -49,10 +49,8 @@ def _matmul(
         axes = ((0 if transpose_a else 1,), (1 if transpose_b else 0,))
         return lax.dot_general(a, b, (axes, ((), ())), preferred_element_type=dtype or a.dtype)
 
-    if not onednn.in_use(a.dtype):
-        return by_xla(a, b)
-    fast = partial(onednn.matmul, dims=dims, transpose_a=transpose_a, transpose_b=transpose_b, dtype=dtype)
-    return lax.platform_dependent(a, b, cpu=fast, default=by_xla)
+    by_onednn = partial(onednn.matmul, dims=dims, transpose_a=transpose_a, transpose_b=transpose_b, dtype=dtype)
+    return lax.platform_dependent(a, b, cpu=by_onednn if onednn.in_use(a.dtype) else by_xla, default=by_xla)
 
 
 dense.defvjp(lambda x, kernel: (dense.fun(x, kernel), (x, kernel)), _dense_bwd)

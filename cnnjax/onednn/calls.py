@@ -15,13 +15,14 @@ from jaxtyping import Array, Float
 from cnnjax.layers.derivatives import in_plain_operations, without_derivative
 from cnnjax.onednn.library import KINDS, kernels
 from cnnjax.onednn.partition import divided
+from cnnjax.typing import Padding
 
-Padding = tuple[tuple[int, int], tuple[int, int]]  # (low, high) of the height and the width.
+DTYPES = (jnp.float32, jnp.bfloat16)
 
 
 def in_use(dtype: DTypeLike = jnp.float32, padding: Padding = ((0, 0), (0, 0))) -> bool:
     """Returns whether the layers use oneDNN on a CPU for images of `dtype` and this padding; read at trace time."""
-    supported = dtype in (jnp.float32, jnp.bfloat16) and min(*padding[0], *padding[1]) >= 0
+    supported = dtype in DTYPES and min(*padding[0], *padding[1]) >= 0
     return supported and not in_plain_operations() and kernels().version is not None
 
 
@@ -48,7 +49,8 @@ def convolution(
     size = [(n + sum(pad) - k) // stride + 1 for n, pad, k in sides]
     result = jax.ShapeDtypeStruct((image.shape[0], *size, kernel.shape[3]), image.dtype)
     operands, dims = (image, kernel), "b h w c, i j d k -> b y x n"
-    if bias is not None:
+    if bias is not None:  # oneDNN has no bfloat16 bias for float32 images.
+        bias = bias.astype(jnp.promote_types(bias.dtype, image.dtype))
         operands, dims = (image, kernel, bias), "b h w c, i j d k, m -> b y x n"
     return _call("convolution", dims, result, *operands, padding=padding, stride=stride, groups=groups, relu=relu)
 
@@ -111,9 +113,19 @@ def matmul(
     return _call("matmul", dims, result, a, b, transpose_a=transpose_a, transpose_b=transpose_b)
 
 
-def _call(kind, dims, result, *operands, **config) -> Any:
-    """Calls a handler of kernels.c, which `kernels` has registered. For `dims` see `divided`."""
-    if operands[0].dtype == jnp.bfloat16 and not kernels().bfloat16:
+def _call(kind: str, dims: str, result: Any, *operands: Array, **config: Any) -> Any:
+    """Calls the handler `kind` of kernels.c. For `dims` see `divided`.
+
+    Raises:
+      RuntimeError: oneDNN is not available.
+    """
+    found = kernels()  # Registers the handlers.
+    if found.version is None:
+        raise RuntimeError(f"oneDNN must be available, got {found}.")
+    if any(x.size == 0 for x in operands):  # Sums over nothing.
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), result)
+    operands = tuple(x if x.dtype in DTYPES else x.astype(jnp.float32) for x in operands)
+    if operands[0].dtype == jnp.bfloat16 and not found.bfloat16:
         wide = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), result)
         y = _call(kind, dims, wide, *(x.astype(jnp.float32) for x in operands), **config)
         return jax.tree.map(lambda y, x: y.astype(x.dtype), y, result)
@@ -126,6 +138,6 @@ def _call(kind, dims, result, *operands, **config) -> Any:
         shapes = result
         if "-> b" in dims:  # A part of the batch, or more than one.
             shapes = jax.ShapeDtypeStruct((operands[0].shape[0], *result.shape[1:]), result.dtype)
-        return jax.ffi.ffi_call(f"cnnjax_{kind}", shapes, vmap_method="sequential")(*operands, config=numbers)
+        return jax.ffi.ffi_call(f"cnnjax_{kind}", shapes)(*operands, config=numbers)
 
     return without_derivative(divided(call, dims, numbers))(*operands)

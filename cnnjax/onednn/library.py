@@ -32,14 +32,25 @@ _lock = threading.Lock()
 
 
 class Kernels(NamedTuple):
-    """The version of oneDNN, or the reason why XLA's kernels are used; whether oneDNN has bfloat16 kernels here."""
+    """The kernels of programs for a CPU.
+
+    Attributes:
+      version: of oneDNN; None: they are XLA's.
+      reason: why they are XLA's.
+      bfloat16: whether oneDNN computes in bfloat16 on this processor.
+    """
 
     version: str | None
     reason: str = ""
     bfloat16: bool = False
 
+    @property
+    def name(self) -> str:
+        """Returns "XLA", or oneDNN with its version."""
+        return f"oneDNN {self.version}" if self.version else "XLA"
+
     def __str__(self) -> str:
-        return f"oneDNN {self.version}" if self.version else f"XLA ({self.reason})"
+        return self.name + (f" ({self.reason})" if self.reason else "")
 
 
 @cache  # The processor does not change.
@@ -51,7 +62,7 @@ def processor_flags() -> str:
 
 
 def kernels() -> Kernels:
-    """Returns which kernels programs for a CPU use. The first call may run a compiler.
+    """Returns the kernels that programs for a CPU use. The first call may run a compiler.
 
     $CNNJAX_ONEDNN is read at each call: 0 selects XLA's kernels.
     """
@@ -72,17 +83,17 @@ def _load() -> Kernels:
         handlers = _open(library, header.parents[2])
     except subprocess.CalledProcessError as error:
         return Kernels(None, f"the C compiler failed: {' '.join(error.stderr.split())[:300]}")
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: $CC has an open quotation.
         return Kernels(None, " ".join(str(error).split()))
     if (version := handlers.cnnjax_open()) == 0:
-        return Kernels(None, "oneDNN did not start")
+        return Kernels(None, "oneDNN could not be initialized")
 
     def capsule(name: str) -> Any:
         return jax.ffi.pycapsule(ctypes.byref(ctypes.c_char.in_dll(handlers, f"cnnjax_{name}")))
 
-    # Of the memory that a call site keeps between its executions.
+    # The type of the state that a call site keeps.
     state: Any = {name: capsule(name) for name in ("type_id", "type_info")}
-    jax.ffi.register_ffi_type("cnnjax_call", state, platform="cpu")
+    jax.ffi.register_ffi_type("cnnjax_site", state, platform="cpu")
     stages = {stage: capsule(stage) for stage in ("instantiate", "execute")}
     for kind in KINDS:
         jax.ffi.register_ffi_target(f"cnnjax_{kind}", stages, platform="cpu")
@@ -115,13 +126,13 @@ def _open(library: Path, headers: Path) -> ctypes.CDLL:
     key = hashlib.sha256("\0".join([*command, *versions]).encode() + SOURCE.read_bytes()).hexdigest()[:16]
     with tempfile.TemporaryDirectory() as folder:
         cache = cache_dir() or Path(folder)
-        with suppress(OSError):  # From a system with another C library.
+        with suppress(OSError):  # It was compiled on a system with another C library.
             for kept in cache.glob(f"onednn-{key}-*.so"):
                 if file_sha256(kept)[:16] == kept.stem[-16:]:  # A damaged library can crash the process.
                     return ctypes.CDLL(str(kept))
         new = Path(folder, "onednn.so")
-        subprocess.run([*command, "-o", str(new)], check=True, capture_output=True, text=True)
-        with suppress(OSError):  # It cannot be written there.
+        subprocess.run([*command, "-o", str(new)], check=True, capture_output=True, text=True, errors="replace")
+        with suppress(OSError):  # The cache cannot be written.
             cache.mkdir(parents=True, exist_ok=True)
             kept = cache / f"onednn-{key}-{file_sha256(new)[:16]}.so"
             with atomic_write(kept, shared=True) as file:

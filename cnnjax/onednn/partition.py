@@ -1,4 +1,4 @@
-"""Divides calls among the devices that share a batch, and maps them over further axes: XLA can do neither."""
+"""Divides calls among the devices that share a batch, and maps them over further axes: XLA cannot do so itself."""
 
 import math
 from collections.abc import Callable
@@ -16,17 +16,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 def divided(call: Callable[..., Any], dims: str, config: np.ndarray) -> Callable[..., Any]:
     """Makes XLA divide an FFI call along the batch, and defines its `vmap`.
 
-    Each device computes the examples that it holds; sums over the batch are then added up. XLA gathers any other
-    dimension that is sharded, and the batch if the devices do not divide it. On a mesh with explicit axes, it gathers
-    the batch too. `vmap` folds an axis that all examples and nothing else have into the batch; it computes any other
-    axis one element after another.
+    Each device computes the examples that it holds; results that are sums over the batch are then added. XLA gathers
+    any other dimension that is sharded, and the batch if the devices do not divide it. On a mesh with explicit axes, it
+    gathers the batch, too. `vmap` folds an axis that all examples and nothing else have into the batch; it computes any
+    other axis one element after another.
 
     Args:
       call: the function of arrays, for any number of examples.
       dims: names of the dimensions of operands and results, as in einops. `b` is the batch, the first dimension of the
         leading operands and of the result; no other name occurs twice. Results without `b` are sums over the batch.
-      config: what distinguishes this call from others with the same shapes. JAX identifies a call on several devices by
-        an address; without `config`, its compilation cache could confuse two programs (an address can recur).
+      config: identifies the call in the key of the compilation cache. JAX's own key has only an address there, which
+        another call can have later.
     """
     operands, results = dims.split("->")
     has_batch, summed = [names.split()[0] == "b" for names in operands.split(",")], "b" not in results.split()
@@ -45,7 +45,7 @@ def divided(call: Callable[..., Any], dims: str, config: np.ndarray) -> Callable
         return_to = jax.tree.map(lambda _: whole if summed else part, results)
         return mesh, local, return_to, tuple(part if b else whole for b in has_batch)
 
-    across_devices = custom_partitioning(lambda *operands: call(*operands))  # noqa: PLW0108  A partial fails.
+    across_devices = custom_partitioning(call)
     across_devices.def_partition(partition, sharding_rule=dims, reduction_factors=("b",) if summed else ())
 
     @custom_vmap

@@ -59,7 +59,7 @@ def environment(devices: Sequence[Any]) -> dict[str, Any]:
         "processor": processor(),
         "cores": num_cores(),
         "driver": " ".join(driver),
-        "kernels": f"oneDNN {found}" if first.platform == "cpu" and (found := kernels().version) else "XLA",
+        "kernels": kernels().name if first.platform == "cpu" else "XLA",
         "flags": flags,
         "compiler_options": compiler_options(),
         "host": platform.node(),

@@ -49,10 +49,11 @@ LAYERS = ((3, 32, 32), (32, 32, 32), (32, 64, 16), (64, 64, 16))  # Input and ou
 
 def contenders(part: str) -> list[str]:
     """Returns the contenders of a part, except those in bfloat16 on a processor that emulates it, which are slow."""
-    from cnnjax.onednn.library import kernels
+    from cnnjax.onednn.library import processor_flags
 
+    emulated = "avx512_bf16" not in processor_flags().split()
     names = [name for name in CONTENDERS if CONTENDERS[name].part == part and Path(python(name)).exists()]
-    return [name for name in names if kernels().bfloat16 or "bfloat16" not in name]
+    return [name for name in names if not (emulated and "bfloat16" in name)]
 
 
 def python(name: str) -> str:
@@ -82,6 +83,8 @@ def images_per_second(
 
 def compare(part: str, size: int, args: argparse.Namespace, *widths: int) -> str:
     """Returns two tables of the contenders of a part: with default settings, and with memory kept by all."""
+    if not contenders(part):
+        return "Not measured: this processor emulates bfloat16."
     tables = []
     for title, environment in ((f"batch {size}", {}), (f"batch {size}, all keep memory", KEEP_MEMORY)):
         speed = images_per_second(contenders(part), (size,), args, *widths, **environment)

@@ -46,7 +46,7 @@ GRAPHS = "JAX_COMPILATION_CACHE_DIR is set: cached programs with CUDA graphs of 
     ],
 )
 def test_programs_are_cached_unless_they_cannot_be(backend, name, value, warning, monkeypatch, tmp_path):
-    """CUDA graphs of convolutions failed after loading."""
+    """CUDA graphs of convolutions failed when they were loaded from the cache."""
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

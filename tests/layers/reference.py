@@ -9,7 +9,6 @@ from cnnjax.onednn import calls, library
 
 # Relative to the largest value. Sums are in float32; bfloat16 rounds the result to 8 bits, before and after the bias.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2**-7, "float16": 2**-10}
-NEEDS_ONEDNN = pytest.mark.skipif(library.kernels().version is None, reason=str(library.kernels()))
 
 
 def select_kernels(name, monkeypatch):

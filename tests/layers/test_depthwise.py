@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from reference import select_kernels
 
 from cnnjax.layers.blocks import ConvNorm
 from cnnjax.layers.depthwise import depthwise_conv2d, plain_depthwise_conv2d, strided_conv2d
@@ -34,17 +35,20 @@ def reference(image, kernel, padding, stride):
     ("h", "w", "size", "stride", "padding", "dtype"),
     [(*shape, "float32") for shape in SHAPES] + [(*shape, "bfloat16") for shape in SHAPES[1:3]],
 )
-@pytest.mark.parametrize("kind", ["depthwise", "plain depthwise", "full", "plain full"])
+@pytest.mark.parametrize("kind", ["depthwise", "plain depthwise", "full", "plain full", "xla depthwise", "xla full"])
 @pytest.mark.usefixtures("quick_compilation")
-def test_convolutions_and_their_gradients_equal_loops(kind, h, w, size, stride, padding, dtype):
+def test_convolutions_and_their_gradients_equal_loops(kind, h, w, size, stride, padding, dtype, monkeypatch):
     """Both gradients are the transposes of a linear map: <g, conv(direction)> = <gradient, direction>."""
+    select_kernels("xla" if "xla" in kind else "onednn", monkeypatch)
     shape = (size, size, 18) if "depthwise" in kind else (size, size, 18, 7)
     image = jnp.asarray(RNG.normal(size=(2, h, w, 18)), dtype)
     kernel = jnp.asarray(jnp.asarray(RNG.normal(size=shape), dtype), jnp.float32)
     convolve = {
         "depthwise": depthwise_conv2d,
+        "xla depthwise": depthwise_conv2d,
         "plain depthwise": plain_depthwise_conv2d,
         "full": strided_conv2d,
+        "xla full": strided_conv2d,
         "plain full": partial(strided_conv2d, plain=True),
     }[kind]
     expected = reference(image, kernel, padding, stride)

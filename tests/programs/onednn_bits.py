@@ -1,4 +1,4 @@
-"""Prints digests of a convolution and its gradients, computed on as many cores as the argument says.
+"""Prints digests of a convolution and its gradients, computed on a number of cores.
 
     python onednn_bits.py CORES [fork | spawn | threads]
 
@@ -37,9 +37,7 @@ def main():
     cores, way = int(sys.argv[1]), (sys.argv[2:] or ["here"])[0]
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])  # XLA starts a thread per core.
     if way == "threads":
-        import jax.numpy as jnp
-
-        jnp.zeros(1, jnp.bfloat16).astype(jnp.float32)  # Modules that jax imports at first use.
+        digest()  # Imports, lazily: not by several threads at a time.
         with ThreadPoolExecutor(8) as threads:
             found = list(threads.map(digest, range(32)))
         assert all(x == found[0] for x in found)
