@@ -7,6 +7,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from cnnjax.layers.derivatives import fast_vjp
+from cnnjax.onednn import elementwise
 
 EPSILON, MOMENTUM = 1e-12, 0.6  # Source: Keller Jordan (2024), airbench94.
 
@@ -37,23 +38,48 @@ def plain_batch_norm_gelu(
 
 
 def _batch_norm_gelu_fwd(x, bias, residual):
+    operands = (x, bias) if residual is None else (x, bias, residual)
+    y, mean, var, scale = elementwise.on_cpu(_fast_forward, _forward, *operands)
+    return (y, mean, var), (x, mean, scale, bias, residual)
+
+
+def _forward(x, bias, residual=None):
     wide = x.astype(jnp.float32)
     mean = wide.mean((0, 1, 2))
     var = jnp.maximum((wide * wide).mean((0, 1, 2)) - mean**2, 0)
     scale = lax.rsqrt(var + EPSILON)
-    return (_norm_gelu(x, mean, scale, bias, residual), mean, var), (x, mean, scale, bias, residual)
+    return _norm_gelu(x, mean, scale, bias, residual), mean, var, scale
+
+
+def _fast_forward(x, bias, *residual):
+    mean, square = elementwise.norm_sums(x) / (x.size // x.shape[-1])
+    var = jnp.maximum(square - mean**2, 0)
+    scale = lax.rsqrt(var + EPSILON)
+    return elementwise.norm_gelu(x, mean, scale, bias, *residual), mean, var, scale
 
 
 def _batch_norm_gelu_bwd(residuals, cotangents):
-    x, mean, scale, bias, residual = residuals
-    x, g = lax.optimization_barrier((x, cotangents[0]))  # Without it XLA keeps the normalized `x` in float32.
-    _, pullback = jax.vjp(nn.gelu, _norm(x, mean, scale, bias, residual))
+    x, *others, residual = residuals
+    operands = (x, cotangents[0], *others) if residual is None else (x, cotangents[0], *others, residual)
+    x_grad, bias_grad, g = elementwise.on_cpu(_fast_backward, _backward, *operands)
+    return x_grad, bias_grad, None if residual is None else g.astype(residual.dtype)
+
+
+def _backward(x, g, mean, scale, *shift):  # shift: bias and, if there is one, residual.
+    x, g = lax.optimization_barrier((x, g))  # Without it XLA keeps the normalized `x` in float32.
+    _, pullback = jax.vjp(nn.gelu, _norm(x, mean, scale, *shift))
     # Rounded once for all of its readers, which halves the memory traffic of float32.
     g = lax.optimization_barrier(pullback(g.astype(jnp.float32))[0].astype(x.dtype))
     wide, normal, count = g.astype(jnp.float32), _norm(x, mean, scale), x.size // x.shape[-1]
     bias_grad, along = wide.sum((0, 1, 2)), (wide * normal).sum((0, 1, 2))
     x_grad = _row(scale) * (wide - _row(bias_grad) / count - normal * (_row(along) / count))
-    return x_grad.astype(x.dtype), bias_grad.astype(bias.dtype), None if residual is None else g.astype(residual.dtype)
+    return x_grad.astype(x.dtype), bias_grad.astype(shift[0].dtype), g
+
+
+def _fast_backward(x, g, mean, scale, bias, *residual):
+    g, sums = elementwise.norm_gelu_grad(x, g, mean, scale, bias, *residual)
+    x_grad = elementwise.norm_grad(x, g, mean, scale, *(sums / (x.size // x.shape[-1])))
+    return x_grad, sums[0].astype(bias.dtype), g
 
 
 batch_norm_gelu.defvjp(_batch_norm_gelu_fwd, _batch_norm_gelu_bwd)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Key, UInt8
 
 from cnnjax.layers.derivatives import fast_vjp, in_plain_operations
 from cnnjax.onednn import calls as onednn
+from cnnjax.onednn import elementwise
 
 
 @fast_vjp
@@ -64,7 +65,7 @@ def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     On a CPU, rounding each term to bfloat16 is slow. The backward pass keeps only `x` and recomputes the rest, which is
     faster than reading it from memory.
     """
-    return plain_gelu(x)
+    return elementwise.on_cpu(elementwise.gelu, plain_gelu, x)
 
 
 def plain_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -72,7 +73,11 @@ def plain_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return nn.gelu(x.astype(jnp.float32)).astype(x.dtype)
 
 
-gelu.defvjp(lambda x: (plain_gelu(x), x), lambda x, g: jax.vjp(plain_gelu, lax.optimization_barrier(x))[1](g))
+def _gelu_grad(x: Float[Array, "..."], g: Float[Array, "..."]) -> Float[Array, "..."]:
+    return jax.vjp(plain_gelu, lax.optimization_barrier(x))[1](g)[0]
+
+
+gelu.defvjp(lambda x: (gelu.fun(x), x), lambda x, g: (elementwise.on_cpu(elementwise.gelu_grad, _gelu_grad, x, g),))
 gelu.defplain(plain_gelu)
 
 
@@ -125,8 +130,10 @@ def max_pool_grad_by_comparison(
     def repeat(y: Array) -> Array:
         return _from_windows(jnp.broadcast_to(y[:, :, None, :, None], (b, h // 2, 2, w // 2, 2, c)), h, w)
 
-    ties = sum((corner == y).astype(g.dtype) for corner in _corners(x))
-    share = lax.optimization_barrier(g / ties)  # Divides once per window, not once per pixel.
+    g = lax.optimization_barrier(g)  # Without it XLA computes `g` in the slow loop over windows.
+    ties = sum((corner == y).astype(jnp.float32) for corner in _corners(x))
+    share = (g.astype(jnp.float32) / ties).astype(g.dtype)
+    share = lax.optimization_barrier(share)  # Divides once per window, not once per pixel.
     return jnp.where(x == repeat(y), repeat(share), 0)
 
 

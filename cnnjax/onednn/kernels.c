@@ -610,6 +610,8 @@ XLA_FFI_Error* cnnjax_execute(XLA_FFI_CallFrame* frame) {
   return status == dnnl_success ? NULL : error_of(frame->api, status, site, &buffers);
 }
 
+#include "elementwise.c"
+
 // Prepares oneDNN. Returns its version, 10000 * major + 100 * minor + patch, or 0 if it failed.
 int cnnjax_open(void) {
   if (pthread_key_create(&workspace_key, free_workspace)) return 0;

@@ -97,6 +97,7 @@ def _load() -> Kernels:
     stages = {stage: capsule(stage) for stage in ("instantiate", "execute")}
     for kind in KINDS:
         jax.ffi.register_ffi_target(f"cnnjax_{kind}", stages, platform="cpu")
+    jax.ffi.register_ffi_target("cnnjax_elementwise", capsule("elementwise"), platform="cpu")
     bfloat16 = handlers.dnnl_get_effective_cpu_isa() & AVX512_BF16 == AVX512_BF16  # Obeys $ONEDNN_MAX_CPU_ISA.
     return Kernels(f"{version // 10000}.{version // 100 % 100}.{version % 100}", bfloat16=bfloat16)
 
@@ -120,10 +121,14 @@ def _open(library: Path, headers: Path) -> ctypes.CDLL:
     compiler = shlex.split(os.environ.get("CC", "")) or [c for c in ("cc", "gcc", "clang") if shutil.which(c)][:1]
     if not compiler:
         raise OSError("no C compiler was found, such as gcc")
-    options = ["-O3", "-shared", "-fPIC", "-std=gnu11", f"-I{headers}", f"-I{jax.ffi.include_dir()}"]
+    # Without contraction, the bits do not depend on the compiler. GCC prefers vectors of 256 bits, which are slower.
+    options = ["-O3", "-ffp-contract=off", "-shared", "-fPIC", "-std=gnu11"]
+    options += [f"-I{headers}", f"-I{jax.ffi.include_dir()}"]
+    native = ["-march=native", "-mprefer-vector-width=512"]
     command = [*compiler, *options, str(SOURCE), str(library), f"-Wl,-rpath,{library.parent}"]
-    versions = [metadata.version(package) for package in ("jaxlib", *PACKAGES)]
-    key = hashlib.sha256("\0".join([*command, *versions]).encode() + SOURCE.read_bytes()).hexdigest()[:16]
+    about = [*command, *native, processor_flags(), *(metadata.version(package) for package in ("jaxlib", *PACKAGES))]
+    sources = b"".join(path.read_bytes() for path in sorted(SOURCE.parent.glob("*.c")))
+    key = hashlib.sha256("\0".join(about).encode() + sources).hexdigest()[:16]
     with tempfile.TemporaryDirectory() as folder:
         cache = cache_dir() or Path(folder)
         with suppress(OSError):  # It was compiled on a system with another C library.
@@ -131,7 +136,12 @@ def _open(library: Path, headers: Path) -> ctypes.CDLL:
                 if file_sha256(kept)[:16] == kept.stem[-16:]:  # A damaged library can crash the process.
                     return ctypes.CDLL(str(kept))
         new = Path(folder, "onednn.so")
-        subprocess.run([*command, "-o", str(new)], check=True, capture_output=True, text=True, errors="replace")
+        for more in (native, []):  # A compiler may not know these options, but its loops are then slower.
+            build = [*command, *more, "-o", str(new)]
+            result = subprocess.run(build, check=False, capture_output=True, text=True, errors="replace")
+            if result.returncode == 0:
+                break
+        result.check_returncode()
         with suppress(OSError):  # The cache cannot be written.
             cache.mkdir(parents=True, exist_ok=True)
             kept = cache / f"onednn-{key}-{file_sha256(new)[:16]}.so"

@@ -23,13 +23,14 @@ def divided(call: Callable[..., Any], dims: str, config: np.ndarray) -> Callable
 
     Args:
       call: the function of arrays, for any number of examples.
-      dims: names of the dimensions of operands and results, as in einops. `b` is the batch, the first dimension of the
-        leading operands and of the result; no other name occurs twice. Results without `b` are sums over the batch.
+      dims: names of the dimensions of operands and results, as in einops. `b` is the batch, the first dimension of
+        operands and results; no other name occurs twice. Results without `b` are sums over the batch. The first operand
+        has `b`, and a single result that has it is not in a list.
       config: identifies the call in the key of the compilation cache. JAX's own key has only an address there, which
         another call can have later.
     """
     operands, results = dims.split("->")
-    has_batch, summed = [names.split()[0] == "b" for names in operands.split(",")], "b" not in results.split()
+    has_batch, kept = ([names.split()[0] == "b" for names in side.split(",")] for side in (operands, results))
 
     def partition(mesh: Any, operands: Any, results: Any) -> Any:
         axes = [x.sharding.spec[0] for x, b in zip(operands, has_batch, strict=True) if b]
@@ -40,13 +41,15 @@ def divided(call: Callable[..., Any], dims: str, config: np.ndarray) -> Callable
         whole, part = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec(axes)))
 
         def local(*operands: Array) -> Any:
-            return lax.psum(call(*operands), axes) if summed else call(*operands)
+            results, tree = jax.tree.flatten(call(*operands))
+            sums = iter(lax.psum([x for x, b in zip(results, kept, strict=True) if not b], axes))
+            return tree.unflatten([x if b else next(sums) for x, b in zip(results, kept, strict=True)])
 
-        return_to = jax.tree.map(lambda _: whole if summed else part, results)
+        return_to = jax.tree.structure(results).unflatten([part if b else whole for b in kept])
         return mesh, local, return_to, tuple(part if b else whole for b in has_batch)
 
     across_devices = custom_partitioning(call)
-    across_devices.def_partition(partition, sharding_rule=dims, reduction_factors=("b",) if summed else ())
+    across_devices.def_partition(partition, sharding_rule=dims, reduction_factors=() if any(kept) else ("b",))
 
     @custom_vmap
     def f(*operands: Array) -> Any:
@@ -58,7 +61,7 @@ def divided(call: Callable[..., Any], dims: str, config: np.ndarray) -> Callable
 
     @f.def_vmap
     def _(size: int, is_mapped: list[bool], *operands: Array) -> Any:
-        if is_mapped == has_batch and not summed:
+        if is_mapped == has_batch and all(kept):
             y = f(*(x.reshape(-1, *x.shape[2:]) if m else x for x, m in zip(operands, is_mapped, strict=True)))
             return y.reshape(size, -1, *y.shape[1:]), True
 

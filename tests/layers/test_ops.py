@@ -54,7 +54,8 @@ def test_gelu_and_gradient_match_flax(dtype, tolerance):
     wanted = forward_and_gradient(nn.gelu, g.astype(jnp.float32), x.astype(jnp.float32))
     for a, b in zip(got, wanted, strict=True):
         assert a.dtype == dtype
-        np.testing.assert_allclose(np.asarray(a, np.float64), b, rtol=tolerance, atol=1e-7)
+        # 1 + tanh, as Flax computes it, is inaccurate near zero.
+        np.testing.assert_allclose(np.asarray(a, np.float64), b, rtol=tolerance, atol=1e-6)
 
 
 def flax_pool(x):

@@ -83,12 +83,13 @@ def test_without_the_package_or_on_other_platforms_the_reason_is_named(load, mon
     assert str(load()) == "XLA (oneDNN is used on Linux with x86-64 only)"
 
 
-def test_the_compiler_of_CC_is_used(load, monkeypatch, tmp_path):  # noqa: N802
+def test_the_compiler_of_CC_is_used_even_if_it_does_not_know_the_processor(load, monkeypatch, tmp_path):  # noqa: N802
     gcc = shutil.which("gcc")
     if gcc is None:
         pytest.skip("gcc is not installed")
     wrapper = tmp_path / "my-gcc"
-    wrapper.write_text(f'#!/bin/sh\necho "$1" > {tmp_path}/first\nexec {gcc} "$@"\n')
+    old = f'case "$*" in *-march=*) exit 1;; esac\necho "$1" > {tmp_path}/first\nexec {gcc} "$@"\n'
+    wrapper.write_text(f"#!/bin/sh\n{old}")
     wrapper.chmod(0o755)
     monkeypatch.setenv("CC", f"{wrapper} -Wall")
     monkeypatch.setenv("PATH", os.path.dirname(gcc))

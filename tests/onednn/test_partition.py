@@ -38,6 +38,16 @@ def test_each_device_computes_its_examples(found, case, num_examples):
     assert found[case]["error"] < CLOSE
 
 
+def test_batch_norm_adds_up_its_sums_over_all_devices(found):
+    assert found["norm"]["error"] < CLOSE
+    assert {name: found["norm"][name] for name in ("calls", "batches", "gathered", "sums")} == {
+        "calls": {"elementwise": 4},
+        "batches": [2],
+        "gathered": [],
+        "sums": 2,  # Of the forward and of the backward pass.
+    }
+
+
 def test_replicated_arrays_are_not_communicated(found):
     assert found["replicated"] == {"error": 0, "calls": ONCE, "batches": [16], "gathered": [], "sums": 0}
 

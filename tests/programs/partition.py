@@ -26,6 +26,7 @@ from jax.sharding import PartitionSpec as P
 
 from cnnjax import CNN, Batch, init_state, train_step
 from cnnjax.layers.conv import plain_conv2d
+from cnnjax.layers.norm import batch_norm_gelu, plain_batch_norm_gelu
 from cnnjax.onednn import calls, library
 from cnnjax.sharding import place
 
@@ -48,6 +49,12 @@ def by_xla(image, kernel, bias, g):
     """Returns `operations` of the same arguments, by plain XLA operations."""
     y, pullback = jax.vjp(lambda x, k, b: plain_conv2d(x, k, b, PADDING, False), image, kernel, bias)
     return jnp.maximum(y, 0), *pullback(g)
+
+
+def normalized(f, x, bias, residual, g):
+    """Returns the results of a batch normalization with GELU, and its gradients."""
+    (y, mean, var), pullback = jax.vjp(f, x, bias, residual)
+    return y, mean, var, *pullback((g, jnp.zeros_like(mean), jnp.zeros_like(var)))
 
 
 def without_last(image, kernel, bias, g):
@@ -192,6 +199,11 @@ def main():
     found: dict[str, Any] = {name: compare(f, arrays, mesh, specs, wanted) for name, (f, mesh, specs) in cases.items()}
     found["uneven"] = compare(without_last, arrays, MESH, DIVIDED, wanted_without_last)
     found["against XLA"] = compare(operations, arrays, MESH, DIVIDED, jax.jit(by_xla)(*arrays))
+    image = arrays[0]
+    of_norm = image, image[0, 0, 0], image[::-1], image[:, ::-1]
+    wanted_of_norm = jax.jit(partial(normalized, plain_batch_norm_gelu))(*of_norm)
+    specs = BATCH, WHOLE, BATCH, BATCH
+    found["norm"] = compare(partial(normalized, batch_norm_gelu), of_norm, MESH, specs, wanted_of_norm)
     explicit = Mesh(DEVICES, ("data",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(explicit):
         found["explicit"] = compare(operations, arrays, explicit, DIVIDED, wanted)
