@@ -53,9 +53,7 @@ static inline float exponential(float x) {
 }
 
 // The tanh approximation is x / (1 + exp(-2u)), u = sqrt(2 / pi) (x + 0.044715 x**3).
-static inline float gelu_of(float x) {
-  return x / (1 + exponential(x * fma3(-0.0713548163f * x, x, -1.59576912f)));
-}
+static inline float gelu_of(float x) { return x / (1 + exponential(x * fma3(-0.0713548163f * x, x, -1.59576912f))); }
 
 static inline float gelu_slope(float x) {
   float e = exponential(x * fma3(-0.0713548163f * x, x, -1.59576912f)), s = 1 / (1 + e);
@@ -83,8 +81,8 @@ static void norm_gelu(int64_t n, const float* const* in, float* restrict out, fl
 }
 
 // The result is the gradient before the GELU; its sums are those of itself and of its product with the normalized `x`.
-static void norm_gelu_grad(
-    int64_t n, const float* const* in, float* restrict out, float* restrict a, float* restrict b) {
+static void norm_gelu_grad(int64_t n, const float* const* in, float* restrict out, float* restrict a,
+                           float* restrict b) {
   const float *x = in[0], *g = in[1], *mean = in[2], *scale = in[3], *bias = in[4], *residual = in[5];
   for (int64_t i = 0; i < n; i++) {
     float normal = (x[i] - mean[i]) * scale[i], h = g[i] * gelu_slope(normal + bias[i] + residual[i]);
@@ -96,8 +94,7 @@ static void norm_gelu_grad(
 
 static void norm_grad(int64_t n, const float* const* in, float* restrict out, float* restrict a, float* restrict b) {
   const float *x = in[0], *h = in[1], *mean = in[2], *scale = in[3], *mean_h = in[4], *mean_along = in[5];
-  for (int64_t i = 0; i < n; i++)
-    out[i] = scale[i] * (h[i] - mean_h[i] - (x[i] - mean[i]) * scale[i] * mean_along[i]);
+  for (int64_t i = 0; i < n; i++) out[i] = scale[i] * (h[i] - mean_h[i] - (x[i] - mean[i]) * scale[i] * mean_along[i]);
 }
 
 static void gelu(int64_t n, const float* const* in, float* restrict out, float* restrict a, float* restrict b) {
@@ -113,7 +110,8 @@ static void gelu_grad(int64_t n, const float* const* in, float* restrict out, fl
 static const struct {
   Loop* loop;
   bool has_result, has_sums;
-} kinds[] = {  // In the order of elementwise.py.
+} kinds[] = {
+    // In the order of elementwise.py.
     {norm_sums, false, true}, {norm_gelu, true, false}, {norm_gelu_grad, true, true},
     {norm_grad, true, false}, {gelu, true, false},      {gelu_grad, true, false},
 };
@@ -167,16 +165,35 @@ static XLA_FFI_Error* out_of_memory(const XLA_FFI_CallFrame* frame) {
   return new_error(frame->api, XLA_FFI_Error_Code_RESOURCE_EXHAUSTED, "Out of memory.");
 }
 
+static bool is_valid(const XLA_FFI_CallFrame* frame) {
+  int64_t ins = frame->args.size, outs = frame->rets.size;
+  const XLA_FFI_Array* config = frame->attrs.size == 1 ? frame->attrs.attrs[0] : NULL;
+  if (!config || frame->attrs.types[0] != XLA_FFI_AttrType_ARRAY || config->dtype != XLA_FFI_DataType_S64) return false;
+  int64_t kind = config->size == 1 ? *(int64_t*)config->data : -1, num_kinds = sizeof kinds / sizeof kinds[0];
+  if (kind < 0 || kind >= num_kinds || ins < 1 || ins > MAX_IN) return false;
+  if (outs != kinds[kind].has_result + kinds[kind].has_sums) return false;
+  const XLA_FFI_Buffer** in = (const XLA_FFI_Buffer**)frame->args.args;
+  for (int64_t i = 0; i < ins; i++)
+    if (in[i]->dtype != (in[i]->rank > 1 ? in[0]->dtype : XLA_FFI_DataType_F32)) return false;
+  return in[0]->rank > 1 && (in[0]->dtype == XLA_FFI_DataType_F32 || in[0]->dtype == XLA_FFI_DataType_BF16);
+}
+
 // Its only attribute, `config`, is the index in `kinds`. The sums, [2 C], are float32.
 XLA_FFI_Error* cnnjax_elementwise(XLA_FFI_CallFrame* frame) {
   if (answers_metadata(frame)) return NULL;
+  if (!is_valid(frame))
+    return new_error(frame->api, XLA_FFI_Error_Code_INVALID_ARGUMENT,
+                     "The call must be one of cnnjax.onednn.elementwise.");
   XLA_FFI_Buffer **in = (XLA_FFI_Buffer**)frame->args.args, **out = (XLA_FFI_Buffer**)frame->rets.rets, *x = in[0];
   int64_t kind = *(int64_t*)((XLA_FFI_Array*)frame->attrs.attrs[0])->data, threads = num_threads(frame);
   int64_t c = x->dims[x->rank - 1];
-  Elementwise of = {
-      .loop = kinds[kind].loop, .size = 1, .channels = c, .tile = c < TILE ? TILE / c * c : c,
-      .num_parts = threads > MIN_PARTS ? threads : MIN_PARTS, .bf16 = dtype(x) == dnnl_bf16,
-      .out = kinds[kind].has_result ? out[0]->data : NULL};
+  Elementwise of = {.loop = kinds[kind].loop,
+                    .size = 1,
+                    .channels = c,
+                    .tile = c < TILE ? TILE / c * c : c,
+                    .num_parts = threads > MIN_PARTS ? threads : MIN_PARTS,
+                    .bf16 = dtype(x) == dnnl_bf16,
+                    .out = kinds[kind].has_result ? out[0]->data : NULL};
   for (int64_t i = 0; i < x->rank; i++) of.size *= x->dims[i];
   int64_t num_sums = kinds[kind].has_sums ? 2 * c : 0;
   double* memory = calloc(of.num_parts * num_sums * sizeof(double) + MAX_IN * of.tile * sizeof(float), 1);

@@ -105,7 +105,7 @@ def _call(kind: str, *operands: Array, results: Any = "image") -> Any:
             "sums": jax.ShapeDtypeStruct((2, x.shape[-1]), jnp.float32),
         }
         shape = jax.tree.map(shapes.get, results)
-        return jax.ffi.ffi_call("cnnjax_elementwise", shape, vmap_method="sequential")(*operands, config=config)
+        return jax.ffi.ffi_call("cnnjax_elementwise", shape)(*operands, config=config)
 
     f = divided(call, f"{', '.join(of_operands)} -> {', '.join(of_results)}", config)
     wide = (x.astype(jnp.float32) if x.ndim == 1 else x for x in operands)  # With JAX_ENABLE_X64.

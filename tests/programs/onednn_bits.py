@@ -1,4 +1,4 @@
-"""Prints digests of a convolution and its gradients, computed on a number of cores.
+"""Prints digests of a convolution, a batch normalization and their gradients, computed on a number of cores.
 
     python onednn_bits.py CORES [fork | spawn | threads]
 
@@ -19,6 +19,7 @@ def digest(_=0):
     import jax.numpy as jnp
 
     from cnnjax.layers.conv import conv2d
+    from cnnjax.layers.norm import batch_norm_gelu
 
     rng = np.random.default_rng(0)
     image, g = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((61, 9, 8, 24), (61, 9, 8, 32)))
@@ -27,7 +28,8 @@ def digest(_=0):
     @jax.jit
     def f(image, kernel, bias, g):
         y, pullback = jax.vjp(lambda *x: conv2d(*x, ((1, 1), (1, 1)), True), image, kernel, bias)
-        return y, *pullback(g)
+        z, pullback_of_norm = jax.vjp(lambda *x: batch_norm_gelu(*x)[0], g, bias)
+        return y, *pullback(g), z, *pullback_of_norm(g)
 
     results = f(image, kernel, bias, g)
     return [hashlib.sha256(np.asarray(x.astype(jnp.float32))).hexdigest()[:8] for x in results]
