@@ -50,7 +50,7 @@ def convolution(
     result = jax.ShapeDtypeStruct((image.shape[0], *size, kernel.shape[3]), image.dtype)
     operands, dims = (image, kernel), "b h w c, i j d k -> b y x n"
     if bias is not None:  # oneDNN has no bfloat16 bias for float32 images.
-        bias = bias.astype(jnp.promote_types(bias.dtype, image.dtype))
+        bias = bias if bias.dtype == jnp.float32 else bias.astype(image.dtype)
         operands, dims = (image, kernel, bias), "b h w c, i j d k, m -> b y x n"
     return _call("convolution", dims, result, *operands, padding=padding, stride=stride, groups=groups, relu=relu)
 
