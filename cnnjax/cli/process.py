@@ -64,12 +64,14 @@ def start_jax() -> None:
 def use_compilation_cache(say: Callable[[str], None]) -> None:
     """Caches compiled programs in `cache_dir`, unless $JAX_COMPILATION_CACHE_DIR is set.
 
-    A second start then saves most of the seconds before its first step and gives the same bits. Nothing is cached if
+    A second start then saves most of the seconds before its first step and gives the same bits. Nothing is cached in
+    two cases: for several simulated devices, because oneDNN's calls then have another key at each start; and if
     XLA_FLAGS enables CUDA graphs of convolutions, because cuDNN failed in such a program when it was loaded from the
     cache (jaxlib 0.11.2, H100).
     """
     import jax
 
+    from cnnjax.onednn.library import kernels
     from cnnjax.runs.files import cache_dir
 
     start_jax()
@@ -78,7 +80,8 @@ def use_compilation_cache(say: Callable[[str], None]) -> None:
         if graphs:
             say("JAX_COMPILATION_CACHE_DIR is set: cached programs with CUDA graphs of convolutions may fail.")
         return
-    if graphs:
+    divided = jax.default_backend() == "cpu" and jax.local_device_count() > 1 and kernels().version is not None
+    if graphs or divided:
         return
     if (folder := cache_dir()) is None:
         say("There is no home directory, so compiled programs are not kept: each start compiles again. Set HOME.")

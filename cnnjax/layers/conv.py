@@ -41,7 +41,9 @@ def conv2d(
             y = y + b.astype(image.dtype)[None, None, None]  # [K] -> [1 1 1 K]
         return jnp.maximum(y, 0) if relu else y
 
-    cpu = partial(onednn.convolution, padding=padding, relu=relu) if onednn.in_use(image.dtype, padding) else by_xla
+    cpu = (
+        partial(onednn.convolution, padding=padding, relu=relu) if onednn.convolves(image, kernel, padding) else by_xla
+    )
     default = partial(by_xla, convolve=convolution_on_accelerators)
     return lax.platform_dependent(*map(jnp.asarray, operands), cpu=cpu, default=default)
 
@@ -103,7 +105,7 @@ def _conv2d_bwd(padding, relu, residuals, g):
     image, kernel, bias, y = residuals
     if relu:
         g = jnp.where(y > 0, g, 0)
-    by_onednn, size = onednn.in_use(image.dtype, padding), image.shape[1:3]
+    by_onednn, size = onednn.convolves(image, kernel, padding), image.shape[1:3]
     (i, j), ((top, bottom), (left, right)) = kernel.shape[:2], padding
 
     def image_grad_on_cpu(g: Array, kernel: Array) -> Array:

@@ -30,7 +30,7 @@ def depthwise_conv2d(
       stride: of both height and width.
     """
     options = {"padding": padding, "stride": stride}
-    cpu = _by_onednn if onednn.in_use(image.dtype, padding) else _by_shifts
+    cpu = _by_onednn if onednn.convolves(image, kernel, padding) else _by_shifts
     cpu, default = partial(cpu, **options), partial(_by_xla, **options)
     return lax.platform_dependent(image, kernel.astype(image.dtype), cpu=cpu, default=default)
 
@@ -92,7 +92,7 @@ def _bwd(padding, stride, residuals, g):
 
     def kernel_grad(image: Array, g: Array) -> Array:
         # oneDNN's takes 50 ms instead of 5 for a kernel [5 5 1152] and an image [32 4 4 1152] (AMD EPYC).
-        if i * j <= 9 and onednn.in_use(image.dtype, padding):
+        if i * j <= 9 and onednn.convolves(image, kernel, padding):
             options = {"size": (i, j), "padding": padding, "stride": stride, "groups": image.shape[-1]}
             return onednn.kernel_grad(image, g, **options)[0][:, :, 0]  # [I J 1 C] -> [I J C]
         parts = _shifts(image, (i, j), padding=padding, stride=stride)
@@ -142,7 +142,7 @@ def strided_conv2d(
         return lax.conv_general_dilated(
             image, kernel.astype(image.dtype), (stride, stride), padding, dimension_numbers=numbers
         )
-    if onednn.in_use(image.dtype, padding):
+    if onednn.convolves(image, kernel, padding):
         return _strided_by_onednn(image, kernel, padding, stride)
     (b, h, w, c), (i, j, _, k), s = image.shape, kernel.shape, stride
     rows, columns = -(-i // s), -(-j // s)  # Of the new kernel.

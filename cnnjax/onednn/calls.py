@@ -15,15 +15,25 @@ from jaxtyping import Array, Float
 from cnnjax.layers.derivatives import in_plain_operations, without_derivative
 from cnnjax.onednn.library import KINDS, kernels
 from cnnjax.onednn.partition import divided
-from cnnjax.typing import Padding
+from cnnjax.typing import AnyArray, Padding
 
 DTYPES = (jnp.float32, jnp.bfloat16)
 
 
-def in_use(dtype: DTypeLike = jnp.float32, padding: Padding = ((0, 0), (0, 0))) -> bool:
-    """Returns whether the layers use oneDNN on a CPU for images of `dtype` and this padding; read at trace time."""
-    supported = dtype in DTYPES and min(*padding[0], *padding[1]) >= 0
-    return supported and not in_plain_operations() and kernels().version is not None
+def in_use(dtype: DTypeLike = jnp.float32) -> bool:
+    """Returns whether the layers use oneDNN on a CPU for operands of `dtype`; read at trace time."""
+    return dtype in DTYPES and not in_plain_operations() and kernels().version is not None
+
+
+def convolves(image: AnyArray, kernel: AnyArray, padding: Padding) -> bool:
+    """Returns whether the layers use oneDNN on a CPU for this convolution.
+
+    oneDNN 3.2 computes wrong gradients if the padding is not smaller than the kernel.
+    """
+    sides = list(zip(image.shape[1:3], padding, kernel.shape[:2], strict=True))
+    inside = all(0 <= pad < k for _, pads, k in sides for pad in pads)
+    some = min(*image.shape, *kernel.shape) > 0 and all(n + sum(pads) >= k for n, pads, k in sides)
+    return inside and some and in_use(image.dtype)
 
 
 def convolution(
@@ -37,6 +47,8 @@ def convolution(
     relu: bool = False,
 ) -> Float[Array, "B H2 W2 K"]:
     """Returns the cross-correlation plus `bias`, followed by a ReLU if `relu` is true, in the dtype of the image.
+
+    The ReLU of nan is 0, unlike XLA's.
 
     Args:
       image: float32 or bfloat16.

@@ -427,6 +427,8 @@ static dnnl_status_t compute_part(const void* pointer, int64_t i) {
   Workspace* space = workspace();
   void* scratch = space && part->scratch_size ? reserve(&space->scratch, part->scratch_size) : NULL;
   if (!space || (part->scratch_size && !scratch)) return dnnl_out_of_memory;
+  // oneDNN 3.2 reads bfloat16 scratch memory that it never wrote, if the stride is larger than the image.
+  if (scratch && kind == KERNEL_GRAD && site->config.stride > 1) memset(scratch, 0, part->scratch_size);
   Argument arguments[MAX_ARGUMENTS] = {
       {kind == IMAGE_GRAD ? DNNL_ARG_DIFF_SRC : DNNL_ARG_SRC, part->image, call->image + first * site->image_step},
       {forward ? DNNL_ARG_DST : DNNL_ARG_DIFF_DST, part->result, call->result + first * site->result_step},

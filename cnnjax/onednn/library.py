@@ -29,6 +29,8 @@ KINDS = ("convolution", "image_grad", "kernel_grad", "matmul")  # Of calls, in t
 AVX512_BF16 = 0xE7  # dnnl_cpu_isa_avx512_core_bf16: a set of bits.
 SOURCE = Path(__file__).with_name("kernels.c")
 _lock = threading.Lock()
+if hasattr(os, "register_at_fork"):  # A child must not inherit a lock that another thread holds.
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
 class Kernels(NamedTuple):
@@ -82,7 +84,8 @@ def _load() -> Kernels:
     try:
         handlers = _open(library, header.parents[2])
     except subprocess.CalledProcessError as error:
-        return Kernels(None, f"the C compiler failed: {' '.join(error.stderr.split())[:300]}")
+        reason = " ".join(error.stderr.split())[:300] or f"exit status {error.returncode}"
+        return Kernels(None, f"the C compiler failed: {reason}")
     except (OSError, ValueError) as error:  # ValueError: $CC has an open quotation.
         return Kernels(None, " ".join(str(error).split()))
     if (version := handlers.cnnjax_open()) == 0:
@@ -118,15 +121,12 @@ def _open(library: Path, headers: Path) -> ctypes.CDLL:
       OSError: there is no compiler, or the result cannot be loaded.
       subprocess.CalledProcessError: the compiler failed.
     """
-    compiler = shlex.split(os.environ.get("CC", "")) or [c for c in ("cc", "gcc", "clang") if shutil.which(c)][:1]
-    if not compiler:
-        raise OSError("no C compiler was found, such as gcc")
     # Without contraction, the bits do not depend on the compiler. GCC prefers vectors of 256 bits, which are slower.
     options = ["-O3", "-ffp-contract=off", "-shared", "-fPIC", "-std=gnu11"]
     options += [f"-I{headers}", f"-I{jax.ffi.include_dir()}"]
     native = ["-march=native", "-mprefer-vector-width=512"]
-    command = [*compiler, *options, str(SOURCE), str(library), f"-Wl,-rpath,{library.parent}"]
-    about = [*command, *native, processor_flags(), *(metadata.version(package) for package in ("jaxlib", *PACKAGES))]
+    options += [str(SOURCE), str(library), f"-Wl,-rpath,{library.parent}"]
+    about = [*options, *native, processor_flags(), *(metadata.version(package) for package in ("jaxlib", *PACKAGES))]
     sources = b"".join(path.read_bytes() for path in sorted(SOURCE.parent.glob("*.c")))
     key = hashlib.sha256("\0".join(about).encode() + sources).hexdigest()[:16]
     with tempfile.TemporaryDirectory() as folder:
@@ -135,10 +135,16 @@ def _open(library: Path, headers: Path) -> ctypes.CDLL:
             for kept in cache.glob(f"onednn-{key}-*.so"):
                 if file_sha256(kept)[:16] == kept.stem[-16:]:  # A damaged library can crash the process.
                     return ctypes.CDLL(str(kept))
+        compiler = shlex.split(os.environ.get("CC", "")) or [c for c in ("cc", "gcc", "clang") if shutil.which(c)][:1]
+        if not compiler:
+            raise OSError("no C compiler was found, such as gcc")
         new = Path(folder, "onednn.so")
         for more in (native, []):  # A compiler may not know these options, but its loops are then slower.
-            build = [*command, *more, "-o", str(new)]
-            result = subprocess.run(build, check=False, capture_output=True, text=True, errors="replace")
+            command = [*compiler, *options, *more, "-o", str(new)]
+            # A session of its own: Ctrl-C is for this process, and must not look like an error of the compiler.
+            result = subprocess.run(
+                command, check=False, capture_output=True, text=True, errors="replace", start_new_session=True
+            )
             if result.returncode == 0:
                 break
         result.check_returncode()

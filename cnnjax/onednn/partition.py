@@ -62,8 +62,11 @@ def divided(call: Callable[..., Any], dims: str, config: np.ndarray) -> Callable
     @f.def_vmap
     def _(size: int, is_mapped: list[bool], *operands: Array) -> Any:
         if is_mapped == has_batch and all(kept):
-            y = f(*(x.reshape(-1, *x.shape[2:]) if m else x for x, m in zip(operands, is_mapped, strict=True)))
-            return y.reshape(size, -1, *y.shape[1:]), True
+            folded = (
+                x.reshape(size * x.shape[1], *x.shape[2:]) if m else x for x, m in zip(operands, is_mapped, strict=True)
+            )
+            y = f(*folded)
+            return y.reshape(size, operands[0].shape[1], *y.shape[1:]), True
 
         def one(mapped: list[Array]) -> Any:
             rest = iter(mapped)

@@ -47,7 +47,9 @@ def environment(devices: Sequence[Any]) -> dict[str, Any]:
     first = devices[0]
     nvidia = Path("/proc/driver/nvidia/version")
     flags = {
-        name: value for name, value in sorted(os.environ.items()) if name == "XLA_FLAGS" or name.startswith("JAX_")
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name in ("XLA_FLAGS", "ONEDNN_MAX_CPU_ISA") or name.startswith("JAX_")
     }
     for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_LOG_COMPILES"):  # They change no bits.
         flags.pop(name, None)

@@ -10,11 +10,13 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from cnnjax.onednn import calls, library
 
 pytestmark = pytest.mark.skipif(library.kernels().version is None, reason=str(library.kernels()))
+SAME = ((1, 1), (1, 1))
 PROGRAM = Path(__file__).parents[1] / "programs" / "onednn_bits.py"
 
 
@@ -26,6 +28,33 @@ def test_an_error_of_onednn_names_the_operation_and_the_switch():
         "INTERNAL: oneDNN failed to compute a convolution (status 2: invalid arguments), shapes [2 5 4 3] and "
         "[3 3 3 8]. Set CNNJAX_ONEDNN=0 to use XLA's kernels."
     )
+
+
+def test_sums_over_no_images_are_zero():
+    gradients = calls.kernel_grad(jnp.ones((0, 4, 4, 3)), jnp.ones((0, 4, 4, 8)), size=(3, 3), padding=SAME, bias=True)
+    assert [(x.shape, bool(x.any())) for x in gradients] == [((3, 3, 3, 8), False), ((8,), False)]
+    assert jax.vmap(partial(calls.convolution, padding=SAME), (0, None))(
+        jnp.ones((0, 2, 4, 4, 3)), jnp.ones((3, 3, 3, 8))
+    ).shape == (0, 2, 4, 4, 8)
+
+
+def test_the_kernel_gradient_of_a_stride_beyond_the_image_ignores_old_memory():
+    """oneDNN reads scratch memory that it did not write."""
+    ones = partial(jnp.ones, dtype=jnp.bfloat16)
+    for size, values in ((9, 1e30), (1, 1)):  # First fills the memory.
+        g = ones((16, -(-size // 2), -(-size // 2), 32))
+        found = calls.kernel_grad(values * ones((16, size, size, 16)), g, size=(3, 3), padding=SAME, stride=2)[0]
+    assert (found[1, 1] == 16).all()
+    assert not found.at[1, 1].set(0).any()
+
+
+def test_operands_of_other_dtypes_are_converted():
+    image, kernel = jnp.ones((2, 4, 4, 3)), jnp.ones((3, 3, 3, 8), jnp.float16)
+    bias = jnp.arange(8, dtype=jnp.float16)
+    y = calls.convolution(image, kernel, bias, padding=((0, 0), (0, 0)))
+    np.testing.assert_array_equal(y, np.broadcast_to(27.0 + np.arange(8), y.shape))
+    y = calls.convolution(image, kernel, bias.astype(jnp.bfloat16), padding=((0, 0), (0, 0)))
+    np.testing.assert_array_equal(y, np.broadcast_to(27.0 + np.arange(8), y.shape))
 
 
 def test_the_bits_are_the_same_on_one_and_two_cores_in_many_threads_and_in_children():

@@ -28,7 +28,11 @@ def load(monkeypatch, tmp_path):
 def test_oneDNN_is_used_for_what_it_supports_unless_it_is_disabled(monkeypatch):  # noqa: N802
     assert str(library.kernels()) == "oneDNN 3.2.0"
     assert [calls.in_use(dtype) for dtype in (jnp.float32, jnp.bfloat16, jnp.float16)] == [True, True, False]
-    assert not calls.in_use(jnp.float32, ((0, 0), (-1, 1)))
+    image, kernel = jnp.zeros((2, 4, 5, 3)), jnp.zeros((3, 3, 3, 8))
+    paddings = {(1, 1): True, (2, 0): True, (3, 0): False, (-1, 1): False}  # 3: not smaller than the kernel.
+    assert {pads: calls.convolves(image, kernel, ((1, 1), pads)) for pads in paddings} == paddings
+    assert not calls.convolves(image[:0], kernel, ((1, 1), (1, 1)))
+    assert not calls.convolves(image[:, :1], kernel, ((0, 0), (1, 1)))  # The kernel is larger than the image.
     monkeypatch.setenv("CNNJAX_ONEDNN", "0")
     assert str(library.kernels()) == "XLA (CNNJAX_ONEDNN is 0)"
     assert not calls.in_use()
