@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import os
 import subprocess
 import sys
 from functools import partial
@@ -91,3 +92,14 @@ def test_memory_is_freed_with_the_programs():
 
     grow(40)
     assert grow(30) < 30 * 6_000  # Bytes: a leaked call site has 18 kB, and 1 kB is XLA's.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE"])
+def test_the_layers_are_right_with_the_kernels_of_older_processors(isa):
+    """Those without AVX-512, and without bfloat16."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "test_conv.py", "test_depthwise.py"]
+    folder, environment = Path(__file__).parents[1] / "layers", {**os.environ, "ONEDNN_MAX_CPU_ISA": isa}
+    done = subprocess.run(command, cwd=folder, env=environment, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout
