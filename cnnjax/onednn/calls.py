@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from cnnjax.layers.derivatives import in_plain_operations, without_derivative
-from cnnjax.onednn.library import KINDS, kernels
+from cnnjax.onednn.library import KINDS, kernels, required_kernels
 from cnnjax.onednn.partition import divided
 from cnnjax.typing import AnyArray, Padding
 
@@ -131,9 +131,7 @@ def _call(kind: str, dims: str, result: Any, *operands: Array, **config: Any) ->
     Raises:
       RuntimeError: oneDNN is not available.
     """
-    found = kernels()  # Registers the handlers.
-    if found.version is None:
-        raise RuntimeError(f"oneDNN must be available, got {found}.")
+    found = required_kernels()
     if any(x.size == 0 for x in operands):  # Sums over nothing.
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), result)
     operands = tuple(x if x.dtype in DTYPES else x.astype(jnp.float32) for x in operands)

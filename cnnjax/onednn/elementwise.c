@@ -151,7 +151,7 @@ static dnnl_status_t compute_tiles(const void* call, int64_t part) {
     const float* in[MAX_IN];
     for (int k = 0; k < MAX_IN; k++)
       in[k] = of->in[k] ? read_values(of->in[k], start, n, of->bf16, space + k * tile) : of->rows[k];
-    of->loop(n, in, of->bf16 ? out : (float*)of->out + start, sums, sums + tile);
+    of->loop(n, in, of->bf16 || !of->out ? out : (float*)of->out + start, sums, sums + tile);
     if (of->bf16 && of->out) write_bf16(out, n, (uint16_t*)of->out + start);
     if (all && t % LONG_SUM == 0) move_sums(of, sums, all);
   }

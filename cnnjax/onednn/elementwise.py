@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from cnnjax.layers.derivatives import without_derivative
 from cnnjax.onednn.calls import in_use
-from cnnjax.onednn.library import kernels
+from cnnjax.onednn.library import required_kernels
 from cnnjax.onednn.partition import divided
 
 KINDS = ("norm_sums", "norm_gelu", "norm_gelu_grad", "norm_grad", "gelu", "gelu_grad")  # As in elementwise.c.
@@ -87,8 +87,11 @@ def _call(kind: str, *operands: Array, results: Any = "image") -> Any:
     """Calls the handler of elementwise.c.
 
     Operands of rank 1 and sums have no batch. An image in the results has the shape and dtype of the first operand.
+
+    Raises:
+      RuntimeError: oneDNN is not available.
     """
-    kernels()  # Registers the handler.
+    required_kernels()
     config = np.array([KINDS.index(kind)], np.int64)
     names = (f"d{i}" for i in count())
 

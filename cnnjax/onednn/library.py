@@ -74,6 +74,18 @@ def kernels() -> Kernels:
         return _load()
 
 
+def required_kernels() -> Kernels:
+    """Returns oneDNN's kernels, whose handlers are then registered with XLA.
+
+    Raises:
+      RuntimeError: oneDNN is not available.
+    """
+    found = kernels()
+    if found.version is None:
+        raise RuntimeError(f"oneDNN must be available, got {found}.")
+    return found
+
+
 @cache
 def _load() -> Kernels:
     if sys.platform != "linux" or platform.machine() != "x86_64":

@@ -49,9 +49,10 @@ def environment(devices: Sequence[Any]) -> dict[str, Any]:
     flags = {
         name: value
         for name, value in sorted(os.environ.items())
-        if name in ("XLA_FLAGS", "ONEDNN_MAX_CPU_ISA") or name.startswith("JAX_")
+        if name == "XLA_FLAGS" or name.startswith(("JAX_", "ONEDNN_", "DNNL_"))
     }
-    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_LOG_COMPILES"):  # They change no bits.
+    # They change no bits.
+    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_LOG_COMPILES", "ONEDNN_VERBOSE", "DNNL_VERBOSE"):
         flags.pop(name, None)
     driver = [first.client.platform_version, nvidia.read_text().split("\n")[0] if nvidia.exists() else ""]
     return {

@@ -11,6 +11,7 @@ import pytest
 
 from cnnjax.cli.process import start_jax, use_compilation_cache
 from cnnjax.errors import UserError
+from cnnjax.onednn.library import kernels
 
 
 def page_faults(before, **environment):
@@ -61,6 +62,16 @@ def test_programs_are_cached_unless_they_cannot_be(backend, name, value, warning
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
     use_compilation_cache(messages.append)
     assert messages == ([warning] if warning else [])
+
+
+@pytest.mark.skipif(kernels().version is None, reason=str(kernels()))
+def test_programs_for_several_devices_of_a_cpu_are_not_cached(monkeypatch, tmp_path):
+    """oneDNN's calls have another key at each start there, so the cache would only grow."""
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(jax, "local_device_count", lambda: 2)
+    monkeypatch.setattr(jax.config, "update", pytest.fail)
+    use_compilation_cache(pytest.fail)
 
 
 def test_without_a_home_directory_nothing_is_cached(monkeypatch):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cnnjax.onednn import calls, library
+from cnnjax.onednn import calls, elementwise, library
 
 pytestmark = pytest.mark.skipif(library.kernels().version is None, reason=str(library.kernels()))
 SAME = ((1, 1), (1, 1))
@@ -56,6 +56,31 @@ def test_operands_of_other_dtypes_are_converted():
     np.testing.assert_array_equal(y, np.broadcast_to(27.0 + np.arange(8), y.shape))
     y = calls.convolution(image, kernel, bias.astype(jnp.bfloat16), padding=((0, 0), (0, 0)))
     np.testing.assert_array_equal(y, np.broadcast_to(27.0 + np.arange(8), y.shape))
+
+
+def test_calls_without_onednn_are_refused(monkeypatch):
+    monkeypatch.setenv("CNNJAX_ONEDNN", "0")
+    for call in (elementwise.gelu, partial(calls.convolution, kernel=jnp.ones((1, 1, 3, 2)), padding=((0, 0), (0, 0)))):
+        with pytest.raises(RuntimeError, match=r"^oneDNN must be available, got XLA \(CNNJAX_ONEDNN is 0\)\.$"):
+            call(jnp.ones((2, 3, 3, 3)))
+
+
+def test_a_child_can_load_onednn_if_another_thread_did_so_at_the_fork():
+    code = """if True:
+        import os, threading, time
+        from cnnjax.onednn import library
+        def hold():
+            with library._lock:
+                time.sleep(1)
+        threading.Thread(target=hold).start()
+        while not library._lock.locked():
+            time.sleep(0.01)
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if library._lock.acquire(timeout=5) else 1)
+        os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
 
 
 def test_the_bits_are_the_same_on_one_and_two_cores_in_many_threads_and_in_children():

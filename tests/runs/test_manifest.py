@@ -92,9 +92,11 @@ def test_the_environment_has_versions_device_and_kernels(monkeypatch):
     assert device.platform == "cpu"
     monkeypatch.setenv("XLA_FLAGS", "--a --b")
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "somewhere")  # Changes no bits.
+    monkeypatch.setenv("ONEDNN_DEFAULT_FPMATH_MODE", "BF16")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "somewhere")  # Changes no bits, and neither does the next.
+    monkeypatch.setenv("ONEDNN_VERBOSE", "1")
     found = environment([device, device])
-    assert found["flags"] == {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--a --b"}
+    assert found["flags"] == {"JAX_PLATFORMS": "cpu", "ONEDNN_DEFAULT_FPMATH_MODE": "BF16", "XLA_FLAGS": "--a --b"}
     assert (found["num_devices"], found["cores"], found["device"]) == (2, num_cores(), device.device_kind)
     assert {"python", "jax", "jaxlib", "flax", "optax", "numpy"} <= {*found["versions"]}
     assert found["versions"]["jax"] == version("jax")
