@@ -17,7 +17,7 @@ def select_kernels(name, monkeypatch):
     if name.startswith("onednn") and not calls.in_use():
         pytest.skip(str(library.kernels()))
     if name == "onednn without bfloat16":
-        monkeypatch.setattr(calls, "kernels", lambda: library.kernels()._replace(bfloat16=False))
+        monkeypatch.setattr(calls, "required_kernels", lambda: library.kernels()._replace(bfloat16=False))
 
 
 def simulate_accelerator(monkeypatch):
