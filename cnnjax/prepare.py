@@ -30,7 +30,7 @@ from cnnjax.runs.checkpoints import all_finite
 from cnnjax.runs.files import changes
 from cnnjax.runs.records import make_facts
 from cnnjax.runs.schema import DataFacts
-from cnnjax.sharding import Placement, place
+from cnnjax.sharding import Placement, place, put
 from cnnjax.step import TrainState, abstract_state, init_from_data, init_from_weights
 from cnnjax.typing import BatchLike
 
@@ -63,7 +63,7 @@ class Setup(NamedTuple):
         first = epoch * self.steps_per_epoch
         # The last step, too: a layer may thaw within an epoch if batches are accumulated.
         steps = [first, first + self.steps_per_epoch - 1]
-        steps += [0] if self.placement.devices[0].platform == "cpu" else []
+        steps += [0] if self.placement.device.platform == "cpu" else []
         frozen = [self.program.frozen_names(state.params, step) for step in steps]
         return tuple(name for name in frozen[0] if all(name in names for names in frozen))
 
@@ -103,12 +103,14 @@ def set_up(
     devices: Sequence[Any] | None,
     weights: Weights | None = None,
     *,
+    mesh: str | None = None,
     title: str,
     say: Callable[[str], None],
 ) -> tuple[Setup, TrainState]:
     """Loads the training split, resolves what the data determine, and makes the initial state.
 
     Args:
+      devices, mesh: see `place`.
       title: begins the line that describes the run.
       say: receives that line, and those about oddities of the data.
     """
@@ -118,8 +120,8 @@ def set_up(
     num_examples = len(train.label)
     batch_size = config.batch_size or min(128, max(8, num_examples // 8), num_examples)
     steps = steps_per_epoch(num_examples, batch_size)
-    placement = place(batch_size, devices)
-    size, available = num_bytes(train) + num_bytes(validation), device_memory(placement.devices[0])
+    placement = place(batch_size, devices, mesh)
+    size, available = num_bytes(train) + num_bytes(validation), device_memory(placement.device)
     if available is not None and size > available:  # Arrays in memory may be files that are mapped.
         raise UserError(f"`dataset` must fit into the {gib(available)} of memory, got images of {gib(size)}.")
     image_shape = train.image.shape[1:]
@@ -134,7 +136,15 @@ def set_up(
     if config.class_weights == "balanced":
         loss_fn = ClassWeighted(loss_fn, balanced_weights(train.label, dataset.num_classes))
     optim = config.optim.for_network(config.model)
-    program = Program(config.model, optim, config.augment, loss_fn, steps * config.num_epochs, config.num_epochs)
+    program = Program(
+        config.model,
+        optim,
+        config.augment,
+        loss_fn,
+        steps * config.num_epochs,
+        config.num_epochs,
+        placement if placement.is_fully_sharded else None,
+    )
     init_key, train_key, augment_key = jax.random.split(jax.random.key(config.seed), 3)
     setup = Setup(
         config=config,
@@ -142,12 +152,12 @@ def set_up(
         facts=make_facts(dataset, standardization, None if weights is None else weights.sha256),
         batch_size=batch_size,
         balanced_label=train.label if config.sampling == "balanced" else None,
-        train=jax.device_put(Pixels(*train, standardization), placement.state_sharding),
-        validation=jax.device_put(Pixels(*validation, standardization), placement.state_sharding),
+        train=put(Pixels(*train, standardization), placement.replicated),
+        validation=put(Pixels(*validation, standardization), placement.replicated),
         program=program,
         steps_per_epoch=steps,
-        steps_per_dispatch=1 if placement.devices[0].platform == "cpu" else steps,
-        train_key=jax.device_put(train_key, placement.state_sharding),
+        steps_per_dispatch=1 if placement.device.platform == "cpu" else steps,
+        train_key=put(train_key, placement.replicated),
         augment_key=augment_key,
         placement=placement,
     )
@@ -157,19 +167,19 @@ def set_up(
         with user_code("`model.variables_from_torch`"):
             state = init_from_weights(state, weights, model=config.model, tx=program.make_tx())
     if hasattr(config.model, "init_from_data"):
-        images = standardize(setup.train.image[:INIT_IMAGES], standardization)
+        images = standardize(jnp.asarray(train.image[:INIT_IMAGES]), standardization)
         with user_code("`model.init_from_data`"), explain_out_of_memory():
             state = init_from_data(state, images, model=config.model, tx=program.make_tx())
     check("model", "initialized with finite parameters", all_finite(state.params), "an infinite one or nan")
-    shared = f" ({placement.num_devices} share a batch)" if placement.num_devices > 1 else ""
-    device = placement.devices[0]
+    device = placement.device
+    shared = f" ({placement.num_devices} share a batch: {placement})" if placement.num_devices > 1 else ""
     kernels_used = f", {kernels()}" if device.platform == "cpu" else ""
     say(
         f"{title}: {word(type(config.model))} ({count_params(state):,} parameters) on {dataset.name} "
         f"({dataset.source}), {len(train.label):,} training and {len(validation.label):,} validation images, on "
         f"{device_name(device)}{kernels_used}{shared}"
     )
-    return setup, jax.device_put(state, placement.state_sharding)
+    return setup, put(state, placement.of_state(state))
 
 
 def oddities(examples: Examples, num_classes: int) -> Iterator[str]:
@@ -242,12 +252,12 @@ def check_step(setup: Setup, state: TrainState) -> None:
     Raises:
       UserError: it does not, or the network or the optimizer raised an exception.
     """
-    device, placement, batch_size = setup.placement.devices[0], setup.placement, setup.batch_size
+    device, placement, batch_size = setup.placement.device, setup.placement, setup.batch_size
     plan = plain_plan(setup.steps_per_dispatch * batch_size, batch_size)
-    plan = jax.device_put(plan, placement.plan_sharding)
+    plan = put(plan, placement.plan_sharding)
     frozen = setup.frozen_names(state, 0)
-    keys = jax.device_put((setup.train_key, setup.augment_key), placement.state_sharding)
-    placed: Any = jax.tree.map(lambda x: x.update(sharding=placement.state_sharding), state)
+    keys = setup.train_key, put(setup.augment_key, placement.replicated)
+    placed: Any = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), state, placement.of_state(state))
     with user_code("The training step of `model`, `loss` and `optim`"):
         step = train_steps.trace(placed, setup.train, plan, *keys, program=setup.program, frozen=frozen)
     after, _ = step.out_info
