@@ -130,7 +130,5 @@ def test_the_size_of_groups(hlo, groups, size):
 
 
 def test_operands_with_the_name_of_a_collective_are_none(hlo):
-    text = (
-        "  %gte = f32[8]{0} get-tuple-element(%all-reduce), index=0\n  %f = f32[8] fusion(%all-gather.1, %all-reduce)"
-    )
+    text = "  %gte = f32[8] get-tuple-element(%all-reduce), index=0\n  %f = f32[8] fusion(%all-gather.1, %all-reduce)"
     assert hlo.collectives(text) == []

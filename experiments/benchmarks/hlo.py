@@ -70,11 +70,11 @@ def collectives(text: str) -> list[Collective]:
         if phase == "-start":  # Its type has the operands, too.
             started[name] = rest
             continue
-        if phase == "-done":  # Its operand is the start: `%name)`, or `(types) %name)`.
-            operand = re.search(r"%?([^\s%()]+)\)(?:,|\s*$)", rest)
-            rest = started.get(operand[1], "") if operand else ""
-        op_name = re.search(r'op_name="([^"]*)"', rest)
-        found.append(Collective(kind, _shapes(type_), _group_size(rest), op_name[1] if op_name else ""))
+        # The operand of a done is its start: `%name)`, or `(types) %name)`.
+        operand = re.search(r"%?([^\s%()]+)\)(?:,|\s*$)", rest) if phase else None
+        attributes = started.get(operand[1], "") if operand else rest
+        op_name = re.search(r'op_name="([^"]*)"', attributes)
+        found.append(Collective(kind, _shapes(type_), _group_size(attributes), op_name[1] if op_name else ""))
     return found
 
 
