@@ -59,6 +59,7 @@ class Measured(NamedTuple):
       num_reductions: the number of these collectives that depend on each other: all except those of gradients.
       images_per_core: images per second that a core reads, decodes and resizes.
       checkpoint_bytes: parameters, momentum, averaged parameters and batch statistics.
+      stall_seconds: of a save, in which training waits. The rest is done in the background.
       save_seconds: until a checkpoint is complete on disk, with its checksums.
       restore_seconds: until a checkpoint is verified and loaded.
       start_seconds: from the start of processes to their first all-reduce.
@@ -72,6 +73,7 @@ class Measured(NamedTuple):
     num_reductions: int
     images_per_core: float
     checkpoint_bytes: int
+    stall_seconds: float
     save_seconds: float
     restore_seconds: float
     start_seconds: float
@@ -142,23 +144,24 @@ def seconds_between_failures(num_devices: int, failures_per_device_year: float) 
     return SECONDS_PER_YEAR / (num_devices * failures_per_device_year)
 
 
-def optimal_interval(save_seconds: float, between_failures: float) -> float:
+def optimal_interval(stall_seconds: float, between_failures: float) -> float:
     """Returns the time of training between two checkpoints that loses least, to first order.
 
-    Source: Young, "A first order approximation to the optimum checkpoint interval" (1974); Daly (2006).
+    Source: Young, "A first order approximation to the optimum checkpoint interval" (1974).
     """
-    return math.sqrt(2 * save_seconds * between_failures)
+    return math.sqrt(2 * stall_seconds * between_failures)
 
 
-def goodput(interval: float, save_seconds: float, restart_seconds: float, between_failures: float) -> float:
-    """Returns the part of the time that is spent on steps that are kept.
-
-    Failures are independent, also during saves and restarts. Training waits while a checkpoint is written, which is
-    pessimistic: cnnjax writes in the background.
+def goodput(interval: float, stall_seconds: float, restart_seconds: float, between_failures: float) -> float:
+    """Returns the part of the time that is spent on steps that are kept, if failures are independent.
 
     Source: Daly, "A higher order estimate of the optimum checkpoint interval for restart dumps" (2006).
+
+    Args:
+      interval: the time of training between two checkpoints.
+      restart_seconds: from a failure until the last checkpoint is reached again; another failure starts this anew.
     """
-    per_interval = math.expm1((interval + save_seconds) / between_failures)
+    per_interval = math.expm1((interval + stall_seconds) / between_failures)
     return interval / (between_failures * math.exp(restart_seconds / between_failures) * per_interval)
 
 
@@ -216,9 +219,13 @@ def scaling(num_devices: int, cluster: Cluster, measured: Measured) -> Scaling:
 
 
 def restart_seconds(measured: Measured) -> float:
-    """Returns the time from a failure to the next step: detection, scheduling, start, compilation, loading."""
+    """Returns the time from a failure until the last step before it that could have been saved is reached again.
+
+    This is the sum of detection, scheduling, start, compilation, loading, and the steps that were taken while the last
+    checkpoint was written.
+    """
     starts = measured.start_seconds + measured.compile_seconds + measured.restore_seconds
-    return DETECTION_SECONDS + SCHEDULING_SECONDS + starts
+    return DETECTION_SECONDS + SCHEDULING_SECONDS + starts + measured.save_seconds
 
 
 def state_bytes(num_params: int, norm_channels: int, copies: int = 3) -> int:
@@ -276,9 +283,10 @@ def failure_table(cluster: Cluster, measured: Measured) -> str:
         row = [f"{n}"]
         for rate in (HARDWARE_FAILURES, PREEMPTIONS_PER_HOST / cluster.devices_per_host):
             between = seconds_between_failures(n, rate)
-            best = optimal_interval(measured.save_seconds, between)
+            # A save waits for the one before.
+            best = max(measured.save_seconds, optimal_interval(measured.stall_seconds, between))
             kept = [
-                goodput(interval, measured.save_seconds, restart_seconds(measured), between)
+                goodput(interval, measured.stall_seconds, restart_seconds(measured), between)
                 for interval in (best, CHECKPOINT_SECONDS)
             ]
             row += [f"{between / 3600:,.1f}", f"{best:,.0f}", *(f"{x:.1%}" for x in kept)]

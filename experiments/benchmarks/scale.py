@@ -32,7 +32,7 @@ from capacity import Measured
 from harness import seconds, spread, table, take_turns
 
 REPORT, VALUES = harness.HERE / "CAPACITY.md", harness.HERE / "capacity.json"
-PHOTO_SIZE = (500, 375)  # ImageNet's most frequent size.
+PHOTO_SIZE, NOISE = (500, 375), 22.0  # ImageNet's most frequent size; files of its mean size, 115 kB.
 NUM_SIMULATED = 8
 found: dict[str, float] = {}  # What this process has measured, by the names of `Measured`.
 
@@ -46,7 +46,7 @@ def decode(args: argparse.Namespace) -> str:
 
     cores, count, rows = os.sched_getaffinity(0), 8 if args.small else 400, []
     with tempfile.TemporaryDirectory() as folder:
-        paths = save_photos(Path(folder), PHOTO_SIZE, count)
+        paths = save_photos(Path(folder), PHOTO_SIZE, count, noise=NOISE)
         size = statistics.mean(path.stat().st_size for path in paths) / 1e3
 
         def read(chosen: set[int], read_file: Callable[[Path], Any]) -> float:
@@ -154,7 +154,7 @@ def checkpoint(args: argparse.Namespace) -> str:
 
     from cnnjax import init_state
     from cnnjax.runs.checkpoints import Checkpoints
-    from cnnjax.step import abstract_state
+    from cnnjax.step import abstract_state, copy_state
 
     model, tx, shape = make_network(args.small)
     state = init_state(jax.random.key(0), jnp.zeros((1, *shape)), model=model, tx=tx)
@@ -175,19 +175,24 @@ def checkpoint(args: argparse.Namespace) -> str:
         def save() -> None:
             nonlocal step
             step += 1
-            checkpoints.save(state._replace(step=jnp.int32(step)), progress, {"score": 0.5})
+            start = time.perf_counter()
+            checkpoints.save(copy_state(state._replace(step=jnp.int32(step))), progress, {"score": 0.5})
+            stalls.append(time.perf_counter() - start)
             checkpoints.wait()
 
         def load() -> None:
             jax.block_until_ready(checkpoints.restore(step, abstract)[0])
 
+        stalls: list[float] = []
         times["first save, with reading back"] = [seconds(save)]
         times["save"] = [seconds(save) for _ in range(args.turns)]
+        times["of which training waits"] = stalls[1:]
         times["verify and load"] = [seconds(load) for _ in range(args.turns)]
         files = [path for path in (Path(folder) / "checkpoints" / str(step)).rglob("*") if path.is_file()]
         written = sum(path.stat().st_size for path in files)
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     found.update(checkpoint_bytes=size, save_seconds=statistics.median(times["save"]))
+    found["stall_seconds"] = statistics.median(times["of which training waits"])
     found["restore_seconds"] = statistics.median(times["verify and load"])
     rows = [[name, spread(x, ".2f"), spread([size / 1e6 / y for y in x])] for name, x in times.items()]
     return table([f"state of {size:,} bytes ({written:,} in {len(files)} files)", "seconds", "MB/s"], rows)
@@ -218,7 +223,7 @@ def startup(args: argparse.Namespace) -> str:
             address = f"localhost:{free.getsockname()[1]}"
         command = [sys.executable, __file__, "process", address, str(n)]
         env = harness.ENVIRONMENT | {"JAX_PLATFORMS": "cpu"}
-        processes = [subprocess.Popen([*command, str(i)], env=env) for i in range(n)]
+        processes = [subprocess.Popen([*command, str(i)], env=env, stdout=subprocess.DEVNULL) for i in range(n)]
         statuses = [process.wait() for process in processes]
         if any(statuses):
             sys.exit("A process of `startup` failed.")
