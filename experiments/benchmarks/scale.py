@@ -1,6 +1,6 @@
 """Measures the inputs of the capacity plan, and computes it: ResNet-50 on ImageNet, on 8 to 512 devices.
 
-    make bench-scale                                                    # every part, about 6 minutes
+    make bench-scale                                                    # every part, 5 minutes
     .venv/bin/python experiments/benchmarks/scale.py decode plan        # some of them
 
 `decode`: reading JPEG files of ImageNet's usual size from the system's memory, with the process on one core and on all.
@@ -71,13 +71,8 @@ def decode(args: argparse.Namespace) -> str:
         by_clock = [count / x for x in wall[len(work) + i :: len(work)]]  # Without the turn that warms up.
         megabytes = [x * size / 1e3 for x in speeds]
         rows.append([f"{side}×{side}, {interpolation}", n, spread(speeds), spread(megabytes, ",.1f"), spread(by_clock)])
-    head = [
-        f"JPEG of {PHOTO_SIZE[0]}×{PHOTO_SIZE[1]} ({size:.0f} kB) to",
-        "threads",
-        "images per second of a core",
-        "MB",
-    ]
-    return table([*head, "by the clock, images/s per core"], rows)
+    head = [f"JPEG of {PHOTO_SIZE[0]}×{PHOTO_SIZE[1]} ({size:.0f} kB) to", "threads", "images per second of a core"]
+    return table([*head, "MB per second of a core", "by the clock, images/s per core"], rows)
 
 
 def make_network(small: bool) -> tuple[Any, Any, tuple[int, ...]]:
