@@ -1,0 +1,5 @@
+"""Several processes that train one network: how they find each other, what they agree on, and how they end together."""
+
+from cnnjax.hosts.connection import Hosts, alone, connect, current
+
+__all__ = ["Hosts", "alone", "connect", "current"]
