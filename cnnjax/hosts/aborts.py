@@ -6,6 +6,7 @@ called by the thread that aborts; one of Python's `signal` module would be calle
 waiting for another process.
 """
 
+import atexit
 import ctypes
 import os
 import signal
@@ -19,9 +20,7 @@ def on_abort(decide: Callable[[], None]) -> None:
     """Calls `decide` in a thread that aborts; the abort goes on if it returns."""
     if os.name != "posix":
         return
-    libc = ctypes.CDLL(None)
-    libc.signal.restype = ctypes.c_void_p
-    libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
+    libc = _libc()
 
     @_Handler
     def handle(signum: int) -> None:
@@ -30,5 +29,20 @@ def on_abort(decide: Callable[[], None]) -> None:
         finally:
             libc.signal(signal.SIGABRT, None)  # SIG_DFL
 
+    if not _handlers:
+        atexit.register(_park_aborts)
     _handlers.append(handle)
     libc.signal(signal.SIGABRT, ctypes.cast(handle, ctypes.c_void_p))
+
+
+def _park_aborts() -> None:
+    """Makes threads that abort wait for the main thread to end the process, without Python, which ends before it."""
+    libc = _libc()
+    libc.signal(signal.SIGABRT, ctypes.cast(libc.pause, ctypes.c_void_p))
+
+
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None)
+    libc.signal.restype = ctypes.c_void_p
+    libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
+    return libc

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -93,11 +94,20 @@ class Hosts:
         return answer
 
     def explain(self, error: BaseException) -> None:
-        """Waits for the reason of an error that may come from the loss of another process.
+        """Waits for the reason of an error that may come from the loss of another process; `close` calls it.
 
         If one is lost or has ended, this process ends with a message that names it; else it returns after some seconds.
         """
-        if self._watch is not None and "RESOURCE_EXHAUSTED" not in str(error):
+        # A collective of XLA raises JaxRuntimeError, or ValueError if it is dispatched from Python.
+        text = str(error).lower()
+        if (
+            self._watch is not None
+            and isinstance(error, (RuntimeError, ValueError))
+            and any(
+                word in text
+                for word in ("gloo", "nccl", "connection", "socket", "peer", "unavailable", "grpc", "aborted")
+            )
+        ):
             self._watch.explain()
 
     def close(self, error: BaseException | None = None) -> None:
@@ -109,7 +119,8 @@ class Hosts:
         if self._watch is not None:
             if together:
                 self._watch.leave()
-            else:
+            elif error is not None:
+                self.explain(error)
                 self._watch.tell(*_reason(error))
         if not together and self.count > 1:
             _abandon()
@@ -205,6 +216,7 @@ def connect(
     if num_processes > 1:
         meet(address, num_processes, process_id, timeout=connect_timeout, say=say)
     connecting = [True]
+    sigterm = signal.getsignal(signal.SIGTERM)
     text = f"jax could not connect process {process_id} of {num_processes} at {address}, see above."
     on_abort(lambda: exit_now(text, REQUEUE) if connecting else None)
     jax.distributed.initialize(
@@ -219,6 +231,8 @@ def connect(
         shutdown_timeout_seconds=max(30, int(host_timeout)),
     )
     connecting.clear()
+    if sigterm is not None:
+        signal.signal(signal.SIGTERM, sigterm)  # jax's preemption service has replaced it.
     _hosts = _open(host_timeout=host_timeout)
     _hosts._owned = True
     return _hosts
@@ -264,6 +278,7 @@ def _open(*, host_timeout: float) -> Hosts:
     watch = Watch(client, index, names, timeout=host_timeout, prefix=prefix)
     hosts = Hosts(index, names, watch)
     hosts._client, hosts._prefix = client, prefix
+    jax.devices()  # It waits for all processes: none must wait for another elsewhere meanwhile.
     if index:
         address = state.coordinator_address or ""
         on_abort(lambda: _on_abort(watch, address))

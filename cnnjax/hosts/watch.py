@@ -83,6 +83,8 @@ class Watch:
         self._suspects = True
         self.agreement.asked.set()
         time.sleep(min(self._timeout, _SUSPICION) + 10 * self._tick + 1)
+        if self._ended is not None:  # The others are told first.
+            time.sleep(_FAREWELL + 1)
 
     def close(self) -> None:
         """Ends the threads, unless one waits for a service that does not answer."""
@@ -210,6 +212,8 @@ class Watch:
         """Ends this process because of another, unless it is ending for a reason of its own."""
         if self._index == 0:  # The others could not read the reason afterwards.
             self._wait_until_told(except_for=process if lost else None)
+            if not lost:  # Without process 0, jax would fill the terminal of the one whose message matters.
+                time.sleep(min(1, self._timeout / 3))
         with self._exit_lock:
             if self.ending:
                 return
