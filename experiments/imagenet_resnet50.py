@@ -5,13 +5,13 @@
     cnnjax train imagenet_resnet50 --stream --mesh data=32 \
         --coordinator HOST:PORT --num-processes 4 --process-id I                  on each host I = 0 ... 3
 
-Not measured: this recipe has not been run on ImageNet. What was run: its command on a generated set of ImageNet's shape
-(generate_imagenet), see tests/test_imagenet.py. Not measured on a GPU yet.
+Not measured on a GPU yet: this recipe has not been run on ImageNet. What was run is its command on a generated set of
+ImageNet's shape (generate_imagenet.py), see tests/test_imagenet.py.
 
-Expected from the literature: FFCV reports 78.4% top-1 after 88 epochs, in 77 minutes on 8 A100, with a recipe that this
-one resembles (github.com/libffcv/ffcv-imagenet, README): the same sizes, label smoothing, no decay of normalization, and
-the mean over mirror images. Differences: it has blur pools and a linear schedule, and it crops whole photos, while the
-crops here are parts of their middle square, stored with 256 pixels. Without these additions, 76.3% (Goyal et al. 2017).
+Expected from the literature: FFCV reports 78.4% top-1 after 88 epochs, in 77 minutes on 8 A100, with a recipe that is
+similar (github.com/libffcv/ffcv-imagenet, README): the same sizes, label smoothing, no decay of normalization, and the
+mean over mirror images. Differences: it has blur pools and a linear schedule, and it crops whole photos, while the
+crops here are parts of their middle square, stored with 256 pixels. The plain recipe has 76.3% (Goyal et al. 2017).
 
 ImageNet cannot be fetched automatically. Register on https://image-net.org/download-images, put
 ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar into downloads/manual of the tfds directory, and start: the set is

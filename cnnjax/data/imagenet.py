@@ -70,8 +70,14 @@ def _examples(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         with open_regular(path) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+            known, empty = {*features["label"].names}, True
             for name, label, data in read(tar):
-                yield name, {"file_name": name, "label": label, "image": io.BytesIO(_as_jpeg(data))}
+                if label not in known:
+                    raise ValueError(f"the class {label!r}")
+                yield name, {"file_name": name, "label": label, "image": io.BytesIO(_as_jpeg(name, data))}
+                empty = False
+            if empty:
+                raise ValueError("no images")
     except (tarfile.TarError, EOFError, LookupError, ValueError) as error:
         raise UserError(f"{path} must be the official archive of ImageNet, got {error}. Fetch it again.") from error
 
@@ -89,21 +95,25 @@ def _validation_files(labels: list[str], tar: tarfile.TarFile) -> Iterator[tuple
     for member in tar:
         match = re.fullmatch(r"ILSVRC2012_val_(\d{8})\.JPEG", member.name)
         if match is None or not 1 <= int(match[1]) <= len(labels):
-            raise ValueError(f"the file {member.name}")
+            raise ValueError(f"the file {member.name!r}")
         yield member.name, labels[int(match[1]) - 1], _content(tar, member).read()
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> Any:
     if (file := tar.extractfile(member)) is None:
-        raise ValueError(f"{member.name}, which is no file")
+        raise ValueError(f"{member.name!r}, which is no file")
     return file
 
 
-def _as_jpeg(data: bytes) -> bytes:
+def _as_jpeg(name: str, data: bytes) -> bytes:
     """Returns the file itself if it is an RGB or gray JPEG, else the image as an RGB JPEG."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
-    with Image.open(io.BytesIO(data)) as image:  # Reads the header only.
+    try:
+        opened = Image.open(io.BytesIO(data))  # Reads the header only.
+    except UnidentifiedImageError as error:
+        raise ValueError(f"the file {name!r}, which is no image") from error
+    with opened as image:
         if image.format == "JPEG" and image.mode in ("L", "RGB"):
             return data
         file = io.BytesIO()

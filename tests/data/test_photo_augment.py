@@ -158,7 +158,7 @@ make_batch_jit = jax.jit(make_batch, static_argnums=2)
 
 
 def test_an_example_is_cropped_alike_anywhere_in_a_batch():
-    augment, key = PhotoAugment(train_sizes=(12,), flip="random"), jax.random.key(0)
+    augment, key = PhotoAugment(train_sizes=(12,), flip="random", num_ops=2), jax.random.key(0)
     plan = epoch_plan(0, 0, 8, batch_size=8, augment=augment, image_size=(12, 12))
     rolled = type(plan)(*(np.roll(values, 3, axis=1) for values in plan))
     one, other = (make_batch_jit(PIXELS, p.row(0), augment, key) for p in (plan, rolled))
