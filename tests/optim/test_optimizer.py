@@ -75,7 +75,7 @@ def ones_like(params, steps=1):
             [0.4, 1.2, 2.0, 1.1, 0.2],
         ),
     ],
-    ids=["constant", "one_cycle", "no warm-up", "init_factor and end_factor"],
+    ids=["constant", "one_cycle", "no warm-up", "cosine", "end of the cosine", "init_factor and end_factor"],
 )
 def test_schedules_equal_hand_computed_values(optim, expected):
     schedule = optim.make_schedule(4)
