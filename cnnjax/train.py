@@ -20,7 +20,7 @@ from cnnjax.errors import UserError, check
 from cnnjax.memory import explain_out_of_memory
 from cnnjax.metrics import Metrics, Totals
 from cnnjax.prepare import Setup, load_data, load_network_weights, set_up
-from cnnjax.program import evaluate, train_steps
+from cnnjax.program import Program, evaluate, train_steps
 from cnnjax.runs import manifest
 from cnnjax.runs.directory import OpenRun, open_run
 from cnnjax.runs.files import write_json
@@ -197,7 +197,8 @@ def fit(
     next_dispatch = next(dispatches)
     start = time.perf_counter() - progress.seconds  # When a run without interruptions would have begun.
     write_progress(run.run_dir, progress)
-    at_peak = seconds_at_peak(config.model, setup.facts.image_shape, setup.placement.devices)
+    shapes = {setup.train_shape(program) for program in setup.program.distinct()}
+    at_peak = {shape: seconds_at_peak(config.model, shape, setup.placement.devices) for shape in shapes}
     if progress.stopped_within == config.num_epochs:  # The process was killed after it had stopped.
         return state, progress
     progress = progress._replace(stopped_within=None)
@@ -205,9 +206,10 @@ def fit(
     with run.report.progress(config.num_epochs, steps, start=step):
         for epoch in range(step // steps, config.num_epochs):
             epoch_start, examples_before = time.perf_counter(), progress.totals.num_examples
-            frozen = setup.frozen_names(state, epoch)
+            program, frozen = setup.program.at_epoch(epoch), setup.frozen_names(state, epoch)
             while step < (epoch + 1) * steps:
-                state, metrics = start_steps(setup, state, next_dispatch, step=step, frozen=frozen, tracer=tracer)
+                statics = program, frozen
+                state, metrics = start_steps(setup, state, next_dispatch, step=step, statics=statics, tracer=tracer)
                 first, step = step, step + len(next_dispatch[0].example)
                 if ended is not None:  # The device computes meanwhile.
                     must_save = time.perf_counter() - run.checkpoints.saved_at >= checkpoint_seconds
@@ -243,7 +245,7 @@ def fit(
                 train=progress.totals.means(),
                 grad_norm=progress.grad_norm / steps,
                 validation=scores,
-                timing=make_timing(epoch + 1, images_per_second, seconds, at_peak),
+                timing=make_timing(epoch + 1, images_per_second, seconds, at_peak[setup.train_shape(program)]),
             )
             progress = progress._replace(totals=Totals(), grad_norm=0.0, seconds=seconds)
             traced = tracer.traces(step, setup.steps_per_dispatch)  # The next steps must not be timed with this.
@@ -262,7 +264,7 @@ def start_steps(
     dispatch: tuple[Plan, Key[Array, ""]],
     *,
     step: int,
-    frozen: tuple[str, ...],
+    statics: tuple[Program, tuple[str, ...]],
     tracer: Profile,
 ) -> tuple[TrainState, Metrics]:
     """Calls `train_steps`, and marks the steps in the trace if they are traced; does not wait for the device.
@@ -271,12 +273,12 @@ def start_steps(
       state: donated.
       dispatch: see `plan_dispatches`.
       step: the number of steps that are done.
-      frozen: see `train_step`.
+      statics: the arguments `program` and `frozen` of `train_steps`.
     """
     plan, augment_key = dispatch
-    arguments = setup.train, plan, setup.train_key, augment_key
-    options: Any = {"program": setup.program, "frozen": frozen}
-    if tracer.is_new_program(step, len(plan.example), frozen):  # Compiles it outside of what is measured.
+    arguments, (program, frozen) = (setup.train, plan, setup.train_key, augment_key), statics
+    options: Any = {"program": program, "frozen": frozen}
+    if tracer.is_new_program(step, len(plan.example), statics):  # Compiles it outside of what is measured.
         jax.block_until_ready(train_steps(copy_state(state), *arguments, **options))
     tracer.begin(step, len(plan.example), step // setup.steps_per_epoch)
     return train_steps(state, *arguments, **options)
@@ -285,15 +287,16 @@ def start_steps(
 def plan_dispatches(setup: Setup, step: int) -> Iterator[tuple[Plan, Key[Array, ""]]]:
     """Yields what each call of `train_steps` needs from `step` on, without end: a plan, and the key of its epoch."""
     config, train, placement = setup.config, setup.train, setup.placement
-    _, height, width, _ = train.image.shape
     epoch, first = divmod(step, setup.steps_per_epoch)
     while True:
+        program = setup.program.at_epoch(epoch)
+        height, width, _ = setup.train_shape(program)
         plan = epoch_plan(
             config.seed,
             epoch,
             len(train.label),
             batch_size=setup.batch_size,
-            augment=config.augment,
+            augment=program.augment,
             image_size=(height, width),
             balanced_label=setup.balanced_label,
         )

@@ -75,7 +75,7 @@ def decode(
     count = splits[split].num_examples
     image, label, read = None, _empty(folder, (count,), np.int32), 0
     for row in track(_rows(builder, split), f"decoding {split}", total=count):
-        row[image_name] = _fitted(row[image_name], fit)
+        row[image_name] = fit_row(row[image_name], fit, features[image_name].shape[-1])
         if files is not None and isinstance(row.get("file"), bytes):
             files.append(row["file"].decode())
         if image is None:
@@ -100,10 +100,17 @@ def decode(
     return Examples(image, label)
 
 
-def _fitted(image: np.ndarray, fit: Fit) -> np.ndarray:
+def fit_row(image: np.ndarray, fit: Fit, channels: int | None) -> np.ndarray:
+    """Brings the image of a record to one shape, if `fit` states its size.
+
+    Args:
+      channels: of the set's images, as it states them: a gray JPEG in a set of color images has one channel. 4 become
+        3 unless `fit` states a number.
+    """
     if fit.image_size is None:
         return image
-    fit = fit if fit.channels or image.shape[-1] != 4 else fit._replace(channels=3)
+    channels = channels or image.shape[-1]
+    fit = fit if fit.channels else fit._replace(channels=3 if channels == 4 else channels)
     return fit_array(image, fit.shape_of(image.shape), fit.resize, fit.interpolation)
 
 
@@ -243,7 +250,7 @@ def write_examples(
     name: str,
     version: str,
     info: Callable[[Any], Any],
-    splits: Mapping[str, Callable[[Any], Iterator[tuple[int, dict[str, Any]]]]],
+    splits: Mapping[str, Callable[[Any], Iterator[tuple[int | str, dict[str, Any]]]]],
     data_dir: Path,
     *,
     pkg_dir_path: Any = None,

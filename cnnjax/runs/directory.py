@@ -238,7 +238,8 @@ def check_run(run_dir: Path, config: Config, resume: bool) -> None:
 
 def _is_longer(config: Config, saved: EncodedConfig) -> bool:
     """Returns whether `config` is `saved` with more epochs, none of whose steps depends on their number."""
-    if config.optim.depends_on_length() or not config.num_epochs > saved["num_epochs"]:
+    depends = config.optim.depends_on_length() or config.augment.depends_on_length()
+    if depends or not config.num_epochs > saved["num_epochs"]:
         return False
     return encode(replace(config, num_epochs=saved["num_epochs"])) == saved
 
