@@ -152,8 +152,19 @@ def _run(parse: Callable[[], Any], resumable: bool, process_ends: bool = False) 
             return command()
 
         status, flushed = _status(run, resumable), _status(sys.stdout.flush, resumable)
+        _write_exit_code(status or flushed or 0)
     if status or flushed:
         raise SystemExit(status or flushed)
+
+
+def _write_exit_code(status: Any) -> None:
+    """Writes the exit code into the file that $CNNJAX_EXIT_CODE names: make itself ends with 2 instead."""
+    if file := os.environ.get("CNNJAX_EXIT_CODE"):
+        try:
+            Path(file).write_text(f"{status}\n")
+        except OSError as error:
+            rule = "must name a file that can be written"
+            print(f"`CNNJAX_EXIT_CODE` {rule}, got {file}: {error.strerror}.", file=sys.stderr)
 
 
 def _status(run: Callable[[], Any], resumable: bool) -> Any:

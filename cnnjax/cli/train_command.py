@@ -13,6 +13,7 @@ from tyro.conf import arg
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, StructConstructorSpec
 
 from cnnjax.cli.experiment import PARTS, Experiment
+from cnnjax.cli.launch import follow_launcher, is_launched, launch
 from cnnjax.cli.process import use_compilation_cache
 from cnnjax.config import Config, word
 from cnnjax.errors import UserError, check, check_name, unknown_name, user_code
@@ -52,6 +53,9 @@ class Train:
     """Save during an epoch, too, this long after the last save: the most that a power failure costs. Changes no bit.
 
     On an accelerator an epoch is one program, so only its end is saved."""
+    processes: int | None = None
+    """Train in this many processes on this machine, which share its CPU cores, as on several hosts: to try that out.
+    A GPU machine needs one process for all of its GPUs."""
 
     def __post_init__(self) -> None:
         if not self.checkpoint_seconds >= 0:
@@ -60,6 +64,9 @@ class Train:
 
     def __call__(self) -> None:
         """Trains, and prints the result."""
+        if self.processes is not None and not is_launched():
+            raise SystemExit(launch(self.processes, grace_seconds=90.0))
+        follow_launcher(90.0)
         from cnnjax.class_scores import is_uneven
         from cnnjax.cli.console import Report
         from cnnjax.cli.inspection import expand
