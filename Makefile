@@ -97,7 +97,7 @@ docs: setup
 	@$(BIN)/python -m sphinx -q -n -W --keep-going -c docs . build/docs && echo 'Open build/docs/index.html.'
 
 test-slurm: setup
-	@$(BIN)/python tests/slurm/requeue.py $(ARGS)
+	@$(BIN)/python tests/slurm.py $(ARGS)
 
 stress: setup
 	@$(BIN)/python tests/stress.py $(ARGS)
