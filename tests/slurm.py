@@ -60,6 +60,7 @@ def kill_task(cluster, job):
 
 def kill_node(cluster, job):
     cluster.kill_node(job, cluster.nodes[1])
+    cluster.wait_for(lambda: "down" in " ".join(cluster.states()), LIMIT_SECONDS, "Slurm notices that a node is down")
     cluster.start_node(cluster.nodes[1])
 
 
