@@ -1,6 +1,6 @@
 """Trains under a real Slurm with two nodes on this machine, disturbs the job, and compares the end with a plain run.
 
-    make test-slurm    # about three minutes; as root, on Debian, whose packages it installs
+    make test-slurm    # some minutes; as root, on Debian, whose packages it installs
 
 Each job is `sbatch experiments/launch/slurm.sbatch` with two nodes. In the middle it is requeued, or warned as before
 its time limit, or one of its processes is killed, or everything on one node. It must return by itself, and its digests
@@ -28,7 +28,7 @@ from cnnjax.data.tfds_format import write_tfds
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "experiments" / "launch" / "slurm.sbatch"
-NUM_EPOCHS = 400
+NUM_EPOCHS = 80
 OPTIONS = ["--dataset", "generated", "--model", "mlp", "--model.dense-dropout", "0.2", "--augment.flip", "random"]
 OPTIONS += [
     "--num-epochs",
@@ -60,6 +60,7 @@ def kill_task(cluster, job):
 
 def kill_node(cluster, job):
     cluster.kill_node(job, cluster.nodes[1])
+    cluster.wait_for(lambda: "down" in " ".join(cluster.states()), LIMIT_SECONDS, "Slurm notices that a node is down")
     cluster.start_node(cluster.nodes[1])
 
 

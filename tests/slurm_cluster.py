@@ -107,7 +107,7 @@ class Cluster:
             self._start("slurmctld", "-D")
             for name in self.nodes:
                 self.start_node(name)
-            self.wait_for(lambda: self._states() == ["idle"] * len(self.nodes), 60, "the nodes are idle")
+            self.wait_for(lambda: self.states() == ["idle"] * len(self.nodes), 60, "the nodes are idle")
         except BaseException:
             self.__exit__()
             raise
@@ -143,9 +143,9 @@ class Cluster:
         return found
 
     def kill_node(self, number, name):
-        """Ends all that runs on a node at once, as a power failure does; only a job's batch script survives.
+        """Ends all that a job runs on a node, and its daemon, at once, as a power failure does.
 
-        The node returns with `start_node`.
+        The node must not be the first, which runs the batch script. It returns with `start_node`.
         """
         tasks = self.tasks(number, name)
         parents = {int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in tasks}
@@ -181,7 +181,8 @@ class Cluster:
         words = self.command("scontrol", "--oneliner", "show", "job", number).split()
         return dict(word.partition("=")[::2] for word in words)
 
-    def _states(self):
+    def states(self):
+        """Returns the states of the nodes, such as idle or down*."""
         with suppress(subprocess.CalledProcessError):
             return self.command("sinfo", "-h", "-N", "-o", "%T").split()
         return []

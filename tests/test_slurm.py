@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -51,8 +52,8 @@ def test_sigterm_reaches_the_tasks_and_the_script_waits_for_them(submit, tmp_pat
     with submit(75) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        while not (tmp_path / "calls").exists():
-            pass
+        while not (tmp_path / "calls").exists() and process.poll() is None:
+            time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=20) == 75
     assert (tmp_path / "calls").read_text().splitlines()[1:] == ["scancel --signal=TERM 7", "scontrol requeue 7"]
