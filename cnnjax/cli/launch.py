@@ -11,14 +11,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import IO
 
-from cnnjax.cli.signals import stop_signals
+from cnnjax.cli.signals import REQUEUE, stop_signals
 from cnnjax.errors import UserError, check
 
 # Set in each process that was started here: descriptor and inode of a pipe that closes when the launcher ends.
 _PIPE = "CNNJAX_LAUNCHER"
 _POLL_SECONDS = 0.05
-# The exit code of a run that --resume continues, as in cnnjax.cli.main.
-_REQUEUE = 75
 
 
 def is_launched() -> bool:
@@ -68,10 +66,10 @@ def exit_code(codes: Sequence[int]) -> int:
     that, --resume continues the run.
     """
     for code in codes:
-        if code > 0 and code != _REQUEUE:
+        if code > 0 and code != REQUEUE:
             return code
-    if _REQUEUE in codes:
-        return _REQUEUE
+    if REQUEUE in codes:
+        return REQUEUE
     return next((128 - code for code in codes if code < 0), 0)
 
 

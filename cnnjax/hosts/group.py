@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 import jax
 from jax._src import distributed
 
+from cnnjax.cli.signals import REQUEUE
 from cnnjax.errors import UserError, describe
-from cnnjax.hosts.watch import REQUEUE, Watch
+from cnnjax.hosts.watch import Watch
 
 T = TypeVar("T")
 
@@ -55,6 +56,19 @@ class Hosts:
             self._client.key_value_set(key, json.dumps(value))
             return json.loads(json.dumps(value))
         return json.loads(self._client.blocking_key_value_get(key, _FOREVER))
+
+    def check_same(self, name: str, rule: str, value: Any) -> None:
+        """Raises a `UserError` that names a parameter, unless process 0 has the same value.
+
+        Args:
+          value: what JSON can represent, perhaps with tuples.
+        """
+        if self._watch is None:
+            return
+        here, there = json.loads(json.dumps(value)), self.share(lambda: value)
+        if here != there:
+            place = f"process {self.index} on {self.names[self.index]}"
+            raise UserError(f"`{name}` must be {rule}, got {there!r} in process 0, and {here!r} in {place}.")
 
     def barrier(self, name: str) -> None:
         """Waits until all processes have called this."""

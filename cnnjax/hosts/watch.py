@@ -14,10 +14,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from cnnjax.cli.signals import REQUEUE
 from cnnjax.errors import option
 from cnnjax.hosts.agreement import Agreement, Decision, Requests
-
-REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: a scheduler may start the job again.
 
 _TICK = 0.2  # Seconds between two exchanges.
 _SUSPICION = 5.0  # Seconds of silence that are enough once a collective has failed.

@@ -48,12 +48,13 @@ class Profile:
 
     Args:
       steps: two numbers of steps; None: nothing is traced.
-      run_dir: the run directory. The trace goes into its folder `profile`.
+      run_dir: the run directory.
       say: receives the lines of the summary.
+      folder: the folder of the run directory into which the trace goes.
     """
 
-    def __init__(self, steps: tuple[int, int] | None, run_dir: Path, say: Callable[[str], None]):
-        self._steps, self._folder, self._say = steps, run_dir / FOLDER, say
+    def __init__(self, steps: tuple[int, int] | None, run_dir: Path, say: Callable[[str], None], folder: str = FOLDER):
+        self._steps, self._folder, self._say = steps, run_dir / folder, say
         self._first: int | None = None  # The step at which the trace began, while it is running.
         self._mark: jax.profiler.TraceAnnotation | None = None
         self._compiled: set[tuple[int, Hashable]] = set()
