@@ -22,7 +22,7 @@ class ArgumentError(UserError, ValueError):
     """An argument, or the result of a network or a loss, breaks a rule."""
 
 
-class ConnectionTimeout(UserError):
+class MissingProcessError(UserError):
     """Not all processes of a run have started in time; they may be started again."""
 
 

@@ -24,7 +24,7 @@ from cnnjax.cli.process import keep_memory
 from cnnjax.cli.report import WriteReport
 from cnnjax.cli.signals import REQUEUE, Interrupted, ignore_signals, stop_signals
 from cnnjax.cli.streams import OutputError, guarded_streams, quote
-from cnnjax.errors import ConnectionTimeout, UserError, messages_for_shell
+from cnnjax.errors import MissingProcessError, UserError, messages_for_shell
 
 if TYPE_CHECKING:
     from cnnjax.config import Config
@@ -178,7 +178,7 @@ def _status(run: Callable[[], Any], resumable: bool) -> Any:
         message, status = f"Standard output cannot be written: {error.strerror}.", 1
     except UserError as error:
         message, status = str(error), 1 if isinstance(error, OSError) else 2
-        if isinstance(error, ConnectionTimeout):
+        if isinstance(error, MissingProcessError):
             status = REQUEUE
     except OSError as error:  # A full disk, a missing permission.
         named = f"{error.filename} cannot be used: {error.strerror}. Check its permissions, and the disk."

@@ -99,6 +99,8 @@ def connect(
     address, num_processes, process_id, local_device_ids = _complete(launch, connect_timeout)
     if num_processes > 1:
         meet(address, num_processes, process_id, timeout=connect_timeout, say=say)
+    # On a CPU, programs that run at the same time would take each other's messages.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     connecting = [True]
     sigterm = signal.getsignal(signal.SIGTERM)
     text = f"jax could not connect process {process_id} of {num_processes} at {address}, see above."

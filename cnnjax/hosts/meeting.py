@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing, suppress
 from typing import Any, NoReturn
 
-from cnnjax.errors import ConnectionTimeout, UserError
+from cnnjax.errors import MissingProcessError, UserError
 from cnnjax.hosts.launch import split_address
 
 _PATIENCE = 5.0  # Seconds, for one connection to say its line.
@@ -61,7 +61,7 @@ def _listen(address: str, count: int, timeout: float, say: Callable[[str], None]
                         f"All {count} processes must meet at {address} within {timeout:g} s, but these did not come: "
                         f"{missing}. Start them with the same `coordinator` and `num_processes`; their logs may say "
                         "why they failed.",
-                        ConnectionTimeout,
+                        MissingProcessError,
                     )
                 if time.monotonic() > late:
                     say(f"Waiting at {address} for the processes {missing}.")
@@ -89,7 +89,7 @@ def _listen(address: str, count: int, timeout: float, say: Callable[[str], None]
 
 
 def _refuse(connections: Iterable[socket.socket], text: str, error: type[UserError] = UserError) -> NoReturn:
-    _answer(connections, {"error": text, "late": error is ConnectionTimeout})
+    _answer(connections, {"error": text, "late": error is MissingProcessError})
     raise error(text)
 
 
@@ -110,7 +110,7 @@ def _arrive(address: str, count: int, index: int, *, timeout: float, say: Callab
                 connection.settimeout(left + 1)  # Process 0 waits for the others.
                 answer = _receive(connection)
             if answer is not None and "error" in answer:
-                raise (ConnectionTimeout if answer.get("late") else UserError)(answer["error"])
+                raise (MissingProcessError if answer.get("late") else UserError)(answer["error"])
             if answer is not None and "met" in answer:
                 return
             reason = "what answers there is not process 0 of this run, or it has ended"
@@ -120,7 +120,7 @@ def _arrive(address: str, count: int, index: int, *, timeout: float, say: Callab
             say(f"Waiting for process 0 at {address}.")
             late = deadline
         time.sleep(min(0.2, max(left, 0)))
-    raise ConnectionTimeout(
+    raise MissingProcessError(
         f"`coordinator` must be an address where process 0 listens, got {address}, which process {index} could not "
         f"reach within {timeout:g} s ({reason}). Check the address, and that process 0 is running."
     )

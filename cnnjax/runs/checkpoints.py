@@ -46,8 +46,8 @@ class Checkpoints:
     Keeps the latest two and the best two by validation score; of equals, the later ones. If one is damaged, an
     earlier one remains to resume from, with the best checkpoint of the epochs before it.
 
-    Several processes write a checkpoint together: each its shards, process 0 everything else. They save at the same step,
-    and wait until it is on disk, because Orbax has them communicate.
+    Several processes write a checkpoint together: each its shards, process 0 everything else. They save at the same
+    step, and wait until it is on disk, because Orbax has them communicate.
 
     Args:
       directory: contains the checkpoints.
