@@ -72,6 +72,7 @@ def train_seeds(
     resume: bool = False,
     loggers: Sequence[Logger] = (),
     checkpoint_seconds: float = 60.0,
+    stream: bool | None = None,
     report: Report | None = None,
 ) -> list[Result]:
     """Trains `config` with each seed, each in a run directory.
@@ -84,7 +85,7 @@ def train_seeds(
       config: its own seed is ignored.
       folder: contains the run directories, seed<k>; they are runs/<name>-seed<k> if None.
       loggers: a copy of each records each run.
-      data_dir, resume, checkpoint_seconds, report: see `train_and_evaluate`. Finished seeds are not trained again.
+      data_dir, resume, checkpoint_seconds, stream, report: see `train_and_evaluate`. Finished seeds are not trained again.
 
     Returns:
       The content of result.json of each seed.
@@ -105,7 +106,7 @@ def train_seeds(
     code = source_of(config, folder or Path("runs"))  # Once: what trains, even if a file is edited meanwhile.
     version = next(filter(None, map(data_version, folders)), None)
     weights = load_network_weights(config, report.say)
-    dataset = load_data(config, data_dir, report.say, version=version, weights=weights)
+    dataset = load_data(config, data_dir, report.say, version=version, weights=weights, stream=stream)
     devices = jax.local_devices()
     free: SimpleQueue[Any] = SimpleQueue()
     for device in devices:
