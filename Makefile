@@ -11,7 +11,7 @@ ARGS ?=
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup train eval predict report export data docs test test-slow stress bench bench-gpu lint lock clean
+.PHONY: help setup train eval predict report export data docs test test-slow stress bench bench-gpu bench-scale lint lock clean
 
 help:
 	@echo 'make train DATASET=mnist [MODEL=cnn] [SEED=0] [ARGS="--optim.learning-rate 3e-4"]   train and score a network'
@@ -26,6 +26,7 @@ help:
 	@echo 'make docs                                                       the API reference and the lesson, in build/docs'
 	@echo 'make stress                                                     100 kills of training: about 10 minutes'
 	@echo 'make bench | bench-gpu                                          speed compared with PyTorch, Keras and airbench'
+	@echo 'make bench-scale                                                inputs of the plan for many devices, and the plan'
 
 # A .venv that was set up without CUDA is set up again if there is a GPU.
 INSTALLED := .venv/installed$(if $(NVIDIA),-cuda)
@@ -101,6 +102,9 @@ GPU_PARTS = $(filter ladder clock profile airbench bits agree tutorial seeds,$(A
 GPU_PEERS = $(if $(findstring --peers,$(ARGS))$(findstring --small,$(ARGS)),,$(if $(GPU_PARTS),$(filter airbench,$(GPU_PARTS)),all))
 bench-gpu: $(if $(GPU_PYTHON),,setup) $(if $(GPU_PEERS),.venv-peers-gpu/installed)
 	@PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(or $(GPU_PYTHON),$(BIN)/python) experiments/benchmarks/gpu.py $(ARGS)
+
+bench-scale: setup
+	@$(BIN)/python experiments/benchmarks/scale.py $(ARGS)
 
 .venv-peers/installed:
 	@echo 'Setting up .venv-peers, once: PyTorch and TensorFlow, some minutes.'

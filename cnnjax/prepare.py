@@ -32,7 +32,7 @@ from cnnjax.runs.checkpoints import all_finite
 from cnnjax.runs.files import changes
 from cnnjax.runs.records import make_facts
 from cnnjax.runs.schema import DataFacts
-from cnnjax.sharding import Placement, place
+from cnnjax.sharding import Placement, place, put
 from cnnjax.step import TrainState, abstract_state, init_from_data, init_from_weights
 from cnnjax.typing import BatchLike
 
@@ -60,7 +60,7 @@ class Setup(NamedTuple):
     def train_input(self) -> Any:
         """The data set, or the shapes of a batch of it, with which `train_steps` is traced."""
         if isinstance(self.train, StreamedSet):
-            return self.train.spec(self.batch_size, self.placement.batch_sharding)
+            return self.train.spec(self.batch_size, self.placement)
         return self.train
 
     def frozen_names(self, state: TrainState, epoch: int) -> tuple[str, ...]:
@@ -72,7 +72,7 @@ class Setup(NamedTuple):
         first = epoch * self.steps_per_epoch
         # The last step, too: a layer may thaw within an epoch if batches are accumulated.
         steps = [first, first + self.steps_per_epoch - 1]
-        steps += [0] if self.placement.devices[0].platform == "cpu" else []
+        steps += [0] if self.placement.device.platform == "cpu" else []
         frozen = [self.program.frozen_names(state.params, step) for step in steps]
         return tuple(name for name in frozen[0] if all(name in names for names in frozen))
 
@@ -114,12 +114,14 @@ def set_up(
     devices: Sequence[Any] | None,
     weights: Weights | None = None,
     *,
+    mesh: str | None = None,
     title: str,
     say: Callable[[str], None],
 ) -> tuple[Setup, TrainState]:
     """Loads the training split, resolves what the data determine, and makes the initial state.
 
     Args:
+      devices, mesh: see `place`.
       title: begins the line that describes the run.
       say: receives that line, and those about oddities of the data.
     """
@@ -129,11 +131,10 @@ def set_up(
     num_examples = len(train.label)
     batch_size = config.batch_size or min(128, max(8, num_examples // 8), num_examples)
     steps = steps_per_epoch(num_examples, batch_size)
-    placement = place(batch_size, devices)
-    size, available = num_bytes(train) + num_bytes(validation), device_memory(placement.devices[0])
-    if (
-        not dataset.streams and available is not None and size > available
-    ):  # Arrays in memory may be files that are mapped.
+    placement = place(batch_size, devices, mesh)
+    size, available = num_bytes(train) + num_bytes(validation), device_memory(placement.device)
+    # Arrays in memory may be files that are mapped.
+    if not dataset.streams and available is not None and size > available:
         raise UserError(f"`dataset` must fit into the {gib(available)} of memory, got images of {gib(size)}.")
     image_shape = train.image.shape[1:]
     check("channels", "3 for pretrained weights", weights is None or image_shape[-1] == 3, image_shape[-1])
@@ -142,7 +143,7 @@ def set_up(
     else:
         standardization = pixel_statistics(train.image) if isinstance(train, Examples) else train.image.statistics()
     with user_code("`augment`"):
-        config.augment.check_size(image_shape[:2])
+        config.augment.check_size((image_shape[0], image_shape[1]))
     for line in oddities(train, dataset.num_classes):
         say(line)
     check("num_epochs", "less than 2**31 steps", steps * config.num_epochs < 2**31, f"{config.num_epochs} × {steps}")
@@ -150,11 +151,19 @@ def set_up(
     if config.class_weights == "balanced":
         loss_fn = ClassWeighted(loss_fn, balanced_weights(train.label, dataset.num_classes))
     optim = config.optim.for_network(config.model)
-    program = Program(config.model, optim, config.augment, loss_fn, steps * config.num_epochs, config.num_epochs)
+    program = Program(
+        config.model,
+        optim,
+        config.augment,
+        loss_fn,
+        steps * config.num_epochs,
+        config.num_epochs,
+        placement if placement.is_fully_sharded else None,
+    )
     init_key, train_key, augment_key = jax.random.split(jax.random.key(config.seed), 3)
     train_pixels, validation_pixels = (pixels_of(part, standardization) for part in (train, validation))
     if not dataset.streams:
-        train_pixels, validation_pixels = jax.device_put((train_pixels, validation_pixels), placement.state_sharding)
+        train_pixels, validation_pixels = put((train_pixels, validation_pixels), placement.replicated)
     setup = Setup(
         config=config,
         dataset=dataset,
@@ -165,8 +174,8 @@ def set_up(
         validation=validation_pixels,
         program=program,
         steps_per_epoch=steps,
-        steps_per_dispatch=1 if dataset.streams or placement.devices[0].platform == "cpu" else steps,
-        train_key=jax.device_put(train_key, placement.state_sharding),
+        steps_per_dispatch=1 if dataset.streams or placement.device.platform == "cpu" else steps,
+        train_key=put(train_key, placement.replicated),
         augment_key=augment_key,
         placement=placement,
     )
@@ -176,20 +185,21 @@ def set_up(
         with user_code("`model.variables_from_torch`"):
             state = init_from_weights(state, weights, model=config.model, tx=program.make_tx())
     if hasattr(config.model, "init_from_data"):
-        first = setup.train.image[:INIT_IMAGES]
-        images = standardize(first.read() if isinstance(first, StreamedImages) else first, standardization)
+        first = train.image[:INIT_IMAGES]
+        first = first.read() if isinstance(first, StreamedImages) else first
+        images = standardize(jnp.asarray(first), standardization)
         with user_code("`model.init_from_data`"), explain_out_of_memory():
             state = init_from_data(state, images, model=config.model, tx=program.make_tx())
     check("model", "initialized with finite parameters", all_finite(state.params), "an infinite one or nan")
-    shared = f" ({placement.num_devices} share a batch)" if placement.num_devices > 1 else ""
-    device = placement.devices[0]
+    device = placement.device
+    shared = f" ({placement.num_devices} share a batch: {placement})" if placement.num_devices > 1 else ""
     kernels_used = f", {kernels()}" if device.platform == "cpu" else ""
     say(
         f"{title}: {word(type(config.model))} ({count_params(state):,} parameters) on {dataset.name} "
         f"({dataset.source}), {len(train.label):,} training and {len(validation.label):,} validation images, on "
         f"{device_name(device)}{kernels_used}{shared}"
     )
-    return setup, jax.device_put(state, placement.state_sharding)
+    return setup, put(state, placement.of_state(state))
 
 
 def oddities(examples: Examples | Streamed, num_classes: int) -> Iterator[str]:
@@ -263,12 +273,12 @@ def check_step(setup: Setup, state: TrainState) -> None:
     Raises:
       UserError: it does not, or the network or the optimizer raised an exception.
     """
-    device, placement, batch_size = setup.placement.devices[0], setup.placement, setup.batch_size
+    device, placement, batch_size = setup.placement.device, setup.placement, setup.batch_size
     plan = plain_plan(setup.steps_per_dispatch * batch_size, batch_size)
-    plan = jax.device_put(plan, placement.plan_sharding)
+    plan = put(plan, placement.plan_sharding)
     frozen = setup.frozen_names(state, 0)
-    keys = jax.device_put((setup.train_key, setup.augment_key), placement.state_sharding)
-    placed: Any = jax.tree.map(lambda x: x.update(sharding=placement.state_sharding), state)
+    keys = setup.train_key, put(setup.augment_key, placement.replicated)
+    placed: Any = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), state, placement.of_state(state))
     with user_code("The training step of `model`, `loss` and `optim`"):
         step = train_steps.trace(placed, setup.train_input, plan, *keys, program=setup.program, frozen=frozen)
     after, _ = step.out_info

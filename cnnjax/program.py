@@ -22,7 +22,7 @@ from cnnjax.losses import softmax_cross_entropy
 from cnnjax.metrics import Metrics, Scores, Totals, sum_metrics
 from cnnjax.network import Network, logits_of
 from cnnjax.optim.optimizer import Optimizer
-from cnnjax.sharding import Placement, place
+from cnnjax.sharding import Placement, fetch, place, put
 from cnnjax.step import TrainState, apply_views, init_state, train_step
 from cnnjax.typing import AnyArray, LossFn
 
@@ -39,6 +39,7 @@ class Program(NamedTuple):
     loss_fn: LossFn
     num_steps: int  # Of the whole run.
     num_epochs: int
+    placement: Placement | None = None  # Only if it divides the state.
 
     def make_tx(self) -> optax.GradientTransformation:
         """Returns the optimizer."""
@@ -84,7 +85,11 @@ def train_steps(
 
     def step(state: TrainState, plan: Plan) -> tuple[TrainState, Metrics]:
         batch = make_batch(pixels, plan, program.augment, augment_key)
-        return train_step(state, batch, key, model=program.model, tx=tx, loss_fn=program.loss_fn, frozen=frozen)
+        options: Any = {"model": program.model, "tx": tx, "loss_fn": program.loss_fn, "frozen": frozen}
+        if program.placement is None:
+            return train_step(state, batch, key, **options)
+        state, metrics = train_step(state, batch, key, params_sharding=program.placement.replicated, **options)
+        return lax.with_sharding_constraint(state, program.placement.of_state(state)), metrics
 
     if len(plan.example) > 1:
         return lax.scan(step, state, plan)
@@ -93,12 +98,14 @@ def train_steps(
     return state, jax.tree.map(lambda value: value[None], metrics)
 
 
-@jit(static_argnames=("model", "tta"))
+@jit(static_argnames=("model", "tta", "placement"))
 def _score(
-    state: TrainState, pixels: Pixels | StreamedPixels, plan: Plan, *, model: Network, tta: str
+    state: TrainState, pixels: Pixels | StreamedPixels, plan: Plan, *, model: Network, tta: str, placement: Placement
 ) -> tuple[Metrics, Int[Array, " B"], Float[Array, "B K"]]:
     """Returns the metrics of a batch, the predicted classes, and the logits."""
     batch = make_batch(pixels, plan)
+    if placement.is_fully_sharded:
+        state = lax.with_sharding_constraint(state, placement.replicated)  # What is not used is not gathered.
     logits = logits_of(apply_views(state, batch, model, tta))
     return sum_metrics(logits, batch, softmax_cross_entropy), jnp.argmax(logits, axis=-1).astype(jnp.int32), logits
 
@@ -122,26 +129,27 @@ def evaluate(
     """
     num_examples = len(pixels.label)
     placement = placement or place(1)
-    platform = placement.devices[0].platform
+    platform = placement.device.platform
     size = pixels.image.shape[1] * pixels.image.shape[2]
     batch_size = ACCELERATOR_EVAL_BATCH_SIZE if platform != "cpu" and size <= 32 * 32 else EVAL_BATCH_SIZE
     batch_size = min(batch_size, max(8, EVAL_BATCH_SIZE * 64 * 64 // size))  # Large images need much memory.
     batch_size = -(-min(batch_size, num_examples) // placement.num_devices) * placement.num_devices
     plan = plain_plan(num_examples, batch_size)
-    rows = jax.device_put([plan.row(i) for i in range(len(plan.example))], placement.batch_sharding)
+    rows = put([plan.row(i) for i in range(len(plan.example))], placement.batch_sharding)
+    options: Any = {"model": model, "tta": tta, "placement": placement}
     with _inputs(pixels, batch_size, placement) as inputs:
-        metrics, predicted, logits = _score(state, next(inputs), rows[0], model=model, tta=tta)
+        metrics, predicted, logits = _score(state, next(inputs), rows[0], **options)
         totals, predictions, kept = Totals(), [predicted], [logits] if keep_logits else []
         for row in rows[1:]:  # At most two at a time: each running batch has its own scratch memory.
-            upcoming, predicted, logits = _score(state, next(inputs), row, model=model, tta=tta)
+            upcoming, predicted, logits = _score(state, next(inputs), row, **options)
             totals, metrics = totals.add(metrics), upcoming
             predictions.append(predicted)
             if keep_logits:
                 kept.append(logits)
-    predicted = np.concatenate(jax.device_get(predictions))[:num_examples]  # Without the padding.
-    confusion = count_pairs(np.asarray(pixels.label), predicted)
+    predicted = np.concatenate(fetch(predictions))[:num_examples]  # Without the padding.
+    confusion = count_pairs(fetch(pixels.label), predicted)
     scores = totals.add(metrics).means()._replace(confusion=confusion)
-    return scores._replace(logits=np.concatenate(jax.device_get(kept))[:num_examples]) if keep_logits else scores
+    return scores._replace(logits=np.concatenate(fetch(kept))[:num_examples]) if keep_logits else scores
 
 
 def _inputs(
@@ -150,4 +158,4 @@ def _inputs(
     """Opens the input of each `_score`: the whole data set every time, or one batch after another."""
     if isinstance(pixels, StreamedSet):
         return pixels.plain_batches(batch_size, placement)
-    return nullcontext(repeat(jax.device_put(pixels, placement.state_sharding)))
+    return nullcontext(repeat(put(pixels, placement.replicated)))

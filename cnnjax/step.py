@@ -143,6 +143,7 @@ def train_step(
     tx: optax.GradientTransformation,
     loss_fn: LossFn = softmax_cross_entropy,
     frozen: tuple[str, ...] = (),
+    params_sharding: jax.sharding.Sharding | None = None,
     donate: bool = True,
 ) -> tuple[TrainState, Metrics]:
     """Updates the parameters once, with the gradient of the mean loss over the unmasked examples.
@@ -162,6 +163,8 @@ def train_step(
         If the network returns a tuple, the loss receives the whole tuple. Build it once, too.
       frozen: top-level names in `state.params` whose gradients are zero and are not computed. Weight decay and momentum
         may still move these parameters: mask them in `tx` to keep them fixed.
+      params_sharding: of the parameters while the loss is computed, if it differs from that of `state`: replicated, for
+        a state that devices divide (FSDP).
       donate: whether the memory of `state` is reused; False keeps it valid.
 
     Returns:
@@ -172,7 +175,8 @@ def train_step(
     """
     check_network(model)
     step = _donating_step if donate else _keeping_step
-    return step(state, batch, key, model=model, tx=tx, loss_fn=loss_fn, frozen=frozen)
+    options: Any = {"loss_fn": loss_fn, "frozen": frozen, "params_sharding": params_sharding}
+    return step(state, batch, key, model=model, tx=tx, **options)
 
 
 def _step(
@@ -184,6 +188,7 @@ def _step(
     tx: optax.GradientTransformation,
     loss_fn: LossFn,
     frozen: tuple[str, ...],
+    params_sharding: jax.sharding.Sharding | None,
 ) -> tuple[TrainState, Metrics]:
     check_batch(batch)
     names = sorted(state.params) if isinstance(state.params, dict) else []
@@ -194,6 +199,8 @@ def _step(
     def mean_loss(params: PyTree) -> tuple[Float[Array, ""], tuple[Metrics, dict[str, PyTree]]]:
         if frozen:
             params = {name: lax.stop_gradient(part) if name in frozen else part for name, part in params.items()}
+        if params_sharding is not None:
+            params = lax.with_sharding_constraint(params, params_sharding)
         output, model_state, extra_loss = apply_in_training(model, params, state.model_state, batch.image, key)
         metrics = sum_metrics(output, batch, loss_fn)
         count = metrics.num_examples.astype(metrics.loss.dtype)
@@ -210,7 +217,7 @@ def _step(
 
 
 # Two programs: whether an argument is donated is decided at `jit`, not at the call.
-_STATIC = ("model", "tx", "loss_fn", "frozen")
+_STATIC = ("model", "tx", "loss_fn", "frozen", "params_sharding")
 _donating_step = jit(_step, static_argnames=_STATIC, donate_argnames=("state",))
 _keeping_step = jit(_step, static_argnames=_STATIC)
 

@@ -46,6 +46,7 @@ from cnnjax.runs.records import data_version, read_record
 from cnnjax.runs.result import score_test_set
 from cnnjax.runs.run import Run, make_run
 from cnnjax.runs.source import SourceCode
+from cnnjax.sharding import fetch, move, put
 from cnnjax.step import TrainState, copy_state
 from cnnjax.throughput import make_timing, seconds_at_peak
 
@@ -62,6 +63,7 @@ def train_and_evaluate(
     profile: tuple[int, int] | None = None,
     checkpoint_seconds: float = 60.0,
     devices: Sequence[Any] | None = None,
+    mesh: str | None = None,
     report: Report | None = None,
     stop: Stop | None = None,
     stream: bool | None = None,
@@ -106,6 +108,8 @@ def train_and_evaluate(
       checkpoint_seconds: save during an epoch, too, this long after the last save; no bit depends on it. On an
         accelerator an epoch is one program, so only its end is saved.
       devices: the devices that share each batch; all if None.
+      mesh: how they do: data=4,model=2 divides each batch among eight, and the large arrays of the state between two;
+        None: the largest number of devices that divides the batch, with a copy of the state each.
       report: receives messages and metrics, see `Report`; None: nothing is printed.
       stop: receives signals, for a caller that trains in several threads; None: this function handles them.
       stream: read the images from the prepared files while training, instead of keeping them in memory; None: if they
@@ -144,11 +148,13 @@ def train_and_evaluate(
                 config, data_dir, report.say, version=version, weights=weights, stream=stream
             )
             with run.stop.held():  # An exception that interrupts XLA's compiler crashes the process when it ends.
-                setup, state = set_up(run.config, dataset, devices, weights, title=str(run_dir), say=report.say)
+                setup, state = set_up(
+                    run.config, dataset, devices, weights, mesh=mesh, title=str(run_dir), say=report.say
+                )
             tracer = Profile(profile, run_dir, report.say)
             tracer.check(0, setup.program.num_steps)  # Before anything is written.
             run.begin(setup.facts, manifest.environment(setup.placement.devices))
-            state, progress = restore(run, state, setup.placement.state_sharding)
+            state, progress = restore(run, state, setup.placement.of_state(state))
             run.write_config(setup.facts)
             if run.checkpoints.latest() is not None:
                 report.say(f"resuming at step {state.step} of {setup.program.num_steps}")
@@ -165,7 +171,7 @@ def train_and_evaluate(
                 result, best, test_logits = score_test_set(setup, state, progress, run)
                 write_json(run_dir / "result.json", result)
                 callbacks.loggers.result(result)
-            best = jax.device_put(best, jax.sharding.SingleDeviceSharding(setup.placement.devices[0]))
+            best = move(best, setup.placement.device)
             known = best, progress.rows, progress.timing
             trained = Run(run_dir, setup.config, setup.facts, result, test_logits=test_logits, _trained=known)
         run.stop.finished = stop is None
@@ -218,7 +224,7 @@ def fit(
                         return ended.state, progress  # Discards what was dispatched.
                     ended = None
                 next_dispatch = next(dispatches)
-                metrics = jax.device_get(metrics)  # Waits for the device.
+                metrics = fetch(metrics)  # Waits for the device.
                 tracer.end(step)
                 totals = progress.totals.add(metrics)
                 callbacks.report_steps(first + 1, metrics)
@@ -310,7 +316,7 @@ def plan_dispatches(setup: Setup, step: int) -> Iterator[tuple[Plan, Key[Array, 
             image_size=(height, width),
             balanced_label=setup.balanced_label,
         )
-        key = jax.device_put(jax.random.fold_in(setup.augment_key, epoch), placement.state_sharding)
+        key = put(jax.random.fold_in(setup.augment_key, epoch), placement.replicated)
         for i in range(first, setup.steps_per_epoch, setup.steps_per_dispatch):
-            yield jax.device_put(plan.row(slice(i, i + setup.steps_per_dispatch)), placement.plan_sharding), key
+            yield put(plan.row(slice(i, i + setup.steps_per_dispatch)), placement.plan_sharding), key
         epoch, first = epoch + 1, 0

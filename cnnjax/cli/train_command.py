@@ -45,6 +45,10 @@ class Train:
     profile: str | None = None
     """Trace the steps from A to B, given as A:B, into RUN/profile for XProf, and print what they spend their time on.
     10:20 are the ten steps after the tenth; on an accelerator, where an epoch is one program, all of its steps."""
+    mesh: str | None = None
+    """How devices share each batch: data=8 divides it among eight, each with a copy of the parameters; so does
+    data=4,model=2, where pairs of devices also divide large arrays of parameters and optimizer state. By default as
+    many devices as divide the batch, with copies. With --seeds, the devices of each seed, one by default."""
     report: bool = True
     """Write a report on the run at the end, RUN/report.html; with --seeds, one on all of them."""
     checkpoint_seconds: float = 60.0
@@ -76,7 +80,8 @@ class Train:
         report = Report()
         use_compilation_cache(report.say)
         options: Any = {"data_dir": self.data_dir, "resume": self.resume, "report": report}
-        options |= {"loggers": self.log, "checkpoint_seconds": self.checkpoint_seconds, "stream": self.stream}
+        options |= {"loggers": self.log, "checkpoint_seconds": self.checkpoint_seconds, "mesh": self.mesh}
+        options |= {"stream": self.stream}
         if seeds is None:
             run = train_and_evaluate(self.config, run_dir=expand(self.run_dir), profile=profile, **options)
             if self.report:

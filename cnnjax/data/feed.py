@@ -12,6 +12,7 @@ from jaxtyping import Int
 from cnnjax.data.batches import Pixels, Standardization, StreamedPixels
 from cnnjax.data.stored import Examples
 from cnnjax.data.stream import Order, PlainOrder, Streamed, StreamedImages, TrainingOrder, default_workers
+from cnnjax.sharding import Placement, put
 
 
 class StreamedSet(NamedTuple):
@@ -21,70 +22,60 @@ class StreamedSet(NamedTuple):
     label: Int[np.ndarray, " N"]
     standardization: Standardization
 
-    def spec(self, batch_size: int, sharding: NamedSharding | None = None) -> StreamedPixels:
+    def spec(self, batch_size: int, placement: Placement) -> StreamedPixels:
         """Returns the shapes of a batch."""
-        image = jax.ShapeDtypeStruct((batch_size, *self.image.shape[1:]), np.uint8, sharding=sharding)
-        return StreamedPixels(image, jax.ShapeDtypeStruct((batch_size,), np.int32, sharding=sharding), self._spec())
 
-    def _spec(self) -> Any:
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.standardization)
+        def shape_of(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> Any:
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+        image = shape_of((batch_size, *self.image.shape[1:]), np.uint8, placement.batch_sharding)
+        label = shape_of((batch_size,), np.int32, placement.batch_sharding)
+        mean, std = (shape_of(x.shape, x.dtype, placement.replicated) for x in self.standardization)
+        return StreamedPixels(image, label, Standardization(mean, std))
 
     def training_batches(
-        self, seed: int, first: int, batch_size: int, balanced_label: Int[np.ndarray, " N"] | None, placement: Any
+        self, seed: int, first: int, batch_size: int, balanced_label: Int[np.ndarray, " N"] | None, placement: Placement
     ) -> AbstractContextManager[Iterator[StreamedPixels]]:
         """Opens the batches of `epoch_plan` from step `first` on, without end.
 
         Args:
-          placement: its `batch_sharding` and `state_sharding` say where the batches and the standardization are put.
+          placement: says where the batches are put.
         """
-        rows = local_rows(placement.batch_sharding, batch_size)
+        rows = placement.local_rows(batch_size)
         order = TrainingOrder(seed, len(self.image), batch_size, rows, balanced_label)
         return self._batches(order, first, batch_size, default_workers(len(self.image)), placement)
 
-    def plain_batches(self, batch_size: int, placement: Any) -> AbstractContextManager[Iterator[StreamedPixels]]:
+    def plain_batches(self, batch_size: int, placement: Placement) -> AbstractContextManager[Iterator[StreamedPixels]]:
         """Opens the batches of `plain_plan`, again and again.
 
         Threads read them: processes would have to start for each evaluation, or wait in memory for the next one.
         """
-        order = PlainOrder(len(self.image), batch_size, local_rows(placement.batch_sharding, batch_size))
+        order = PlainOrder(len(self.image), batch_size, placement.local_rows(batch_size))
         return self._batches(order, 0, batch_size, 0, placement)
 
-    def _batches(self, order: Order, first: int, batch_size: int, num_workers: int, placement: Any) -> Any:
-        standardization = put_whole(self.standardization, placement.state_sharding)
-        put_rows = row_putter(placement.batch_sharding, batch_size)
+    def _batches(self, order: Order, first: int, batch_size: int, num_workers: int, placement: Placement) -> Any:
+        standardization = put(self.standardization, placement.replicated)
+        put_rows = row_putter(placement, batch_size)
 
-        def put(batch: dict[str, np.ndarray]) -> StreamedPixels:
+        def put_batch(batch: dict[str, np.ndarray]) -> StreamedPixels:
             return StreamedPixels(put_rows(batch["image"]), put_rows(batch["label"]), standardization)
 
-        return self.image.batches(order, first, num_workers, put)
+        return self.image.batches(order, first, num_workers, put_batch)
 
 
 def pixels_of(examples: Examples | Streamed, standardization: Standardization) -> Pixels | StreamedSet:
     """Returns examples, on the host or on disk, with the standardization of the training images."""
-    return (Pixels if isinstance(examples, Examples) else StreamedSet)(*examples, standardization)
+    if isinstance(examples, Examples):
+        return Pixels(*examples, standardization)
+    return StreamedSet(*examples, standardization)
 
 
-def local_rows(sharding: NamedSharding, batch_size: int) -> Int[np.ndarray, " B"]:
-    """Returns the positions in a global batch that the devices of this process need, sorted."""
-    parts = [index[0] for index in sharding.addressable_devices_indices_map((batch_size,)).values() if index]
-    return np.unique(np.concatenate([np.arange(batch_size)[part] for part in parts]))
-
-
-def row_putter(sharding: NamedSharding, batch_size: int) -> Callable[[np.ndarray], jax.Array]:
-    """Returns a function that makes a global array of the rows of this process, see `local_rows`."""
+def row_putter(placement: Placement, batch_size: int) -> Callable[[np.ndarray], jax.Array]:
+    """Returns a function that makes a global array of the rows of this process, see `Placement.local_rows`."""
+    sharding = placement.batch_sharding
 
     def put(rows: np.ndarray) -> jax.Array:
         # A copy: on a CPU jax may use the memory of an array as it is, and these belong to Grain.
-        rows = np.array(rows)
-        if sharding.is_fully_addressable:
-            return jax.device_put(rows, sharding)
-        return jax.make_array_from_process_local_data(sharding, rows, (batch_size, *rows.shape[1:]))
+        return jax.make_array_from_process_local_data(sharding, np.array(rows), (batch_size, *rows.shape[1:]))
 
     return put
-
-
-def put_whole(tree: Any, sharding: NamedSharding) -> Any:
-    """Puts a tree that all processes hold on all devices of `sharding`, which replicates."""
-    if sharding.is_fully_addressable:
-        return jax.device_put(tree, sharding)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x), x.shape), tree)

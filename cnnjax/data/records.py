@@ -14,7 +14,6 @@ from cnnjax.data.stored import Fit
 from cnnjax.data.tfds_format import check_split, fitted, open_builder
 from cnnjax.errors import UserError, check, option
 
-
 CHUNK = 2**24  # Bytes of images, see `Records.chunk`.
 
 

@@ -175,7 +175,7 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int, /) -> Any: ...
+    def __getitem__(self, index: int) -> Any: ...
 
 
 class _Batches:
@@ -188,10 +188,10 @@ class _Batches:
     def __len__(self) -> int:
         return 2**48
 
-    def __getitem__(self, step: int, /) -> dict[str, np.ndarray]:
-        records, index = self._records, self._index[self._order(int(step))]
-        image, label = np.empty((len(index), *records.image_shape), np.uint8), np.empty(len(index), np.int32)
-        for i, (k, record) in enumerate(zip(index, records.read(index), strict=True)):
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        records, examples = self._records, self._index[self._order(int(index))]
+        image, label = np.empty((len(examples), *records.image_shape), np.uint8), np.empty(len(examples), np.int32)
+        for i, (k, record) in enumerate(zip(examples, records.read(examples), strict=True)):
             records.check_shape(record.image, int(k))
             image[i], label[i] = records.fit(record.image), record.label
         return {"image": image, "label": label}
@@ -238,8 +238,7 @@ def read_ahead(
 
 def _explained(elements: Iterator[Any]) -> Generator[Any, None, None]:
     try:
-        for element in elements:
-            yield element
+        yield from elements
     except RuntimeError as error:
         if "Worker process was terminated" not in str(error):
             raise

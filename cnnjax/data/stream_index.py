@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -152,13 +153,13 @@ class _Chunks:
         self.nbytes = records.chunk * int(np.prod(records.stored_shape))
 
     def __len__(self) -> int:
-        return -(-len(self._records) // self._records.chunk)
+        return math.ceil(len(self._records) / self._records.chunk)
 
-    def __getitem__(self, i: int, /) -> dict[str, Any]:
-        records, first = self._records, int(i) * self._records.chunk
-        index = range(first, min(first + records.chunk, len(records)))
-        rows = records.read(index)
-        for k, row in zip(index, rows, strict=True):
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        records, first = self._records, int(index) * self._records.chunk
+        numbers = range(first, min(first + records.chunk, len(records)))
+        rows = records.read(numbers)
+        for k, row in zip(numbers, rows, strict=True):
             records.check_shape(row.image, k)
         image = np.stack([row.image for row in rows])
         fitted = image if records.image_shape == image.shape[1:] else np.stack([records.fit(x) for x in image])

@@ -31,6 +31,7 @@ from cnnjax.runs.files import is_key, raw_keys, sync, tree_sha256, write_json, w
 from cnnjax.runs.records import run_argument
 from cnnjax.runs.recovery import PROGRESS, find_faults, list_steps, read_progress
 from cnnjax.runs.schema import SavedProgress
+from cnnjax.sharding import fetch
 from cnnjax.step import TrainState
 
 _SYSTEM = re.compile("|".join(re.escape(os.strerror(code)) for code in errno.errorcode))
@@ -150,14 +151,14 @@ class Checkpoints:
                 ) from error
 
     def restore(
-        self, step: int, abstract_state: TrainState, sharding: jax.sharding.Sharding | None = None
+        self, step: int, abstract_state: TrainState, sharding: PyTree = None
     ) -> tuple[TrainState, SavedProgress]:
         """Restores a checkpoint after verifying its checksums.
 
         Args:
           step: `latest()` or `best()`, for example.
           abstract_state: gives the structure, shapes and dtypes, for example from `jax.eval_shape`.
-          sharding: where to put the arrays; the first device if None.
+          sharding: where to put each array; all on the first device if None.
 
         Returns:
           The state, and the progress that was saved with it.
@@ -173,10 +174,13 @@ class Checkpoints:
                 f"it, which uses an earlier checkpoint: {option('resume')}. If it is finished, repeat it with "
                 "`cnnjax reproduce`."
             )
-        sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        if sharding is None:
+            first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            sharding = jax.tree.map(lambda _: first, abstract_state)
         target = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             jax.eval_shape(raw_keys, abstract_state),
+            sharding,
         )
         with _reading(path):
             metadata: Any = ocp.checkpointables_metadata(str(path)).metadata
@@ -213,7 +217,7 @@ def check_characters(parameter: str, run_dir: Path) -> None:
 
 def all_finite(params: PyTree) -> bool:
     """Returns whether all parameters are finite. Computes on the host: the device may be busy with the next epoch."""
-    return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(params)))
+    return all(np.isfinite(leaf).all() for leaf in map(fetch, jax.tree.leaves(params)))
 
 
 def _remove(path: Path) -> None:

@@ -24,6 +24,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from cnnjax.errors import UserError
+from cnnjax.sharding import fetch
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -230,8 +231,8 @@ def raw_keys(tree: PyTree) -> PyTree:
 def tree_sha256(tree: PyTree) -> str:
     """Returns the SHA-256 of the path, dtype, shape and bytes of every leaf. Waits for the device."""
     hasher = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(raw_keys(tree))):
-        array = np.asarray(leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(raw_keys(tree)):
+        array = np.asarray(fetch(leaf))  # One after another: together they may not fit.
         hasher.update(f"{jax.tree_util.keystr(path)} {array.dtype} {list(array.shape)}\n".encode())
         hasher.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return hasher.hexdigest()

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Sharding
+from jaxtyping import PyTree
 
 from cnnjax.cli.signals import Interrupted
 from cnnjax.errors import NonFiniteLossError, UserError
@@ -111,7 +111,7 @@ class Callbacks:
         return bool(decision)
 
 
-def restore(run: OpenRun, state: TrainState, sharding: Sharding) -> tuple[TrainState, Progress]:
+def restore(run: OpenRun, state: TrainState, sharding: PyTree) -> tuple[TrainState, Progress]:
     """Returns the latest checkpoint, or `state` and no progress if there is none."""
     if (latest := run.checkpoints.latest()) is None:
         return state, Progress([], [])

@@ -24,7 +24,7 @@ def score_test_set(
     best, config = progress.best(setup.config.best_by), setup.config
     if best is None:
         raise UserError(f"The checkpoints in {run.run_dir} must include the end of an epoch, got none. Train again.")
-    state, _ = run.checkpoints.restore(best["step"], last, setup.placement.state_sharding)
+    state, _ = run.checkpoints.restore(best["step"], last, setup.placement.of_state(last))
     pixels = pixels_of(setup.dataset.open("test"), setup.train.standardization)
     options: Any = {"tta": config.tta, "placement": setup.placement, "keep_logits": True}
     scores = evaluate(state, pixels, model=config.model, **options)
@@ -49,7 +49,7 @@ def score_test_set(
         "training_seconds": progress.timing[-1]["seconds"],
         "num_params": count_params(state),
         "seed": config.seed,
-        "device": device_name(setup.placement.devices[0]),
+        "device": device_name(setup.placement.device),
         "sha256": {
             "params": tree_sha256(last.params),
             "model_state": tree_sha256(last.model_state),

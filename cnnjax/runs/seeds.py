@@ -1,5 +1,6 @@
 """Many seeds of one configuration, in one process and with one compilation."""
 
+import math
 import os
 import re
 import reprlib
@@ -26,6 +27,7 @@ from cnnjax.runs.loggers import Logger
 from cnnjax.runs.records import data_version
 from cnnjax.runs.schema import Result
 from cnnjax.runs.source import source_of
+from cnnjax.sharding import parse_mesh
 from cnnjax.train import train_and_evaluate
 
 MAX_SEEDS = 10_000
@@ -72,20 +74,23 @@ def train_seeds(
     resume: bool = False,
     loggers: Sequence[Logger] = (),
     checkpoint_seconds: float = 60.0,
+    mesh: str | None = None,
     stream: bool | None = None,
     report: Report | None = None,
 ) -> list[Result]:
     """Trains `config` with each seed, each in a run directory.
 
-    Each seed trains on one device, as many at a time as there are devices; the step is traced once, and compiled once
-    per device. After `use_cores` every core of a CPU is a device. `experiments/benchmarks/runs.py` compares this with
-    one seed after another, and with `vmap`. A seed gives the same bits as alone on one device.
+    Each seed trains on one device, or on those of `mesh`, as many at a time as there are devices for; the step is
+    traced once, and compiled once per device. After `use_cores` every core of a CPU is a device.
+    `experiments/benchmarks/runs.py` compares this with one seed after another, and with `vmap`. A seed gives the same
+    bits as alone on as many devices.
 
     Args:
       config: its own seed is ignored.
       folder: contains the run directories, seed<k>; they are runs/<name>-seed<k> if None.
       loggers: a copy of each records each run.
-      data_dir, resume, checkpoint_seconds, stream, report: see `train_and_evaluate`. Finished seeds are not trained again.
+      data_dir, resume, checkpoint_seconds, mesh, stream, report: see `train_and_evaluate`. Finished seeds are not
+        trained again.
 
     Returns:
       The content of result.json of each seed.
@@ -107,25 +112,28 @@ def train_seeds(
     version = next(filter(None, map(data_version, folders)), None)
     weights = load_network_weights(config, report.say)
     dataset = load_data(config, data_dir, report.say, version=version, weights=weights, stream=stream)
-    devices = jax.local_devices()
+    devices, size = jax.local_devices(), math.prod(parse_mesh(mesh)) if mesh else 1
+    check("mesh", f"of at most the {len(devices)} devices of this process", size <= len(devices), mesh)
+    groups = [devices[i : i + size] for i in range(0, len(devices) - size + 1, size)]
     free: SimpleQueue[Any] = SimpleQueue()
-    for device in devices:
-        free.put(device)
+    for group in groups:
+        free.put(group)
     with stop_signals() as stop:
 
         def train(run_dir: Path, config: Config, report: Report) -> Result:
-            device = free.get()
+            group = free.get()
             try:
                 if stop.signum is not None:  # This seed was still waiting.
                     raise Interrupted(stop.signum)
-                with jax.default_device(device):
+                with jax.default_device(group[0]):
                     run = train_and_evaluate(
                         config,
                         run_dir=run_dir,
                         resume=resume,
                         loggers=[deepcopy(logger) for logger in loggers],
                         checkpoint_seconds=checkpoint_seconds,
-                        devices=[device],
+                        devices=group,
+                        mesh=mesh,
                         report=report,
                         stop=stop,
                         dataset=dataset,
@@ -133,16 +141,16 @@ def train_seeds(
                     )
                     return run.finished_result()
             finally:
-                free.put(device)
+                free.put(group)
 
-        if min(len(devices), len(seeds)) == 1:
+        if min(len(groups), len(seeds)) == 1:
             report = report.with_prefix("")
             results = [train(run_dir, c, report) for run_dir, c in zip(folders, configs, strict=True)]
             stop.finished = True
             return results
         # Without progress bars, which would overwrite each other.
         reports = [report.with_prefix(f"seed {seed}: ") for seed in seeds]
-        with stop.held(), ThreadPoolExecutor(len(devices)) as threads:
+        with stop.held(), ThreadPoolExecutor(len(groups)) as threads:
             futures = [
                 threads.submit(copy_context().run, train, *job) for job in zip(folders, configs, reports, strict=True)
             ]

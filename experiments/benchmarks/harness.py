@@ -164,8 +164,8 @@ def parse(parser: argparse.ArgumentParser, parts: Sequence[str], default: Sequen
     """Parses the arguments: the parts of the benchmark, and the options that every benchmark has."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)} ({', '.join(default)})")
-    parser.add_argument("--small", action="store_true", help="try the parts at a small size; BENCHMARKS.md stays as is")
-    parser.add_argument("--into", metavar="DIR", type=Path, help="write the tables there, not into BENCHMARKS.md")
+    parser.add_argument("--small", action="store_true", help="try the parts at a small size; the report stays as is")
+    parser.add_argument("--into", metavar="DIR", type=Path, help="write the tables there, not into the report")
     args = parser.parse_args()
     args.parts = args.parts or list(default)
     if unknown := set(args.parts) - {*parts}:
@@ -178,18 +178,24 @@ def parse(parser: argparse.ArgumentParser, parts: Sequence[str], default: Sequen
     return args
 
 
-def write_tables(args: argparse.Namespace, parts: Mapping[str, Callable[[Any], str]], about: str, prefix: str = ""):
-    """Measures the chosen parts; writes their tables, and `about`, into BENCHMARKS.md at their marks or elsewhere."""
+def write_tables(
+    args: argparse.Namespace,
+    parts: Mapping[str, Callable[[Any], str]],
+    about: str,
+    prefix: str = "",
+    report: Path = REPORT,
+) -> None:
+    """Measures the chosen parts; writes their tables, and `about`, into a report at their marks or elsewhere."""
     into_report = not (args.into or args.small)
     for name in args.parts if into_report else ():
-        replaced(REPORT.read_text(), prefix + name, "")  # Fails now, not after hours of measurements.
+        replaced(report.read_text(), prefix + name, "")  # Fails now, not after hours of measurements.
     for name in args.parts:
         text = f"{parts[name](args)}\n\n{about}\n"
         print(f"\n{text}", flush=True)
         if args.into:
             (args.into / f"{name}.md").write_text(text)
         elif into_report:
-            REPORT.write_text(replaced(REPORT.read_text(), prefix + name, text))
+            report.write_text(replaced(report.read_text(), prefix + name, text))
 
 
 def replaced(report: str, mark: str, text: str) -> str:
@@ -197,7 +203,7 @@ def replaced(report: str, mark: str, text: str) -> str:
     pattern = f"(<!-- {mark} -->\n).*?(<!-- end of {mark} -->\n)"
     report, count = re.subn(pattern, lambda found: found[1] + text + found[2], report, flags=re.DOTALL)
     if count != 1:
-        sys.exit(f"BENCHMARKS.md must contain <!-- {mark} --> and <!-- end of {mark} --> exactly once, got {count}.")
+        sys.exit(f"The report must contain <!-- {mark} --> and <!-- end of {mark} --> exactly once, got {count}.")
     return report
 
 

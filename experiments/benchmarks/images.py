@@ -37,12 +37,12 @@ prepare_folder(Path(sys.argv[1]), Path(sys.argv[2]), image_shape=(32, 32, 3))
 """
 
 
-def save_photos(folder: Path, size: tuple[int, int], count: int) -> list[Path]:
+def save_photos(folder: Path, size: tuple[int, int], count: int, noise: float = 4.0) -> list[Path]:
     """Writes JPEG files with the frequencies of a photo: smooth, with a little noise."""
     rng, (width, height) = np.random.default_rng(0), size
     for i in range(count):
         coarse = Image.fromarray(rng.integers(0, 256, (30, 40, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC)
-        noisy = np.asarray(coarse) + rng.normal(0, 4, (height, width, 3))
+        noisy = np.asarray(coarse) + rng.normal(0, noise, (height, width, 3))
         path = folder / "ab"[i % 2] / f"{i}.jpg"
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(path, quality=90)

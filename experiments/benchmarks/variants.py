@@ -319,7 +319,7 @@ def main() -> None:
     test = setup.validation
     if not config.validation_fraction:
         test = Pixels(*setup.dataset.load("test"), setup.train.standardization)
-        test = jax.device_put(test, setup.placement.state_sharding)
+        test = jax.device_put(test, setup.placement.replicated)
 
     def warm_up() -> float:
         for seed in range(1 if args.small else 2):

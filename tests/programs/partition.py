@@ -122,7 +122,7 @@ def compare(f, arrays, mesh, specs, wanted):
 
 def text_on_one_device(arrays):
     placement = place(16, jax.devices()[:1])
-    sharding = placement.batch_sharding, placement.state_sharding
+    sharding = placement.batch_sharding, placement.replicated
     arrays = jax.device_put(arrays, [sharding[i] for i in (0, 1, 1, 0)])
     text = str(jax.jit(operations).lower(*arrays).compile().as_text())
     return re.sub(r",? (metadata|frontend_attributes)=\{.*?\}", "", text[text.index("ENTRY") :])
@@ -162,7 +162,7 @@ def step_on_two_devices(rng):
     results, found = [], {}
     for n in (1, 2):
         placement = place(16, jax.devices()[:n])
-        state = jax.device_put(init_state(key, batch.image[:1], model=model, tx=tx), placement.state_sharding)
+        state = jax.device_put(init_state(key, batch.image[:1], model=model, tx=tx), placement.replicated)
         args = state, jax.device_put(batch, placement.batch_sharding), key
         compiled = jax.jit(step).lower(*args).compile()
         results.append(compiled(*args)[0].params)

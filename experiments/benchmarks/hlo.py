@@ -1,0 +1,100 @@
+"""Reads the communication between devices from the text of a compiled program (HLO).
+
+It imports the standard library only.
+"""
+
+import math
+import re
+from typing import NamedTuple
+
+KINDS = ("all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute", "reduce-scatter")
+# The name, the type of the result, the operation, and the rest. In a quotation mark an operation cannot begin.
+_INSTRUCTION = re.compile(
+    rf'(?m)^\s*(?:ROOT )?%?(\S+) = ([^"\n]*?) ((?:ragged-)?(?:{"|".join(KINDS)}))(-start|-done)?\((.*)$'
+)
+_ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,<= ]*)\]")
+_SMALL = {"pred": 1.0, "token": 0.0, "s2": 0.25, "u2": 0.25, "s4": 0.5, "u4": 0.5}  # Bytes per element.
+
+
+class Shape(NamedTuple):
+    """An array, on one device.
+
+    Attributes:
+      dtype: as in HLO, such as f32, bf16 or pred.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """The size, without padding."""
+        bits = re.match(r"[a-z]+(\d+)", self.dtype)  # f8e4m3fn has 8, c64 has 64.
+        size = _SMALL.get(self.dtype, int(bits[1]) / 8 if bits else 0)
+        return math.ceil(size * math.prod(self.shape))
+
+
+class Collective(NamedTuple):
+    """An operation in which devices communicate.
+
+    Attributes:
+      kind: one of `KINDS`, or "ragged-all-to-all".
+      results: the arrays that it returns on each device. XLA combines several operations into one.
+      group_size: the number of devices that communicate with each other; None if the text does not say so, as for
+        "collective-permute", and for groups of all devices in their shortest form.
+      op_name: the JAX operation, such as "jit(_step)/transpose(jvp(ResNet50))/dot_general"; "" if it is unknown.
+    """
+
+    kind: str
+    results: tuple[Shape, ...]
+    group_size: int | None
+    op_name: str
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of the results on one device."""
+        return sum(result.num_bytes for result in self.results)
+
+
+def collectives(text: str) -> list[Collective]:
+    """Returns the collective operations of a program, in the order of the text.
+
+    An asynchronous operation (`all-reduce-start`, `all-reduce-done`) counts once. An operation in a loop is returned
+    once, not once per iteration.
+
+    Args:
+      text: of `compiled.as_text()`. A program before compilation has no collectives yet.
+    """
+    started, found = {}, []
+    for name, type_, kind, phase, rest in _INSTRUCTION.findall(text):
+        if phase == "-start":  # Its type has the operands, too.
+            started[name] = rest
+            continue
+        # The operand of a done is its start: `%name)`, or `(types) %name)`.
+        operand = re.search(r"%?([^\s%()]+)\)(?:,|\s*$)", rest) if phase else None
+        attributes = started.get(operand[1], "") if operand else rest
+        op_name = re.search(r'op_name="([^"]*)"', attributes)
+        found.append(Collective(kind, _shapes(type_), _group_size(attributes), op_name[1] if op_name else ""))
+    return found
+
+
+def _shapes(type_: str) -> tuple[Shape, ...]:
+    """Returns the arrays of a type such as `(f32[8,3]{1,0}, /*index=1*/pred[])`."""
+    return tuple(
+        Shape(dtype, tuple(int(size.strip(" <=")) for size in sizes.split(",") if size.strip()))
+        for dtype, sizes in _ARRAY.findall(type_)
+    )
+
+
+def _group_size(attributes: str) -> int | None:
+    """Returns the size of the groups in each of the three forms that XLA prints."""
+    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):  # {{0,1},{2,3}}
+        return found[1].count(",") + 1
+    if found := re.search(r"replica_groups=\[\d+,(\d+)\]<=", attributes):  # [4,2]<=[8], [4,2]<=[2,4]T(1,0)
+        return int(found[1])
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes):
+        # mesh['data'=4,'model'=2] {'data'}; 'data':(2)2 is a part of an axis, of 2 devices.
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
+        axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", found[2])
+        return math.prod(int(part or sizes[name]) for name, part in axes)
+    return None
