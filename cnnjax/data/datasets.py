@@ -229,7 +229,7 @@ def load_dataset(
     else:
         stored = store_arrays("arrays", dataset)
     if stream and stored.stream is None:
-        raise UserError(f"`stream` must be False for arrays in memory, got True: {option('no_stream')}.")
+        raise UserError(f"`stream` must be False for arrays in memory, got True. Leave {option('stream')} out.")
     if (given := stored.image_shape[-1]) > 4:
         say(f"{stored.name} has images of {given} channels: `cnnjax predict` cannot read such images from files")
     found = ImageDataset(stored, fit, test_split, test_fraction, test_seed)

@@ -52,7 +52,8 @@ class Records:
         info = self._split.builder.info
         if (kind := info.file_format.value) != "array_record":
             raise UserError(
-                f"`stream` must be False for {folder}, whose format is {kind}, not array_record: {option('no_stream')}."
+                f"`stream` must be False for {folder}, whose format is {kind} instead of array_record. Leave "
+                f"{option('stream')} out, or let tfds write it again with file_format='array_record'."
             )
         self.paths = tuple(map(str, info.splits[split].filepaths))
         counts = info.splits[split].shard_lengths

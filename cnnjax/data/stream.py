@@ -1,6 +1,5 @@
 """Images that stay on disk: they are read in batches, in any order, by processes or threads of Grain."""
 
-import multiprocessing
 import os
 import shutil
 import signal
@@ -9,9 +8,8 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from multiprocessing import resource_tracker, spawn
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -27,12 +25,8 @@ AHEAD = 2  # Batches on the device, or of a worker, that wait for their turn.
 FEW = 5000  # Images. Reading them in threads takes less time than starting worker processes (4 to 5 s).
 
 
-class Order(Protocol):
-    """Says which images each batch consists of. It is pickled, so each worker process computes it for itself."""
-
-    def __call__(self, step: int) -> Int[np.ndarray, " B"]:
-        """Returns positions in a `StreamedImages`, of batch `step`."""
-        ...
+# Returns the positions in a `StreamedImages` of batch `step`. Pickled: each worker process computes it for itself.
+Order = Callable[[int], np.ndarray]
 
 
 class Streamed(NamedTuple):
@@ -168,6 +162,7 @@ def default_workers(num_images: int) -> int:
 # --- Grain ----------------------------------------------------------------------------------------------------------
 
 
+@runtime_checkable
 class Source(Protocol):
     """Elements that Grain's workers compute in any order. It is pickled for them."""
 
@@ -257,6 +252,8 @@ def _shared_memory_suffices(size: int) -> bool:
 @contextmanager
 def _without_signals() -> Iterator[None]:
     """Blocks signals in the threads and processes that are started inside the context."""
+    from multiprocessing import resource_tracker
+
     resource_tracker.ensure_running()  # It would unblock them.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
@@ -268,6 +265,8 @@ def _without_signals() -> Iterator[None]:
 @cache
 def _leave_out_main() -> None:
     """Makes Grain's processes not import the user's program, which may lack `if __name__ == "__main__"`."""
+    from multiprocessing import spawn
+
     prepare = spawn.get_preparation_data
 
     def get_preparation_data(name: str) -> Any:
@@ -289,6 +288,8 @@ def _start_worker(index: int, count: int) -> None:
 
 
 def _end_with_parent() -> None:
+    import multiprocessing
+
     if (parent := multiprocessing.parent_process()) is not None:
         parent.join()
         os._exit(1)
