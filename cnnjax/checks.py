@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Key
 
 from cnnjax.data.augment import Augment
-from cnnjax.data.batches import Pixels, make_batch
+from cnnjax.data.batches import Pixels, StreamedPixels, make_batch
 from cnnjax.data.order import plain_plan
 from cnnjax.errors import UserError, describe, describe_shapes, user_code
 from cnnjax.metrics import sum_metrics
@@ -18,7 +18,11 @@ from cnnjax.typing import BatchLike, LossFn
 
 
 def check_augment(
-    augment: Augment, pixels: Pixels, batch_size: int, train_shape: tuple[int, ...], key: Key[Array, ""]
+    augment: Augment,
+    pixels: Pixels | StreamedPixels,
+    batch_size: int,
+    train_shape: tuple[int, ...],
+    key: Key[Array, ""],
 ) -> BatchLike:
     """Checks what an augmentation returns.
 

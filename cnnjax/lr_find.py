@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +21,7 @@ from cnnjax.optim.optimizer import Optimizer
 from cnnjax.prepare import Setup, load_data, load_network_weights, set_up
 from cnnjax.program import train_steps
 from cnnjax.step import TrainState
-from cnnjax.train import plan_dispatches
+from cnnjax.train import plan_dispatches, training_input
 
 RANGE = 1e4  # From 1e-7 to 10 for the usual 1e-3, as in fastai.
 NUM_UPDATES, HALF_DECADE = 161, 10  # 20 per factor of 10. More than an epoch of a small data set, less of a large one.
@@ -138,6 +138,13 @@ def _with_schedule(optim: Optimizer, schedule: Callable[[Any], Any]) -> Optimize
 
 
 def _sweep(setup: Setup, state: TrainState, rates: Float[np.ndarray, " U"], frozen: tuple[str, ...]) -> RangeTest:
+    with training_input(setup, 0) as inputs:
+        return _sweep_over(inputs, setup, state, rates, frozen)
+
+
+def _sweep_over(
+    inputs: Iterator[Any], setup: Setup, state: TrainState, rates: Float[np.ndarray, " U"], frozen: tuple[str, ...]
+) -> RangeTest:
     dispatches = plan_dispatches(setup._replace(steps_per_dispatch=1), 0)
     found, first = RangeTest(rates[:0], rates[:0], False), math.nan
     # The loss of the first batches precedes every update.
@@ -146,7 +153,7 @@ def _sweep(setup: Setup, state: TrainState, rates: Float[np.ndarray, " U"], froz
         for _ in range(setup.config.optim.accumulate_steps):
             plan, augment_key = next(dispatches)
             state, metrics = train_steps(
-                state, setup.train, plan, setup.train_key, augment_key, program=setup.program, frozen=frozen
+                state, next(inputs), plan, setup.train_key, augment_key, program=setup.program, frozen=frozen
             )
             totals = totals.add(jax.device_get(metrics))  # Waits for the device.
         loss = totals.means().loss

@@ -16,8 +16,10 @@ from cnnjax.cli.process import num_cores
 from cnnjax.config import Config, word
 from cnnjax.data.batches import Pixels, pixel_statistics, standardize
 from cnnjax.data.datasets import ImageDataset, load_dataset
+from cnnjax.data.feed import StreamedSet, pixels_of
 from cnnjax.data.order import plain_plan, steps_per_epoch
 from cnnjax.data.stored import Examples
+from cnnjax.data.stream import Streamed, StreamedImages
 from cnnjax.data.weights import load_weights
 from cnnjax.errors import UserError, check, user_code
 from cnnjax.losses import ClassWeighted, balanced_weights
@@ -44,8 +46,8 @@ class Setup(NamedTuple):
     facts: DataFacts
     batch_size: int
     balanced_label: np.ndarray | None  # Of the training examples, if classes are drawn equally often.
-    train: Pixels  # On every device.
-    validation: Pixels
+    train: Pixels | StreamedSet  # On every device, or on disk.
+    validation: Pixels | StreamedSet
     program: Program
     steps_per_epoch: int
     steps_per_dispatch: int
@@ -57,6 +59,13 @@ class Setup(NamedTuple):
         """Returns the shape (H, W, C) of the images that the network is trained on by a program."""
         height, width, channels = self.facts.image_shape
         return *program.augment.output_size((height, width)), channels
+
+    @property
+    def train_input(self) -> Any:
+        """The data set, or the shapes of a batch of it, with which `train_steps` is traced."""
+        if isinstance(self.train, StreamedSet):
+            return self.train.spec(self.batch_size, self.placement)
+        return self.train
 
     def frozen_names(self, state: TrainState, epoch: int) -> tuple[str, ...]:
         """Returns the top-level names in the parameters whose gradients need not be computed in an epoch (from 0).
@@ -79,18 +88,20 @@ def load_data(
     *,
     version: str | None = None,
     weights: Weights | None = None,
+    stream: bool | None = None,
 ) -> ImageDataset:
     """Loads the data set of a configuration, see `load_dataset`, with the image size and interpolation of its weights.
 
     Args:
       version: the version of the set to use if it is prepared; the newest one otherwise.
       weights: those of the network, see `load_network_weights`.
+      stream: see `load_dataset`.
     """
     options = config.data_options()
     if weights is not None:
         expected = weights.preprocessing
         options |= {"default_size": expected.image_size, "interpolation": expected.interpolation}
-    return load_dataset(config.dataset, data_dir, say, version=version, **options)
+    return load_dataset(config.dataset, data_dir, say, version=version, stream=stream, **options)
 
 
 def load_network_weights(config: Config, say: Callable[[str], None]) -> Weights | None:
@@ -120,17 +131,21 @@ def set_up(
     """
     with user_code("The configuration"):
         config = config.with_num_classes(dataset.num_classes)
-    train, validation = dataset.load_parts(config.seed, config.validation_fraction)
+    train, validation = dataset.open_parts(config.seed, config.validation_fraction)
     num_examples = len(train.label)
     batch_size = config.batch_size or min(128, max(8, num_examples // 8), num_examples)
     steps = steps_per_epoch(num_examples, batch_size)
     placement = place(batch_size, devices, mesh)
     size, available = num_bytes(train) + num_bytes(validation), device_memory(placement.device)
-    if available is not None and size > available:  # Arrays in memory may be files that are mapped.
+    # Arrays in memory may be files that are mapped.
+    if not dataset.streams and available is not None and size > available:
         raise UserError(f"`dataset` must fit into the {gib(available)} of memory, got images of {gib(size)}.")
     image_shape = train.image.shape[1:]
     check("channels", "3 for pretrained weights", weights is None or image_shape[-1] == 3, image_shape[-1])
-    standardization = pixel_statistics(train.image) if weights is None else weights.standardization
+    if weights is not None:
+        standardization = weights.standardization
+    else:
+        standardization = pixel_statistics(train.image) if isinstance(train, Examples) else train.image.statistics()
     for line in oddities(train, dataset.num_classes):
         say(line)
     check("num_epochs", "less than 2**31 steps", steps * config.num_epochs < 2**31, f"{config.num_epochs} × {steps}")
@@ -142,19 +157,22 @@ def set_up(
     program = Program(config.model, optim, config.augment, loss_fn, num_steps, config.num_epochs, divided)
     with user_code("`augment`"):
         for distinct in program.distinct():
-            distinct.augment.check_size(image_shape[:2])
+            distinct.augment.check_size((image_shape[0], image_shape[1]))
     init_key, train_key, augment_key = jax.random.split(jax.random.key(config.seed), 3)
+    train_pixels, validation_pixels = (pixels_of(part, standardization) for part in (train, validation))
+    if not dataset.streams:
+        train_pixels, validation_pixels = put((train_pixels, validation_pixels), placement.replicated)
     setup = Setup(
         config=config,
         dataset=dataset,
         facts=make_facts(dataset, standardization, None if weights is None else weights.sha256),
         batch_size=batch_size,
         balanced_label=train.label if config.sampling == "balanced" else None,
-        train=put(Pixels(*train, standardization), placement.replicated),
-        validation=put(Pixels(*validation, standardization), placement.replicated),
+        train=train_pixels,
+        validation=validation_pixels,
         program=program,
         steps_per_epoch=steps,
-        steps_per_dispatch=1 if placement.device.platform == "cpu" else steps,
+        steps_per_dispatch=1 if dataset.streams or placement.device.platform == "cpu" else steps,
         train_key=put(train_key, placement.replicated),
         augment_key=augment_key,
         placement=placement,
@@ -165,7 +183,9 @@ def set_up(
         with user_code("`model.variables_from_torch`"):
             state = init_from_weights(state, weights, model=config.model, tx=program.make_tx())
     if hasattr(config.model, "init_from_data"):
-        images = standardize(jnp.asarray(train.image[:INIT_IMAGES]), standardization)
+        first = train.image[:INIT_IMAGES]
+        first = first.read() if isinstance(first, StreamedImages) else first
+        images = standardize(jnp.asarray(first), standardization)
         with user_code("`model.init_from_data`"), explain_out_of_memory():
             state = init_from_data(state, images, model=config.model, tx=program.make_tx())
     check("model", "initialized with finite parameters", all_finite(state.params), "an infinite one or nan")
@@ -180,7 +200,7 @@ def set_up(
     return setup, put(state, placement.of_state(state))
 
 
-def oddities(examples: Examples, num_classes: int) -> Iterator[str]:
+def oddities(examples: Examples | Streamed, num_classes: int) -> Iterator[str]:
     """Yields a line about each property of training examples that is allowed, but is probably a mistake."""
     _, height, width, channels = examples.image.shape
     if height in (1, 3) and width == channels:
@@ -203,7 +223,7 @@ def check_parts(setup: Setup) -> TrainState:
     config, key = setup.config, setup.augment_key
     batch_size, image_shape, num_classes = setup.batch_size, setup.facts.image_shape, setup.dataset.num_classes
     batches = [
-        check_augment(program.augment, setup.train, batch_size, setup.train_shape(program), key)
+        check_augment(program.augment, setup.train_input, batch_size, setup.train_shape(program), key)
         for program in setup.program.distinct()
     ]
     with user_code("`model`"):
@@ -241,7 +261,7 @@ def check_step(setup: Setup, state: TrainState) -> None:
     keys = setup.train_key, put(setup.augment_key, placement.replicated)
     placed: Any = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), state, placement.of_state(state))
     with user_code("The training step of `model`, `loss` and `optim`"):
-        step = train_steps.trace(placed, setup.train, plan, *keys, program=program, frozen=frozen)
+        step = train_steps.trace(placed, setup.train_input, plan, *keys, program=program, frozen=frozen)
     after, _ = step.out_info
     old, new = (
         {jax.tree_util.keystr(path): f"{x.dtype}{list(x.shape)}" for path, x in jax.tree.leaves_with_path(tree)}
@@ -251,7 +271,7 @@ def check_step(setup: Setup, state: TrainState) -> None:
         part = "model" if name.startswith(".model_state") else "optim"
         raise UserError(f"`{part}` must keep the shape and dtype of its state: {name} was {before} and became {now}.")
     sizes, intermediate = num_bytes(state), largest_result(step.jaxpr.jaxpr) // placement.num_devices
-    data = num_bytes(setup.train) + num_bytes(setup.validation)
+    data = num_bytes(setup.train_input) + (0 if setup.dataset.streams else num_bytes(setup.validation))
     needed = data + sizes + max(sizes, intermediate)  # Each epoch ends with a copy of the state.
     if device.platform == "cpu":  # Its devices share one memory, into which the first checkpoint is read back.
         copies = placement.num_devices

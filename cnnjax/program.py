@@ -1,5 +1,8 @@
 """Many steps as one program, and the evaluation of a data set."""
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +15,8 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from cnnjax.class_scores import count_pairs
 from cnnjax.compiler import jit
 from cnnjax.data.augment import Augment
-from cnnjax.data.batches import Pixels, make_batch
+from cnnjax.data.batches import Pixels, StreamedPixels, make_batch
+from cnnjax.data.feed import StreamedSet
 from cnnjax.data.order import Plan, plain_plan
 from cnnjax.losses import softmax_cross_entropy
 from cnnjax.metrics import Metrics, Scores, Totals, sum_metrics
@@ -66,7 +70,7 @@ def init_run(key: Key[Array, ""], image: Float[AnyArray, "B H W C"], *, program:
 @jit(static_argnames=("program", "frozen"), donate_argnames=("state",))
 def train_steps(
     state: TrainState,
-    pixels: Pixels,
+    pixels: Pixels | StreamedPixels,
     plan: Plan,
     key: Key[Array, ""],
     augment_key: Key[Array, ""],
@@ -78,7 +82,7 @@ def train_steps(
 
     Args:
       state: donated.
-      pixels: the training set.
+      pixels: the training set, or the images of a single step.
       plan: S rows of one epoch.
       key: the same for every step, see `train_step`.
       augment_key: the key of the epoch, see `make_batch`.
@@ -107,7 +111,7 @@ def train_steps(
 
 @jit(static_argnames=("model", "tta", "placement"))
 def _score(
-    state: TrainState, pixels: Pixels, plan: Plan, *, model: Network, tta: str, placement: Placement
+    state: TrainState, pixels: Pixels | StreamedPixels, plan: Plan, *, model: Network, tta: str, placement: Placement
 ) -> tuple[Metrics, Int[Array, " B"], Float[Array, "B K"]]:
     """Returns the metrics of a batch, the predicted classes, and the logits."""
     batch = make_batch(pixels, plan)
@@ -119,7 +123,7 @@ def _score(
 
 def evaluate(
     state: TrainState,
-    pixels: Pixels,
+    pixels: Pixels | StreamedSet,
     *,
     model: Network,
     tta: str = "none",
@@ -129,7 +133,7 @@ def evaluate(
     """Scores every example once: cross-entropy, accuracy and the confusion of classes. Waits for the device.
 
     Args:
-      pixels: the data set, on the device or on the host.
+      pixels: the data set, on the device, on the host or on disk.
       tta: see `eval_step`.
       placement: how devices share a batch; None: the first device works alone.
       keep_logits: whether to return the logits, too.
@@ -143,17 +147,26 @@ def evaluate(
     batch_size = -(-min(batch_size, num_examples) // placement.num_devices) * placement.num_devices
     plan = plain_plan(num_examples, batch_size)
     rows = put([plan.row(i) for i in range(len(plan.example))], placement.batch_sharding)
-    pixels = put(pixels, placement.replicated)
     options: Any = {"model": model, "tta": tta, "placement": placement}
-    metrics, predicted, logits = _score(state, pixels, rows[0], **options)
-    totals, predictions, kept = Totals(), [predicted], [logits] if keep_logits else []
-    for row in rows[1:]:  # At most two at a time: each running batch has its own scratch memory.
-        upcoming, predicted, logits = _score(state, pixels, row, **options)
-        totals, metrics = totals.add(metrics), upcoming
-        predictions.append(predicted)
-        if keep_logits:
-            kept.append(logits)
+    with _inputs(pixels, batch_size, placement) as inputs:
+        metrics, predicted, logits = _score(state, next(inputs), rows[0], **options)
+        totals, predictions, kept = Totals(), [predicted], [logits] if keep_logits else []
+        for row in rows[1:]:  # At most two at a time: each running batch has its own scratch memory.
+            upcoming, predicted, logits = _score(state, next(inputs), row, **options)
+            totals, metrics = totals.add(metrics), upcoming
+            predictions.append(predicted)
+            if keep_logits:
+                kept.append(logits)
     predicted = np.concatenate(fetch(predictions))[:num_examples]  # Without the padding.
     confusion = count_pairs(fetch(pixels.label), predicted)
     scores = totals.add(metrics).means()._replace(confusion=confusion)
     return scores._replace(logits=np.concatenate(fetch(kept))[:num_examples]) if keep_logits else scores
+
+
+def _inputs(
+    pixels: Pixels | StreamedSet, batch_size: int, placement: Placement
+) -> AbstractContextManager[Iterator[Any]]:
+    """Opens the input of each `_score`: the whole data set every time, or one batch after another."""
+    if isinstance(pixels, StreamedSet):
+        return pixels.plain_batches(batch_size, placement)
+    return nullcontext(repeat(put(pixels, placement.replicated)))

@@ -3,6 +3,8 @@
 import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +16,7 @@ from cnnjax.cli.process import start_jax
 from cnnjax.cli.signals import Stop
 from cnnjax.config import Config
 from cnnjax.data.datasets import ImageDataset
+from cnnjax.data.feed import StreamedSet
 from cnnjax.data.order import Plan, epoch_plan
 from cnnjax.errors import UserError, check
 from cnnjax.hosts import current
@@ -63,6 +66,7 @@ def train_and_evaluate(
     mesh: str | None = None,
     report: Report | None = None,
     stop: Stop | None = None,
+    stream: bool | None = None,
     dataset: ImageDataset | None = None,
     code: SourceCode | None = None,
 ) -> Run:
@@ -108,6 +112,8 @@ def train_and_evaluate(
         None: the largest number of devices that divides the batch, with a copy of the state each.
       report: receives messages and metrics, see `Report`; None: nothing is printed.
       stop: receives signals, for a caller that trains in several threads; None: this function handles them.
+      stream: read the images from the prepared files while training, instead of keeping them in memory; None: if they
+        would take more than half of it. No bit depends on it, so a run may be resumed either way.
       dataset: the data set, if the caller has loaded it.
       code: the source code that trains, if the caller has recorded it.
 
@@ -140,7 +146,9 @@ def train_and_evaluate(
             trained = make_run(run_dir, config, read_record(run_dir).data)
         else:
             weights, version = load_network_weights(config, report.say), data_version(run_dir)
-            dataset = dataset or load_data(config, data_dir, report.say, version=version, weights=weights)
+            dataset = dataset or load_data(
+                config, data_dir, report.say, version=version, weights=weights, stream=stream
+            )
             with run.stop.held():  # An exception that interrupts XLA's compiler crashes the process when it ends.
                 setup, state = set_up(
                     run.config, dataset, devices, weights, mesh=mesh, title=str(run_dir), say=report.say
@@ -198,8 +206,6 @@ def fit(
     """
     config, steps = setup.config, setup.steps_per_epoch
     first = step = int(state.step)
-    dispatches = plan_dispatches(setup, step)
-    next_dispatch = next(dispatches)
     start = time.perf_counter() - progress.seconds  # When a run without interruptions would have begun.
     write_progress(run, progress)
     shapes = {setup.train_shape(program) for program in setup.program.distinct()}
@@ -208,14 +214,16 @@ def fit(
         return state, progress
     progress = progress._replace(stopped_within=None)
     ended = signum = None  # The previous epoch, until it is reported; the signal for which all processes stop.
-    with run.report.progress(config.num_epochs, steps, start=step):
+    with training_input(setup, step) as inputs, run.report.progress(config.num_epochs, steps, start=step):
+        dispatches = zip(inputs, plan_dispatches(setup, step), strict=True)
+        next_dispatch = next(dispatches)
         for epoch in range(step // steps, config.num_epochs):
             epoch_start, examples_before = time.perf_counter(), progress.totals.num_examples
             program, frozen = setup.program.at_epoch(epoch), setup.frozen_names(state, epoch)
             while step < (epoch + 1) * steps:
                 statics = program, frozen
                 state, metrics = start_steps(setup, state, next_dispatch, step=step, statics=statics, tracer=tracer)
-                first, step = step, step + len(next_dispatch[0].example)
+                first, step = step, step + len(next_dispatch[1][0].example)
                 if ended is not None:  # The device computes meanwhile.
                     must_save = time.perf_counter() - run.checkpoints.saved_at >= checkpoint_seconds  # See `save`.
                     progress = end_epoch(run, progress, ended, callbacks, must_save=must_save)
@@ -262,7 +270,7 @@ def fit(
 def start_steps(
     setup: Setup,
     state: TrainState,
-    dispatch: tuple[Plan, Key[Array, ""]],
+    dispatch: tuple[Any, tuple[Plan, Key[Array, ""]]],
     *,
     step: int,
     statics: tuple[Program, tuple[str, ...]],
@@ -272,17 +280,28 @@ def start_steps(
 
     Args:
       state: donated.
-      dispatch: see `plan_dispatches`.
+      dispatch: what `training_input` and `plan_dispatches` yield.
       step: the number of steps that are done.
       statics: the arguments `program` and `frozen` of `train_steps`.
     """
-    plan, augment_key = dispatch
-    arguments, (program, frozen) = (setup.train, plan, setup.train_key, augment_key), statics
+    pixels, (plan, augment_key) = dispatch
+    arguments, (program, frozen) = (pixels, plan, setup.train_key, augment_key), statics
     options: Any = {"program": program, "frozen": frozen}
     if tracer.is_new_program(step, len(plan.example), statics):  # Compiles it outside of what is measured.
         jax.block_until_ready(train_steps(copy_state(state), *arguments, **options))
     tracer.begin(step, len(plan.example), step // setup.steps_per_epoch)
     return train_steps(state, *arguments, **options)
+
+
+def training_input(setup: Setup, step: int) -> AbstractContextManager[Iterator[Any]]:
+    """Opens the argument `pixels` of each call of `train_steps` from `step` on, without end.
+
+    It is the training set every time, or one streamed batch after another.
+    """
+    train, batch_size = setup.train, setup.batch_size
+    if isinstance(train, StreamedSet):
+        return train.training_batches(setup.config.seed, step, batch_size, setup.balanced_label, setup.placement)
+    return nullcontext(repeat(train))
 
 
 def plan_dispatches(setup: Setup, step: int) -> Iterator[tuple[Plan, Key[Array, ""]]]:

@@ -38,6 +38,9 @@ class Train:
     """The tfds directory; $TFDS_DATA_DIR or ~/tensorflow_datasets by default."""
     resume: bool = False
     """Resume the run in the run directory exactly where it stopped (or train longer, at a constant learning rate)."""
+    stream: bool | None = None
+    """Read the images from disk while training, with --stream; or keep them in memory, with --no-stream. Otherwise they
+    are streamed if they would take more than half of the memory. Does not change the result."""
     log: tuple[Logger, ...] = ()
     """Where else to record the run: tensorboard (files in RUN/tensorboard), wandb (Weights & Biases), mlflow, or a
     subclass of Logger in the experiment file. Does not change the result."""
@@ -112,6 +115,7 @@ class Train:
         use_compilation_cache(report.say)
         options: Any = {"data_dir": self.data_dir, "resume": self.resume, "report": report}
         options |= {"loggers": self.log, "checkpoint_seconds": self.checkpoint_seconds, "mesh": self.mesh}
+        options |= {"stream": self.stream}
         if seeds is None:
             run = train_and_evaluate(self.config, run_dir=expand(self.run_dir), profile=profile, **options)
             if self.report and hosts.leads:

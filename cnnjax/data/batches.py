@@ -30,7 +30,17 @@ class Pixels(NamedTuple):
     standardization: Standardization
 
 
-def make_batch(pixels: Pixels, plan: Plan, augment: Augment | None = None, key: Key[Array, ""] | None = None) -> Batch:
+class StreamedPixels(NamedTuple):
+    """The images of one batch on the device, in the order of the batch, with the standardization of the data set."""
+
+    image: UInt8[AnyArray, "B H W C"]
+    label: Int[AnyArray, " B"]
+    standardization: Standardization
+
+
+def make_batch(
+    pixels: Pixels | StreamedPixels, plan: Plan, augment: Augment | None = None, key: Key[Array, ""] | None = None
+) -> Batch:
     """Makes the batch of one row of a plan. Pure; jit it.
 
     A single gather reads the examples in order, shifted (with reflect padding) and mirrored. Then follow
@@ -38,6 +48,7 @@ def make_batch(pixels: Pixels, plan: Plan, augment: Augment | None = None, key: 
     `augment.transform`.
 
     Args:
+      pixels: a data set, of which the plan selects examples; or the examples of this batch, which it numbers.
       augment: no augmentation if None.
       key: the key of the epoch; the index of each example is folded in. Needed by these two methods only.
 
@@ -46,22 +57,27 @@ def make_batch(pixels: Pixels, plan: Plan, augment: Augment | None = None, key: 
     """
     augment = augment or Augment()
     _, h, w, _ = pixels.image.shape
+    streamed = isinstance(pixels, StreamedPixels)
+    label = pixels.label if streamed else pixels.label[plan.example]
     if augment.translate == 0 and augment.flip == "none":
-        image = pixels.image[plan.example]
+        image = pixels.image if streamed else pixels.image[plan.example]
     else:
         y = _reflect(jnp.arange(h)[None] - plan.shift[:, :1], h)  # [B H]
         x = _reflect(jnp.arange(w)[None] - plan.shift[:, 1:], w)  # [B W]
         x = jnp.where(plan.mirrored[:, None], w - 1 - x, x)
-        image = pixels.image[plan.example[:, None, None], y[:, :, None], x[:, None, :]]  # [B H W C]
+        if streamed:
+            image = jax.vmap(lambda image, y, x: image[y[:, None], x])(pixels.image, y, x)  # [B H W C]
+        else:
+            image = pixels.image[plan.example[:, None, None], y[:, :, None], x[:, None, :]]
     if type(augment).transform_pixels is not Augment.transform_pixels:
-        image = augment.transform_pixels(_keys(key, plan, augment, stream=PIXEL_STREAM), image)
+        image = augment.transform_pixels(_keys(key, plan, augment, stream=PIXEL_STREAM), jnp.asarray(image))
         _, h, w, _ = image.shape
     image = standardize(image, pixels.standardization)
     if augment.cutout:
         y, x = (jnp.arange(n)[None] - plan.cutout[:, i, None] for i, n in enumerate((h, w)))  # [B H], [B W]
         inside = ((y >= 0) & (y < augment.cutout))[:, :, None] & ((x >= 0) & (x < augment.cutout))[:, None, :]
         image = jnp.where(inside[..., None], 0.0, image)
-    batch = Batch(image, pixels.label[plan.example], plan.mask)
+    batch = Batch(image, label, plan.mask)
     if type(augment).transform is Augment.transform:
         return batch
     return augment.transform(_keys(key, plan, augment), batch)
@@ -89,11 +105,24 @@ def standardize(image: AnyArray, standardization: Standardization) -> Float[AnyA
 
 def pixel_statistics(image: np.ndarray) -> Standardization:
     """Returns the mean and standard deviation of each channel of uint8 [N H W C] (a deviation of 0 becomes 1)."""
-    counts, value = np.zeros((image.shape[-1], 256), np.int64), np.arange(256.0)
+    counts, value = np.zeros((image.shape[-1], 256), np.int64), np.arange(256)
     for i in range(0, len(image), 1000):  # `bincount` needs eight times the memory of its input.
         pixels = image[i : i + 1000].reshape(-1, image.shape[-1])
         counts += [np.bincount(channel, minlength=256) for channel in pixels.T]
-    num_pixels = counts[0].sum()
-    mean = counts @ value / num_pixels
-    std = np.sqrt(counts @ value**2 / num_pixels - mean**2)
+    return statistics_of_sums(np.stack([counts @ value, counts @ value**2]), int(counts[0].sum()))
+
+
+def image_sums(image: np.ndarray) -> Int[np.ndarray, "N 2 C"]:
+    """Returns, for each image and channel of uint8 [N H W C], the sums over the pixels, and over their squares."""
+    pixels = image.reshape(len(image), -1, image.shape[-1])
+    return np.stack([pixels.sum(1, np.int64), np.square(pixels, dtype=np.uint16).sum(1, np.int64)], axis=1)
+
+
+def statistics_of_sums(sums: Int[np.ndarray, "2 C"], num_pixels: int) -> Standardization:
+    """Returns mean and deviation from the sums over all pixels, and over their squares.
+
+    The sums are exact, so the same images give the same bits, whatever they were added up from.
+    """
+    mean, mean_square = sums / num_pixels
+    std = np.sqrt(mean_square - mean**2)
     return Standardization(mean.astype(np.float32), np.where(std > 0, std, 1.0).astype(np.float32))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cnnjax.data.arrays import store_arrays
 from cnnjax.data.folders import absolute, default_data_dir, versions
@@ -15,7 +15,10 @@ from cnnjax.data.named import NAMED_SETS
 from cnnjax.data.order import split_test, split_validation
 from cnnjax.data.prepared import load_folder, load_tfds
 from cnnjax.data.stored import INTERPOLATIONS, LISTS, MAX_SIDE, RESIZE, Examples, Fit, StoredSet, select
-from cnnjax.errors import UserError, check, check_name, user_code
+from cnnjax.errors import UserError, check, check_name, option, user_code
+
+if TYPE_CHECKING:
+    from cnnjax.data.stream import Streamed
 
 
 @dataclass(frozen=True)
@@ -89,21 +92,35 @@ class ImageDataset:
         Raises:
           UserError: the shards hold different images or labels than before, or a class is too small to be divided.
         """
-        check_name("split", split, self.splits)
-        stored = self.test_split if split == "test" and self.test_split is not None else split
-        examples = self.stored.load("train" if stored == "test" and self.test_split is None else stored)
-        if self.test_split is None and split in ("train", "test"):
-            names = self.class_names
-            pixels = self.stored.pixels or [image.tobytes() for image in examples.image]
-            parts = split_test(self.test_seed, pixels, examples.label, self.test_fraction, names)
-            examples = select(examples, parts[split == "test"])
+        examples = self._part(split, self.stored.load)
         if examples.image.shape[1:] == self.image_shape:
             return examples
         image = fit_images(examples.image, self.image_shape, self.fit.resize, self.fit.interpolation, split)
         return Examples(image, examples.label)
 
+    @property
+    def streams(self) -> bool:
+        """Whether training reads the images from disk while it uses them."""
+        return self.stored.stream is not None
+
+    def open(self, split: str) -> "Examples | Streamed":
+        """Returns a split as training uses it: on disk if the set `streams`, else in memory, see `load`."""
+        return self.load(split) if self.stored.stream is None else self._part(split, self.stored.stream)
+
+    def _part(self, split: str, read: Callable[[str], Any]) -> Any:
+        """Returns a split, of the stored split or of the part of it that `read` returns."""
+        check_name("split", split, self.splits)
+        stored = self.test_split if split == "test" and self.test_split is not None else split
+        examples = read("train" if stored == "test" and self.test_split is None else stored)
+        if self.test_split is None and split in ("train", "test"):
+            image, names = examples.image, self.class_names
+            pixels = self.stored.pixels or (row.tobytes() for row in getattr(image, "stored", image))
+            parts = split_test(self.test_seed, pixels, examples.label, self.test_fraction, names)
+            examples = select(examples, parts[split == "test"])
+        return examples
+
     def load_parts(self, seed: int, validation_fraction: float) -> tuple[Examples, Examples]:
-        """Returns the examples to train on, and those of the validation.
+        """Returns the examples to train on, and those of the validation, in memory.
 
         The latter are the split "validation" if the set has one; else a part of each class that `seed` selects.
 
@@ -113,9 +130,18 @@ class ImageDataset:
         Raises:
           UserError: a class is too small to be divided.
         """
-        train = self.load("train")
+        return self._parts(self.load, seed, validation_fraction)
+
+    def open_parts(
+        self, seed: int, validation_fraction: float
+    ) -> "tuple[Examples, Examples] | tuple[Streamed, Streamed]":
+        """Returns what `load_parts` returns, as `open` does."""
+        return self._parts(self.open, seed, validation_fraction)
+
+    def _parts(self, read: Callable[[str], Any], seed: int, validation_fraction: float) -> Any:
+        train = read("train")
         if validation_fraction and "validation" in self.splits:
-            return train, self.load("validation")
+            return train, read("validation")
         kept, held_out = split_validation(seed, train.label, validation_fraction, self.class_names)
         return (select(train, kept) if len(held_out) else train), select(train, held_out)
 
@@ -135,6 +161,7 @@ def load_dataset(
     test_split: str | None = None,
     test_fraction: float = 0.2,
     test_seed: int = 0,
+    stream: bool | None = None,
 ) -> ImageDataset:
     """Finds a tfds set in `data_dir`, prepares it if necessary, reads a folder of images, or wraps arrays.
 
@@ -160,6 +187,8 @@ def load_dataset(
       test_split: the split to score; None: "test", or a part of the training split if there is none.
       test_fraction: the size of this part, of each class.
       test_seed: selects it.
+      stream: whether training reads the images from disk while it uses them, instead of keeping them in memory; None:
+        if they would take more than half of it. `ImageDataset.load` returns arrays in any case.
 
     Raises:
       UserError: the name is unknown, no source is available, a digest does not match, the set does not consist of
@@ -179,10 +208,18 @@ def load_dataset(
         fit = fit._replace(image_size=size, channels=channels or 3)
         path = Path(os.path.expanduser(dataset))
         stored = load_folder(
-            path, directory, say, version=version, fit=fit, skip_unreadable=skip_unreadable, test_split=test_split
+            path,
+            directory,
+            say,
+            version=version,
+            fit=fit,
+            skip_unreadable=skip_unreadable,
+            test_split=test_split,
+            stream=stream,
         )
     elif isinstance(dataset, str):
-        stored = load_tfds(dataset.strip("/"), directory, say, version=version, fit=fit, test_split=test_split)
+        options: Any = {"version": version, "fit": fit, "test_split": test_split, "stream": stream}
+        stored = load_tfds(dataset.strip("/"), directory, say, **options)
         if channels is None and stored.image_shape[-1] == 4:
             fit = fit._replace(channels=3)
     elif callable(dataset):
@@ -191,6 +228,8 @@ def load_dataset(
         stored = store_arrays(getattr(dataset, "__name__", type(dataset).__name__), arrays)
     else:
         stored = store_arrays("arrays", dataset)
+    if stream and stored.stream is None:
+        raise UserError(f"`stream` must be False for arrays in memory, got True. Leave {option('stream')} out.")
     if (given := stored.image_shape[-1]) > 4:
         say(f"{stored.name} has images of {given} channels: `cnnjax predict` cannot read such images from files")
     found = ImageDataset(stored, fit, test_split, test_fraction, test_seed)

@@ -5,7 +5,7 @@ stable sort: NumPy guarantees that stream forever, while the algorithms behind `
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -76,6 +76,13 @@ def balanced_order(seed: int, epoch: int, label: np.ndarray) -> np.ndarray:
     return np.concatenate(drawn)[epoch_order(seed, epoch, len(label))]
 
 
+def order_of_epoch(seed: int, epoch: int, num_examples: int, balanced_label: np.ndarray | None) -> np.ndarray:
+    """Returns the order of the examples in an epoch, int64 [num_examples]; see `epoch_plan`."""
+    if balanced_label is None:
+        return epoch_order(seed, epoch, num_examples)
+    return balanced_order(seed, epoch, balanced_label)
+
+
 def epoch_plan(
     seed: int,
     epoch: int,
@@ -101,10 +108,7 @@ def epoch_plan(
     """
     steps = steps_per_epoch(num_examples, batch_size)
     position = np.arange(steps * batch_size)
-    if balanced_label is None:
-        order = epoch_order(seed, epoch, num_examples)
-    else:
-        order = balanced_order(seed, epoch, balanced_label)
+    order = order_of_epoch(seed, epoch, num_examples, balanced_label)
     if augment.flip == "none":
         mirrored = np.zeros(num_examples, bool)
     elif augment.flip == "random":
@@ -171,7 +175,7 @@ def split_validation(
 
 
 def split_test(
-    seed: int, pixels: Sequence[bytes], label: np.ndarray, fraction: float, class_names: Sequence[str] = ()
+    seed: int, pixels: Iterable[bytes], label: np.ndarray, fraction: float, class_names: Sequence[str] = ()
 ) -> tuple[np.ndarray, np.ndarray]:
     """Holds out a class-balanced test set, whose examples depend on their pixels and not on the order of the examples.
 

@@ -1,7 +1,7 @@
 """Sets in a tfds directory: found or prepared there, decoded once, and cached as arrays."""
 
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from cnnjax.data.stored import Examples, Fit, StoredSet, digest
 from cnnjax.data.tfds_format import (
     class_names,
     decode,
+    decoded_bytes,
     inspect_set,
     write_tfds,
 )
@@ -40,6 +41,8 @@ class _Wanted(NamedTuple):
     test_split: str | None
     say: Callable[[str], None]
     named: NamedSet | None = None
+    stream: bool | None = False
+    final: Fit = Fit()  # How training brings the stored images to one shape, see `ImageDataset.fit`.
 
     def decoded(self, available: tuple[str, ...]) -> list[str]:
         """Returns the splits to decode."""
@@ -54,12 +57,14 @@ def load_tfds(
     version: str | None = None,
     fit: Fit = Fit(),  # noqa: B008  Immutable.
     test_split: str | None = None,
+    stream: bool | None = False,
 ) -> StoredSet:
     """Finds a tfds set in `data_dir`, downloading and preparing it if necessary; see `load_dataset`.
 
     Args:
       dataset: "name", "name/config", or either with ":version".
       fit: for a set of images of several sizes.
+      stream: see `load_dataset`.
     """
     name, _, exact = dataset.partition(":")
     named = NAMED_SETS.get(name)
@@ -67,8 +72,12 @@ def load_tfds(
         have = ", ".join(found) or "no version"
         raise UserError(f"`dataset` must name a version in {data_dir} ({have}), got {dataset}.")
     version = exact or version
-    wanted = _Wanted(name, fit, test_split, say, named)
+    wanted = _Wanted(name, fit, test_split, say, named, stream, fit)
     folder = prepared_folder(name, data_dir, version)
+    if stream and folder is None:
+        folder = load_tfds(dataset, data_dir, say, version=version, fit=fit, test_split=test_split).folder
+    if folder is not None and (streamed := _streamed(wanted, folder, f"the prepared tfds directory {folder}")):
+        return streamed
     if folder is not None and (cached := _cached(wanted, folder)):
         return cached
     if folder is None:
@@ -101,6 +110,7 @@ def load_folder(
     fit: Fit,
     skip_unreadable: bool,
     test_split: str | None = None,
+    stream: bool | None = False,
 ) -> StoredSet:
     """Reads a folder or a list of images, and keeps it as a prepared set in `data_dir`; see `load_dataset`."""
     folder = prepare_folder(
@@ -113,7 +123,9 @@ def load_folder(
         version=version,
         say=say,
     )
-    wanted = _Wanted(str(path), Fit(), test_split, say)
+    wanted = _Wanted(str(path), Fit(), test_split, say, None, stream, fit)
+    if streamed := _streamed(wanted, folder, f"the image files of {path}"):
+        return streamed
     if found := _cached(wanted, folder):
         return found
     with exclusive(folder.parent.name, data_dir, say):
@@ -129,6 +141,52 @@ def _cached(wanted: _Wanted, folder: Path) -> StoredSet | None:
         if pinned in ({}, facts.sha256) and {*facts.splits} >= facts.sha256.keys() >= {*wanted.decoded(facts.splits)}:
             return _stored(wanted, folder / cache, facts)
     return None
+
+
+def _streamed(wanted: _Wanted, folder: Path, source: str, locked: bool = False) -> StoredSet | None:
+    """Returns a set whose images stay on disk, or None if it is used in memory.
+
+    Args:
+      source: where the pixels came from, in words, if that is not known yet.
+      locked: whether this process has locked the set.
+    """
+    if wanted.stream is False or (wanted.stream is None and _fits(wanted, folder)):
+        return None
+    from cnnjax.data.records import Records
+    from cnnjax.data.stream_index import index_folder, stream_splits
+
+    available, one_size = inspect_set(folder)
+    stored_fit = Fit() if one_size else wanted.fit
+    cache = folder / _cache_name(stored_fit)
+    splits = {split: Records(folder, split, stored_fit, wanted.final) for split in wanted.decoded(available)}
+    shape = splits["train"].stored_shape
+    for split, records in splits.items():
+        if records.stored_shape != shape:
+            raise _other_shape(folder, split, shape, records.stored_shape)
+    known = read_facts(cache)
+    facts = known or Facts(source, class_names(folder), shape, {}, available)
+    pinned = {} if wanted.named is None else wanted.named.sha256
+
+    def check(split: str, expected: str, got: str) -> None:
+        if (expected := pinned.get(split, expected)) != got:
+            raise _mismatch(wanted, split, f"{folder}, from {facts.source}", expected, got)
+
+    name = wanted.name if not (folder / FILES).exists() else folder.parent.name
+    data_dir = folder.parents[len(Path(name).parts)]
+    with nullcontext() if locked else exclusive(name, data_dir, wanted.say):
+        facts, streams = stream_splits(index_folder(folder, wanted.final), splits, facts, check, wanted.say)
+    return replace(_stored(wanted, cache, facts), stream=streams.__getitem__)
+
+
+def _fits(wanted: _Wanted, folder: Path) -> bool:
+    """Returns whether the decoded splits of a set would take at most half of the memory."""
+    import jax
+
+    from cnnjax.memory import device_memory
+
+    if (available := device_memory(jax.local_devices()[0])) is None:
+        return True
+    return decoded_bytes(folder, wanted.decoded, wanted.final) <= available // 2
 
 
 def _cache_name(fit: Fit) -> str:
@@ -183,6 +241,8 @@ def _prepare(wanted: _Wanted, data_dir: Path, locked: bool) -> StoredSet:
         with staging(name, data_dir, locked) as stage:
             if named is None:
                 folder = prepare_other(name, data_dir, stage, say)
+                if streamed := _streamed(wanted, folder, "its official source", locked=locked):
+                    return streamed
                 return _cached(wanted, folder) or _decode_all(wanted, folder, "its official source")
             check_free(data_dir / name / named.version)
             downloads = data_dir / "downloads" / "cnnjax" / name
@@ -223,9 +283,7 @@ def _decode_all(wanted: _Wanted, folder: Path, source: str) -> StoredSet:
     train = decoded["train"].image.shape[1:]
     for split, examples in decoded.items():
         if (shape := examples.image.shape[1:]) != train:
-            raise UserError(
-                f"{folder} must hold {split} images of the same shape {train} as its training images, got {shape}."
-            )
+            raise _other_shape(folder, split, train, shape)
     facts = Facts(source, class_names(folder), train, sha256, available, tuple(files))
     try:
         for split, examples in decoded.items():
@@ -237,6 +295,10 @@ def _decode_all(wanted: _Wanted, folder: Path, source: str) -> StoredSet:
         remove_cache(cache)
         wanted.say(f"the decoded arrays cannot be cached ({error}): every start will decode {wanted.name} again")
     return _stored(wanted, cache, facts)
+
+
+def _other_shape(folder: Path, split: str, train: tuple[int, ...], got: tuple[int, ...]) -> UserError:
+    return UserError(f"{folder} must hold {split} images of the same shape {train} as its training images, got {got}.")
 
 
 def _mismatch(wanted: _Wanted, split: str, source: str, expected: str | None, got: str) -> UserError:

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -14,6 +14,9 @@ MAX_SIDE = 4096  # Pixels.
 LISTS = (".csv", ".jsonl")  # Suffixes of files that list images.
 
 
+E = TypeVar("E", bound=Any)
+
+
 class Examples(NamedTuple):
     """Images and labels in memory."""
 
@@ -21,18 +24,32 @@ class Examples(NamedTuple):
     label: Int[np.ndarray, " N"]
 
 
-def select(examples: Examples, index: Int[np.ndarray, " M"]) -> Examples:
-    """Returns some of the examples."""
-    return Examples(examples.image[index], examples.label[index])
+def select(examples: E, index: Int[np.ndarray, " M"]) -> E:
+    """Returns some of the examples, which may be `stream.Streamed`."""
+    return type(examples)(examples.image[index], examples.label[index])
 
 
 def digest(examples: Examples) -> str:
     """Returns the SHA-256 of the images' dtype, shape and bytes, followed by the labels as little-endian int32."""
-    image = np.ascontiguousarray(examples.image)
-    hasher = hashlib.sha256(f"{image.dtype}{list(image.shape)}".encode())
-    hasher.update(image.data)
-    hasher.update(np.ascontiguousarray(examples.label, "<i4").data)
-    return hasher.hexdigest()
+    hasher = Digest(examples.image.shape)
+    hasher.add(examples.image)
+    return hasher.finish(examples.label)
+
+
+class Digest:
+    """The `digest` of examples whose images, uint8, come one after another; `shape` is [N H W C]."""
+
+    def __init__(self, shape: tuple[int, ...]):
+        self._hasher = hashlib.sha256(f"uint8{list(shape)}".encode())
+
+    def add(self, image: UInt8[np.ndarray, "M H W C"]) -> None:
+        """Adds the next images."""
+        self._hasher.update(np.ascontiguousarray(image).data)
+
+    def finish(self, label: Int[np.ndarray, " N"]) -> str:
+        """Adds all labels, and returns the digest."""
+        self._hasher.update(np.ascontiguousarray(label, "<i4").data)
+        return self._hasher.hexdigest()
 
 
 class Fit(NamedTuple):
@@ -63,6 +80,7 @@ class StoredSet:
       folder: the prepared tfds directory, or None.
       splits: the names of all its splits; `sha256` and `load` know those that were needed.
       pixels: identifies each training image as it was before it was resized; empty: the images are as they were.
+      stream: returns a split whose images stay on disk, `stream.Streamed`; None: the set is used in memory.
     """
 
     name: str
@@ -75,3 +93,4 @@ class StoredSet:
     folder: Path | None = None
     splits: tuple[str, ...] = ("train", "test")
     pixels: tuple[bytes, ...] = field(default=(), repr=False)
+    stream: Callable[[str], Any] | None = field(default=None, repr=False, compare=False)

@@ -6,6 +6,8 @@ features and integer keys that is given PNG bytes writes the same records in the
 
 import contextlib
 import io
+import json
+import math
 import os
 import struct
 import sys
@@ -13,7 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,13 +33,47 @@ from cnnjax.runs.files import open_regular
 # --- Reading --------------------------------------------------------------------------------------------------------
 
 
+class SplitFeatures(NamedTuple):
+    """The features of a split, of `check_split`."""
+
+    builder: Any
+    features: Any
+    image_name: str
+    label_name: str
+    num_classes: int
+    channels: int | None  # None: as many as each image has.
+
+
 def inspect_set(folder: Path) -> tuple[tuple[str, ...], bool]:
     """Returns the splits of a prepared tfds directory, and whether its description states the size of its images."""
-    builder = _builder(folder)
+    builder = open_builder(folder)
     features = builder.info.features
     image_name, _ = _image_and_label(builder)
     shape = getattr(features[image_name], "shape", ()) if image_name in features else ()
     return tuple(builder.info.splits), None not in (shape or ())[:2]
+
+
+def decoded_bytes(folder: Path, splits: Callable[[tuple[str, ...]], Sequence[str]], fit: Fit) -> int:
+    """Returns the bytes of the images of some splits in one shape; 0 if the description does not state their size.
+
+    Reads only the description, without tfds, because every start calls this.
+
+    Args:
+      splits: selects the splits, of all.
+      fit: how the images are brought to one shape.
+    """
+    with contextlib.suppress(Exception):  # Of a damaged description, which is reported later.
+        with open_regular(folder / "dataset_info.json") as file:
+            counts = {s["name"]: sum(map(int, s["shardLengths"])) for s in json.load(file)["splits"]}
+        with open_regular(folder / "features.json") as file:
+            shapes = [f["image"]["shape"]["dimensions"] for f in _features(json.load(file)) if "image" in f]
+        height, width, channels = [max(0, int(n)) for n in shapes[0]]
+        return sum(counts[s] for s in splits(tuple(counts))) * math.prod(fit.shape_of((height, width, channels)))
+    return 0
+
+
+def _features(description: Any) -> list[Any]:
+    return list(description["featuresDict"]["features"].values())
 
 
 def decode(
@@ -54,28 +90,13 @@ def decode(
     Raises:
       UserError: the split is missing or damaged, or does not hold images of one shape with one class label each.
     """
-    import tensorflow_datasets as tfds
-
-    builder = _builder(folder)
-    splits, features = builder.info.splits, builder.info.features
-    features: Any = features if isinstance(features, tfds.features.FeaturesDict) else {"": features}
-    if split not in splits:
-        raise UserError(f"{folder} must have a split {split!r}, got {sorted(splits)}.")
-    image_name, label_name = _image_and_label(builder)
-    expected = {image_name: tfds.features.Image, label_name: tfds.features.ClassLabel}
-    if not all(name in features and isinstance(features[name], kind) for name, kind in expected.items()):
-        raise UserError(f"{folder} must hold images with one class label each, got the features {sorted(features)}.")
-    if features[image_name].np_dtype != np.uint8:
-        raise UserError(f"{folder} must hold 8-bit images, got {np.dtype(features[image_name].np_dtype)}.")
-
-    num_classes = features[label_name].num_classes
-    if not num_classes:
-        raise UserError(f"{folder} must state the number of its classes, got {num_classes}.")
-
-    count = splits[split].num_examples
+    builder = open_builder(folder)
+    found = check_split(builder, split)
+    image_name, label_name, num_classes = found.image_name, found.label_name, found.num_classes
+    count = builder.info.splits[split].num_examples
     image, label, read = None, _empty(folder, (count,), np.int32), 0
     for row in track(_rows(builder, split), f"decoding {split}", total=count):
-        row[image_name] = fit_row(row[image_name], fit, features[image_name].shape[-1])
+        row[image_name] = fit_row(row[image_name], fit, found.channels)
         if files is not None and isinstance(row.get("file"), bytes):
             files.append(row["file"].decode())
         if image is None:
@@ -100,6 +121,30 @@ def decode(
     return Examples(image, label)
 
 
+def check_split(builder: Any, split: str) -> SplitFeatures:
+    """Checks that a split of a prepared tfds directory holds images with one class label each.
+
+    Raises:
+      UserError: it does not, or there is no such split.
+    """
+    import tensorflow_datasets as tfds
+
+    folder, splits, features = Path(builder.data_dir), builder.info.splits, builder.info.features
+    named: Any = features if isinstance(features, tfds.features.FeaturesDict) else {"": features}
+    if split not in splits:
+        raise UserError(f"{folder} must have a split {split!r}, got {sorted(splits)}.")
+    image_name, label_name = _image_and_label(builder)
+    expected = {image_name: tfds.features.Image, label_name: tfds.features.ClassLabel}
+    if not all(name in named and isinstance(named[name], kind) for name, kind in expected.items()):
+        raise UserError(f"{folder} must hold images with one class label each, got the features {sorted(named)}.")
+    if named[image_name].np_dtype != np.uint8:
+        raise UserError(f"{folder} must hold 8-bit images, got {np.dtype(named[image_name].np_dtype)}.")
+    if not (num_classes := named[label_name].num_classes):
+        raise UserError(f"{folder} must state the number of its classes, got {num_classes}.")
+    channels = named[image_name].shape[-1]
+    return SplitFeatures(builder, features, image_name, label_name, num_classes, channels)
+
+
 def fit_row(image: np.ndarray, fit: Fit, channels: int | None) -> np.ndarray:
     """Brings the image of a record to one shape, if `fit` states its size.
 
@@ -120,7 +165,7 @@ def class_names(folder: Path) -> tuple[str, ...]:
     Raises:
       UserError: the file of the names is damaged.
     """
-    builder = _builder(folder)
+    builder = open_builder(folder)
     label_name = _image_and_label(builder)[1]
     num_classes = builder.info.features[label_name].num_classes
     path = folder / f"{label_name}.labels.txt"
@@ -157,7 +202,12 @@ def _damage_as_user_error(folder: Path, part: str) -> Iterator[None]:
         ) from error
 
 
-def _builder(folder: Path) -> Any:
+def open_builder(folder: Path) -> Any:
+    """Opens a prepared tfds directory.
+
+    Raises:
+      UserError: its description is damaged.
+    """
     import tensorflow_datasets as tfds
 
     with _damage_as_user_error(folder, "its description"):

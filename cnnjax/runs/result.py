@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from cnnjax.class_scores import class_scores, confusion_matrix
-from cnnjax.data.batches import Pixels
+from cnnjax.data.feed import pixels_of
 from cnnjax.errors import NonFiniteLossError, UserError
 from cnnjax.prepare import Setup, count_params, device_name
 from cnnjax.program import evaluate
@@ -25,7 +25,7 @@ def score_test_set(
     if best is None:
         raise UserError(f"The checkpoints in {run.run_dir} must include the end of an epoch, got none. Train again.")
     state, _ = run.checkpoints.restore(best["step"], last, setup.placement.of_state(last))
-    pixels = Pixels(*setup.dataset.load("test"), setup.train.standardization)
+    pixels = pixels_of(setup.dataset.open("test"), setup.train.standardization)
     options: Any = {"tta": config.tta, "placement": setup.placement, "keep_logits": True}
     scores = evaluate(state, pixels, model=config.model, **options)
     if not math.isfinite(scores.loss):

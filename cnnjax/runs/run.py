@@ -17,8 +17,9 @@ from jaxtyping import Float
 from cnnjax.cli.process import start_jax
 from cnnjax.compiler import jit
 from cnnjax.config import Config, word
-from cnnjax.data.batches import Pixels, standardize
-from cnnjax.data.datasets import load_dataset
+from cnnjax.data.batches import standardize
+from cnnjax.data.datasets import ImageDataset, load_dataset
+from cnnjax.data.feed import pixels_of
 from cnnjax.data.stored import Examples
 from cnnjax.data.tta import TTA
 from cnnjax.errors import UserError, check_name, option
@@ -234,6 +235,12 @@ class Run:
         Raises:
           UserError: the data are not those of the run, or it has no validation part.
         """
+        dataset = self._dataset(split, data_dir)
+        if split == "test":
+            return dataset.load("test")
+        return dataset.load_parts(self.config.seed, self.config.validation_fraction)[1]
+
+    def _dataset(self, split: str, data_dir: str | os.PathLike[str] | None) -> ImageDataset:
         check_name("split", split, ("test", "validation"))
         config, facts = self.config, self.facts
         size, interpolation = facts.image_shape[:2], facts.interpolation
@@ -245,11 +252,9 @@ class Run:
                 f"`{parameter}` must hold the {dataset.name!r} of this run, SHA-256 {facts.sha256}, got "
                 f"{dataset.sha256} from {dataset.folder or dataset.source}."
             )
-        if split == "test":
-            return dataset.load("test")
-        if config.validation_fraction == 0:
+        if split == "validation" and config.validation_fraction == 0:
             raise UserError("`split` must be test if `validation_fraction` was 0, got validation.")
-        return dataset.load_parts(config.seed, config.validation_fraction)[1]
+        return dataset
 
     def evaluate(
         self, split: str = "test", *, tta: str | None = None, data_dir: str | os.PathLike[str] | None = None
@@ -264,7 +269,11 @@ class Run:
         Raises:
           UserError: the data are not those of the run, or it has no validation part.
         """
-        pixels = Pixels(*self.load_data(split, data_dir=data_dir), self.facts.standardization)
+        dataset, config = self._dataset(split, data_dir), self.config
+        parts = (
+            [dataset.open("test")] if split == "test" else dataset.open_parts(config.seed, config.validation_fraction)
+        )
+        pixels = pixels_of(parts[-1], self.facts.standardization)
         if tta is None:
             tta = self.config.tta if split == "test" else "none"
         placement = place(1, [*self.state.step.devices()])

@@ -75,6 +75,7 @@ def train_seeds(
     loggers: Sequence[Logger] = (),
     checkpoint_seconds: float = 60.0,
     mesh: str | None = None,
+    stream: bool | None = None,
     report: Report | None = None,
 ) -> list[Result]:
     """Trains `config` with each seed, each in a run directory.
@@ -88,8 +89,8 @@ def train_seeds(
       config: its own seed is ignored.
       folder: contains the run directories, seed<k>; they are runs/<name>-seed<k> if None.
       loggers: a copy of each records each run.
-      data_dir, resume, checkpoint_seconds, mesh, report: see `train_and_evaluate`. Finished seeds are not trained
-        again.
+      data_dir, resume, checkpoint_seconds, mesh, stream, report: see `train_and_evaluate`. Finished seeds are not
+        trained again.
 
     Returns:
       The content of result.json of each seed.
@@ -110,7 +111,7 @@ def train_seeds(
     code = source_of(config, folder or Path("runs"))  # Once: what trains, even if a file is edited meanwhile.
     version = next(filter(None, map(data_version, folders)), None)
     weights = load_network_weights(config, report.say)
-    dataset = load_data(config, data_dir, report.say, version=version, weights=weights)
+    dataset = load_data(config, data_dir, report.say, version=version, weights=weights, stream=stream)
     devices, size = jax.local_devices(), math.prod(parse_mesh(mesh)) if mesh else 1
     check("mesh", f"of at most the {len(devices)} devices of this process", size <= len(devices), mesh)
     groups = [devices[i : i + size] for i in range(0, len(devices) - size + 1, size)]
