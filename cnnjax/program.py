@@ -139,7 +139,7 @@ def evaluate(
       keep_logits: whether to return the logits, too.
     """
     num_examples = len(pixels.label)
-    placement = placement or place(1)
+    placement = placement or place(1, jax.local_devices())
     platform = placement.device.platform
     size = pixels.image.shape[1] * pixels.image.shape[2]
     batch_size = ACCELERATOR_EVAL_BATCH_SIZE if platform != "cpu" and size <= 32 * 32 else EVAL_BATCH_SIZE

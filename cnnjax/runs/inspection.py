@@ -215,7 +215,7 @@ def reproduce(
         return row["epoch"] == last  # A callback had stopped the run here.
 
     options: Any = {"resume": resume, "devices": devices, "report": report, "dataset": dataset}
-    new = train_and_evaluate(config, run_dir=into, on_epoch=on_epoch, **options).finished_result()
+    new = train_and_evaluate(config, run_dir=into, on_epoch=on_epoch, mesh=mesh, **options).finished_result()
     rows = list(zip(*(records.read_rows(folder) for folder in (run_dir, into)), strict=True))
     epochs = [x["epoch"] for x, y in rows if x["params_sha256"] != y["params_sha256"]]
     moved = {}
