@@ -11,12 +11,17 @@ ARGS ?=
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup train eval predict report export data docs test test-slow stress bench bench-gpu bench-scale lint lock clean
+# The processes of train-distributed.
+PROCESSES ?= 2
+
+.PHONY: help setup train train-distributed eval predict report export data docs test test-slow test-slurm stress bench \
+	bench-gpu bench-scale lint lock clean
 
 help:
 	@echo 'make train DATASET=mnist [MODEL=cnn] [SEED=0] [ARGS="--optim.learning-rate 3e-4"]   train and score a network'
 	@echo 'make train DATASET=path/to/photos [EXPERIMENT=finetune]          a folder with one folder of images per class'
 	@echo 'make train EXPERIMENT=cifar10_tutorial                          run experiments/cifar10_tutorial.py, or a file of yours'
+	@echo 'make train-distributed PROCESSES=2                              the same in several processes, as on several hosts'
 	@echo 'make eval RUN=runs/cifar10_fast-seed0                           score a trained network again'
 	@echo 'make predict RUN=runs/cifar10_fast-seed0 IMAGES="cat.jpg ..."   classify image files'
 	@echo 'make report RUN=runs/cifar10_fast-seed0                         write its report, an HTML file'
@@ -24,6 +29,7 @@ help:
 	@echo 'make data DATASET=cifar10                                       fetch and check a data set, or report on a folder'
 	@echo 'make test | test-slow | lint                                    the tests, the slow tests, the checks'
 	@echo 'make docs                                                       the API reference and the lesson, in build/docs'
+	@echo 'make test-slurm                                                 training under a real Slurm; root, on Debian'
 	@echo 'make stress                                                     100 kills of training: about 10 minutes'
 	@echo 'make bench | bench-gpu                                          speed compared with PyTorch, Keras and airbench'
 	@echo 'make bench-scale                                                inputs of the plan for many devices, and the plan'
@@ -49,11 +55,12 @@ OWN = $(foreach name,DATASET MODEL SEED EXPERIMENT PYTHON BIN NVIDIA,$(if $(filt
 # It may be a path. An experiment that is named, too, is run on it.
 QUOTED_DATASET = '$(subst ','\'',$(DATASET))'
 GIVEN_DATASET = $(if $(or $(filter file,$(origin DATASET)),$(filter file,$(origin EXPERIMENT))),,--dataset $(QUOTED_DATASET))
-train: export CNNJAX_MAKE = $(OWN)$(if $(filter-out $(CURDIR),$(realpath $(PWD))), -C)
+train-distributed: override export ARGS := --processes $(PROCESSES) $(ARGS)
+train train-distributed: export CNNJAX_MAKE = $(OWN)$(if $(filter-out $(CURDIR),$(realpath $(PWD))), -C)
 
 # An experiment file if there is one, else the defaults with the network that MODEL names. With `exec` a signal
 # to make reaches the training from any shell.
-train: setup
+train train-distributed: setup
 ifneq ($(if $(filter file,$(origin EXPERIMENT)),$(wildcard experiments/$(EXPERIMENT).py),named),)
 	@exec $(BIN)/cnnjax train $(EXPERIMENT) $(GIVEN_DATASET) --seed $(SEED) $(ARGS)
 else
@@ -88,6 +95,9 @@ test-slow: setup
 
 docs: setup
 	@$(BIN)/python -m sphinx -q -n -W --keep-going -c docs . build/docs && echo 'Open build/docs/index.html.'
+
+test-slurm: setup
+	@$(BIN)/python tests/slurm.py $(ARGS)
 
 stress: setup
 	@$(BIN)/python tests/stress.py $(ARGS)

@@ -11,6 +11,7 @@ with _epy.lazy_api_imports(globals()):  # `cnnjax --help` does not wait for jax.
     from cnnjax.config import Config
     from cnnjax.data.augment import Augment, CutMix, Mixup
     from cnnjax.data.datasets import load_dataset
+    from cnnjax.data.photo_augment import PhotoAugment
     from cnnjax.data.weights import load_weights
     from cnnjax.errors import NonFiniteLossError, UserError
     from cnnjax.export.bundle import export_run
@@ -66,6 +67,7 @@ __all__ = [
     "NonFiniteLossError",
     "Optimizer",
     "ParamGroup",
+    "PhotoAugment",
     "RangeTest",
     "Report",
     "ResNet18",

@@ -39,7 +39,9 @@ def _options() -> dict[str, bool | str]:
     if version("jaxlib").startswith(("0.10.", "0.11.", "0.12.")):
         # jaxlib's default without INDIVIDUAL_CONVOLUTION: selects XLA's older convolutions, which are faster. See
         # BENCHMARKS.md.
-        kept = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"
+        kept = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
+        # It makes some sums faster, whose order then depends on the number of cores. Processes may have few each.
+        kept += "" if jax.distributed.is_initialized() else ",LIBRARY_FUSION_TYPE_REDUCE"
         ours["xla_cpu_experimental_ynn_fusion_type"] = kept
     if version("jaxlib").startswith("0.10."):
         # Reduces the number of operations that run concurrently, because they slow each other down.

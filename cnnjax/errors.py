@@ -22,6 +22,10 @@ class ArgumentError(UserError, ValueError):
     """An argument, or the result of a network or a loss, breaks a rule."""
 
 
+class MissingProcessError(UserError):
+    """Not all processes of a run have started in time; they may be started again."""
+
+
 class StorageError(UserError, OSError):
     """The disk is full or cannot be written. Files saved before are kept."""
 

@@ -125,7 +125,7 @@ def find_learning_rate(
         num_epochs = max(config.num_epochs, -(-num_steps // setup.steps_per_epoch))
         program = setup.program._replace(num_steps=num_epochs * setup.steps_per_epoch, num_epochs=num_epochs)
         frozen = setup.frozen_names(state, 0)
-        setup = setup._replace(program=program)
+        setup = setup._replace(program=program.at_epoch(0))
         return _sweep(setup, state, low * RANGE ** np.linspace(0, 2, NUM_UPDATES), frozen)
 
 

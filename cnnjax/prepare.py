@@ -11,20 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
+from cnnjax.checks import check_augment, check_shape, check_training
 from cnnjax.cli.process import num_cores
 from cnnjax.config import Config, word
-from cnnjax.data.batches import Pixels, make_batch, pixel_statistics, standardize
+from cnnjax.data.batches import Pixels, pixel_statistics, standardize
 from cnnjax.data.datasets import ImageDataset, load_dataset
 from cnnjax.data.feed import StreamedSet, pixels_of
 from cnnjax.data.order import plain_plan, steps_per_epoch
 from cnnjax.data.stored import Examples
 from cnnjax.data.stream import Streamed, StreamedImages
 from cnnjax.data.weights import load_weights
-from cnnjax.errors import UserError, check, describe, describe_shapes, user_code
+from cnnjax.errors import UserError, check, user_code
 from cnnjax.losses import ClassWeighted, balanced_weights
 from cnnjax.memory import device_memory, explain_out_of_memory, gib, largest_result, num_bytes
-from cnnjax.metrics import sum_metrics
-from cnnjax.network import apply_in_evaluation, apply_in_training, init_variables, logits_of
+from cnnjax.network import apply_in_evaluation, init_variables, logits_of
 from cnnjax.onednn.library import kernels
 from cnnjax.pretrained import Weights
 from cnnjax.program import Program, init_run, train_steps
@@ -34,7 +34,6 @@ from cnnjax.runs.records import make_facts
 from cnnjax.runs.schema import DataFacts
 from cnnjax.sharding import Placement, place, put
 from cnnjax.step import TrainState, abstract_state, init_from_data, init_from_weights
-from cnnjax.typing import BatchLike
 
 INIT_IMAGES = 5000  # Number of training images that a network may be initialized from.
 
@@ -55,6 +54,11 @@ class Setup(NamedTuple):
     train_key: Key[Array, ""]
     augment_key: Key[Array, ""]
     placement: Placement
+
+    def train_shape(self, program: Program) -> tuple[int, ...]:
+        """Returns the shape (H, W, C) of the images that the network is trained on by a program."""
+        height, width, channels = self.facts.image_shape
+        return *program.augment.output_size((height, width)), channels
 
     @property
     def train_input(self) -> Any:
@@ -142,8 +146,6 @@ def set_up(
         standardization = weights.standardization
     else:
         standardization = pixel_statistics(train.image) if isinstance(train, Examples) else train.image.statistics()
-    with user_code("`augment`"):
-        config.augment.check_size((image_shape[0], image_shape[1]))
     for line in oddities(train, dataset.num_classes):
         say(line)
     check("num_epochs", "less than 2**31 steps", steps * config.num_epochs < 2**31, f"{config.num_epochs} × {steps}")
@@ -151,15 +153,11 @@ def set_up(
     if config.class_weights == "balanced":
         loss_fn = ClassWeighted(loss_fn, balanced_weights(train.label, dataset.num_classes))
     optim = config.optim.for_network(config.model)
-    program = Program(
-        config.model,
-        optim,
-        config.augment,
-        loss_fn,
-        steps * config.num_epochs,
-        config.num_epochs,
-        placement if placement.is_fully_sharded else None,
-    )
+    num_steps, divided = steps * config.num_epochs, placement if placement.is_fully_sharded else None
+    program = Program(config.model, optim, config.augment, loss_fn, num_steps, config.num_epochs, divided)
+    with user_code("`augment`"):
+        for distinct in program.distinct():
+            distinct.augment.check_size((image_shape[0], image_shape[1]))
     init_key, train_key, augment_key = jax.random.split(jax.random.key(config.seed), 3)
     train_pixels, validation_pixels = (pixels_of(part, standardization) for part in (train, validation))
     if not dataset.streams:
@@ -224,16 +222,10 @@ def check_parts(setup: Setup) -> TrainState:
     """
     config, key = setup.config, setup.augment_key
     batch_size, image_shape, num_classes = setup.batch_size, setup.facts.image_shape, setup.dataset.num_classes
-    plan = plain_plan(batch_size, batch_size).row(0)
-    with user_code("`augment.transform`"):
-        make = partial(make_batch, augment=config.augment, key=key)
-        batch = jax.eval_shape(make, setup.train_input, plan)
-    if not isinstance(batch, BatchLike):
-        raise UserError(f"`augment.transform` must return a Batch, got {type(batch).__name__}. Use batch._replace.")
-    check_shape("augment.transform", "images", (batch_size, *image_shape), batch.image)
-    check_shape("augment.transform", "a mask", (batch_size,), batch.mask)
-    for leaf in jax.tree.leaves(batch.label):
-        check_shape("augment.transform", "labels", (batch_size, *leaf.shape[1:]), leaf)
+    batches = [
+        check_augment(program.augment, setup.train_input, batch_size, setup.train_shape(program), key)
+        for program in setup.program.distinct()
+    ]
     with user_code("`model`"):
         image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
         variables = jax.eval_shape(lambda image: init_variables(config.model, key, image), image)
@@ -242,33 +234,21 @@ def check_parts(setup: Setup) -> TrainState:
         jax.eval_shape(tx.init, variables["params"])
     with user_code("`model.init_from_data`"):
         state = abstract_state(image_shape, model=config.model, tx=tx)
+    image = jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.float32)
     with user_code("`model`"):
         apply = partial(apply_in_evaluation, config.model)
-        output = jax.eval_shape(apply, state.params, state.model_state, batch.image)
-        apply_train = partial(apply_in_training, config.model)
-        trained = jax.eval_shape(apply_train, state.params, state.model_state, batch.image, key).output
-    for got in (output, trained):
-        check_shape("model", "logits", (batch_size, num_classes), logits_of(got))
-    try:
-        jax.eval_shape(lambda output, batch: sum_metrics(output, batch, setup.program.loss_fn), trained, batch)
-    except Exception as error:
-        raise UserError(
-            f"`loss` must accept logits {describe_shapes(trained)} and a batch with the label "
-            f"{describe_shapes(batch.label)}, as the augmentation makes it, got {describe(error)}"
-        ) from error
+        output = jax.eval_shape(apply, state.params, state.model_state, image)
+    check_shape("model", "logits", (batch_size, num_classes), logits_of(output))
+    for batch in batches:
+        loss_fn = setup.program.loss_fn
+        check_training(state, batch, key, model=config.model, loss_fn=loss_fn, num_classes=num_classes)
     return state
-
-
-def check_shape(name: str, rule: str, expected: tuple[int, ...], got: Any) -> None:
-    """Raises a `UserError` unless `got` has the expected shape."""
-    if getattr(got, "shape", None) != expected:
-        raise UserError(f"`{name}` must return {rule} of shape {expected}, got {describe_shapes(got)}.")
 
 
 def check_step(setup: Setup, state: TrainState) -> None:
     """Checks that the training step can be traced, keeps the shapes of `state`, and fits into memory.
 
-    The trace is not lost: the first step uses it.
+    Of several augmentations, the one with the largest images is checked. The trace is not lost: a step uses it.
 
     Raises:
       UserError: it does not, or the network or the optimizer raised an exception.
@@ -276,11 +256,12 @@ def check_step(setup: Setup, state: TrainState) -> None:
     device, placement, batch_size = setup.placement.device, setup.placement, setup.batch_size
     plan = plain_plan(setup.steps_per_dispatch * batch_size, batch_size)
     plan = put(plan, placement.plan_sharding)
+    program = max(setup.program.distinct(), key=lambda program: math.prod(setup.train_shape(program)))
     frozen = setup.frozen_names(state, 0)
     keys = setup.train_key, put(setup.augment_key, placement.replicated)
     placed: Any = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), state, placement.of_state(state))
     with user_code("The training step of `model`, `loss` and `optim`"):
-        step = train_steps.trace(placed, setup.train_input, plan, *keys, program=setup.program, frozen=frozen)
+        step = train_steps.trace(placed, setup.train_input, plan, *keys, program=program, frozen=frozen)
     after, _ = step.out_info
     old, new = (
         {jax.tree_util.keystr(path): f"{x.dtype}{list(x.shape)}" for path, x in jax.tree.leaves_with_path(tree)}

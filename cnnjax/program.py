@@ -45,6 +45,17 @@ class Program(NamedTuple):
         """Returns the optimizer."""
         return self.optim.make_tx(self.num_steps, self.num_epochs)
 
+    def at_epoch(self, epoch: int) -> "Program":
+        """Returns the program of an epoch (from 0; after the last one, its program), with its augmentation."""
+        epoch = min(epoch, self.num_epochs - 1)
+        return self._replace(augment=self.augment.at_epoch(epoch, self.num_epochs))
+
+    def distinct(self) -> "list[Program]":
+        """Returns the distinct programs of the epochs, in the order of their first use."""
+        if type(self.augment).at_epoch is Augment.at_epoch:
+            return [self]
+        return [*dict.fromkeys(self.at_epoch(epoch) for epoch in range(self.num_epochs))]
+
     def frozen_names(self, params: PyTree, step: int) -> tuple[str, ...]:
         """Returns the names in `params` whose gradients affect no update from `step` on."""
         return self.optim.frozen(params, step, self.num_steps, self.num_epochs)

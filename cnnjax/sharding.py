@@ -49,6 +49,11 @@ class Placement(NamedTuple):
         return self.mesh.shape["model"] > 1
 
     @property
+    def state_mesh(self) -> str | None:
+        """The mesh if it divides the state, see `parse_mesh`."""
+        return str(self) if self.is_fully_sharded else None
+
+    @property
     def devices(self) -> list[Any]:
         """The devices that share a batch."""
         return self.mesh.devices.flatten().tolist()

@@ -1,6 +1,5 @@
 """Training, from a `Config` to a result: set up, restore, train, validate, save, test."""
 
-import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -20,23 +19,24 @@ from cnnjax.data.datasets import ImageDataset
 from cnnjax.data.feed import StreamedSet
 from cnnjax.data.order import Plan, epoch_plan
 from cnnjax.errors import UserError, check
+from cnnjax.hosts import current
 from cnnjax.memory import explain_out_of_memory
 from cnnjax.metrics import Metrics, Totals
 from cnnjax.prepare import Setup, load_data, load_network_weights, set_up
-from cnnjax.program import evaluate, train_steps
+from cnnjax.program import Program, evaluate, train_steps
 from cnnjax.runs import manifest
 from cnnjax.runs.directory import OpenRun, open_run
 from cnnjax.runs.files import write_json
 from cnnjax.runs.loggers import Logger, Loggers, check_loggers
-from cnnjax.runs.profile import Profile
+from cnnjax.runs.profile import FOLDER, Profile
 from cnnjax.runs.progress import (
     Callbacks,
     EndedEpoch,
     OnEpoch,
     OnStep,
     Progress,
+    add_steps,
     end_epoch,
-    make_non_finite_error,
     raise_if_stopped,
     restore,
     save_within_epoch,
@@ -131,12 +131,14 @@ def train_and_evaluate(
     for name, callback in (("on_step", on_step), ("on_epoch", on_epoch)):
         check(name, "a function or None", callback is None or callable(callback), repr(callback))
     start_jax()
-    report = report or Report(quiet=True)
+    hosts = current()
+    report = report if report is not None and hosts.leads else Report(quiet=True)
     run_dir = Path("runs") / config.run_name if run_dir is None else Path(os.path.expanduser(run_dir))
-    callbacks = Callbacks(on_step, on_epoch, Loggers(loggers, report.say))
+    callbacks = Callbacks(on_step, on_epoch, Loggers(loggers if hosts.leads else (), report.say), hosts)
     with (
+        hosts.telling(),
         explain_out_of_memory(except_for=lambda: callbacks.raised),
-        open_run(run_dir, config, report, resume=bool(resume), stop=stop, code=code) as run,
+        open_run(run_dir, config, report, resume=bool(resume), stop=stop, code=code, hosts=hosts) as run,
     ):
         if run.finished() is not None:
             if loggers or profile:
@@ -151,9 +153,11 @@ def train_and_evaluate(
                 setup, state = set_up(
                     run.config, dataset, devices, weights, mesh=mesh, title=str(run_dir), say=report.say
                 )
-            tracer = Profile(profile, run_dir, report.say)
+            folder = FOLDER if hosts.leads else f"{FOLDER}-{hosts.index}"  # Processes may share a host.
+            tracer = Profile(profile, run_dir, report.say, folder)
             tracer.check(0, setup.program.num_steps)  # Before anything is written.
-            run.begin(setup.facts, manifest.environment(setup.placement.devices))
+            placement = setup.placement
+            run.begin(setup.facts, manifest.environment(placement.devices, placement.state_mesh, hosts.names))
             state, progress = restore(run, state, setup.placement.of_state(state))
             run.write_config(setup.facts)
             if run.checkpoints.latest() is not None:
@@ -169,7 +173,8 @@ def train_and_evaluate(
                     )
                 run.checkpoints.wait()
                 result, best, test_logits = score_test_set(setup, state, progress, run)
-                write_json(run_dir / "result.json", result)
+                if hosts.leads:
+                    write_json(run_dir / "result.json", result)
                 callbacks.loggers.result(result)
             best = move(best, setup.placement.device)
             known = best, progress.rows, progress.timing
@@ -202,23 +207,25 @@ def fit(
     config, steps = setup.config, setup.steps_per_epoch
     first = step = int(state.step)
     start = time.perf_counter() - progress.seconds  # When a run without interruptions would have begun.
-    write_progress(run.run_dir, progress)
-    at_peak = seconds_at_peak(config.model, setup.facts.image_shape, setup.placement.devices)
+    write_progress(run, progress)
+    shapes = {setup.train_shape(program) for program in setup.program.distinct()}
+    at_peak = {shape: seconds_at_peak(config.model, shape, setup.placement.devices) for shape in shapes}
     if progress.stopped_within == config.num_epochs:  # The process was killed after it had stopped.
         return state, progress
     progress = progress._replace(stopped_within=None)
-    ended = None  # The previous epoch, until it is reported.
+    ended = signum = None  # The previous epoch, until it is reported; the signal for which all processes stop.
     with training_input(setup, step) as inputs, run.report.progress(config.num_epochs, steps, start=step):
         dispatches = zip(inputs, plan_dispatches(setup, step), strict=True)
         next_dispatch = next(dispatches)
         for epoch in range(step // steps, config.num_epochs):
             epoch_start, examples_before = time.perf_counter(), progress.totals.num_examples
-            frozen = setup.frozen_names(state, epoch)
+            program, frozen = setup.program.at_epoch(epoch), setup.frozen_names(state, epoch)
             while step < (epoch + 1) * steps:
-                state, metrics = start_steps(setup, state, next_dispatch, step=step, frozen=frozen, tracer=tracer)
+                statics = program, frozen
+                state, metrics = start_steps(setup, state, next_dispatch, step=step, statics=statics, tracer=tracer)
                 first, step = step, step + len(next_dispatch[1][0].example)
                 if ended is not None:  # The device computes meanwhile.
-                    must_save = time.perf_counter() - run.checkpoints.saved_at >= checkpoint_seconds
+                    must_save = time.perf_counter() - run.checkpoints.saved_at >= checkpoint_seconds  # See `save`.
                     progress = end_epoch(run, progress, ended, callbacks, must_save=must_save)
                     if progress.stopped_within is not None:
                         return ended.state, progress  # Discards what was dispatched.
@@ -226,18 +233,13 @@ def fit(
                 next_dispatch = next(dispatches)
                 metrics = fetch(metrics)  # Waits for the device.
                 tracer.end(step)
-                totals = progress.totals.add(metrics)
                 callbacks.report_steps(first + 1, metrics)
-                if not math.isfinite(totals.loss):
-                    raise make_non_finite_error(f"The loss became {totals.loss}", (first, step), run)
-                run.report.step(step, totals.means())
-                now = time.perf_counter()
-                grad_norm = sum(metrics.grad_norm.tolist(), progress.grad_norm)
-                progress = progress._replace(totals=totals, grad_norm=grad_norm, seconds=now - start)
+                progress = add_steps(run, progress, metrics, (first, step), time.perf_counter() - start)
+                due = time.perf_counter() - run.checkpoints.saved_at >= checkpoint_seconds
+                signum, due = run.hosts.agreed(step, stop=run.stop.signum, save=due)
                 # The last step of an epoch is saved with its scores, in `end_epoch`.
-                due = now - run.checkpoints.saved_at >= checkpoint_seconds
-                if step % steps and (run.stop.signum is not None or due):
-                    save_within_epoch(run, state, progress, (first, step))
+                if step % steps and (signum is not None or due):
+                    save_within_epoch(run, state, progress, (first, step), signum)
             images_per_second = (progress.totals.num_examples - examples_before) / (time.perf_counter() - epoch_start)
             scores = (
                 evaluate(state, setup.validation, model=config.model, placement=setup.placement)
@@ -251,13 +253,14 @@ def fit(
                 train=progress.totals.means(),
                 grad_norm=progress.grad_norm / steps,
                 validation=scores,
-                timing=make_timing(epoch + 1, images_per_second, seconds, at_peak),
+                timing=make_timing(epoch + 1, images_per_second, seconds, at_peak[setup.train_shape(program)]),
             )
             progress = progress._replace(totals=Totals(), grad_norm=0.0, seconds=seconds)
             traced = tracer.traces(step, setup.steps_per_dispatch)  # The next steps must not be timed with this.
-            if run.stop.signum is not None or traced or epoch + 1 == config.num_epochs:
+            signum = signum or run.hosts.agreed(step, stop=run.stop.signum, save=False)[0]  # It may have arrived now.
+            if signum is not None or traced or epoch + 1 == config.num_epochs:
                 progress = end_epoch(run, progress, ended, callbacks, must_save=True)
-                raise_if_stopped(run, step)
+                raise_if_stopped(run, step, signum)
                 ended = None
                 if progress.stopped_within is not None:
                     break
@@ -270,7 +273,7 @@ def start_steps(
     dispatch: tuple[Any, tuple[Plan, Key[Array, ""]]],
     *,
     step: int,
-    frozen: tuple[str, ...],
+    statics: tuple[Program, tuple[str, ...]],
     tracer: Profile,
 ) -> tuple[TrainState, Metrics]:
     """Calls `train_steps`, and marks the steps in the trace if they are traced; does not wait for the device.
@@ -279,12 +282,12 @@ def start_steps(
       state: donated.
       dispatch: what `training_input` and `plan_dispatches` yield.
       step: the number of steps that are done.
-      frozen: see `train_step`.
+      statics: the arguments `program` and `frozen` of `train_steps`.
     """
     pixels, (plan, augment_key) = dispatch
-    arguments = pixels, plan, setup.train_key, augment_key
-    options: Any = {"program": setup.program, "frozen": frozen}
-    if tracer.is_new_program(step, len(plan.example), frozen):  # Compiles it outside of what is measured.
+    arguments, (program, frozen) = (pixels, plan, setup.train_key, augment_key), statics
+    options: Any = {"program": program, "frozen": frozen}
+    if tracer.is_new_program(step, len(plan.example), statics):  # Compiles it outside of what is measured.
         jax.block_until_ready(train_steps(copy_state(state), *arguments, **options))
     tracer.begin(step, len(plan.example), step // setup.steps_per_epoch)
     return train_steps(state, *arguments, **options)
@@ -304,15 +307,16 @@ def training_input(setup: Setup, step: int) -> AbstractContextManager[Iterator[A
 def plan_dispatches(setup: Setup, step: int) -> Iterator[tuple[Plan, Key[Array, ""]]]:
     """Yields what each call of `train_steps` needs from `step` on, without end: a plan, and the key of its epoch."""
     config, train, placement = setup.config, setup.train, setup.placement
-    _, height, width, _ = train.image.shape
     epoch, first = divmod(step, setup.steps_per_epoch)
     while True:
+        program = setup.program.at_epoch(epoch)
+        height, width, _ = setup.train_shape(program)
         plan = epoch_plan(
             config.seed,
             epoch,
             len(train.label),
             batch_size=setup.batch_size,
-            augment=config.augment,
+            augment=program.augment,
             image_size=(height, width),
             balanced_label=setup.balanced_label,
         )

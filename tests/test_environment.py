@@ -201,7 +201,7 @@ def test_a_training_of_make_that_is_stopped_prints_a_command_that_resumes(whole,
     ours = [word for word in options if word not in ("--dataset", "generated", "--model", "mlp")]
     arguments = f"{shlex.join(ours)} --run-dir {shlex.quote(str(run_dir))}"
     command = ["make", "train", "DATASET=generated", "ARGS=" + arguments.replace("$", "$$")]
-    environment = {**os.environ, "MODEL": "mlp", "PWD": str(folder)}  # As a shell sets it.
+    environment = {**os.environ, "MODEL": "mlp", "PWD": str(folder), "CNNJAX_EXIT_CODE": "code"}  # PWD as of a shell.
     with subprocess.Popen(
         command, cwd=folder, env=environment, stdout=-1, stderr=-1, text=True, start_new_session=True
     ) as process:
@@ -211,7 +211,8 @@ def test_a_training_of_make_that_is_stopped_prints_a_command_that_resumes(whole,
             os.killpg(process.pid, signal.SIGTERM)
             time.sleep(0.1)
         errors = process.stderr.read()
-    assert process.returncode in (2, -signal.SIGTERM)  # Not 75: hence the advice in the README.
+    assert process.returncode in (2, -signal.SIGTERM)
+    assert (folder / "code").read_text() == "75\n"  # Hence the advice in the README.
     assert re.search(r"Stopped by SIGTERM; the checkpoint of step \d+ is saved", errors)
     (line,) = re.findall("Resume with:\n  (.*)\n", errors)
     assert line.startswith("make train DATASET=generated MODEL=mlp ARGS=")

@@ -19,13 +19,14 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 HERE = Path(__file__).parent.parent / "experiments"
 FILES = [path for path in sorted(HERE.glob("*.py")) if "\nCONFIG = " in path.read_text()]
 SHAPES = {"mnist": (28, 28, 1), "fashion_mnist": (28, 28, 1), "cifar10": (32, 32, 3)}
-SHAPES |= {"data/cifar10_1000": (32, 32, 3), "data/fashion_mnist_uneven": (28, 28, 1)}
+SHAPES |= {"data/cifar10_1000": (32, 32, 3), "data/fashion_mnist_uneven": (28, 28, 1), "imagenet2012": (64, 64, 3)}
+SLOW = ("finetune", "imagenet_resnet50")  # 30 s to compile.
 BATCH_SIZE = 4  # Smaller than the experiments': neither shapes of images nor parameters depend on it.
 
 
 @pytest.mark.parametrize(
     "path",
-    [pytest.param(path, marks=[pytest.mark.slow] * (path.stem == "finetune")) for path in FILES],  # 30 s to compile.
+    [pytest.param(path, marks=[pytest.mark.slow] * (path.stem in SLOW)) for path in FILES],
     ids=lambda path: path.stem,
 )
 def test_every_experiment_runs_two_steps(path):
@@ -37,13 +38,14 @@ def test_every_experiment_runs_two_steps(path):
     pixels = Pixels(image, np.arange(2 * BATCH_SIZE, dtype=np.int32) % 10, pixel_statistics(image))
     config.augment.check_size(shape[:2])
     plan = epoch_plan(0, 0, 2 * BATCH_SIZE, batch_size=BATCH_SIZE, augment=config.augment, image_size=shape[:2])
-    optim = replace(config.optim, freeze_epochs=0).for_network(config.model)  # Every layer moves.
-    program = Program(config.model, optim, config.augment, config.loss, 100, 10)
+    model = config.model.clone(zero_init=False) if hasattr(config.model, "zero_init") else config.model
+    optim = replace(config.optim, freeze_epochs=0).for_network(model)  # Every layer moves.
+    program = Program(model, optim, config.augment, config.loss, 100, 10)
     key = jax.random.key(0)
     state = init_run(key, jnp.zeros((1, *shape)), program=program)
-    if hasattr(config.model, "init_from_data"):
+    if hasattr(model, "init_from_data"):
         images = standardize(image, pixels.standardization)
-        state = init_from_data(state, images, model=config.model, tx=program.make_tx())
+        state = init_from_data(state, images, model=model, tx=program.make_tx())
     before = jax.device_get(state.params)
     for i in range(2):
         state, metrics = train_steps(state, pixels, plan.row(slice(i, i + 1)), key, key, program=program)

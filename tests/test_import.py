@@ -172,7 +172,8 @@ def test_errors_keep_their_message_and_type_in_a_copy(duplicate):
 @pytest.mark.parametrize("duplicate", [lambda x: pickle.loads(pickle.dumps(x)), copy.copy, copy.deepcopy])
 def test_a_configuration_and_its_parts_equal_their_copies(duplicate):
     parts = [cnnjax.CNN(7), cnnjax.MLP(9), cnnjax.SpeedNet(depth=3), cnnjax.Muon(), cnnjax.SGD(), cnnjax.Adam()]
-    parts += [cnnjax.Mixup(), cnnjax.CutMix(), cnnjax.Augment(), cnnjax.CrossEntropy(0.1), cnnjax.softmax_cross_entropy]
+    parts += [cnnjax.Mixup(), cnnjax.CutMix(), cnnjax.Augment(), cnnjax.PhotoAugment(train_sizes=(32, 48))]
+    parts += [cnnjax.CrossEntropy(0.1), cnnjax.softmax_cross_entropy]
     parts += [cnnjax.Config(model=model, seed=3) for model in parts[:3]]
     for part in parts:
         found = duplicate(part)

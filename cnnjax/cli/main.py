@@ -22,15 +22,12 @@ from cnnjax.cli.inspection import Compare, Diff, Reproduce, Runs, Verify
 from cnnjax.cli.predict import Eval, Predict
 from cnnjax.cli.process import keep_memory
 from cnnjax.cli.report import WriteReport
-from cnnjax.cli.signals import Interrupted, ignore_signals, stop_signals
+from cnnjax.cli.signals import REQUEUE, Interrupted, ignore_signals, stop_signals
 from cnnjax.cli.streams import OutputError, guarded_streams, quote
-from cnnjax.errors import UserError, messages_for_shell
+from cnnjax.errors import MissingProcessError, UserError, messages_for_shell
 
 if TYPE_CHECKING:
     from cnnjax.config import Config
-
-# The exit code of a run that a signal stopped and --resume continues: EX_TEMPFAIL of sysexits.h, for schedulers.
-REQUEUE = 75
 
 
 @dataclass(frozen=True)
@@ -152,8 +149,19 @@ def _run(parse: Callable[[], Any], resumable: bool, process_ends: bool = False) 
             return command()
 
         status, flushed = _status(run, resumable), _status(sys.stdout.flush, resumable)
+        _write_exit_code(status or flushed or 0)
     if status or flushed:
         raise SystemExit(status or flushed)
+
+
+def _write_exit_code(status: Any) -> None:
+    """Writes the exit code into the file that $CNNJAX_EXIT_CODE names: make itself ends with 2 instead."""
+    if file := os.environ.get("CNNJAX_EXIT_CODE"):
+        try:
+            Path(file).write_text(f"{status}\n")
+        except OSError as error:
+            rule = "must name a file that can be written"
+            print(f"`CNNJAX_EXIT_CODE` {rule}, got {file}: {error.strerror}.", file=sys.stderr)
 
 
 def _status(run: Callable[[], Any], resumable: bool) -> Any:
@@ -170,6 +178,8 @@ def _status(run: Callable[[], Any], resumable: bool) -> Any:
         message, status = f"Standard output cannot be written: {error.strerror}.", 1
     except UserError as error:
         message, status = str(error), 1 if isinstance(error, OSError) else 2
+        if isinstance(error, MissingProcessError):
+            status = REQUEUE
     except OSError as error:  # A full disk, a missing permission.
         named = f"{error.filename} cannot be used: {error.strerror}. Check its permissions, and the disk."
         message, status = named if error.filename and error.strerror else str(error), 1

@@ -7,6 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# The exit code of a run that a signal or a lost process stopped, and --resume continues: EX_TEMPFAIL of sysexits.h, for
+# schedulers.
+REQUEUE = 75
 
 
 class Interrupted(KeyboardInterrupt):

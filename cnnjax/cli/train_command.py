@@ -13,7 +13,9 @@ from tyro.conf import arg
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, StructConstructorSpec
 
 from cnnjax.cli.experiment import PARTS, Experiment
+from cnnjax.cli.launch import follow_launcher, is_launched, launch
 from cnnjax.cli.process import use_compilation_cache
+from cnnjax.cli.signals import REQUEUE, Interrupted
 from cnnjax.config import Config, word
 from cnnjax.errors import UserError, check, check_name, unknown_name, user_code
 from cnnjax.runs.loggers import Logger, check_loggers
@@ -55,6 +57,18 @@ class Train:
     """Save during an epoch, too, this long after the last save: the most that a power failure costs. Changes no bit.
 
     On an accelerator an epoch is one program, so only its end is saved."""
+    processes: int | None = None
+    """Train in this many processes on this machine, which share its CPU cores, as on several hosts: to try that out.
+    A GPU machine needs one process for all of its GPUs."""
+    coordinator: str | None = None
+    """HOST:PORT on which process 0 listens, for training on several hosts: run the same command on each of them, with
+    its own --process-id. $JAX_COORDINATOR_ADDRESS by default; under Slurm, Open MPI and Cloud TPU none is needed."""
+    num_processes: int | None = None
+    """The number of processes on all hosts; $JAX_NUM_PROCESSES by default."""
+    process_id: int | None = None
+    """The number of this process, from 0; $JAX_PROCESS_ID by default."""
+    host_timeout: float = 60.0
+    """Seconds without an answer from a process after which the others stop, with exit code 75."""
 
     def __post_init__(self) -> None:
         if not self.checkpoint_seconds >= 0:
@@ -63,6 +77,24 @@ class Train:
 
     def __call__(self) -> None:
         """Trains, and prints the result."""
+        given = (self.coordinator, self.num_processes, self.process_id)
+        if self.processes is not None and not is_launched():
+            rule = "left out with --coordinator, --num-processes and --process-id"
+            check("processes", rule, given == (None, None, None), self.processes)
+            raise SystemExit(launch(self.processes, grace_seconds=self.host_timeout + 30))
+        follow_launcher(self.host_timeout + 30)
+        from cnnjax.hosts import connect
+
+        with connect(*given, host_timeout=self.host_timeout) as hosts:
+            try:
+                self._train(hosts)
+            except Interrupted as error:
+                if hosts.leads:
+                    raise
+                hosts.close(error)
+                raise SystemExit(REQUEUE) from None  # Process 0 has said how to resume.
+
+    def _train(self, hosts: Any) -> None:
         from cnnjax.class_scores import is_uneven
         from cnnjax.cli.console import Report
         from cnnjax.cli.inspection import expand
@@ -75,16 +107,18 @@ class Train:
         seeds = None if self.seeds is None else parse_seeds(self.seeds)
         profile = None if self.profile is None else parse_steps(self.profile)
         check("profile", "left out with --seeds", profile is None or seeds is None, self.profile)
+        rule = "left out with several processes: start one job for each seed"
+        check("seeds", rule, seeds is None or hosts.count == 1, self.seeds)
         if seeds is not None:
             use_cores(len(seeds))
-        report = Report()
+        report = Report() if hosts.leads else Report(quiet=True)
         use_compilation_cache(report.say)
         options: Any = {"data_dir": self.data_dir, "resume": self.resume, "report": report}
         options |= {"loggers": self.log, "checkpoint_seconds": self.checkpoint_seconds, "mesh": self.mesh}
         options |= {"stream": self.stream}
         if seeds is None:
             run = train_and_evaluate(self.config, run_dir=expand(self.run_dir), profile=profile, **options)
-            if self.report:
+            if self.report and hosts.leads:
                 report_on_run(run, self.data_dir, report.say)
             return
         folder = expand(self.run_dir)

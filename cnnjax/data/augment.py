@@ -5,7 +5,7 @@ from math import inf
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, Num
 
 from cnnjax.errors import UserError, check, check_name
 from cnnjax.fields import check_fields
@@ -14,7 +14,11 @@ from cnnjax.typing import AnyArray, Batch
 
 @dataclass(frozen=True, kw_only=True)
 class Augment:
-    """Flips, translation and cutout of training images. A subclass may define `transform`; its fields are options."""
+    """Flips, translation and cutout of training images. A subclass may define more; its fields are options.
+
+    An image is shifted and mirrored, then `transform_pixels` sees it; then it is standardized, cutout follows, and
+    `transform` is last.
+    """
 
     flip: str = "none"
     """none, random (mirror with probability 1/2), or alternating (each image flips every epoch)."""
@@ -29,8 +33,35 @@ class Augment:
         check("augment.translate", "at least 0", self.translate >= 0, self.translate)
         check("augment.cutout", "at least 0", self.cutout >= 0, self.cutout)
 
+    def transform_pixels(self, key: Key[Array, " B"], image: Num[Array, "B H W C"]) -> Num[Array, "B H2 W2 C"]:
+        """Transforms images before they are standardized. Runs on the device and must be pure.
+
+        Args:
+          key: one key per example, as in `transform`, but independent of it.
+          image: shifted and mirrored, uint8.
+
+        Returns:
+          Images in the same unit, from 0 to 255, of the size that `output_size` states; uint8 or float32.
+        """
+        return image
+
+    def output_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Returns the size [H W] to which `transform_pixels` brings images [H W]."""
+        return image_size
+
+    def at_epoch(self, epoch: int, num_epochs: int) -> "Augment":
+        """Returns the augmentation of an epoch (from 0), such as images that grow during a run of `num_epochs`.
+
+        Each distinct one is compiled: return few, and equal ones for epochs with the same augmentation.
+        """
+        return self
+
+    def depends_on_length(self) -> bool:
+        """Returns whether the augmentation of an epoch depends on the number of epochs."""
+        return type(self).at_epoch is not Augment.at_epoch
+
     def transform(self, key: Key[Array, " B"], batch: Batch) -> Batch:
-        """Transforms a batch, after the geometry. Runs on the device and must be pure.
+        """Transforms a batch, after everything else. Runs on the device and must be pure.
 
         Args:
           key: one key per example, which depends only on seed, epoch and example.
@@ -47,10 +78,11 @@ class Augment:
         Raises:
           UserError: `translate` or `cutout` is too large for them.
         """
-        limits = {"translate": min(image_size) - 1, "cutout": min(image_size)}
-        for name, limit in limits.items():
+        output_size = self.output_size(image_size)
+        limits = {"translate": (min(image_size) - 1, image_size), "cutout": (min(output_size), output_size)}
+        for name, (limit, of) in limits.items():
             if (value := getattr(self, name)) > limit:
-                size = "×".join(map(str, image_size))
+                size = "×".join(map(str, of))
                 raise UserError(f"`augment.{name}` must be at most {limit} for images of {size} pixels, got {value}.")
 
 

@@ -12,6 +12,8 @@ from cnnjax.data.augment import Augment
 from cnnjax.data.order import Plan
 from cnnjax.typing import AnyArray, Batch
 
+PIXEL_STREAM = 2**32 - 1  # Folded into the key of an epoch for `transform_pixels`; no example has this index.
+
 
 class Standardization(NamedTuple):
     """Mean and standard deviation of the training images, per channel, in pixel units (0 to 255)."""
@@ -41,13 +43,14 @@ def make_batch(
 ) -> Batch:
     """Makes the batch of one row of a plan. Pure; jit it.
 
-    A single gather reads the examples in order, shifted (with reflect padding) and mirrored. Cutout sets pixels to 0,
-    the mean of the training images. Then `augment.transform` is applied.
+    A single gather reads the examples in order, shifted (with reflect padding) and mirrored. Then follow
+    `augment.transform_pixels`, cutout, which sets pixels to 0, the mean of the training images, and
+    `augment.transform`.
 
     Args:
       pixels: a data set, of which the plan selects examples; or the examples of this batch, which it numbers.
       augment: no augmentation if None.
-      key: the key of the epoch; the index of each example is folded in. Needed by `augment.transform` only.
+      key: the key of the epoch; the index of each example is folded in. Needed by these two methods only.
 
     Returns:
       Standardized images, float32.
@@ -66,6 +69,9 @@ def make_batch(
             image = jax.vmap(lambda image, y, x: image[y[:, None], x])(pixels.image, y, x)  # [B H W C]
         else:
             image = pixels.image[plan.example[:, None, None], y[:, :, None], x[:, None, :]]
+    if type(augment).transform_pixels is not Augment.transform_pixels:
+        image = augment.transform_pixels(_keys(key, plan, augment, stream=PIXEL_STREAM), jnp.asarray(image))
+        _, h, w, _ = image.shape
     image = standardize(image, pixels.standardization)
     if augment.cutout:
         y, x = (jnp.arange(n)[None] - plan.cutout[:, i, None] for i, n in enumerate((h, w)))  # [B H], [B W]
@@ -74,9 +80,15 @@ def make_batch(
     batch = Batch(image, label, plan.mask)
     if type(augment).transform is Augment.transform:
         return batch
+    return augment.transform(_keys(key, plan, augment), batch)
+
+
+def _keys(key: Key[Array, ""] | None, plan: Plan, augment: Augment, *, stream: int | None = None) -> Key[Array, " B"]:
+    """Returns a key for each example; those of two streams are independent."""
     if key is None:
         raise ValueError(f"`key` must be a key for {type(augment).__name__}, got None.")
-    return augment.transform(jax.vmap(partial(jax.random.fold_in, key))(plan.example), batch)
+    key = key if stream is None else jax.random.fold_in(key, stream)
+    return jax.vmap(partial(jax.random.fold_in, key))(plan.example)
 
 
 def _reflect(i: Int[Array, "B N"], size: int) -> Int[Array, "B N"]:

@@ -29,7 +29,7 @@ from cnnjax.data.tfds_format import (
     inspect_set,
     write_tfds,
 )
-from cnnjax.data.tfds_prepare import check_tensorflow, prepare_with_tensorflow
+from cnnjax.data.tfds_prepare import check_preparable, prepare_other
 from cnnjax.errors import UserError, option
 
 
@@ -82,7 +82,7 @@ def load_tfds(
         return cached
     if folder is None:
         if named is None:
-            check_tensorflow(name, data_dir)
+            check_preparable(name, data_dir)
         if not data_dir.exists():
             say(f"{data_dir} does not exist yet, so {name} is prepared there")
         try:
@@ -240,10 +240,10 @@ def _prepare(wanted: _Wanted, data_dir: Path, locked: bool) -> StoredSet:
     try:
         with staging(name, data_dir, locked) as stage:
             if named is None:
-                folder = prepare_with_tensorflow(name, data_dir, stage, say)
-                if streamed := _streamed(wanted, folder, "tfds's own download", locked=locked):
+                folder = prepare_other(name, data_dir, stage, say)
+                if streamed := _streamed(wanted, folder, "its official source", locked=locked):
                     return streamed
-                return _cached(wanted, folder) or _decode_all(wanted, folder, "tfds's own download")
+                return _cached(wanted, folder) or _decode_all(wanted, folder, "its official source")
             check_free(data_dir / name / named.version)
             downloads = data_dir / "downloads" / "cnnjax" / name
             if locked:

@@ -11,7 +11,7 @@ from jaxtyping import Int, UInt8
 from cnnjax.cli.streams import reason
 from cnnjax.data.image_files import MODES, fit_array
 from cnnjax.data.stored import Fit
-from cnnjax.data.tfds_format import check_split, fitted, open_builder
+from cnnjax.data.tfds_format import check_split, fit_row, open_builder
 from cnnjax.errors import UserError, check, option
 
 CHUNK = 2**24  # Bytes of images, see `Records.chunk`.
@@ -128,7 +128,7 @@ class Records:
         info = self._split
         try:
             example = info.features.deserialize_example_np(row)
-            image = fitted(example[info.image_name], self._stored)
+            image = fit_row(example[info.image_name], self._stored, info.channels)
             file = example.get("file")
             return Record(image, int(example[info.label_name]), file.decode() if isinstance(file, bytes) else None)
         except Exception as error:  # Protocol buffers and Pillow raise their own types.

@@ -41,6 +41,7 @@ class SplitFeatures(NamedTuple):
     image_name: str
     label_name: str
     num_classes: int
+    channels: int | None  # None: as many as each image has.
 
 
 def inspect_set(folder: Path) -> tuple[tuple[str, ...], bool]:
@@ -95,7 +96,7 @@ def decode(
     count = builder.info.splits[split].num_examples
     image, label, read = None, _empty(folder, (count,), np.int32), 0
     for row in track(_rows(builder, split), f"decoding {split}", total=count):
-        row[image_name] = fitted(row[image_name], fit)
+        row[image_name] = fit_row(row[image_name], fit, found.channels)
         if files is not None and isinstance(row.get("file"), bytes):
             files.append(row["file"].decode())
         if image is None:
@@ -140,14 +141,21 @@ def check_split(builder: Any, split: str) -> SplitFeatures:
         raise UserError(f"{folder} must hold 8-bit images, got {np.dtype(named[image_name].np_dtype)}.")
     if not (num_classes := named[label_name].num_classes):
         raise UserError(f"{folder} must state the number of its classes, got {num_classes}.")
-    return SplitFeatures(builder, features, image_name, label_name, num_classes)
+    channels = named[image_name].shape[-1]
+    return SplitFeatures(builder, features, image_name, label_name, num_classes, channels)
 
 
-def fitted(image: np.ndarray, fit: Fit) -> np.ndarray:
-    """Brings an image to the size of `fit`, if it has one."""
+def fit_row(image: np.ndarray, fit: Fit, channels: int | None) -> np.ndarray:
+    """Brings the image of a record to one shape, if `fit` states its size.
+
+    Args:
+      channels: of the set's images, as it states them: a gray JPEG in a set of color images has one channel. 4 become
+        3 unless `fit` states a number.
+    """
     if fit.image_size is None:
         return image
-    fit = fit if fit.channels or image.shape[-1] != 4 else fit._replace(channels=3)
+    channels = channels or image.shape[-1]
+    fit = fit if fit.channels else fit._replace(channels=3 if channels == 4 else channels)
     return fit_array(image, fit.shape_of(image.shape), fit.resize, fit.interpolation)
 
 
@@ -292,7 +300,7 @@ def write_examples(
     name: str,
     version: str,
     info: Callable[[Any], Any],
-    splits: Mapping[str, Callable[[Any], Iterator[tuple[int, dict[str, Any]]]]],
+    splits: Mapping[str, Callable[[Any], Iterator[tuple[int | str, dict[str, Any]]]]],
     data_dir: Path,
     *,
     pkg_dir_path: Any = None,

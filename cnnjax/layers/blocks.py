@@ -1,5 +1,7 @@
 """A convolution followed by batch normalization: the part from which the networks for photos are built."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -41,6 +43,7 @@ class ConvNorm(nn.Module):
     epsilon: float = 1e-5
     update_stats: bool = True
     plain: bool = False
+    zero_init: bool = False  # Of the scale.
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], *, train: bool) -> Float[Array, "B H2 W2 K"]:
@@ -62,7 +65,8 @@ class ConvNorm(nn.Module):
                 y = (plain_dense if self.plain else dense)(x.reshape(-1, channels), kernel[0, 0])  # [B*H*W K]
                 x = y.reshape(*x.shape[:-1], self.features)
         fixed = not (train and self.update_stats)
-        norm = nn.BatchNorm(fixed, momentum=self.momentum, epsilon=self.epsilon, dtype=x.dtype, name="norm")
+        options: Any = {"scale_init": nn.initializers.zeros_init()} if self.zero_init else {}
+        norm = nn.BatchNorm(fixed, momentum=self.momentum, epsilon=self.epsilon, dtype=x.dtype, name="norm", **options)
         x = norm(x)
         return x if self.relu is None else jnp.clip(x, 0, self.relu)
 

@@ -38,6 +38,8 @@ class ResNet18(nn.Module):
     """float32, bfloat16 or float16: dtype of the activations. Parameters, statistics and logits are float32."""
     plain: bool = False
     """Use plain XLA operations, which every transformation of JAX supports, instead of faster kernels."""
+    zero_init: bool = False
+    """Initialize the last scale of each block with 0, so that blocks begin as the identity (Goyal et al. 2017)."""
 
     image_size: ClassVar[int] = 224
     preprocessing: ClassVar[Preprocessing] = Preprocessing(224, IMAGENET_MEAN, IMAGENET_STD, "bilinear")
@@ -81,6 +83,8 @@ class ResNet50(nn.Module):
     """float32, bfloat16 or float16: dtype of the activations. Parameters, statistics and logits are float32."""
     plain: bool = False
     """Use plain XLA operations, which every transformation of JAX supports, instead of faster kernels."""
+    zero_init: bool = False
+    """Initialize the last scale of each block with 0, so that blocks begin as the identity (Goyal et al. 2017)."""
 
     image_size: ClassVar[int] = 224
     preprocessing: ClassVar[Preprocessing] = Preprocessing(224, IMAGENET_MEAN, IMAGENET_STD, "bilinear")
@@ -113,13 +117,14 @@ class BasicBlock(nn.Module):
     stride: int
     update_stats: bool
     plain: bool
+    zero_init: bool
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], *, train: bool) -> Float[Array, "B H2 W2 K"]:
         """Returns the features, K = width."""
         conv = partial(ConvNorm, self.width, update_stats=self.update_stats, plain=self.plain)
         y = conv(stride=self.stride, name="conv_0")(x, train=train)
-        y = conv(relu=None, name="conv_1")(y, train=train)
+        y = conv(relu=None, zero_init=self.zero_init, name="conv_1")(y, train=train)
         if x.shape != y.shape:
             x = conv(1, self.stride, relu=None, name="shortcut")(x, train=train)
         return nn.relu(x + y)
@@ -132,6 +137,7 @@ class Bottleneck(nn.Module):
     stride: int
     update_stats: bool
     plain: bool
+    zero_init: bool
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], *, train: bool) -> Float[Array, "B H2 W2 K"]:
@@ -139,7 +145,7 @@ class Bottleneck(nn.Module):
         conv = partial(ConvNorm, update_stats=self.update_stats, plain=self.plain)
         y = conv(self.width, 1, name="conv_0")(x, train=train)
         y = conv(self.width, 3, self.stride, name="conv_1")(y, train=train)
-        y = conv(4 * self.width, 1, relu=None, name="conv_2")(y, train=train)
+        y = conv(4 * self.width, 1, relu=None, zero_init=self.zero_init, name="conv_2")(y, train=train)
         if x.shape != y.shape:
             x = conv(4 * self.width, 1, self.stride, relu=None, name="shortcut")(x, train=train)
         return nn.relu(x + y)
@@ -152,7 +158,7 @@ def _logits(model: Any, block: Any, depth: tuple[int, ...], image: AnyArray, tra
     x = ConvNorm(64, 7, 2, **options, name="stem")(x, train=train)  # [B H W C] -> [B H/2 W/2 64]
     x = max_pool_3x3(x)  # [B H/4 W/4 64]
     for i, (width, stride) in enumerate(_blocks(depth)):
-        x = block(width, stride, **options, name=f"block_{i}")(x, train=train)
+        x = block(width, stride, **options, zero_init=model.zero_init, name=f"block_{i}")(x, train=train)
     x = x.astype(jnp.float32).mean((1, 2))  # [B H/32 W/32 N] -> [B N]
     model.sow("intermediates", "pooled", x)
     return Head(model.num_classes, model.plain, name="head")(x)

@@ -54,13 +54,14 @@ class Optimizer(ABC):
     learning_rate: float = 1e-3
     """Learning rate for the mean loss of a batch; the peak of a schedule."""
     schedule: str = "constant"
-    """constant, or one_cycle: a linear warm-up to the peak, then a linear decay."""
+    """constant; one_cycle: a linear warm-up to the peak, then a linear decay; or cosine: the decay is half a cosine
+    (Loshchilov and Hutter 2016)."""
     warmup: float = 0.2
-    """Fraction of all updates in which one_cycle rises."""
+    """Fraction of all updates in which one_cycle and cosine rise."""
     init_factor: float = 0.0
-    """First learning rate of one_cycle, as a fraction of the peak."""
+    """First learning rate of one_cycle and cosine, as a fraction of the peak."""
     end_factor: float = 0.0
-    """Last learning rate of one_cycle, as a fraction of the peak."""
+    """Last learning rate of one_cycle and cosine, as a fraction of the peak."""
     weight_decay: float = 0.0
     """Weight decay per update, multiplied by the learning rate."""
     clip_norm: float = 0.0
@@ -80,7 +81,7 @@ class Optimizer(ABC):
 
     def __post_init__(self) -> None:
         check_fields(self, "optim")
-        check_name("optim.schedule", self.schedule, ("constant", "one_cycle"))
+        check_name("optim.schedule", self.schedule, ("constant", "one_cycle", "cosine"))
         check("optim.learning_rate", "above 0 and finite", 0 < self.learning_rate < inf, self.learning_rate)
         check("optim.warmup", "at least 0 and below 1", 0 <= self.warmup < 1, self.warmup)
         for name in ("init_factor", "end_factor"):
@@ -112,7 +113,10 @@ class Optimizer(ABC):
             return optax.constant_schedule(self.learning_rate)
         peak, rise = self.learning_rate, round(self.warmup * num_updates)
         up = optax.linear_schedule(self.init_factor * peak, peak, rise)
-        down = optax.linear_schedule(peak, self.end_factor * peak, num_updates - rise)
+        if self.schedule == "cosine":
+            down = optax.cosine_decay_schedule(peak, max(1, num_updates - rise), self.end_factor)
+        else:
+            down = optax.linear_schedule(peak, self.end_factor * peak, num_updates - rise)
         return optax.join_schedules([up, down], [rise])
 
     def for_network(self, model: Any) -> "Optimizer":

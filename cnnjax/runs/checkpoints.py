@@ -27,6 +27,7 @@ from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
 from cnnjax.errors import StorageError, UserError, option
+from cnnjax.hosts import Hosts, alone
 from cnnjax.runs.files import is_key, raw_keys, sync, tree_sha256, write_json, write_sums
 from cnnjax.runs.records import run_argument
 from cnnjax.runs.recovery import PROGRESS, find_faults, list_steps, read_progress
@@ -45,12 +46,19 @@ class Checkpoints:
     Keeps the latest two and the best two by validation score; of equals, the later ones. If one is damaged, an
     earlier one remains to resume from, with the best checkpoint of the epochs before it.
 
+    Several processes write a checkpoint together: each its shards, process 0 everything else. They save at the same
+    step, and wait until it is on disk, because Orbax has them communicate.
+
+    Args:
+      directory: contains the checkpoints.
+      hosts: the processes; this one alone if None.
+
     Attributes:
       saved_at: when the last save, or else this object, began, as `time.perf_counter()`.
     """
 
-    def __init__(self, directory: Path):
-        self._directory = directory.absolute()
+    def __init__(self, directory: Path, hosts: Hosts | None = None):
+        self._directory, self._hosts = directory.absolute(), hosts or alone()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._saved: dict[int, SavedProgress] = {}
         self._damaged: list[int] = []  # After `recover` there are none.
@@ -105,6 +113,8 @@ class Checkpoints:
         self.saved_at = time.perf_counter()
         saved: Any = {**progress, "validation": validation}
         self._pending = self._thread.submit(self._save, int(state.step), state, saved)
+        if self._hosts.count > 1:
+            self.wait()
 
     def is_saving(self) -> bool:
         """Returns whether the last save is still being written."""
@@ -120,6 +130,18 @@ class Checkpoints:
         if not self._has_read_back:  # Once per session: at the end of training it would be too late.
             _read_back(partial, state)
             self._has_read_back = True
+        self._hosts.barrier("a checkpoint is written")
+        if self._hosts.leads:
+            self._complete(partial, folder, saved)
+        self._hosts.barrier("a checkpoint is complete")
+        self._saved[step] = saved
+        for old in {*self._saved} - {*self.steps()[-2:], *self._ends()[:2]}:
+            if self._hosts.leads:
+                _remove(self._directory / str(old))
+            del self._saved[old]
+
+    def _complete(self, partial: Path, folder: Path, saved: SavedProgress) -> None:
+        """Adds progress and checksums to a checkpoint, and gives it its name."""
         files = [path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file()]
         write_json(partial / PROGRESS, {**saved, "files": sorted(files)})
         write_sums(partial, [*files, PROGRESS])
@@ -127,10 +149,6 @@ class Checkpoints:
         sync(*partial.rglob("*"), partial)
         partial.rename(folder)
         sync(self._directory)
-        self._saved[step] = saved
-        for old in {*self._saved} - {*self.steps()[-2:], *self._ends()[:2]}:
-            _remove(self._directory / str(old))
-            del self._saved[old]
 
     def wait(self) -> None:
         """Waits until the last save is on disk.
@@ -168,7 +186,7 @@ class Checkpoints:
         """
         check_characters(run_argument(), self._directory.parent)
         path = self._directory / str(step)
-        if faults := find_faults(path):
+        if faults := self._hosts.share(lambda: find_faults(path)):
             raise UserError(
                 f"The checkpoint {path} must match its checksums, but {faults[0]}. If the run is not finished, resume "
                 f"it, which uses an earlier checkpoint: {option('resume')}. If it is finished, repeat it with "

@@ -18,6 +18,7 @@ from cnnjax.cli.console import Report
 from cnnjax.cli.signals import Stop, stop_signals
 from cnnjax.config import Config
 from cnnjax.errors import UserError, option
+from cnnjax.hosts import Hosts, alone
 from cnnjax.runs import manifest
 from cnnjax.runs.checkpoints import Checkpoints, check_characters
 from cnnjax.runs.codec import encode
@@ -42,6 +43,7 @@ class OpenRun:
       report: receives messages and metrics.
       stop: the signal that asks to stop, if one arrived.
       code: what trains, as it was when the directory was opened.
+      hosts: the processes that train it. Process 0 alone has locked the directory, and writes all but checkpoints.
       checkpoints: those of the run, after `begin`.
     """
 
@@ -50,6 +52,7 @@ class OpenRun:
     report: Report
     stop: Stop
     code: SourceCode = NO_SOURCE
+    hosts: Hosts = field(default_factory=alone)
     checkpoints: Checkpoints = field(init=False)
     _stack: ExitStack = field(default_factory=ExitStack)
 
@@ -58,6 +61,9 @@ class OpenRun:
 
         A damaged result.json is moved to damaged/: the last checkpoint gives the same one.
         """
+        return self.hosts.share(self._finished)
+
+    def _finished(self) -> Result | None:
         path = self.run_dir / "result.json"
         if not path.exists():
             return None
@@ -93,22 +99,29 @@ class OpenRun:
         Raises:
           UserError: the directory holds a run on other data.
         """
+        self.hosts.check_same("data_dir", "the same data in all processes", asdict(facts))
         check_data(self.run_dir, facts)
-        environment = environment | self.code.facts
+        self._stack.enter_context(self.stop.held())
+        session = self._begin_session(environment | self.code.facts) if self.hosts.leads else {}
+        self.hosts.barrier("the session has begun")
+        self.checkpoints = Checkpoints(self.run_dir / "checkpoints", self.hosts)
+        if self.hosts.leads:
+            self._stack.callback(lambda: session.update(checkpoints=self.checkpoints.steps()))
+            session["resumed_from"] = self.checkpoints.latest()
+        self._stack.enter_context(closing(self.checkpoints))
+
+    def _begin_session(self, environment: dict[str, Any]) -> dict[str, Any]:
         for line in (*manifest.changes_since_last_session(self.run_dir, environment), *self.code.warnings()):
             self.report.say(line)
-        self._stack.enter_context(self.stop.held())
         about = environment | {"seed": self.config.seed, "resumed_from": None}
         session = self._stack.enter_context(manifest.session(self.run_dir, about, FILES, self.code.diff))
         recover(self.run_dir / "checkpoints", self.report.say)
-        self.checkpoints = Checkpoints(self.run_dir / "checkpoints")
-        self._stack.callback(lambda: session.update(checkpoints=self.checkpoints.steps()))
-        self._stack.enter_context(closing(self.checkpoints))
-        session["resumed_from"] = self.checkpoints.latest()
+        return session
 
     def write_config(self, facts: DataFacts) -> None:
         """Writes config.json, once nothing can be refused anymore: it removes the result of a shorter run."""
-        write_record(self.run_dir, Record(encode(self.config), facts, self.code.facts["files"]))
+        if self.hosts.leads:
+            write_record(self.run_dir, Record(encode(self.config), facts, self.code.facts["files"]))
 
 
 @contextmanager
@@ -120,6 +133,7 @@ def open_run(
     resume: bool,
     stop: Stop | None = None,
     code: SourceCode | None = None,
+    hosts: Hosts | None = None,
 ) -> Iterator[OpenRun]:
     """Locks a run directory, which is created, and turns SIGINT, SIGTERM and SIGHUP into `Interrupted`.
 
@@ -128,12 +142,26 @@ def open_run(
     Args:
       stop: receives signals, for a caller that trains in several threads; None: this context handles them.
       code: what trains, if the caller has recorded it.
+      hosts: the processes that train the run; this one alone if None.
 
     Raises:
       UserError: another process trains in the directory, it cannot be written, or `check_run` fails.
     """
     check_path(run_dir)
-    encode(config)  # Nothing is written for a configuration that cannot be.
+    hosts, encoded = hosts or alone(), encode(config)  # Nothing is written for a configuration that cannot be.
+    hosts.check_same("config", "the same in all processes", [str(run_dir.absolute()), encoded, resume])
+    if not hosts.leads:
+        with ExitStack() as stack:
+            stop = stop or stack.enter_context(stop_signals())
+            hosts.barrier("the run directory is open")
+            if not (run_dir / LOCK).exists():
+                raise UserError(
+                    f"`run_dir` must be on a file system that all processes share, got {run_dir.absolute()}, which "
+                    f"process {hosts.index} on {hosts.names[hosts.index]} does not see. Choose another: "
+                    f"{option('run_dir', 'DIR')}."
+                )
+            yield OpenRun(run_dir, config, report, stop, code or NO_SOURCE, hosts, _stack=stack)
+        return
     if run_dir.is_dir():
         check_run(run_dir, config, resume)
     lock = FileLock(run_dir / LOCK, timeout=1, fallback_to_soft=False)  # `is_locked` holds it for an instant.
@@ -151,7 +179,8 @@ def open_run(
         stack.callback(_release, lock, run_dir, is_new)
         stop = stop or stack.enter_context(stop_signals())
         check_run(run_dir, config, resume)
-        yield OpenRun(run_dir, config, report, stop, code or source_of(config, run_dir), _stack=stack)
+        hosts.barrier("the run directory is open")
+        yield OpenRun(run_dir, config, report, stop, code or source_of(config, run_dir), hosts, _stack=stack)
 
 
 def check_path(run_dir: Path) -> None:
@@ -238,7 +267,8 @@ def check_run(run_dir: Path, config: Config, resume: bool) -> None:
 
 def _is_longer(config: Config, saved: EncodedConfig) -> bool:
     """Returns whether `config` is `saved` with more epochs, none of whose steps depends on their number."""
-    if config.optim.depends_on_length() or not config.num_epochs > saved["num_epochs"]:
+    depends = config.optim.depends_on_length() or config.augment.depends_on_length()
+    if depends or not config.num_epochs > saved["num_epochs"]:
         return False
     return encode(replace(config, num_epochs=saved["num_epochs"])) == saved
 

@@ -198,7 +198,8 @@ def reproduce(
     sessions = manifest.read_manifest(run_dir)["sessions"]
     _take_cores(sessions[-1]["cores"])
     devices = jax.local_devices()[: sessions[-1]["num_devices"]]
-    now = manifest.environment(devices) | source_of(config).facts
+    mesh: Any = sessions[-1].get("mesh")  # Of a run that divided its state.
+    now = manifest.environment(devices, mesh) | source_of(config).facts
     environment = manifest.environment_changes(sessions, now)
     for name, (there, here) in environment.items():
         report.say(f"{name} is {show(there)} there and {show(here)} here: the bits may differ")

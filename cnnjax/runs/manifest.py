@@ -34,15 +34,17 @@ PACKAGES = (
 ACCELERATOR_PACKAGES = ("jax-cuda13-plugin", "jax-cuda12-plugin", "nvidia-cudnn-cu13", "nvidia-cudnn-cu12", "libtpu")
 # What determines the bits, besides configuration and data.
 CODE = ("commit", "package_commit", "diff_sha256", "files")
-MACHINE = ("versions", "device", "num_devices", "processor", "cores", "driver", "kernels")
+MACHINE = ("versions", "device", "num_devices", "mesh", "processor", "cores", "driver", "kernels")
 DECISIVE = (*CODE, *MACHINE, "flags", "compiler_options")
 
 
-def environment(devices: Sequence[Any]) -> dict[str, Any]:
+def environment(devices: Sequence[Any], mesh: str | None = None, hosts: Sequence[str] = ()) -> dict[str, Any]:
     """Returns what the bits of a run depend on besides its configuration and data, as JSON.
 
     Args:
       devices: those that share a batch.
+      mesh: how they share the state, if they do not hold copies.
+      hosts: the host name of each process.
     """
     first = devices[0]
     nvidia = Path("/proc/driver/nvidia/version")
@@ -59,6 +61,8 @@ def environment(devices: Sequence[Any]) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **_versions()},
         "device": first.device_kind if first.platform == "cpu" else f"{first.platform}, {first.device_kind}",
         "num_devices": len(devices),
+        "mesh": mesh,
+        "hosts": list(hosts) if len(hosts) > 1 else None,
         "processor": processor(),
         "cores": num_cores(),
         "driver": " ".join(driver),

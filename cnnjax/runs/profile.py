@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -48,15 +48,16 @@ class Profile:
 
     Args:
       steps: two numbers of steps; None: nothing is traced.
-      run_dir: the run directory. The trace goes into its folder `profile`.
+      run_dir: the run directory.
       say: receives the lines of the summary.
+      folder: the folder of the run directory into which the trace goes.
     """
 
-    def __init__(self, steps: tuple[int, int] | None, run_dir: Path, say: Callable[[str], None]):
-        self._steps, self._folder, self._say = steps, run_dir / FOLDER, say
+    def __init__(self, steps: tuple[int, int] | None, run_dir: Path, say: Callable[[str], None], folder: str = FOLDER):
+        self._steps, self._folder, self._say = steps, run_dir / folder, say
         self._first: int | None = None  # The step at which the trace began, while it is running.
         self._mark: jax.profiler.TraceAnnotation | None = None
-        self._compiled: set[tuple[int, tuple[str, ...]]] = set()
+        self._compiled: set[tuple[int, Hashable]] = set()
 
     def check(self, step: int, num_steps: int) -> None:
         """Checks that a session traces what it should.
@@ -85,15 +86,15 @@ class Profile:
         if self._steps is not None:
             self._say(f"The run ended before step {self._steps[1]}: there is no complete profile.")
 
-    def is_new_program(self, step: int, num_steps: int, frozen: tuple[str, ...]) -> bool:
+    def is_new_program(self, step: int, num_steps: int, statics: Hashable) -> bool:
         """Returns whether the next `num_steps` steps are traced and their program must be compiled first.
 
         Args:
-          frozen: see `train_steps`. With the number of steps it determines the program.
+          statics: the static arguments of `train_steps`. With the number of steps they determine the program.
         """
-        if not self.traces(step, num_steps) or (num_steps, frozen) in self._compiled:
+        if not self.traces(step, num_steps) or (num_steps, statics) in self._compiled:
             return False
-        self._compiled.add((num_steps, frozen))
+        self._compiled.add((num_steps, statics))
         return True
 
     def begin(self, step: int, num_steps: int, epoch: int) -> None:

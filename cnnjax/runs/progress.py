@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +11,7 @@ from jaxtyping import PyTree
 
 from cnnjax.cli.signals import Interrupted
 from cnnjax.errors import NonFiniteLossError, UserError
+from cnnjax.hosts import Hosts, alone
 from cnnjax.metrics import Metrics, Scores, Totals
 from cnnjax.runs.checkpoints import all_finite
 from cnnjax.runs.directory import OpenRun
@@ -60,12 +60,14 @@ class Callbacks:
     """Functions of the user, and loggers, see `train_and_evaluate`.
 
     Attributes:
+      hosts: all processes call the functions; the decision of process 0 counts.
       raised: the exception that a function raised.
     """
 
     on_step: OnStep | None = None
     on_epoch: OnEpoch | None = None
     loggers: Loggers = field(default_factory=Loggers)
+    hosts: Hosts = field(default_factory=alone)
     raised: BaseException | None = None
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -104,6 +106,7 @@ class Callbacks:
                 f"`on_epoch` must return True to stop, or False or None to continue, got {decision!r} of type "
                 f"{type(decision).__name__}. Convert it: bool(...)."
             )
+        decision = self.hosts.share(lambda: decision and bool(decision)) if self.on_epoch else None
         if any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
             raise UserError(
                 "`on_epoch` must keep its state, got one that was donated. Pass donate=False to `train_step`."
@@ -118,6 +121,25 @@ def restore(run: OpenRun, state: TrainState, sharding: PyTree) -> tuple[TrainSta
     state, saved = run.checkpoints.restore(latest, state, sharding)
     known: Any = {name: saved[name] for name in Progress._fields}
     return state, Progress(**known | {"totals": Totals(**saved["totals"])})
+
+
+def add_steps(run: OpenRun, progress: Progress, metrics: Metrics, steps: tuple[int, int], seconds: float) -> Progress:
+    """Returns the progress after some steps of an epoch, and reports it.
+
+    Args:
+      metrics: of each step, on the host.
+      steps: the numbers of steps before and after.
+      seconds: of training, in all sessions.
+
+    Raises:
+      NonFiniteLossError: the loss became infinite or nan.
+    """
+    totals = progress.totals.add(metrics)
+    if not math.isfinite(totals.loss):
+        raise make_non_finite_error(f"The loss became {totals.loss}", steps, run)
+    run.report.step(steps[1], totals.means())
+    grad_norm = sum(metrics.grad_norm.tolist(), progress.grad_norm)
+    return progress._replace(totals=totals, grad_norm=grad_norm, seconds=seconds)
 
 
 def end_epoch(
@@ -143,7 +165,7 @@ def end_epoch(
         scores = ended.validation
         validation = {"num_examples": 0} if scores is None else {"score": getattr(scores, run.config.best_by)}
         save(run, ended.state, progress, validation)
-    write_progress(run.run_dir, progress)
+    write_progress(run, progress)
     run.report.epoch(row, run.config.num_epochs)
     return progress
 
@@ -163,11 +185,14 @@ def save(run: OpenRun, state: TrainState, progress: Progress, validation: dict[s
     run.checkpoints.save(state, kept, validation)
 
 
-def save_within_epoch(run: OpenRun, state: TrainState, progress: Progress, steps: tuple[int, int]) -> None:
+def save_within_epoch(
+    run: OpenRun, state: TrainState, progress: Progress, steps: tuple[int, int], signum: int | None
+) -> None:
     """Saves a copy of a state; after a signal, then raises `Interrupted`.
 
     Args:
       steps: the numbers of steps before and after the last dispatch.
+      signum: see `raise_if_stopped`.
 
     Raises:
       NonFiniteLossError: a parameter became infinite or nan.
@@ -176,14 +201,19 @@ def save_within_epoch(run: OpenRun, state: TrainState, progress: Progress, steps
     snapshot = copy_state(state)
     check_finite(run, snapshot, steps)
     save(run, snapshot, progress)
-    raise_if_stopped(run, steps[1])
+    raise_if_stopped(run, steps[1], signum)
 
 
-def raise_if_stopped(run: OpenRun, step: int) -> None:
-    """Raises `Interrupted` after a signal, once the checkpoint of `step` is on disk."""
-    if run.stop.signum is not None:
+def raise_if_stopped(run: OpenRun, step: int, signum: int | None) -> None:
+    """Raises `Interrupted` once the checkpoint of `step` is on disk, unless `signum` is None.
+
+    Args:
+      signum: the signal for which all processes stop at this step.
+    """
+    if signum is not None:
         run.checkpoints.wait()
-        raise Interrupted(run.stop.signum, step)
+        run.stop.signum = signum  # Another process may have received it.
+        raise Interrupted(signum, step)
 
 
 def make_non_finite_error(problem: str, steps: tuple[int, int], run: OpenRun) -> NonFiniteLossError:
@@ -212,7 +242,8 @@ def metrics_row(ended: EndedEpoch) -> Row:
     return row | {f"train_{name}": value for name, value in values.items()}
 
 
-def write_progress(run_dir: Path, progress: Progress) -> None:
+def write_progress(run: OpenRun, progress: Progress) -> None:
     """Writes metrics.jsonl and timing.jsonl."""
-    write_rows(run_dir / "metrics.jsonl", progress.rows)
-    write_rows(run_dir / "timing.jsonl", progress.timing)
+    if run.hosts.leads:
+        write_rows(run.run_dir / "metrics.jsonl", progress.rows)
+        write_rows(run.run_dir / "timing.jsonl", progress.timing)

@@ -55,7 +55,7 @@ def score_test_set(
             "model_state": tree_sha256(last.model_state),
             "opt_state": tree_sha256(last.opt_state),
             "best_params": tree_sha256(state.params),
-            "metrics": file_sha256(run.run_dir / "metrics.jsonl"),
+            "metrics": run.hosts.share(lambda: file_sha256(run.run_dir / "metrics.jsonl")),
         },
         "classes": classes.rows(names),
         "confusion_matrix": confusion_matrix(scores.confusion, len(names)),

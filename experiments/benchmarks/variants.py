@@ -15,7 +15,7 @@ from functools import cache, partial
 from itertools import islice, pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -204,7 +204,7 @@ def of_seed(setup: Setup, seed: int) -> tuple[Setup, TrainState]:
 def timed_run(setup: Setup, seed: int, test: Pixels, one_program: bool) -> dict[str, Any]:
     """Trains a seed. The seconds are those in total, of the initialization from data, of training and of scoring."""
     setup, state = of_seed(setup, seed)
-    config, program, pixels = setup.config, setup.program, setup.train
+    config, program, pixels = setup.config, setup.program, cast(Pixels, setup.train)  # They fit into memory.
     times = [time.perf_counter()]
     if hasattr(config.model, "init_from_data"):
         image = standardize(pixels.image[:INIT_IMAGES], pixels.standardization)
@@ -229,7 +229,9 @@ def train(setup: Setup, state: TrainState, num_steps: int, one_program: bool = F
         if len(plan.example) > num_steps - step:
             plan = plan.row(slice(num_steps - step))
         keys, frozen = (setup.train_key, key), () if on_cpu else setup.program.frozen_names(state.params, step)
-        state, _ = steps.train_steps(state, setup.train, plan, *keys, program=setup.program, frozen=frozen)
+        state, _ = steps.train_steps(
+            state, cast(Pixels, setup.train), plan, *keys, program=setup.program, frozen=frozen
+        )
         step += len(plan.example)
     return state
 
@@ -316,7 +318,7 @@ def main() -> None:
         config = replace(config, dataset=random_images, num_epochs=1, batch_size=250, model=model)
     dataset = load_dataset(config.dataset)
     setup, initial_state = set_up(config, dataset, None, title=args.variant, say=lambda line: None)
-    test = setup.validation
+    test = cast(Pixels, setup.validation)
     if not config.validation_fraction:
         test = Pixels(*setup.dataset.load("test"), setup.train.standardization)
         test = jax.device_put(test, setup.placement.replicated)

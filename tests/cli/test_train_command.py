@@ -6,7 +6,21 @@ from pathlib import Path
 import flax.linen as nn
 import pytest
 
-from cnnjax import CNN, MLP, SGD, Adam, Augment, Config, CrossEntropy, CutMix, Mixup, Muon, SpeedNet, UserError
+from cnnjax import (
+    CNN,
+    MLP,
+    SGD,
+    Adam,
+    Augment,
+    Config,
+    CrossEntropy,
+    CutMix,
+    Mixup,
+    Muon,
+    PhotoAugment,
+    SpeedNet,
+    UserError,
+)
 from cnnjax.cli.experiment import Experiment, experiment_of, find_experiment, load_experiment
 from cnnjax.cli.main import _status, main
 from cnnjax.cli.train_command import parse_train
@@ -81,6 +95,8 @@ def test_a_word_chooses_a_class_which_determines_the_options():
     assert parse("--optim", "muon").optim == Muon()
     assert parse("--augment", "mixup", "--augment.alpha", "0.4").augment == Mixup(alpha=0.4)
     assert parse("--augment", "cutmix").augment == CutMix()
+    photos = parse("--augment", "photoaugment", "--augment.train-sizes", "128", "160", "--augment.scale", "0.2", "1")
+    assert photos.augment == PhotoAugment(train_sizes=(128, 160), scale=(0.2, 1.0))
 
 
 def test_another_class_keeps_the_fields_that_it_shares():

@@ -19,7 +19,7 @@ from cnnjax.data import datasets
 from cnnjax.data.cache import CACHE
 from cnnjax.data.folders import default_data_dir, exclusive, prepared_folder, publish, staging
 from cnnjax.data.named import NAMED_SETS
-from cnnjax.data.tfds_prepare import prepare_with_tensorflow
+from cnnjax.data.tfds_prepare import prepare_other
 
 PROGRAM = Path(__file__).parents[1] / "programs" / "prepare.py"
 MOUNTS = subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "/mnt"], check=False, capture_output=True)
@@ -349,7 +349,7 @@ def test_tensorflow_prepares_a_set_whole_or_not_at_all(tmp_path, monkeypatch):
 
     def prepare():
         with staging("odd", tmp_path, locked=True) as stage:
-            return prepare_with_tensorflow("odd", tmp_path, stage, lines.append)
+            return prepare_other("odd", tmp_path, stage, lines.append)
 
     lines = []
     with pytest.raises(UserError, match=f"tfds could not prepare 'odd' in {tmp_path}: no network"):

@@ -17,6 +17,7 @@ from cnnjax import Batch, EfficientNetLite0, ResNet18, ResNet50, UserError, comp
 from cnnjax.data.weights import load_weights
 from cnnjax.layers.blocks import ConvNorm, Head
 from cnnjax.models import efficientnet, resnet
+from cnnjax.models.resnet import BasicBlock, Bottleneck
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "programs"))
 from formula import noise, weights
@@ -218,6 +219,26 @@ def test_statistics_are_kept_if_update_stats_is_false(network):
             apply = partial(model.apply, train=True, rngs={"dropout": jax.random.key(0)}, mutable=["batch_stats"])
             jax.eval_shape(apply, shapes, jnp.zeros((2, 20, 20, 3)))
         assert fixed == {not update}
+
+
+@pytest.mark.parametrize(("network", "block", "depth"), [(ResNet18, BasicBlock, 8), (ResNet50, Bottleneck, 16)])
+@pytest.mark.usefixtures("quick_compilation")
+def test_blocks_begin_as_the_identity_if_zero_init_is_set(network, block, depth):
+    """In training, too, up to the ReLU; and every block of the network gets the option."""
+    x, blocks = jax.random.normal(jax.random.key(0), (2, 5, 6, 8)), {True: 0, False: 0}
+    module = block(2 if block is Bottleneck else 8, 1, update_stats=True, plain=False, zero_init=True)
+    y, _ = module.init_with_output(jax.random.key(1), x, train=True)
+    np.testing.assert_array_equal(y, np.maximum(x, 0))
+
+    def record(next_call, args, kwargs, context):
+        if isinstance(context.module, block):
+            blocks[context.module.zero_init] += 1
+        return next_call(*args, **kwargs)
+
+    for zero_init in (True, False):
+        with nn.intercept_methods(record):
+            shapes_of(network(4, zero_init=zero_init))
+    assert blocks == {True: depth, False: depth}
 
 
 @pytest.mark.usefixtures("quick_compilation")

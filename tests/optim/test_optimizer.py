@@ -65,12 +65,17 @@ def ones_like(params, steps=1):
         (Adam(learning_rate=0.1), [0.1, 0.1, 0.1, 0.1, 0.1]),
         (Adam(learning_rate=0.8, schedule="one_cycle", warmup=0.5), [0, 0.4, 0.8, 0.4, 0]),
         (Adam(learning_rate=0.8, schedule="one_cycle", warmup=0.0), [0.8, 0.6, 0.4, 0.2, 0]),
+        (Adam(learning_rate=0.8, schedule="cosine", warmup=0.5), [0, 0.4, 0.8, 0.4, 0]),
+        (
+            Adam(learning_rate=1.0, schedule="cosine", warmup=0.0, end_factor=0.1),
+            [1, 0.55 + 0.45 * 0.5**0.5, 0.55, 0.55 - 0.45 * 0.5**0.5, 0.1],
+        ),
         (
             Adam(learning_rate=2.0, schedule="one_cycle", warmup=0.5, init_factor=0.2, end_factor=0.1),
             [0.4, 1.2, 2.0, 1.1, 0.2],
         ),
     ],
-    ids=["constant", "one_cycle", "no warm-up", "init_factor and end_factor"],
+    ids=["constant", "one_cycle", "no warm-up", "cosine", "end of the cosine", "init_factor and end_factor"],
 )
 def test_schedules_equal_hand_computed_values(optim, expected):
     schedule = optim.make_schedule(4)

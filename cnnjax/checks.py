@@ -1,0 +1,84 @@
+"""Checks of what the parts of a run return for the shapes of its batches, without computing anything."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Key
+
+from cnnjax.data.augment import Augment
+from cnnjax.data.batches import Pixels, StreamedPixels, make_batch
+from cnnjax.data.order import plain_plan
+from cnnjax.errors import UserError, describe, describe_shapes, user_code
+from cnnjax.metrics import sum_metrics
+from cnnjax.network import Network, apply_in_training, logits_of
+from cnnjax.step import TrainState
+from cnnjax.typing import BatchLike, LossFn
+
+
+def check_augment(
+    augment: Augment,
+    pixels: Pixels | StreamedPixels,
+    batch_size: int,
+    train_shape: tuple[int, ...],
+    key: Key[Array, ""],
+) -> BatchLike:
+    """Checks what an augmentation returns.
+
+    Args:
+      augment: of one epoch.
+      pixels: the training set.
+      batch_size: B.
+      train_shape: (H, W, C), of the images that the network is trained on.
+      key: any.
+
+    Returns:
+      The shapes of a batch.
+
+    Raises:
+      UserError: a shape is wrong, or the augmentation raised an exception.
+    """
+    plan, shape = plain_plan(batch_size, batch_size).row(0), (batch_size, *train_shape)
+    if type(augment).transform_pixels is not Augment.transform_pixels:
+        keys = jax.eval_shape(partial(jax.random.split, num=batch_size), key)
+        image = jax.ShapeDtypeStruct((batch_size, *pixels.image.shape[1:]), jnp.uint8)
+        with user_code("`augment.transform_pixels`"):
+            transformed = jax.eval_shape(augment.transform_pixels, keys, image)
+        check_shape("augment.transform_pixels", "images", shape, transformed)
+    with user_code("`augment.transform`"):
+        batch: Any = jax.eval_shape(lambda plan: make_batch(pixels, plan, augment, key), plan)
+    if not isinstance(batch, BatchLike):
+        raise UserError(f"`augment.transform` must return a Batch, got {type(batch).__name__}. Use batch._replace.")
+    check_shape("augment.transform", "images", shape, batch.image)
+    check_shape("augment.transform", "a mask", (batch_size,), batch.mask)
+    for leaf in jax.tree.leaves(batch.label):
+        check_shape("augment.transform", "labels", (batch_size, *leaf.shape[1:]), leaf)
+    return batch
+
+
+def check_training(
+    state: TrainState, batch: BatchLike, key: Key[Array, ""], *, model: Network, loss_fn: LossFn, num_classes: int
+) -> None:
+    """Checks what a network in training, and the loss, return for the shapes of a state and a batch.
+
+    Raises:
+      UserError: a shape is wrong, or a part raised an exception.
+    """
+    with user_code("`model`"):
+        apply = partial(apply_in_training, model)
+        trained = jax.eval_shape(apply, state.params, state.model_state, batch.image, key).output
+    check_shape("model", "logits", (len(batch.mask), num_classes), logits_of(trained))
+    try:
+        jax.eval_shape(lambda output, batch: sum_metrics(output, batch, loss_fn), trained, batch)
+    except Exception as error:
+        raise UserError(
+            f"`loss` must accept logits {describe_shapes(trained)} and a batch with the label "
+            f"{describe_shapes(batch.label)}, as the augmentation makes it, got {describe(error)}"
+        ) from error
+
+
+def check_shape(name: str, rule: str, expected: tuple[int, ...], got: Any) -> None:
+    """Raises a `UserError` unless `got` has the expected shape."""
+    if getattr(got, "shape", None) != expected:
+        raise UserError(f"`{name}` must return {rule} of shape {expected}, got {describe_shapes(got)}.")
