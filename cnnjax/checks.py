@@ -28,7 +28,7 @@ def check_augment(
 
     Args:
       augment: of one epoch.
-      pixels: the training set.
+      pixels: the training set, or the shapes of a batch of it.
       batch_size: B.
       train_shape: (H, W, C), of the images that the network is trained on.
       key: any.
@@ -47,7 +47,7 @@ def check_augment(
             transformed = jax.eval_shape(augment.transform_pixels, keys, image)
         check_shape("augment.transform_pixels", "images", shape, transformed)
     with user_code("`augment.transform`"):
-        batch: Any = jax.eval_shape(lambda plan: make_batch(pixels, plan, augment, key), plan)
+        batch: Any = jax.eval_shape(partial(make_batch, augment=augment, key=key), pixels, plan)
     if not isinstance(batch, BatchLike):
         raise UserError(f"`augment.transform` must return a Batch, got {type(batch).__name__}. Use batch._replace.")
     check_shape("augment.transform", "images", shape, batch.image)

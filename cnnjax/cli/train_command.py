@@ -137,6 +137,8 @@ def parse_train(experiment: Experiment, arguments: Sequence[str], prog: str | No
     The words after --model, --optim and --augment choose a class, which then determines the options.
     """
     config, arguments = experiment.config, list(arguments)
+    flags = {"--stream": "--stream=True", "--no-stream": "--stream=False"}  # tyro makes flags of plain booleans only.
+    arguments = [flags.get(argument, argument) for argument in arguments]
     for part in PARTS:
         config = _choose(config, part, experiment.words(part), arguments)
     logs = sum(argument.partition("=")[0] == "--log" for argument in arguments)

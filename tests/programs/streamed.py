@@ -23,7 +23,7 @@ part, data_dir, *rest = sys.argv[1:]
 
 
 def resident():
-    """Returns the MiB of this process and of those that it has started, of which shared pages count once."""
+    """Returns the MiB of this process and of those that it has started. A shared page counts once."""
     total, todo, seen = 0, [os.getpid()], set()
     while todo:
         pid = todo.pop()
@@ -58,24 +58,24 @@ elif part == "train":
     options = ["--dataset", "generated", "--data-dir", data_dir, "--run-dir", rest[0], "--model", "mlp"]
     options += ["--num-epochs", "100000", "--batch-size", "50", "--stream", "--no-report"]
     main(["train", *options])
-else:
+elif part == "write":
     from cnnjax.data.named import NAMED_SETS
     from cnnjax.data.sources import RawSet, RawSplit
     from cnnjax.data.tfds_format import write_tfds
 
     count = int(rest[0])
-    rng = np.random.default_rng(0)
-    image = np.broadcast_to(rng.integers(0, 256, (96, 96, 3), np.uint8), (count, 96, 96, 3))
+    image = np.broadcast_to(np.arange(96, dtype=np.uint8)[:, None], (count, 96, 96, 3))
     label = {"label": np.arange(count) % 10}
     raw = RawSet({"train": RawSplit(image, label), "test": RawSplit(image[:100], {"label": np.arange(100) % 10})}, {})
     write_tfds(NAMED_SETS["cifar10"], raw, Path(data_dir), say=lambda line: None)
     (Path(data_dir) / "cifar10").rename(Path(data_dir) / "photos96")
+else:
     peak = [0.0]
 
     def watch():
         while True:
             peak[0] = max(peak[0], resident())
-            time.sleep(0.2)
+            time.sleep(0.5)
 
     threading.Thread(target=watch, daemon=True).start()
     config = Config(dataset="photos96", model=MLP(), num_epochs=1, batch_size=64, validation_fraction=0)
