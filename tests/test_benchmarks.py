@@ -43,7 +43,8 @@ def run(*arguments, into):
 
 
 @pytest.mark.parametrize(
-    ("script", "prefix", "count"), [("cpu", "", 6), ("gpu", "gpu ", 8), ("runs", "", 2), ("images", "images ", 3)]
+    ("script", "prefix", "count"),
+    [("cpu", "", 6), ("gpu", "gpu ", 8), ("runs", "", 2), ("images", "images ", 3), ("streaming", "streaming ", 1)],
 )
 def test_every_part_of_a_benchmark_has_a_place_in_the_report(load, script, prefix, count):
     harness, parts = load("harness"), load(script).PARTS

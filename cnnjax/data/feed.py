@@ -34,16 +34,25 @@ class StreamedSet(NamedTuple):
         return StreamedPixels(image, label, Standardization(mean, std))
 
     def training_batches(
-        self, seed: int, first: int, batch_size: int, balanced_label: Int[np.ndarray, " N"] | None, placement: Placement
+        self,
+        seed: int,
+        first: int,
+        batch_size: int,
+        balanced_label: Int[np.ndarray, " N"] | None,
+        placement: Placement,
+        *,
+        num_workers: int | None = None,
     ) -> AbstractContextManager[Iterator[StreamedPixels]]:
         """Opens the batches of `epoch_plan` from step `first` on, without end.
 
         Args:
           placement: says where the batches are put.
+          num_workers: the number of processes that read; None: see `default_workers`.
         """
-        rows = placement.local_rows(batch_size)
-        order = TrainingOrder(seed, len(self.image), batch_size, rows, balanced_label)
-        return self._batches(order, first, batch_size, default_workers(len(self.image)), placement)
+        rows, num_images = placement.local_rows(batch_size), len(self.image)
+        order = TrainingOrder(seed, num_images, batch_size, rows, balanced_label)
+        num_workers = default_workers(num_images) if num_workers is None else num_workers
+        return self._batches(order, first, batch_size, num_workers, placement)
 
     def plain_batches(self, batch_size: int, placement: Placement) -> AbstractContextManager[Iterator[StreamedPixels]]:
         """Opens the batches of `plain_plan`, again and again.
