@@ -2,13 +2,14 @@
 
     make test-slurm    # some minutes; as root, on Debian, whose packages it installs
 
-Each job is `sbatch experiments/launch/slurm.sbatch` with two nodes. In the middle it is requeued, or warned as before
-its time limit, or one of its processes is killed, or everything on one node. It must return by itself, and its digests
-(parameters, optimizer state, best checkpoint, metrics.jsonl) must be those of one process with two devices that nothing
-disturbs. Prints a table; exits with 1 at the first difference.
+Each job is `sbatch experiments/launch/slurm.sbatch` with two nodes. In the middle it is requeued, or preempted by a job
+of higher priority, or warned as before its time limit, or one of its processes is killed, or everything on one node. It
+must return by itself, and its digests (parameters, optimizer state, best checkpoint, metrics.jsonl) must be those of
+one process with two devices that nothing disturbs. Prints a table; exits with 1 at the first difference.
 """
 
 import argparse
+import json
 import os
 import re
 import signal
@@ -28,24 +29,20 @@ from cnnjax.data.tfds_format import write_tfds
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "experiments" / "launch" / "slurm.sbatch"
-NUM_EPOCHS = 80
+NUM_EPOCHS = 24
 OPTIONS = ["--dataset", "generated", "--model", "mlp", "--model.dense-dropout", "0.2", "--augment.flip", "random"]
-OPTIONS += [
-    "--num-epochs",
-    str(NUM_EPOCHS),
-    "--batch-size",
-    "64",
-    "--mesh",
-    "data=2",
-    "--host-timeout",
-    "10",
-    "--no-report",
-]
+OPTIONS += ["--num-epochs", str(NUM_EPOCHS), "--batch-size", "64", "--mesh", "data=2", "--host-timeout", "10"]
+OPTIONS += ["--no-report"]
 LIMIT_SECONDS = 240
 
 
 def requeue(cluster, job):
     cluster.command("scontrol", "requeue", job)
+
+
+def preempt(cluster, job):
+    options = ["--partition", "urgent", "--nodes", str(len(cluster.nodes)), "--output", "/dev/null"]
+    cluster.command("sbatch", *options, "--wrap", "true")
 
 
 def warn(cluster, job):
@@ -67,6 +64,7 @@ def kill_node(cluster, job):
 DISTURBANCES = {
     "nothing": None,
     "scontrol requeue": requeue,
+    "preemption": preempt,
     "SIGTERM before the time limit": warn,
     "SIGKILL of process 1": kill_task,
     "SIGKILL of all on node 2": kill_node,
@@ -74,11 +72,21 @@ DISTURBANCES = {
 
 
 class Ended(NamedTuple):
-    """A job that ended well: how often it was started again, its seconds, and where it resumed."""
+    """A job that ended well.
+
+    Attributes:
+      restarts: how often it was started again.
+      disturbed: the step of the last epoch before the disturbance.
+      resumed: the steps at which it resumed.
+      pause: seconds from the disturbance until it has resumed.
+      seconds: of all, from the submission.
+    """
 
     restarts: int
-    seconds: float
+    disturbed: int
     resumed: list[int]
+    pause: float
+    seconds: float
 
 
 def prepare(folder):
@@ -102,8 +110,8 @@ def environment(folder):
 
 
 def train_alone(options, run_dir, variables):
-    """Trains in one process with two devices; returns its outcome."""
-    command = [variables["CNNJAX"], "train", *options, "--run-dir", str(run_dir)]
+    """Trains in one process with two devices, which sums like several; returns its outcome."""
+    command = [variables["CNNJAX"], "train", *options, "--num-processes", "1", "--run-dir", str(run_dir)]
     done = subprocess.run(
         command, env={**variables, "JAX_NUM_CPU_DEVICES": "2"}, capture_output=True, text=True, check=False
     )
@@ -128,23 +136,33 @@ def train_under_slurm(cluster, options, run_dir, disturb):
     def state():
         return cluster.job(job)["JobState"]
 
+    def steps():
+        return [json.loads(line)["step"] for line in metrics.read_text().splitlines()] if metrics.exists() else []
+
+    def resumed():
+        return [int(step) for step in re.findall(r"resuming at step ([\d,]+)", output.read_text().replace(",", ""))]
+
     def is_in_the_middle():
         assert state() not in ("FAILED", "COMPLETED"), output.read_text()
-        return metrics.exists() and len(metrics.read_text().splitlines()) > NUM_EPOCHS // 4
+        return len(steps()) > NUM_EPOCHS // 8
 
+    step, pause = 0, 0.0
     if disturb is not None:
-        cluster.wait_for(is_in_the_middle, LIMIT_SECONDS, f"a quarter of job {job}")
+        cluster.wait_for(is_in_the_middle, LIMIT_SECONDS, f"an eighth of job {job}")
+        step, moment = steps()[-1], time.monotonic()
         disturb(cluster, job)
+        cluster.wait_for(lambda: resumed() or state() == "FAILED", LIMIT_SECONDS, f"job {job} resumes")
+        pause = time.monotonic() - moment
     cluster.wait_for(lambda: state() in ("FAILED", "COMPLETED"), LIMIT_SECONDS, f"the end of job {job}")
-    text = output.read_text()
-    assert state() == "COMPLETED", text
-    resumed = [int(step) for step in re.findall(r"resuming at step ([\d,]+)", text.replace(",", ""))]
-    return Ended(int(cluster.job(job)["Restarts"]), time.monotonic() - begin, resumed)
+    assert state() == "COMPLETED", output.read_text()
+    return Ended(int(cluster.job(job)["Restarts"]), step, resumed(), pause, time.monotonic() - begin)
 
 
 def check(ended, run_dir, expected, disturb):
     """Checks that a job was disturbed, and that its end has the right bits."""
-    assert outcome(run_dir) == expected, (run_dir, outcome(run_dir), expected)
+    actual = outcome(run_dir)
+    wrong = {name: (actual[name], value) for name, value in expected.items() if actual[name] != value}
+    assert not wrong, (run_dir, wrong)
     assert ended.restarts == len(ended.resumed) == (disturb is not None), ended
 
 
@@ -163,10 +181,11 @@ def main():
                 disturb, run_dir = DISTURBANCES[disturbance], folder / f"run-{i}"
                 ended = train_under_slurm(cluster, options, run_dir, disturb)
                 check(ended, run_dir, expected, disturb)
-                steps = ", ".join(map(str, ended.resumed)) or "–"
-                rows.append(f"| {disturbance} | {ended.restarts} | {steps} | {ended.seconds:.0f} | the same |")
+                middle = f"{ended.disturbed} | {ended.resumed[0]} | {ended.pause:.0f}" if disturb else "– | – | –"
+                rows.append(f"| {disturbance} | {middle} | {ended.seconds:.0f} | the same |")
                 print(rows[-1], flush=True)
-    print("\n| disturbed by | restarts | resumed at step | seconds | bits |\n| --- | --- | --- | --- | --- |")
+    print("\n| disturbed by | after step | resumed at step | seconds until then | seconds of all | bits |")
+    print("| --- | --- | --- | --- | --- | --- |")
     print("\n".join(rows))
 
 

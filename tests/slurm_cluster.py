@@ -43,7 +43,10 @@ SlurmdPidFile={folder}/%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/%n.log
 {nodes}
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime={grace}
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2
 """
 
 
@@ -75,17 +78,18 @@ class Cluster:
       num_nodes: how many.
       kill_wait: the seconds between SIGTERM and SIGKILL when a job is requeued.
       node_timeout: the seconds without an answer after which a node is down.
+      grace: the seconds between SIGTERM and the end of a job that one in the partition `urgent` preempts.
 
     Attributes:
       nodes: the names of the nodes.
       environment: variables with which Slurm's commands find the cluster.
     """
 
-    def __init__(self, folder, variables, *, num_nodes=2, kill_wait=30, node_timeout=60):
+    def __init__(self, folder, variables, *, num_nodes=2, kill_wait=30, node_timeout=60, grace=60):
         self.folder = Path(folder)
         self.nodes = [f"cnnjax-node{i}" for i in range(1, num_nodes + 1)]
         self.environment = {**variables, "SLURM_CONF": str(self.folder / "slurm.conf")}
-        self._settings = {"kill_wait": kill_wait, "node_timeout": node_timeout}
+        self._settings = {"kill_wait": kill_wait, "node_timeout": node_timeout, "grace": grace}
         self._daemons = {}
         self._hosts_line = f"127.0.0.1 {' '.join(self.nodes)} # a test of cnnjax\n"
 
@@ -184,7 +188,7 @@ class Cluster:
     def states(self):
         """Returns the states of the nodes, such as idle or down*."""
         with suppress(subprocess.CalledProcessError):
-            return self.command("sinfo", "-h", "-N", "-o", "%T").split()
+            return self.command("sinfo", "-h", "-N", "-p", "main", "-o", "%T").split()
         return []
 
     def wait_for(self, condition, seconds, what):

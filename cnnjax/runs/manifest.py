@@ -54,7 +54,9 @@ def environment(devices: Sequence[Any], mesh: str | None = None, hosts: Sequence
         if name == "XLA_FLAGS" or name.startswith(("JAX_", "ONEDNN_", "DNNL_"))
     }
     # They change no bits.
-    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_LOG_COMPILES", "ONEDNN_VERBOSE", "DNNL_VERBOSE"):
+    harmless = ("JAX_COMPILATION_CACHE_DIR", "JAX_LOG_COMPILES", "ONEDNN_VERBOSE", "DNNL_VERBOSE")
+    connection = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    for name in (*harmless, *connection):
         flags.pop(name, None)
     driver = [first.client.platform_version, nvidia.read_text().split("\n")[0] if nvidia.exists() else ""]
     return {

@@ -78,13 +78,13 @@ def test_differences_are_of_what_determines_the_bits():
     assert differences(old, new) == {"commit": ("a", "b"), "versions.jax": ("1", "3")}
 
 
-def test_every_part_of_a_session_s_environment_is_compared_except_its_host():
+def test_every_part_of_a_session_s_environment_is_compared_except_its_hosts():
     now = environment(jax.devices()[:1])
     assert environment_changes([now], now) == {}
     code = {"commit": "a", "package_commit": "b", "diff_sha256": "c", "files": {"own.py": "d"}}
     then = {**now, **code}
     compared = {name for name in then if differences(then, {**then, name: "other"})}
-    assert compared == {*then} - {"host", "system"}
+    assert compared == {*then} - {"host", "hosts", "system"}
 
 
 def test_the_environment_has_versions_device_and_kernels(monkeypatch):
@@ -93,8 +93,9 @@ def test_the_environment_has_versions_device_and_kernels(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--a --b")
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("ONEDNN_DEFAULT_FPMATH_MODE", "BF16")
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "somewhere")  # Changes no bits, and neither does the next.
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "somewhere")  # Changes no bits, and neither do the next two.
     monkeypatch.setenv("ONEDNN_VERBOSE", "1")
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:8476")
     found = environment([device, device])
     assert found["flags"] == {"JAX_PLATFORMS": "cpu", "ONEDNN_DEFAULT_FPMATH_MODE": "BF16", "XLA_FLAGS": "--a --b"}
     assert (found["num_devices"], found["cores"], found["device"]) == (2, num_cores(), device.device_kind)
