@@ -1,12 +1,13 @@
-"""Trains with one global batch on 1, 2, 4 and 8 simulated devices, and prints as JSON what each of them did.
+"""Trains on meshes of up to eight simulated devices, and prints as JSON what each of them did.
 
-Usage: devices.py DATA_DIR FOLDER
+Usage: devices.py dense|convolutions DATA_DIR FOLDER
 """
 
 import hashlib
 import json
 import os
 import sys
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,16 @@ from typing import Any
 # Before jax starts.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # Compiles in half the time.
+sys.path.append(str(Path(__file__).parents[2] / "experiments" / "benchmarks"))
 
+import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from research import Noise
 
-from cnnjax import MLP, Adam, Config, load_dataset, train_and_evaluate
+from cnnjax import CNN, MLP, Config, Optimizer, load_dataset, train_and_evaluate
 from cnnjax.data.batches import make_batch
 from cnnjax.layers.modules import Dropout
 from cnnjax.prepare import set_up
@@ -29,12 +33,22 @@ from cnnjax.runs.files import tree_sha256
 from cnnjax.sharding import place
 from cnnjax.train import plan_dispatches
 
+MESHES = ("data=1", "data=2", "data=8", "model=8", "data=4,model=2")
+
+
+class Momentum(Optimizer):
+    """SGD with momentum. Adam divides by gradients that are nearly zero, and with them by rounding."""
+
+    def transform(self, learning_rate):
+        return optax.sgd(learning_rate, 0.9)
+
+
 CONFIG = Config(
     dataset="generated",
     num_epochs=1,
     batch_size=16,
     model=MLP(dense_dropout=0.2),
-    optim=Adam(learning_rate=1e-3),
+    optim=Momentum(learning_rate=0.05),
     augment=Noise(flip="random", translate=2, cutout=4),
 )
 make = jax.jit(make_batch, static_argnums=2)
@@ -45,38 +59,82 @@ def digest(arrays):
     return hashlib.sha256(b"".join(np.asarray(array).tobytes() for array in arrays)).hexdigest()
 
 
-def train(devices, data_dir):
-    """Trains an epoch; returns a summary, and the state."""
-    setup, state = set_up(CONFIG, load_dataset("generated", data_dir), devices, title="", say=print)
-    compiled, batches, loss = steps._cache_size(), [], 0.0
+def name_of(path):
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def collectives(setup, state):
+    """Returns the communication of the program that trains: kind, and dtype and shape of the results."""
+    plan, key = next(plan_dispatches(setup, 0))
+    lowered = steps.lower(state, setup.train, plan, setup.train_key, key, program=setup.program, frozen=())
+    return [(c.kind, c.results) for c in hlo.collectives(lowered.compile().as_text())]
+
+
+def open_on(mesh, config, data_dir):
+    return set_up(config, load_dataset("generated", data_dir), None, mesh=mesh, title="", say=print)
+
+
+def held(state):
+    """Returns the shape of each array of parameters and optimizer state, and the shapes that the devices hold."""
+    leaves = jax.tree_util.tree_leaves_with_path((state.params, state.opt_state))
+    return [(name_of(path), x.shape, sorted({part.data.shape for part in x.addressable_shards})) for path, x in leaves]
+
+
+def train(mesh, data_dir):
+    """Trains an epoch; returns a summary, and the parameters before and after it, each as one vector."""
+    setup, state = open_on(mesh, CONFIG, data_dir)
+    compiled, batches, loss, before = steps._cache_size(), [], 0.0, vector(state)
+    communication = collectives(setup, state)
     for plan, key in islice(plan_dispatches(setup, 0), setup.steps_per_epoch):
         batches.append(make(setup.train, plan.row(0), CONFIG.augment, key))
         state, metrics = steps(state, setup.train, plan, setup.train_key, key, program=setup.program, frozen=())
         loss += float(metrics.loss[0])
     x = jax.device_put(jnp.ones((16, 8, 8, 4)), setup.placement.batch_sharding)
     dropped = jax.jit(lambda x: Dropout(0.25).apply({}, x, train=True, rngs={"dropout": jax.random.key(7)}))(x)
-    images = batches[0].image.sharding
     summary = {
         "batches": digest(leaf for batch in batches for leaf in batch),
         "count": len(batches),
         "dropout": digest([dropped]),
-        "devices of a batch": len(images.device_set),
-        "whole batch on each device": images.is_fully_replicated,
-        "whole state on each device": all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state)),
+        "examples per device": [shard.data.shape[0] for shard in batches[0].image.addressable_shards],
+        "state": held(state),
         "programs": steps._cache_size() - compiled,
+        "collectives": communication,
         "loss": loss,
         "params": tree_sha256(state.params),
     }
-    return summary, state
+    return summary, before, vector(state)
+
+
+def vector(state):
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(state.params)]).astype(np.float64)
+
+
+def communicate(mesh, kernels, data_dir):
+    """Returns the same about a convolutional network, which is not trained."""
+    os.environ["CNNJAX_ONEDNN"] = kernels
+    jax.clear_caches()
+    setup, state = open_on(mesh, replace(CONFIG, model=CNN()), data_dir)
+    return {"state": held(state), "collectives": collectives(setup, state)}
+
+
+def train_on_all(data_dir, folder):
+    # What is compiled to be read is not compiled again to be run.
+    jax.config.update("jax_compilation_cache_dir", str(folder / "cache"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    found, after = {}, {}
+    for mesh in MESHES:
+        found[mesh], before, after[mesh] = train(mesh, data_dir)
+        found[mesh]["distance"] = np.linalg.norm(after[mesh] - after["data=1"]) / np.linalg.norm(after["data=1"])
+        found[mesh]["moved"] = np.linalg.norm(after[mesh] - before) / np.linalg.norm(before)
+    found["run on 8"] = train_and_evaluate(CONFIG, run_dir=folder / "run", data_dir=data_dir).result
+    found["6 examples on 4"] = place(6, jax.devices()[:4]).num_devices
+    return found
 
 
 if __name__ == "__main__":
-    data_dir, folder = map(Path, sys.argv[1:])
-    found, vectors = {}, {}
-    for n in (1, 2, 4, 8):
-        found[n], state = train(jax.devices()[:n], data_dir)
-        vectors[n] = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(state.params)]).astype(np.float64)
-        found[n]["distance"] = np.linalg.norm(vectors[n] - vectors[1]) / np.linalg.norm(vectors[1])
-    found["run on 8"] = train_and_evaluate(CONFIG, run_dir=folder, data_dir=data_dir).result
-    found["6 examples on 4"] = place(6, jax.devices()[:4]).num_devices
-    print(json.dumps(found))
+    data_dir, folder = map(Path, sys.argv[2:])
+    if sys.argv[1] == "dense":
+        print(json.dumps(train_on_all(data_dir, folder)))
+    else:
+        cases = [(mesh, kernels) for mesh in ("data=8", "data=4,model=2") for kernels in ("0", "1")]
+        print(json.dumps({f"{mesh} {kernels}": communicate(mesh, kernels, data_dir) for mesh, kernels in cases}))
