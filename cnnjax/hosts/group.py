@@ -103,7 +103,7 @@ class Hosts:
         text = str(error).lower()
         if (
             self._watch is not None
-            and isinstance(error, (RuntimeError, ValueError))
+            and isinstance(error, (RuntimeError, ValueError, OSError))
             and any(
                 word in text
                 for word in ("gloo", "nccl", "connection", "socket", "peer", "unavailable", "grpc", "aborted")

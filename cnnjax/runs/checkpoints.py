@@ -161,6 +161,7 @@ class Checkpoints:
             try:
                 pending.result()
             except Exception as error:  # Orbax raises many types if the disk is full.
+                self._hosts.explain(error)  # Or if another process was killed meanwhile.
                 if not isinstance(error, OSError) and not _SYSTEM.search(str(error)):
                     raise
                 raise StorageError(
