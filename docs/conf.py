@@ -38,6 +38,8 @@ PAGES = [
     "docs/cli",
     "experiments/RESULTS",
     "experiments/benchmarks/BENCHMARKS",
+    "experiments/benchmarks/CAPACITY",
+    "experiments/launch/README",
 ]
 
 project = "cnnjax"
