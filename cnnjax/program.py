@@ -111,11 +111,17 @@ def train_steps(
 
 @jit(static_argnames=("model", "tta", "placement"))
 def _score(
-    state: TrainState, pixels: Pixels | StreamedPixels, plan: Plan, *, model: Network, tta: str, placement: Placement
+    state: TrainState,
+    pixels: Pixels | StreamedPixels,
+    plan: Plan,
+    *,
+    model: Network,
+    tta: str,
+    placement: Placement | None,
 ) -> tuple[Metrics, Int[Array, " B"], Float[Array, "B K"]]:
     """Returns the metrics of a batch, the predicted classes, and the logits."""
     batch = make_batch(pixels, plan)
-    if placement.is_fully_sharded:
+    if placement is not None:  # It divides the state.
         state = lax.with_sharding_constraint(state, placement.replicated)  # What is not used is not gathered.
     logits = logits_of(apply_views(state, batch, model, tta))
     return sum_metrics(logits, batch, softmax_cross_entropy), jnp.argmax(logits, axis=-1).astype(jnp.int32), logits
@@ -147,7 +153,7 @@ def evaluate(
     batch_size = -(-min(batch_size, num_examples) // placement.num_devices) * placement.num_devices
     plan = plain_plan(num_examples, batch_size)
     rows = put([plan.row(i) for i in range(len(plan.example))], placement.batch_sharding)
-    options: Any = {"model": model, "tta": tta, "placement": placement}
+    options: Any = {"model": model, "tta": tta, "placement": placement if placement.is_fully_sharded else None}
     with _inputs(pixels, batch_size, placement) as inputs:
         metrics, predicted, logits = _score(state, next(inputs), rows[0], **options)
         totals, predictions, kept = Totals(), [predicted], [logits] if keep_logits else []

@@ -225,7 +225,7 @@ def fit(
                 state, metrics = start_steps(setup, state, next_dispatch, step=step, statics=statics, tracer=tracer)
                 first, step = step, step + len(next_dispatch[1][0].example)
                 if ended is not None:  # The device computes meanwhile.
-                    must_save = time.perf_counter() - run.checkpoints.saved_at >= checkpoint_seconds  # See `save`.
+                    must_save = time.perf_counter() - run.checkpoints.saved_at >= checkpoint_seconds
                     progress = end_epoch(run, progress, ended, callbacks, must_save=must_save)
                     if progress.stopped_within is not None:
                         return ended.state, progress  # Discards what was dispatched.
