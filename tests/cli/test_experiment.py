@@ -83,7 +83,7 @@ def test_help_lists_the_fields_with_their_docstrings(capsys):
     assert listed == {
         "model": {"cnn", "efficientnetlite0", "mlp", "resnet18", "resnet50", "speednet", "convnet"},
         "optim": {"adam", "sgd", "muon", "lion"},
-        "augment": {"augment", "mixup", "cutmix", "noise"},
+        "augment": {"augment", "photoaugment", "mixup", "cutmix", "noise"},
     }
     assert "--model.activation" not in out  # A function cannot be written on a command line.
 
