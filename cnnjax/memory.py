@@ -50,14 +50,19 @@ def _bytes_written(equation: Any, result: Any) -> int:
 
 
 def device_memory(device: Any) -> int | None:
-    """Returns the bytes of memory that this process may use on a device of jax, or None if they are unknown.
+    """Returns the bytes of memory that this process may use on a device of jax, or None if they are unknown."""
+    if device.platform == "cpu":
+        return host_memory()
+    with suppress(RuntimeError):  # Not every backend knows.
+        return (device.memory_stats() or {}).get("bytes_limit")
+    return None
 
-    On a CPU this is the least of the machine's memory, the limits of its control groups, and `ulimit -v`.
+
+def host_memory() -> int | None:
+    """Returns the bytes of memory that this process may use, or None if they are unknown; does not start jax.
+
+    The least of the machine's memory, the limits of its control groups, and `ulimit -v`.
     """
-    if device.platform != "cpu":
-        with suppress(RuntimeError):  # Not every backend knows.
-            return (device.memory_stats() or {}).get("bytes_limit")
-        return None
     limits = [resource.getrlimit(resource.RLIMIT_AS)[0]]
     with suppress(OSError, ValueError):
         limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))

@@ -366,8 +366,8 @@ class CpuAsGpu(Placement):
     """A CPU that presents itself as a GPU."""
 
     @property
-    def devices(self):
-        return [SimpleNamespace(platform="gpu")]
+    def device(self):
+        return SimpleNamespace(platform="gpu")
 
 
 @pytest.mark.parametrize(

@@ -179,14 +179,20 @@ def _streamed(wanted: _Wanted, folder: Path, source: str, locked: bool = False) 
 
 
 def _fits(wanted: _Wanted, folder: Path) -> bool:
-    """Returns whether the decoded splits of a set would take at most half of the memory."""
+    """Returns whether the decoded splits of a set would take at most half of the memory.
+
+    That is the memory of the host and, if jax has started, of its device: reading a set must not start it.
+    """
     import jax
+    from jax._src import xla_bridge
 
-    from cnnjax.memory import device_memory
+    from cnnjax.memory import device_memory, host_memory
 
-    if (available := device_memory(jax.local_devices()[0])) is None:
-        return True
-    return decoded_bytes(folder, wanted.decoded, wanted.final) <= available // 2
+    limits = [host_memory()]
+    if xla_bridge.backends_are_initialized():
+        limits.append(device_memory(jax.local_devices()[0]))
+    available = min((limit for limit in limits if limit is not None), default=None)
+    return available is None or decoded_bytes(folder, wanted.decoded, wanted.final) <= available // 2
 
 
 def _cache_name(fit: Fit) -> str:
