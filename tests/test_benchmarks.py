@@ -1,6 +1,7 @@
 """The benchmarks: their harness, their programs at a small size, and the variants of the ladder."""
 
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -188,3 +189,38 @@ def test_every_variant_of_the_ladder_is_another_program_or_configuration(load, m
         with restored():
             assert (program_for_a_gpu(variant) == base) == (name == "as it is"), name
     assert program_for_a_gpu(ladder.Variant()) == base
+
+
+def test_the_kernels_of_a_step_and_their_bytes_are_read_from_a_compiled_program(load):
+    text = """
+%fused (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+}
+
+%body (t: (f32[10,4], s32[2])) -> (f32[10,4], s32[2]) {
+  %t = (f32[10,4]{1,0}, s32[2]{0}) parameter(0)
+  %x = f32[10,4]{1,0} get-tuple-element(%t), index=0
+  %i = s32[2]{0} get-tuple-element(%t), index=1
+  %conv.1 = (bf16[2,4]{1,0}, u8[0]{0}) custom-call(%x), custom_call_target="__cudnn$convForward"
+  %y = bf16[2,4]{1,0} get-tuple-element(%conv.1), index=0
+  %loop_add_fusion.7 = bf16[2,4]{1,0} fusion(%y, %i), kind=kLoop, calls=%fused, metadata={op_name="jit(f)/add"}
+  ROOT %loop_gather_fusion = f32[2,4]{1,0} fusion(%x, %i), kind=kLoop, calls=%fused
+}
+"""
+    kernels = load("gpu_programs").kernels_of_step(text)
+    assert [(*kernel,) for kernel in kernels] == [
+        ("convForward", "", 160 + 16),
+        ("loop_add_fusion", "jit(f)/add", 16 + 8 + 16),
+        ("loop_gather_fusion", "", 32 + 8 + 32),  # A gather reads no more images than it returns.
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("CNNJAX_CUDA_PYTHON" not in os.environ, reason="needs an interpreter with jax[cuda]")
+def test_a_step_is_compiled_for_a_gpu_that_is_not_there():
+    names = ["norm's gradient of cee6fb2", "as it is"]
+    command = [os.environ["CNNJAX_CUDA_PYTHON"], str(HERE / "gpu_programs.py"), *names]
+    table = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    rows = [line.split(" | ") for line in table.splitlines()[2:]]
+    assert [row[0] for row in rows] == [f"| {name}" for name in names]
+    assert int(rows[1][1]) < int(rows[0][1]) and float(rows[1][2]) < float(rows[0][2])  # Fewer kernels and bytes.

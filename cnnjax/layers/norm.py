@@ -66,13 +66,15 @@ def _batch_norm_gelu_bwd(residuals, cotangents):
 
 
 def _backward(x, g, mean, scale, *shift):  # shift: bias and, if there is one, residual.
-    x, g = lax.optimization_barrier((x, g))  # Without it XLA keeps the normalized `x` in float32.
+    x = lax.optimization_barrier(x)  # Without it XLA keeps the normalized `x` in float32.
     _, pullback = jax.vjp(nn.gelu, _norm(x, mean, scale, *shift))
     # Rounded once for all of its readers, which halves the memory traffic of float32.
     g = lax.optimization_barrier(pullback(g.astype(jnp.float32))[0].astype(x.dtype))
-    wide, normal, count = g.astype(jnp.float32), _norm(x, mean, scale), x.size // x.shape[-1]
-    bias_grad, along = wide.sum((0, 1, 2)), (wide * normal).sum((0, 1, 2))
-    x_grad = _row(scale) * (wide - _row(bias_grad) / count - normal * (_row(along) / count))
+    wide, count = g.astype(jnp.float32), x.size // x.shape[-1]
+    bias_grad, along = wide.sum((0, 1, 2)), (wide * _norm(x, mean, scale)).sum((0, 1, 2))
+    # scale * (g - bias_grad / count - normal * along / count), with the normalized `x` written out.
+    slope = -(scale**2) * along / count
+    x_grad = _row(scale) * wide + _row(slope) * x.astype(jnp.float32) - _row(scale * bias_grad / count + slope * mean)
     return x_grad.astype(x.dtype), bias_grad.astype(shift[0].dtype), g
 
 

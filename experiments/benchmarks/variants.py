@@ -101,9 +101,86 @@ class PoolAfterTheNorm(SpeedNet):
         return x.max(axis=(1, 2)).astype(jnp.float32) @ head / 9
 
 
-def pool_after_the_norm(config: Config) -> Config:
-    model: Any = config.model
-    return replace(config, model=PoolAfterTheNorm(widths=model.widths, dtype=model.dtype))
+def network(model: type[SpeedNet]) -> Change:
+    """Trains another network of the same widths and dtype."""
+
+    def change(config: Config) -> Config:
+        given: Any = config.model
+        return replace(config, model=model(widths=given.widths, dtype=given.dtype))
+
+    return change
+
+
+def norm_gradient_of_cee6fb2(x, g, mean, scale, *shift):
+    """Keeps both arguments behind a barrier, and normalizes `x` again for the image's gradient."""
+    x, g = lax.optimization_barrier((x, g))
+    _, pullback = jax.vjp(nn.gelu, norm._norm(x, mean, scale, *shift))
+    g = lax.optimization_barrier(pullback(g.astype(jnp.float32))[0].astype(x.dtype))
+    wide, normal, count = g.astype(jnp.float32), norm._norm(x, mean, scale), x.size // x.shape[-1]
+    bias_grad, along = wide.sum((0, 1, 2)), (wide * normal).sum((0, 1, 2))
+    x_grad = norm._row(scale) * (wide - norm._row(bias_grad) / count - normal * (norm._row(along) / count))
+    return x_grad.astype(x.dtype), bias_grad.astype(shift[0].dtype), g
+
+
+@jax.custom_vjp
+def pool_norm_gelu(x, bias):
+    """Returns `batch_norm_gelu(max_pool_2x2(x), bias)`; the gradients of both are one kernel."""
+    return pool_norm_gelu_fwd(x, bias)[0]
+
+
+def pool_norm_gelu_fwd(x, bias):
+    pooled, index = ops.max_pool_with_index(x)
+    y, mean, var, scale = norm._forward(pooled, bias)
+    return (y, mean, var), (pooled, index, mean, scale, bias)
+
+
+def pool_norm_gelu_bwd(residuals, cotangents):
+    x, index, mean, scale, bias = residuals
+    x = lax.optimization_barrier(x)
+    _, pullback = jax.vjp(nn.gelu, norm._norm(x, mean, scale, bias))
+    g = lax.optimization_barrier(pullback(cotangents[0].astype(jnp.float32))[0].astype(x.dtype))
+    wide, count, (b, h, w, c) = g.astype(jnp.float32), x.size // x.shape[-1], x.shape
+    bias_grad, along = wide.sum((0, 1, 2)), (wide * norm._norm(x, mean, scale)).sum((0, 1, 2))
+    slope = -(scale**2) * along / count
+
+    def windows(x):  # Repeated before the arithmetic, so that XLA repeats this, too, instead of storing its result.
+        return jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c))
+
+    def row(x):
+        return x[None, None, None, None, None]
+
+    x_grad = row(scale) * windows(g).astype(jnp.float32) + row(slope) * windows(x).astype(jnp.float32)
+    x_grad = (x_grad - row(scale * bias_grad / count + slope * mean)).astype(x.dtype)
+    corner = jnp.arange(4, dtype=jnp.uint8).reshape(1, 1, 2, 1, 2, 1)
+    return jnp.where(windows(index) == corner, x_grad, 0).reshape(b, 2 * h, 2 * w, c), bias_grad
+
+
+pool_norm_gelu.defvjp(pool_norm_gelu_fwd, pool_norm_gelu_bwd)
+
+
+class PoolWithNorm(SpeedNet):
+    """`SpeedNet` of depth 2 with `pool_norm_gelu`."""
+
+    @nn.compact
+    def __call__(self, image, *, train):
+        """Returns logits."""
+        x = ops.gelu(speednet.Whiten(name="whiten")(jnp.asarray(image, self.dtype)))
+        for i, width in enumerate(self.widths):
+            x = speednet.SpeedConv(width, even=True)(x)
+            if train and not self.is_initializing():
+                x = self._pool_and_norm(x, f"NormGelu_{2 * i}")
+            else:
+                x = norm.NormGelu(name=f"NormGelu_{2 * i}")(ops.max_pool_2x2(x), train=train)
+            x = norm.NormGelu(name=f"NormGelu_{2 * i + 1}")(speednet.SpeedConv(width)(x), train=train)
+        head = self.param("head", nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"), (x.shape[-1], 10))
+        return x.max(axis=(1, 2)).astype(jnp.float32) @ head / 9
+
+    def _pool_and_norm(self, x, name):
+        y, mean, var = pool_norm_gelu(x, self.get_variable("params", name)["bias"])
+        batch, running = lax.stop_gradient({"mean": mean, "var": var}), self.get_variable("batch_stats", name)
+        averages = jax.tree.map(lambda a, b: norm.MOMENTUM * a + (1 - norm.MOMENTUM) * b, running, batch)
+        self.put_variable("batch_stats", name, averages)
+        return y
 
 
 def pool_by_comparison(config: Config) -> Config:
@@ -172,7 +249,10 @@ VARIANTS = {
     "float16": Variant(change=lambda config: replace(config, model=replace(config.model, dtype="float16"))),
     "statistics in 16 bits": Variant(change=instead(norm, batch_norm_gelu=norm_gelu_in_sums_of_16_bits)),
     "norm and GELU by JAX": Variant(change=instead(norm, batch_norm_gelu=norm.plain_batch_norm_gelu)),
-    "pool after the norm": Variant(change=pool_after_the_norm),
+    "norm's gradient of cee6fb2": Variant(change=instead(norm, _backward=norm_gradient_of_cee6fb2)),
+    "pool and norm as one": Variant(change=network(PoolWithNorm)),
+    "pool and norm as one, any kernels": Variant(ANY_KERNELS, network(PoolWithNorm)),
+    "pool after the norm": Variant(change=network(PoolAfterTheNorm)),
     "pool by comparison": Variant(change=pool_by_comparison),
     "every output before a pool": Variant(
         change=instead(speednet, SpeedConv=lambda width, even=False, plain=False: SpeedConv(width))
