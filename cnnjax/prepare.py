@@ -80,6 +80,10 @@ class Setup(NamedTuple):
         frozen = [self.program.frozen_names(state.params, step) for step in steps]
         return tuple(name for name in frozen[0] if all(name in names for names in frozen))
 
+    def statics(self, state: TrainState, epoch: int) -> tuple[Program, tuple[str, ...]]:
+        """Returns the arguments `program` and `frozen` of `train_steps` in an epoch (from 0)."""
+        return self.program.at_epoch(epoch), self.frozen_names(state, epoch)
+
 
 def load_data(
     config: Config,

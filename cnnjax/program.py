@@ -1,6 +1,6 @@
 """Many steps as one program, and the evaluation of a data set."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import repeat
 from typing import Any, NamedTuple
@@ -144,29 +144,73 @@ def evaluate(
       placement: how devices share a batch; None: the first device works alone.
       keep_logits: whether to return the logits, too.
     """
+    options: Any = {"model": model, "tta": tta, "placement": placement, "keep_logits": keep_logits}
+    return start_evaluation(state, pixels, **options)()
+
+
+def start_evaluation(
+    state: TrainState,
+    pixels: Pixels | StreamedSet,
+    *,
+    model: Network,
+    tta: str = "none",
+    placement: Placement | None = None,
+    keep_logits: bool = False,
+) -> Callable[[], Scores]:
+    """Starts to `evaluate`; the function that it returns waits for the device, and returns the scores."""
     num_examples = len(pixels.label)
     placement = placement or place(1, jax.local_devices())
-    platform = placement.device.platform
-    size = pixels.image.shape[1] * pixels.image.shape[2]
-    batch_size = ACCELERATOR_EVAL_BATCH_SIZE if platform != "cpu" and size <= 32 * 32 else EVAL_BATCH_SIZE
-    batch_size = min(batch_size, max(8, EVAL_BATCH_SIZE * 64 * 64 // size))  # Large images need much memory.
-    batch_size = -(-min(batch_size, num_examples) // placement.num_devices) * placement.num_devices
-    plan = plain_plan(num_examples, batch_size)
+    plan, options = _evaluation_plan(pixels, placement), _score_options(model, tta, placement)
     rows = put([plan.row(i) for i in range(len(plan.example))], placement.batch_sharding)
-    options: Any = {"model": model, "tta": tta, "placement": placement if placement.is_fully_sharded else None}
-    with _inputs(pixels, batch_size, placement) as inputs:
-        metrics, predicted, logits = _score(state, next(inputs), rows[0], **options)
-        totals, predictions, kept = Totals(), [predicted], [logits] if keep_logits else []
-        for row in rows[1:]:  # At most two at a time: each running batch has its own scratch memory.
-            upcoming, predicted, logits = _score(state, next(inputs), row, **options)
-            totals, metrics = totals.add(metrics), upcoming
-            predictions.append(predicted)
-            if keep_logits:
-                kept.append(logits)
-    predicted = np.concatenate(fetch(predictions))[:num_examples]  # Without the padding.
-    confusion = count_pairs(fetch(pixels.label), predicted)
-    scores = totals.add(metrics).means()._replace(confusion=confusion)
-    return scores._replace(logits=np.concatenate(fetch(kept))[:num_examples]) if keep_logits else scores
+    few_at_a_time = placement.device.platform == "cpu" or isinstance(pixels, StreamedSet)
+    batches: list[tuple[Metrics, Array, Array | None]] = []
+    with _inputs(pixels, plan.example.shape[1], placement) as inputs:
+        for row in rows:
+            metrics, predicted, logits = _score(state, next(inputs), row, **options)
+            if batches and few_at_a_time:
+                # At most two at a time: each has its own scratch memory or images.
+                jax.block_until_ready(batches[-1])
+            batches.append((metrics, predicted, logits if keep_logits else None))
+
+    def finish() -> Scores:
+        totals, (metrics, predicted, logits) = Totals(), zip(*fetch(batches), strict=True)
+        for sums in metrics:
+            totals = totals.add(sums)
+        confusion = count_pairs(fetch(pixels.label), np.concatenate(predicted)[:num_examples])  # Without the padding.
+        scores = totals.means()._replace(confusion=confusion)
+        return scores._replace(logits=np.concatenate(logits)[:num_examples]) if keep_logits else scores
+
+    return finish
+
+
+def compile_evaluation(
+    state: Any, pixels: Pixels | StreamedSet, *, model: Network, tta: str, placement: Placement
+) -> None:
+    """Compiles the program with which `evaluate` scores a data set.
+
+    Args:
+      state: the shapes of the state, with their shardings.
+    """
+    plan = _evaluation_plan(pixels, placement)
+    if isinstance(pixels, StreamedSet):
+        shapes: Any = pixels.spec(plan.example.shape[1], placement)
+    else:
+        shapes = jax.tree.map(lambda x: x.update(sharding=placement.replicated), jax.eval_shape(lambda x: x, pixels))
+    row = put(plan.row(0), placement.batch_sharding)
+    _score.lower(state, shapes, row, **_score_options(model, tta, placement)).compile()
+
+
+def _evaluation_plan(pixels: Pixels | StreamedSet, placement: Placement) -> Plan:
+    size = pixels.image.shape[1] * pixels.image.shape[2]
+    on_cpu = placement.device.platform == "cpu"
+    batch_size = ACCELERATOR_EVAL_BATCH_SIZE if not on_cpu and size <= 32 * 32 else EVAL_BATCH_SIZE
+    batch_size = min(batch_size, max(8, EVAL_BATCH_SIZE * 64 * 64 // size))  # Large images need much memory.
+    batch_size = -(-min(batch_size, len(pixels.label)) // placement.num_devices) * placement.num_devices
+    return plain_plan(len(pixels.label), batch_size)
+
+
+def _score_options(model: Network, tta: str, placement: Placement) -> Any:
+    return {"model": model, "tta": tta, "placement": placement if placement.is_fully_sharded else None}
 
 
 def _inputs(

@@ -1,9 +1,11 @@
 """Training, from a `Config` to a result: set up, restore, train, validate, save, test."""
 
+import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache, partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +13,7 @@ from typing import Any, Literal
 import jax
 from jaxtyping import Array, Key
 
+from cnnjax.ahead import prepared_ahead
 from cnnjax.cli.console import Report
 from cnnjax.cli.process import start_jax
 from cnnjax.cli.signals import Stop
@@ -21,9 +24,9 @@ from cnnjax.data.order import Plan, epoch_plan
 from cnnjax.errors import UserError, check
 from cnnjax.hosts import current
 from cnnjax.memory import explain_out_of_memory
-from cnnjax.metrics import Metrics, Totals
+from cnnjax.metrics import Metrics, Scores, Totals
 from cnnjax.prepare import Setup, load_data, load_network_weights, set_up
-from cnnjax.program import Program, evaluate, train_steps
+from cnnjax.program import Program, start_evaluation, train_steps
 from cnnjax.runs import manifest
 from cnnjax.runs.directory import OpenRun, open_run
 from cnnjax.runs.files import write_json
@@ -49,6 +52,9 @@ from cnnjax.runs.source import SourceCode
 from cnnjax.sharding import fetch, move, put
 from cnnjax.step import TrainState, copy_state
 from cnnjax.throughput import make_timing, seconds_at_peak
+
+# Longer epochs are not queued: a process that is stopped ends when the device has computed what is queued.
+QUEUED_SECONDS = 5.0
 
 
 def train_and_evaluate(
@@ -165,20 +171,31 @@ def train_and_evaluate(
             elif resume is True:
                 report.say(f"There is nothing to resume in {run_dir}: starting from scratch.")
             tracer.check(int(state.step), setup.program.num_steps)
+            write_progress(run, progress)
             begun, num_steps = Run(run_dir, setup.config, setup.facts, None), setup.program.num_steps
-            with callbacks.loggers.started(begun, int(state.step), num_steps):
-                with tracer:
-                    state, progress = fit(
-                        setup, state, progress, run, callbacks, tracer=tracer, checkpoint_seconds=checkpoint_seconds
-                    )
+            with (
+                callbacks.loggers.started(begun, int(state.step), num_steps),
+                prepared_ahead(setup, state) as test_set,
+            ):
+                if progress.stopped_within != config.num_epochs:  # Else it was killed after it had stopped.
+                    with tracer:
+                        state, progress = fit(
+                            setup, state, progress, run, callbacks, tracer=tracer, checkpoint_seconds=checkpoint_seconds
+                        )
+                result, best, test_logits = score_test_set(setup, state, progress, run, test_set())
                 run.checkpoints.wait()
-                result, best, test_logits = score_test_set(setup, state, progress, run)
                 if hosts.leads:
                     write_json(run_dir / "result.json", result)
                 callbacks.loggers.result(result)
             best = move(best, setup.placement.device)
-            known = best, progress.rows, progress.timing
-            trained = Run(run_dir, setup.config, setup.facts, result, test_logits=test_logits, _trained=known)
+            trained = Run(
+                run_dir,
+                setup.config,
+                setup.facts,
+                result,
+                test_logits=test_logits,
+                _trained=(best, progress.rows, progress.timing),
+            )
         run.stop.finished = stop is None
     report.result(trained.finished_result(), run_dir)
     return trained
@@ -206,64 +223,77 @@ def fit(
     """
     config, steps = setup.config, setup.steps_per_epoch
     first = step = int(state.step)
-    start = time.perf_counter() - progress.seconds  # When a run without interruptions would have begun.
-    write_progress(run, progress)
-    shapes = {setup.train_shape(program) for program in setup.program.distinct()}
-    at_peak = {shape: seconds_at_peak(config.model, shape, setup.placement.devices) for shape in shapes}
-    if progress.stopped_within == config.num_epochs:  # The process was killed after it had stopped.
-        return state, progress
+    begin = time.perf_counter() - progress.seconds  # When a run without interruptions would have begun.
+    at_peak = {
+        shape: seconds_at_peak(config.model, shape, setup.placement.devices)
+        for shape in {setup.train_shape(program) for program in setup.program.distinct()}
+    }
     progress = progress._replace(stopped_within=None)
-    ended = signum = None  # The previous epoch, until it is reported; the signal for which all processes stop.
+    # The previous epoch, until it is reported; the signal for which all processes stop; the metrics of steps that are
+    # queued on the device.
+    ended = signum = queued = None
+    start = partial(start_steps, setup, tracer=tracer)
+    statics = cache(lambda epoch: setup.statics(state, epoch))
     with training_input(setup, step) as inputs, run.report.progress(config.num_epochs, steps, start=step):
         dispatches = zip(inputs, plan_dispatches(setup, step), strict=True)
         next_dispatch = next(dispatches)
-        for epoch in range(step // steps, config.num_epochs):
-            epoch_start, examples_before = time.perf_counter(), progress.totals.num_examples
-            program, frozen = setup.program.at_epoch(epoch), setup.frozen_names(state, epoch)
-            while step < (epoch + 1) * steps:
-                statics = program, frozen
-                state, metrics = start_steps(setup, state, next_dispatch, step=step, statics=statics, tracer=tracer)
-                first, step = step, step + len(next_dispatch[1][0].example)
-                if ended is not None:  # The device computes meanwhile.
-                    must_save = time.perf_counter() - run.checkpoints.saved_at >= checkpoint_seconds
-                    progress = end_epoch(run, progress, ended, callbacks, must_save=must_save)
-                    if progress.stopped_within is not None:
-                        return ended.state, progress  # Discards what was dispatched.
-                    ended = None
-                next_dispatch = next(dispatches)
-                metrics = fetch(metrics)  # Waits for the device.
-                tracer.end(step)
-                callbacks.report_steps(first + 1, metrics)
-                progress = add_steps(run, progress, metrics, (first, step), time.perf_counter() - start)
-                due = time.perf_counter() - run.checkpoints.saved_at >= checkpoint_seconds
-                signum, due = run.hosts.agreed(step, stop=run.stop.signum, save=due)
-                # The last step of an epoch is saved with its scores, in `end_epoch`.
-                if step % steps and (signum is not None or due):
+        epoch_start, epoch_seconds, examples_before = time.perf_counter(), math.inf, progress.totals.num_examples
+        while step < setup.program.num_steps and progress.stopped_within is None:
+            metrics, queued, epoch = queued, None, step // steps
+            if metrics is None:
+                state, metrics = start(state, next_dispatch, step=step, statics=statics(epoch))
+            first, step = step, step + len(next_dispatch[1][0].example)
+            if ended is not None:  # The device computes meanwhile.
+                progress = end_epoch(
+                    run, progress, ended, callbacks, must_save=run.checkpoints.is_due(checkpoint_seconds)
+                )
+                if progress.stopped_within is not None:
+                    return ended.state, progress  # Discards what was dispatched.
+                ended = None
+            next_dispatch, snapshot = next(dispatches), None
+            if setup.steps_per_dispatch > 1 and not tracer.traces(step, steps):
+                # Otherwise the device would wait for the host at the end of each epoch.
+                snapshot = start_validation(setup, state)
+                if (
+                    step < setup.program.num_steps
+                    and epoch_seconds < QUEUED_SECONDS
+                    and run.stop.signum is None
+                    and run.hosts.count == 1  # Several must agree first whether to stop.
+                ):
+                    state, queued = start(state, next_dispatch, step=step, statics=statics(epoch + 1))
+            metrics = fetch(metrics)  # Waits for the device.
+            tracer.end(step)
+            callbacks.report_steps(first + 1, metrics)
+            progress = add_steps(run, progress, metrics, (first, step), time.perf_counter() - begin)
+            is_due = run.checkpoints.is_due(checkpoint_seconds)
+            signum, is_due = run.hosts.agreed(step, stop=run.stop.signum, save=is_due)
+            if step % steps:  # The last step of an epoch is saved with its scores, in `end_epoch`.
+                if signum is not None or is_due:
                     save_within_epoch(run, state, progress, (first, step), signum)
-            images_per_second = (progress.totals.num_examples - examples_before) / (time.perf_counter() - epoch_start)
-            scores = (
-                evaluate(state, setup.validation, model=config.model, placement=setup.placement)
-                if len(setup.validation.label)
-                else None
-            )
-            seconds = time.perf_counter() - start
+                continue
+            epoch_seconds = time.perf_counter() - epoch_start
+            images_per_second = (progress.totals.num_examples - examples_before) / epoch_seconds
+            snapshot, validate = snapshot or start_validation(setup, state)
+            scores = validate()
+            seconds = time.perf_counter() - begin
             ended = EndedEpoch(
-                state=copy_state(state),
+                state=snapshot,
                 steps=(first, step),
                 train=progress.totals.means(),
                 grad_norm=progress.grad_norm / steps,
                 validation=scores,
-                timing=make_timing(epoch + 1, images_per_second, seconds, at_peak[setup.train_shape(program)]),
+                timing=make_timing(
+                    epoch + 1, images_per_second, seconds, at_peak[setup.train_shape(statics(epoch)[0])]
+                ),
             )
             progress = progress._replace(totals=Totals(), grad_norm=0.0, seconds=seconds)
-            traced = tracer.traces(step, setup.steps_per_dispatch)  # The next steps must not be timed with this.
             signum = signum or run.hosts.agreed(step, stop=run.stop.signum, save=False)[0]  # It may have arrived now.
-            if signum is not None or traced or epoch + 1 == config.num_epochs:
+            # Steps that are traced must not be timed with this.
+            if signum is not None or step == setup.program.num_steps or tracer.traces(step, setup.steps_per_dispatch):
                 progress = end_epoch(run, progress, ended, callbacks, must_save=True)
                 raise_if_stopped(run, step, signum)
                 ended = None
-                if progress.stopped_within is not None:
-                    break
+            epoch_start, examples_before = time.perf_counter(), 0
     return state, progress
 
 
@@ -291,6 +321,18 @@ def start_steps(
         jax.block_until_ready(train_steps(copy_state(state), *arguments, **options))
     tracer.begin(step, len(plan.example), step // setup.steps_per_epoch)
     return train_steps(state, *arguments, **options)
+
+
+def start_validation(setup: Setup, state: TrainState) -> tuple[TrainState, Callable[[], Scores | None]]:
+    """Copies the state at the end of an epoch, and starts to score the copy; does not wait for the device.
+
+    Returns:
+      The copy, and a function that waits for its scores (None without validation).
+    """
+    snapshot = copy_state(state)
+    if not len(setup.validation.label):
+        return snapshot, lambda: None
+    return snapshot, start_evaluation(snapshot, setup.validation, model=setup.config.model, placement=setup.placement)
 
 
 def training_input(setup: Setup, step: int) -> AbstractContextManager[Iterator[Any]]:

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from cnnjax.runs.files import tree_sha256
 from cnnjax.runs.inspection import reproduce, verify
 from cnnjax.runs.manifest import read_manifest
 from cnnjax.runs.progress import Callbacks
+from cnnjax.sharding import fetch
 from cnnjax.step import TrainState
 
 PROGRAMS = Path(research.__file__).parent
@@ -148,19 +150,24 @@ def test_named_values_of_the_loss_are_recorded_and_accuracy_only_of_class_indice
     assert resumed.result["sha256"] == whole.result["sha256"]  # The bytes of metrics.jsonl, too.
 
 
-def test_an_epoch_as_one_program_reports_its_steps_at_its_end_and_may_be_discarded(tmp_path, monkeypatch):
-    """As on an accelerator."""
-    dispatched, calls = [], Calls()
+@pytest.fixture
+def one_program(monkeypatch):
+    """Makes each epoch one program, as on an accelerator."""
 
     def set_up_for_accelerator(*args, **options):
         setup, state = set_up(*args, **options)
         return setup._replace(steps_per_dispatch=setup.steps_per_epoch), state
 
+    monkeypatch.setattr("cnnjax.train.set_up", set_up_for_accelerator)
+
+
+def test_an_epoch_as_one_program_reports_its_steps_at_its_end_and_may_be_discarded(one_program, tmp_path, monkeypatch):
+    dispatched, calls = [], Calls()
+
     def dispatch(state, pixels, plan, *args, **options):
         dispatched.append(len(plan.example))
         return train_steps(state, pixels, plan, *args, **options)
 
-    monkeypatch.setattr("cnnjax.train.set_up", set_up_for_accelerator)
     monkeypatch.setattr("cnnjax.train.train_steps", dispatch)
     run = train_and_evaluate(CONFIG, run_dir=tmp_path / "run", on_step=calls.on_step, on_epoch=calls.stop_after_one)
     assert dispatched == [6, 6]
@@ -168,6 +175,61 @@ def test_an_epoch_as_one_program_reports_its_steps_at_its_end_and_may_be_discard
     assert run.result["stopped_epoch"] == 1
     assert run.result["sha256"]["params"] == read_rows(tmp_path / "run")[0]["params_sha256"]
     assert run.state.step == 6
+
+
+@pytest.mark.parametrize(("queued_seconds", "queues"), [(1000.0, True), (0.0, False)])
+def test_the_next_epoch_is_queued_before_the_device_has_finished_unless_epochs_are_long(
+    queued_seconds, queues, one_program, tmp_path, monkeypatch
+):
+    order, config = [], replace(CONFIG, num_epochs=4)
+
+    def dispatch(*args, **options):
+        order.append("start")
+        return train_steps(*args, **options)
+
+    monkeypatch.setattr("cnnjax.train.train_steps", dispatch)
+    monkeypatch.setattr("cnnjax.train.QUEUED_SECONDS", queued_seconds)
+    monkeypatch.setattr("cnnjax.train.fetch", lambda metrics: order.append("wait") or fetch(metrics))
+    run = train_and_evaluate(
+        config, run_dir=tmp_path, on_epoch=lambda row, state: order.append(f"epoch {row['epoch']}")
+    )
+    usual = ["start", "wait", "start", "epoch 1", "wait", "start", "epoch 2", "wait", "start", "epoch 3", "wait"]
+    # How long an epoch takes is known after the first.
+    queued = ["start", "wait", "start", "epoch 1", "start", "wait", "epoch 2", "start", "wait", "epoch 3", "wait"]
+    assert order == [*(queued if queues else usual), "epoch 4"]
+    assert [row["step"] for row in read_rows(tmp_path)] == [6, 12, 18, 24]
+    assert run.result["sha256"]["params"] == read_rows(tmp_path)[-1]["params_sha256"]
+
+
+def test_a_signal_while_an_epoch_is_queued_loses_no_finished_one(one_program, tmp_path, monkeypatch):
+    monkeypatch.setattr("cnnjax.train.QUEUED_SECONDS", 1000.0)
+    whole = train_and_evaluate(CONFIG, run_dir=tmp_path / "whole")
+
+    def interrupt(step, metrics):
+        if step == 8:  # Of the second epoch; the third is queued.
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="the checkpoint of step 12 is saved"):
+        train_and_evaluate(CONFIG, run_dir=tmp_path / "run", on_step=interrupt)
+    resumed = train_and_evaluate(CONFIG, run_dir=tmp_path / "run", resume=True)
+    assert resumed.result["sha256"] == whole.result["sha256"]
+
+
+@dataclass(frozen=True)
+class FlipsLater(Augment):
+    """Flips from the second epoch on."""
+
+    def at_epoch(self, epoch, num_epochs):
+        return Augment(flip="random" if epoch else "none")
+
+
+def test_the_programs_of_later_epochs_and_of_the_test_are_compiled_by_a_thread(one_program, tmp_path, caplog):
+    config = replace(CONFIG, augment=FlipsLater(), num_epochs=2, loss=CrossEntropy(label_smoothing=0.125))
+    with jax.log_compiles():  # Of this thread.
+        train_and_evaluate(config, run_dir=tmp_path)
+    compiled = Counter(record.getMessage().split(" with ")[0] for record in caplog.records)
+    # The steps of the first epoch, and the score of the validation set.
+    assert [compiled[f"Compiling jit({name})"] for name in ("train_steps", "_score")] == [1, 1]
 
 
 # --- Early stopping -------------------------------------------------------------------------------------------------
@@ -232,7 +294,8 @@ def test_a_process_killed_at_any_moment_of_a_stop_ends_with_the_same_bits(stoppe
         command = [sys.executable, str(PROGRAMS / "stops_early.py"), str(run_dir), moment]
         killed = subprocess.run(command, check=False)
         assert killed.returncode == -signal.SIGKILL
-        assert (run_dir / "checkpoints" / "12").exists() == (moment != "save")
+        if moment != "test":  # Then the checkpoint may still be being written.
+            assert (run_dir / "checkpoints" / "12").exists() == (moment == "result")
     run = train_and_evaluate(CONFIG, run_dir=run_dir, resume=True, on_step=never, on_epoch=never)
     assert read_rows(run_dir) == read_rows(stopped.run_dir)
     assert run.result["sha256"] == stopped.result["sha256"]

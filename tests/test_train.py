@@ -484,7 +484,7 @@ def test_a_speed_recipe_without_validation_is_resumed_to_the_bit_and_scored_with
         # Within the second epoch, between the two batches of an update, between two lookaheads.
         train(config, run_dir=tmp_path / "run", report=Watch(stop_at=23))
     # On a slow disk: no epoch waits for a save, and neither a stopped run nor its last epoch is lost.
-    monkeypatch.setattr(Checkpoints, "is_saving", lambda _: True)
+    monkeypatch.setattr(Checkpoints, "is_busy", lambda _: True)
     with pytest.raises(Interrupted, match="the checkpoint of step 33 is saved"):
         train(config, run_dir=tmp_path / "run", resume=True, report=Watch(stop_at=33))
     assert saved_steps(tmp_path / "run") == [14, 23, 33]
@@ -555,7 +555,7 @@ def test_parameters_that_are_not_finite_are_never_saved(tmp_path):
 def test_an_epoch_that_a_slow_disk_skips_is_checked_too(monkeypatch, tmp_path):
     optim = Diverges(update=6, huge=float("inf"))
     config = replace(RESEARCH, validation_fraction=0.0, model=Linear(), optim=optim, augment=Augment())
-    monkeypatch.setattr(Checkpoints, "is_saving", lambda _: True)
+    monkeypatch.setattr(Checkpoints, "is_busy", lambda _: True)
     with pytest.raises(NonFiniteLossError, match=r"parameters became infinite or nan between steps 6 and 7; there is"):
         train(config, run_dir=tmp_path)
     assert read_rows(tmp_path) == []
@@ -564,7 +564,7 @@ def test_an_epoch_that_a_slow_disk_skips_is_checked_too(monkeypatch, tmp_path):
 @quick
 def test_a_slow_disk_delays_a_checkpoint_by_no_more_than_checkpoint_seconds(monkeypatch, tmp_path):
     config = replace(RESEARCH, validation_fraction=0.0, num_epochs=2)  # 7 steps per epoch.
-    monkeypatch.setattr(Checkpoints, "is_saving", lambda _: True)
+    monkeypatch.setattr(Checkpoints, "is_busy", lambda _: True)
     for seconds, first_epoch_is_saved in ((60.0, False), (0.0, True)):
         run_dir = tmp_path / str(seconds)
         train(config, run_dir=run_dir, checkpoint_seconds=seconds)

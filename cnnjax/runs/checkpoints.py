@@ -53,8 +53,6 @@ class Checkpoints:
       directory: contains the checkpoints.
       hosts: the processes; this one alone if None.
 
-    Attributes:
-      saved_at: when the last save, or else this object, began, as `time.perf_counter()`.
     """
 
     def __init__(self, directory: Path, hosts: Hosts | None = None):
@@ -69,7 +67,8 @@ class Checkpoints:
                 self._damaged.append(step)
         self._has_read_back = False
         self._pending: Future[None] | None = None
-        self.saved_at = time.perf_counter()
+        self._seconds = 0.0  # Which the last save took.
+        self._saved_at = time.perf_counter()
 
     def steps(self) -> list[int]:
         """Returns the steps of all checkpoints, in order."""
@@ -110,21 +109,31 @@ class Checkpoints:
           StorageError: if the previous checkpoint could not be written.
         """
         self.wait()
-        self.saved_at = time.perf_counter()
+        self._saved_at = time.perf_counter()
         saved: Any = {**progress, "validation": validation}
         self._pending = self._thread.submit(self._save, int(state.step), state, saved)
         if self._hosts.count > 1:
             self.wait()
 
-    def is_saving(self) -> bool:
-        """Returns whether the last save is still being written."""
-        return self._pending is not None and not self._pending.done()
+    def is_due(self, seconds: float) -> bool:
+        """Returns whether the last save, or else this object, began at least this long ago."""
+        return time.perf_counter() - self._saved_at >= seconds
+
+    def is_busy(self) -> bool:
+        """Returns whether the last save is still being written, or took more than a tenth of the time since it began.
+
+        Several processes always save together: their clocks would decide differently.
+        """
+        if self._pending is None or self._hosts.count > 1:
+            return False
+        return not self._pending.done() or not self.is_due(10 * self._seconds)
 
     def _save(self, step: int, state: TrainState, saved: SavedProgress) -> None:
         folder, partial = self._directory / str(step), self._directory / f"{step}.partial"
         state, context = raw_keys(state), ocp.Context()  # Orbax saves no keys.
         # Else, if a directory cannot be made, its threads wait for it for minutes, also when the process ends.
         context.asynchronous.create_directories_asynchronously = False
+        context.array.saving.use_compression = False  # A fifth of the time, for 7% fewer bytes.
         with _ORBAX, context:
             ocp.save_checkpointables(str(partial), {"state": state}, overwrite=True)
         if not self._has_read_back:  # Once per session: at the end of training it would be too late.
@@ -139,6 +148,7 @@ class Checkpoints:
             if self._hosts.leads:
                 _remove(self._directory / str(old))
             del self._saved[old]
+        self._seconds = time.perf_counter() - self._saved_at
 
     def _complete(self, partial: Path, folder: Path, saved: SavedProgress) -> None:
         """Adds progress and checksums to a checkpoint, and gives it its name."""

@@ -149,8 +149,8 @@ def end_epoch(
 
     Args:
       callbacks: decide whether the run stops. The checkpoint contains the decision.
-      must_save: if False, an epoch without validation is not saved while the previous save is running, so that training
-        does not wait for a slow disk: without validation only the latest checkpoint matters.
+      must_save: if False, an epoch without validation is not saved if it follows the previous save too soon, see
+        `Checkpoints.is_busy`: without validation only the latest checkpoint matters.
     """
     check_finite(run, ended.state, ended.steps)
     if ended.validation is not None and not math.isfinite(ended.validation.loss):
@@ -161,7 +161,7 @@ def end_epoch(
     row["best_epoch"] = (progress.best(run.config.best_by) or row)["epoch"]
     if callbacks.stops(dict(row), ended.state) and row["epoch"] < run.config.num_epochs:
         progress, must_save = progress._replace(stopped_within=run.config.num_epochs), True
-    if must_save or ended.validation is not None or not run.checkpoints.is_saving():
+    if must_save or ended.validation is not None or not run.checkpoints.is_busy():
         scores = ended.validation
         validation = {"num_examples": 0} if scores is None else {"score": getattr(scores, run.config.best_by)}
         save(run, ended.state, progress, validation)

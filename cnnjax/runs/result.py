@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from cnnjax.class_scores import class_scores, confusion_matrix
-from cnnjax.data.feed import pixels_of
+from cnnjax.data.batches import Pixels
+from cnnjax.data.feed import StreamedSet
 from cnnjax.errors import NonFiniteLossError, UserError
 from cnnjax.prepare import Setup, count_params, device_name
 from cnnjax.program import evaluate
@@ -18,14 +19,21 @@ from cnnjax.step import TrainState
 
 
 def score_test_set(
-    setup: Setup, last: TrainState, progress: Progress, run: OpenRun
+    setup: Setup, last: TrainState, progress: Progress, run: OpenRun, pixels: Pixels | StreamedSet
 ) -> tuple[Result, TrainState, np.ndarray | None]:
-    """Scores the best checkpoint on the test split; returns the content of result.json, its state, and the logits."""
+    """Scores the best epoch on the test split; returns the content of result.json, its state, and the logits.
+
+    Its checkpoint is restored, unless it is the last epoch, whose checkpoint may still be being written.
+
+    Args:
+      pixels: the test set.
+    """
     best, config = progress.best(setup.config.best_by), setup.config
     if best is None:
         raise UserError(f"The checkpoints in {run.run_dir} must include the end of an epoch, got none. Train again.")
-    state, _ = run.checkpoints.restore(best["step"], last, setup.placement.of_state(last))
-    pixels = pixels_of(setup.dataset.open("test"), setup.train.standardization)
+    state = last
+    if best["step"] != int(last.step):
+        state, _ = run.checkpoints.restore(best["step"], last, setup.placement.of_state(last))
     options: Any = {"tta": config.tta, "placement": setup.placement, "keep_logits": True}
     scores = evaluate(state, pixels, model=config.model, **options)
     if not math.isfinite(scores.loss):
@@ -33,6 +41,7 @@ def score_test_set(
     names = setup.facts.class_names
     classes = class_scores(scores.confusion, len(names))
     means = classes.means()
+    params_sha256 = tree_sha256(last.params)
     result: Result = {
         "test_accuracy": scores.accuracy,
         "test_balanced_accuracy": means["recall"],
@@ -51,10 +60,10 @@ def score_test_set(
         "seed": config.seed,
         "device": device_name(setup.placement.device),
         "sha256": {
-            "params": tree_sha256(last.params),
+            "params": params_sha256,
             "model_state": tree_sha256(last.model_state),
             "opt_state": tree_sha256(last.opt_state),
-            "best_params": tree_sha256(state.params),
+            "best_params": params_sha256 if state is last else tree_sha256(state.params),
             "metrics": run.hosts.share(lambda: file_sha256(run.run_dir / "metrics.jsonl")),
         },
         "classes": classes.rows(names),
