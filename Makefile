@@ -108,8 +108,8 @@ bench: setup .venv-peers/installed
 
 # Interpreters that ARGS names with --python or --peers are used as they are.
 GPU_PYTHON = $(shell printf '%s' '$(ARGS)' | sed -n 's/.*--python[= ]*\([^ ]*\).*/\1/p')
-GPU_PARTS = $(filter ladder clock profile airbench bits agree tutorial seeds,$(ARGS))
-GPU_PEERS = $(if $(findstring --peers,$(ARGS))$(findstring --small,$(ARGS)),,$(if $(GPU_PARTS),$(filter airbench,$(GPU_PARTS)),all))
+GPU_PARTS = $(filter ladder bits overhead profile predict to_96 to_94 start agree seeds tutorial,$(ARGS))
+GPU_PEERS = $(if $(findstring --peers,$(ARGS))$(findstring --small,$(ARGS)),,$(if $(GPU_PARTS),$(filter to_9%,$(GPU_PARTS)),all))
 bench-gpu: $(if $(GPU_PYTHON),,setup) $(if $(GPU_PEERS),.venv-peers-gpu/installed)
 	@PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(or $(GPU_PYTHON),$(BIN)/python) experiments/benchmarks/gpu.py $(ARGS)
 

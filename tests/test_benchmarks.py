@@ -5,8 +5,10 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -45,7 +47,7 @@ def run(*arguments, into):
 
 @pytest.mark.parametrize(
     ("script", "prefix", "count"),
-    [("cpu", "", 6), ("gpu", "gpu ", 8), ("runs", "", 2), ("images", "images ", 3), ("streaming", "streaming ", 1)],
+    [("cpu", "", 6), ("gpu", "gpu ", 11), ("runs", "", 2), ("images", "images ", 3), ("streaming", "streaming ", 1)],
 )
 def test_every_part_of_a_benchmark_has_a_place_in_the_report(load, script, prefix, count):
     harness, parts = load("harness"), load(script).PARTS
@@ -96,9 +98,9 @@ def test_a_contender_that_cannot_run_is_left_out_with_the_reason(load, monkeypat
 
 
 def test_results_of_airbench_are_read_from_the_last_columns_of_its_table(load):
-    result = load("gpu").airbench_result
-    assert result("|     3  |    eval   |     0.9710  |   0.9321  |       0.9405  |        2.5873  |\n") == (
-        94.05,
+    result = load("peers").airbench_result
+    assert result("|     3  |    eval   |     0.9710  |   0.9321  |       0.9405  |        2.5873  |") == (
+        0.9405,
         2.5873,
     )
     for line in (
@@ -107,6 +109,64 @@ def test_results_of_airbench_are_read_from_the_last_columns_of_its_table(load):
         "Mean: 0.9401    Std: 0.0014\n",
     ):
         assert result(line) is None
+
+
+SCRIPT = """
+import sys
+with open(sys.argv[0]) as f:
+    assert "def main" in f.read()
+
+def main(run):
+    open(f"begun-{run}", "w").close()
+    print("|", run, "|", "7", "|", "", "|")
+    print("|", run, "|", 0.9 + run / 100, "|", 2.5 + run, "|")
+
+if __name__ == "__main__":
+    for run in range(4):
+        main(run)
+"""
+
+
+def test_a_script_of_airbench_trains_once_per_question(load, tmp_path):
+    (script := tmp_path / "script.py").write_text(SCRIPT)
+    with load("harness").worker(sys.executable, str(HERE / "peers.py"), str(script), str(tmp_path)) as ask:
+        assert 0 < ask("warm_up") < 60
+        assert ask("train_seed", 0) == {"accuracy": 0.91, "seconds": [3.5]}
+        assert ask("train_seed", 1) == {"accuracy": 0.92, "seconds": [4.5]}
+        assert {path.name for path in tmp_path.glob("begun-*")} == {"begun-0", "begun-1", "begun-2"}
+
+
+def test_timed_calls_take_turns_by_part_and_row_and_end_in_time(load):
+    device, log, running = load("device").Device(time.monotonic() + 60), [], []
+    first = threading.Event()
+
+    def call(name):
+        first.wait()
+        assert not running
+        running.append(name)
+        time.sleep(0.01)  # Time for others to begin.
+        log.append(running.pop())
+        return name
+
+    def job(part, row, count):
+        calls = [lambda i=i: call((part, row, i)) for i in range(count)]
+        return [*device.calls(lambda i: (part, i, row), calls)]
+
+    with ThreadPoolExecutor(4) as threads:
+        early = threads.submit(job, 9, 0, 2)  # Has the device before the others are ready.
+        while not device._taken:
+            time.sleep(0.01)
+        jobs = [threads.submit(job, *arguments) for arguments in ((1, 1, 2), (1, 0, 2), (0, 0, 1))]
+        while len(device._ranks) < 4:
+            time.sleep(0.01)
+        first.set()
+        assert early.result() == [(9, 0, 0), (9, 0, 1)]
+        assert [len(job.result()) for job in jobs] == [2, 2, 1]
+    assert log == [(9, 0, 0), (0, 0, 0), (1, 0, 0), (1, 1, 0), (1, 0, 1), (1, 1, 1), (9, 0, 1)]
+    failed = device.calls(lambda i: (0, i, 0), [lambda: 1, lambda: None, lambda: 3])
+    assert [*failed] == [1]
+    late = load("device").Device(time.monotonic())
+    assert [*late.calls(lambda i: (0, i, 0), [lambda: 1])] == []
 
 
 def test_the_layers_are_measured(tmp_path):
@@ -133,16 +193,18 @@ def test_the_benchmarks_of_a_cpu_produce_their_tables(tmp_path):
 
 @pytest.mark.slow
 def test_the_benchmarks_of_a_gpu_produce_their_tables(tmp_path):
-    parts = ["ladder", "clock", "profile", "airbench", "bits", "agree", "tutorial", "seeds"]
-    tables = run("gpu.py", *parts, "--variants", "as it is", "unroll 5", into=tmp_path)
+    tables = run("gpu.py", "--variants", "as it is", "unroll 5", into=tmp_path)
     assert tables["ladder"][0][2] == "1.00 ×"
-    assert [row[4][0] for row in tables["clock"]] == ["2"] * 6
-    assert tables["bits"][0][1:3] == ["the same bits", "the same bits"]
+    assert [[row[4][0] for row in tables[part]] for part in ("to_94", "to_96")] == [["2"] * 3, ["2"] * 2]
+    assert [row[1:3] for row in tables["bits"]] == [["the same bits", "the same bits"]] * 4
+    assert len(tables["overhead"]) == len(tables["start"]) == 2
     assert [row[1] for row in tables["agree"]] == ["0.0e+00 |"] * 2  # This machine's CPU twice.
-    assert tables["tutorial"][0][1] == "1"
+    assert tables["tutorial"][0][1] == "2"
     assert [row[0] for row in tables["seeds"]] == ["| sequential", "| vmap", "| processes"]
     assert all(float(row[1].split()[0]) > 0 for row in tables["seeds"])
-    assert "no kernels of a GPU" in (tmp_path / "profile.md").read_text()
+    assert [row[0] for row in tables["predict"]][:2] == ["| decoding alone", "| `predict`, views: none"]
+    found = (tmp_path / "profile.md").read_text()
+    assert "no kernels of a GPU" in found and "at least one operation was running on XLA's threads" in found
 
 
 # --- The ladder -----------------------------------------------------------------------------------------------------

@@ -97,6 +97,7 @@ def on_epoch(row, state):
 
 train_and_evaluate(config, run_dir="run", report=Report(quiet=True), on_epoch=on_epoch)
 check(before)
+assert "altair" not in sys.modules, "training waits for the charts"
 """.replace('"orbax"', repr(str(tmp_path / "orbax"))).replace('"run"', repr(str(tmp_path / "run")))
     )
     assert done.stderr.count("ValueError: in another thread") == 1

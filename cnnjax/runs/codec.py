@@ -31,7 +31,9 @@ ARRAYS = "(arrays in memory)"
 
 def built_in() -> dict[str, Any]:
     """Returns cnnjax's own classes and functions that a configuration may name, by name."""
-    public = {f"cnnjax.{name}": getattr(cnnjax, name) for name in dir(cnnjax) if not name.startswith("_")}
+    # The other functions import what training does not need, such as charts.
+    names = [name for name in dir(cnnjax) if name[0].isupper() or name == "softmax_cross_entropy"]
+    public = {f"cnnjax.{name}": getattr(cnnjax, name) for name in names}
     return {name: x for name, x in public.items() if _is_dataclass(x) or name == "cnnjax.softmax_cross_entropy"}
 
 

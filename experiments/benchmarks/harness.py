@@ -32,7 +32,12 @@ def serve(*functions: Callable[..., Any]) -> None:
     by_name = {function.__name__: function for function in functions}
     for line in sys.stdin:
         name, *arguments = json.loads(line)
-        print(ANSWER + json.dumps(by_name[name](*arguments)), flush=True)
+        answer(by_name[name](*arguments))
+
+
+def answer(value: Any) -> None:
+    """Answers the current question."""
+    print(ANSWER + json.dumps(value), flush=True)
 
 
 @contextmanager
@@ -66,7 +71,7 @@ def worker(*command: str, log: Path | None = None, **environment: str) -> Iterat
 
 
 @contextmanager
-def killed_at(process: subprocess.Popen[str], until: float | None) -> Iterator[None]:
+def killed_at(process: subprocess.Popen[Any], until: float | None) -> Iterator[None]:
     """Kills a process if the block has not ended at the time `until` of `time.monotonic`."""
     # Half a second is enough to read an answer that is already there.
     seconds = threading.TIMEOUT_MAX if until is None else max(0.5, until - time.monotonic())
@@ -92,17 +97,19 @@ class Run(NamedTuple):
 
 
 def run_experiment(
-    name: str, run_dir: Path, *options: str, python: str = sys.executable, kill: bool = False, **environment: str
+    name: str,
+    run_dir: Path,
+    *options: str,
+    python: str = sys.executable,
+    until: float | None = None,
+    **environment: str,
 ) -> Run:
-    """Runs an experiment file; `kill` ends it at the first line that it prints after its first checkpoint."""
+    """Runs an experiment file; kills it at the time `until` of `time.monotonic`."""
     command = [python, str(EXPERIMENTS / f"{name}.py"), "--run-dir", str(run_dir), *options]
     start = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT | environment) as process:
-        assert process.stdout is not None
-        for _ in process.stdout:
-            if kill and any(run_dir.glob("checkpoints/*/SHA256SUMS")):
-                process.kill()
-        _, status, usage = os.wait4(process.pid, 0)
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=ENVIRONMENT | environment) as process:
+        with killed_at(process, until):
+            _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     seconds, path = time.perf_counter() - start, run_dir / "result.json"
     return Run(seconds, usage.ru_maxrss / 2**20, json.loads(path.read_text()) if path.exists() else None)  # From KiB.
@@ -186,16 +193,28 @@ def write_tables(
     report: Path = REPORT,
 ) -> None:
     """Measures the chosen parts; writes their tables, and `about`, into a report at their marks or elsewhere."""
+    write = table_writer(args, about, prefix, report)
+    for name in args.parts:
+        print(f"\n{write(name, parts[name](args))}", flush=True)
+
+
+def table_writer(
+    args: argparse.Namespace, about: str, prefix: str = "", report: Path = REPORT
+) -> Callable[[str, str], str]:
+    """Returns a function that writes the table of a part, as `write_tables` does, and returns what it has written."""
     into_report = not (args.into or args.small)
     for name in args.parts if into_report else ():
         replaced(report.read_text(), prefix + name, "")  # Fails now, not after hours of measurements.
-    for name in args.parts:
-        text = f"{parts[name](args)}\n\n{about}\n"
-        print(f"\n{text}", flush=True)
+
+    def write(name: str, found: str) -> str:
+        text = f"{found}\n\n{about}\n"
         if args.into:
             (args.into / f"{name}.md").write_text(text)
         elif into_report:
             report.write_text(replaced(report.read_text(), prefix + name, text))
+        return text
+
+    return write
 
 
 def replaced(report: str, mark: str, text: str) -> str:

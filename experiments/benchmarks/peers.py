@@ -1,10 +1,14 @@
-"""The contenders of cpu.py: two networks in cnnjax and in its peers. A process of the harness.
+"""The contenders of cpu.py, two networks in cnnjax and in its peers, and airbench. A process of the harness.
 
     echo '["training_pass", "Keras 3 float32", 128, 4096]' | PYTHON experiments/benchmarks/peers.py
+    yes next | PYTHON experiments/benchmarks/peers.py airbench94_muon.py FOLDER    # of its data
 
 PYTHON is the interpreter of the environment in which the contender is installed; peers do not need cnnjax.
 """
 
+import os
+import re
+import runpy
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +17,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
-from harness import EXPERIMENTS, serve
+from harness import EXPERIMENTS, answer, serve
 
 # --- Each yields after a pass over the images, when its device has finished -----------------------------------------
 
@@ -285,5 +289,40 @@ def write_airbench_data(path: str, folder: str) -> str:
     return folder
 
 
+def run_script(path: str, folder: str) -> None:
+    """Runs a script of airbench unchanged, except that each of its runs begins with a question, which it answers.
+
+    The first answer is the number of seconds until the first run, which compiles, has ended; the others are accuracy
+    and seconds of a run.
+    """
+    start, warm = time.perf_counter(), False
+
+    def show(*values: object) -> None:
+        nonlocal warm
+        line = " ".join(map(str, values))
+        print(line, file=sys.stderr)
+        if result := airbench_result(line):
+            answer({"accuracy": result[0], "seconds": [result[1]]} if warm else time.perf_counter() - start)
+            warm = True
+            wait()
+
+    def wait() -> None:
+        if not sys.stdin.readline():
+            sys.exit()
+
+    wait()
+    os.chdir(folder)
+    sys.argv = [path]  # It reads its own source.
+    runpy.run_path(path, {"print": show}, "__main__")
+
+
+def airbench_result(line: str) -> tuple[float, float] | None:
+    """Returns accuracy and seconds of a run, the last two columns of a complete row of airbench's table."""
+    found = re.match(r"\|.*\|\s+(0\.\d+)\s+\|\s+(\d+\.\d+)\s+\|\s*$", line)
+    return (float(found[1]), float(found[2])) if found else None
+
+
 if __name__ == "__main__":
+    if sys.argv[1:]:
+        run_script(*sys.argv[1:])
     serve(prepare, training_pass, keras_to_accuracy, write_airbench_data)

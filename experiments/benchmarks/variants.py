@@ -8,6 +8,8 @@ the same in another way (or nearly the same, if its name says so).
 """
 
 import argparse
+import os
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,7 +23,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from harness import EXPERIMENTS, serve
+from harness import EXPERIMENTS, seconds, serve, take_turns
+from images import decode_all, predict_all, save_tiles
 from jax import lax
 
 from cnnjax import (
@@ -29,11 +32,15 @@ from cnnjax import (
     Config,
     Muon,
     ParamGroup,
+    Report,
+    Run,
     SpeedNet,
     compiler_options,
     init_from_data,
     keep_memory,
     load_dataset,
+    load_run,
+    train_and_evaluate,
 )
 from cnnjax import program as steps
 from cnnjax.cli.experiment import load_experiment
@@ -281,7 +288,7 @@ def of_seed(setup: Setup, seed: int) -> tuple[Setup, TrainState]:
     return setup, jax.block_until_ready(init_run(init_key, image, program=setup.program))
 
 
-def timed_run(setup: Setup, seed: int, test: Pixels, one_program: bool) -> dict[str, Any]:
+def timed_run(setup: Setup, seed: int, test: Pixels, one_program: bool, num_steps: int) -> dict[str, Any]:
     """Trains a seed. The seconds are those in total, of the initialization from data, of training and of scoring."""
     setup, state = of_seed(setup, seed)
     config, program, pixels = setup.config, setup.program, cast(Pixels, setup.train)  # They fit into memory.
@@ -290,7 +297,7 @@ def timed_run(setup: Setup, seed: int, test: Pixels, one_program: bool) -> dict[
         image = standardize(pixels.image[:INIT_IMAGES], pixels.standardization)
         state = jax.block_until_ready(init_from_data(state, image, model=config.model, tx=program.make_tx()))
     times.append(time.perf_counter())
-    state = jax.block_until_ready(train(setup, state, program.num_steps, one_program))
+    state = jax.block_until_ready(train(setup, state, num_steps, one_program))
     times.append(time.perf_counter())
     accuracy = evaluate(state, test, model=config.model, tta=config.tta, placement=setup.placement).accuracy
     times.append(time.perf_counter())
@@ -314,6 +321,13 @@ def train(setup: Setup, state: TrainState, num_steps: int, one_program: bool = F
         )
         step += len(plan.example)
     return state
+
+
+def steps_to_warm_up(setup: Setup, state: TrainState) -> int:
+    """Returns the number of steps until each program has run for an epoch."""
+    steps, num_epochs = setup.steps_per_epoch, setup.config.num_epochs
+    frozen = [setup.frozen_names(state, epoch) for epoch in range(num_epochs)]
+    return steps * (1 + frozen.index(frozen[-1]))
 
 
 def seconds_to_train(setup: Setup, seeds: Sequence[int], way: str) -> float:
@@ -373,11 +387,63 @@ def kernels(folder: str) -> str:
     return "\n".join(lines)
 
 
+class Said(Report):
+    """Keeps the lines that a run says, and prints nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        """Keeps a line."""
+        self.lines.append(line)
+
+
+def whole_run(config: Config, folder: str, kill: bool = False, **options: Any) -> dict[str, Any]:
+    """Trains as `cnnjax train --resume` does, with a run directory.
+
+    The seconds are those before the first step, of training, and from the end of the last epoch to the end of the run.
+
+    Args:
+      kill: end this process by SIGKILL after the first epoch (from the second on) that has a complete checkpoint.
+    """
+    start, ends, said = time.perf_counter(), [], Said()
+
+    def on_epoch(row: Any, state: TrainState) -> None:
+        ends.append(time.perf_counter())
+        while kill and len(ends) > 1:
+            if any(Path(folder).glob("checkpoints/*/SHA256SUMS")):
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(0.001)
+
+    run = train_and_evaluate(config, run_dir=folder, resume="auto", on_epoch=on_epoch, report=said, **options)
+    end, result = time.perf_counter(), run.finished_result()
+    training, last = result["training_seconds"], ends[-1] if ends else end  # A finished run is not trained again.
+    return {
+        "accuracy": result["test_accuracy"],
+        "seconds": [last - start - training, training, end - last],
+        "digests": result["sha256"],
+        "utilization": [*run.history.get("flops_utilization", [])],  # On a CPU the peak is not known.
+        "lines": said.lines,
+    }
+
+
+def images_per_second(run: Run, paths: Sequence[Path]) -> dict[str, list[float]]:
+    """Measures decoding of files, prediction of as many images in memory, and both together."""
+    images = np.random.default_rng(0).integers(0, 256, (len(paths), *run.facts.image_shape), np.uint8)
+    work: dict[str, Any] = {"decoding alone": partial(decode_all, paths, image_shape=run.facts.image_shape)}
+    for views in ("none", "flip_translate"):
+        work[f"`predict`, views: {views}"] = partial(run.predict, images, tta=views)
+        work[f"`predict_files`, views: {views}"] = partial(predict_all, run, paths, tta=views)
+    times = take_turns({name: partial(seconds, function) for name, function in work.items()}, turns=3)
+    return {name: [len(paths) / value for value in values] for name, values in times.items()}
+
+
 def random_images() -> tuple[np.ndarray, ...]:
     """Returns a small set in CIFAR-10's shape."""
     rng = np.random.default_rng(0)
-    image, label = rng.integers(0, 256, (3000, 32, 32, 3), np.uint8), rng.integers(0, 10, 3000)
-    return image[:2500], label[:2500], image[2500:], label[2500:]
+    image, label = rng.integers(0, 256, (600, 32, 32, 3), np.uint8), rng.integers(0, 10, 600)
+    return image[:500], label[:500], image[500:], label[500:]
 
 
 def main() -> None:
@@ -385,7 +451,7 @@ def main() -> None:
     parser.add_argument("--variant", choices=VARIANTS, default="as it is")
     parser.add_argument("--recipe", help="an experiment, instead of the variant's")
     parser.add_argument("--held-out", type=float, help="score this fraction of the training split, not the test split")
-    parser.add_argument("--small", action="store_true", help="one epoch of a small network on few random images")
+    parser.add_argument("--small", action="store_true", help="two epochs of a small network on few random images")
     args = parser.parse_args()
     keep_memory()
     start, variant = time.perf_counter(), VARIANTS[args.variant]
@@ -395,7 +461,7 @@ def main() -> None:
     config = variant.change(config)
     if args.small:
         model = replace(config.model, widths=(8, 16, 16)) if isinstance(config.model, SpeedNet) else config.model
-        config = replace(config, dataset=random_images, num_epochs=1, batch_size=250, model=model)
+        config = replace(config, dataset=random_images, num_epochs=2, batch_size=250, model=model)
     dataset = load_dataset(config.dataset)
     setup, initial_state = set_up(config, dataset, None, title=args.variant, say=lambda line: None)
     test = cast(Pixels, setup.validation)
@@ -404,17 +470,22 @@ def main() -> None:
         test = jax.device_put(test, setup.placement.replicated)
 
     def warm_up() -> float:
-        for seed in range(1 if args.small else 2):
-            train_seed(1_000_000 + seed)  # Not a seed that is timed.
+        num_steps = setup.program.num_steps if variant.one_program else steps_to_warm_up(setup, initial_state)
+        timed_run(setup, 1_000_000, test, variant.one_program, num_steps)  # Not a seed that is timed.
         return time.perf_counter() - start
 
     def train_seed(seed: int) -> dict[str, Any]:
-        return timed_run(setup, seed, test, variant.one_program)
+        return timed_run(setup, seed, test, variant.one_program, setup.program.num_steps)
 
     def profile(folder: str) -> str:
         with jax.profiler.trace(folder):
             train_seed(0)
         return kernels(folder)
+
+    def run(seed: int, folder: str, kill: bool = False, profile: bool = False) -> dict[str, Any]:
+        last = setup.program.num_steps
+        steps = (last - 2 * setup.steps_per_epoch, last - setup.steps_per_epoch) if profile else None
+        return whole_run(replace(config, seed=seed), folder, kill, dataset=dataset, profile=steps)
 
     def first_steps(count: int, path: str) -> str:
         state = train(setup, initial_state, count)
@@ -424,7 +495,13 @@ def main() -> None:
     def train_many(way: str, first: int, count: int) -> float:
         return seconds_to_train(setup, range(first, first + count), way)
 
-    serve(warm_up, train_seed, train_many, profile, first_steps)
+    def make_tiles(folder: str, count: int) -> int:
+        return len(save_tiles(Path(folder), count))
+
+    def predict(run_dir: str, tiles: str) -> dict[str, list[float]]:
+        return images_per_second(load_run(run_dir, config), sorted(Path(tiles).glob("*.png")))
+
+    serve(warm_up, train_seed, train_many, profile, run, make_tiles, predict, first_steps)
 
 
 if __name__ == "__main__":
