@@ -5,6 +5,7 @@ import signal
 
 import jax
 import jaxtyping
+import outer_functions  # noqa: F401
 import pytest
 from generated import make_raw
 from programs import research

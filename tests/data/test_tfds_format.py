@@ -1,4 +1,5 @@
 import hashlib
+import tempfile
 
 import numpy as np
 import pytest
@@ -68,3 +69,10 @@ def test_cifar100_keeps_both_labels_and_their_names(tmp_path):
         assert (row["id"], row["label"], row["coarse_label"]) == (b"test_%05d" % i, i, i // 5)
     features = tfds.builder("cifar100", data_dir=tmp_path).info.features
     assert (features["coarse_label"].names, features["label"].names) == tuple(map(list, names.values()))
+
+
+def test_no_temporary_folder_is_left(tmp_path, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    write_tfds(NAMED_SETS["fashion_mnist"], make_raw((28, 28, 1), 10, 10), tmp_path, say=lambda line: None)
+    assert [*(tmp_path / "temporary").iterdir()] == []

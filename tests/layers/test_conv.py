@@ -4,6 +4,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from reference import TOLERANCE, assert_near, convolution_by_numpy, draw, select_kernels, simulate_accelerator
@@ -30,6 +31,8 @@ SHAPES = [
     (27, 33, 16, 8, 3, ((2, 0), (0, 1))),
     (5, 3, 2, 3, 2, ((0, 1), (0, 1))),
 ]
+# One for each way in which XLA gets them; cnnjax has no kernels of its own there. `make test-slow` tests the others.
+SHAPES_OF_XLA = [SHAPES[i] for i in (0, 4, 5, 9, 12)]
 # A float32 program does not depend on bfloat16 instructions.
 KERNELS = [
     ("onednn", "float32"),
@@ -59,7 +62,8 @@ def cases():
                 continue  # The same kernels as with our flags.
             for relu in (False, True) if kernels == "onednn" or shape == SHAPES[-1] else (True,):
                 name = "-".join(map(str, (*shape[:5], "relu" if relu else "linear", dtype, kernels)))
-                yield pytest.param(*shape, relu, dtype, kernels, id=name)
+                slow = kernels.startswith("xla") and shape not in SHAPES_OF_XLA
+                yield pytest.param(*shape, relu, dtype, kernels, id=name, marks=[pytest.mark.slow] * slow)
 
 
 def forward_and_gradients(padding, relu):
@@ -172,3 +176,10 @@ def test_vmap_equals_a_loop(kernels, monkeypatch):
     batched = jax.jit(jax.vmap(convolve))(image, kernel)
     for i in range(3):
         np.testing.assert_allclose(batched[i], convolve(image[i], kernel[i]), rtol=1e-4, atol=1e-5)
+
+
+def test_shapes_are_checked_in_the_tests():
+    """By outer_functions.py."""
+    image, kernel = draw((2, 8, 8), (3, 3, 4, 5))
+    with pytest.raises(jaxtyping.TypeCheckError, match="image"):
+        convolution_on_accelerators(image, kernel, padding=SAME)

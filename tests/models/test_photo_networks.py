@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import jax
@@ -27,6 +27,7 @@ PEERS = Path(__file__).parents[2] / ".venv-peers" / "bin" / "python"
 RESNET18 = resnet._torch_names((2, 2, 2, 2), 2)
 
 
+@cache
 def shapes_of(model, size=(32, 32, 3)):
     return jax.eval_shape(partial(model.init, train=False), jax.random.key(0), jnp.zeros((1, *size)))
 
@@ -206,6 +207,7 @@ def test_counters_of_batches_are_ignored():
 @pytest.mark.parametrize("network", NETWORKS)
 def test_statistics_are_kept_if_update_stats_is_false(network):
     """Training then uses the running statistics, as evaluation does."""
+    shapes = shapes_of(network(4))
     for update in (True, False):
         model, fixed = network(4, update_stats=update), set()
 
@@ -214,7 +216,6 @@ def test_statistics_are_kept_if_update_stats_is_false(network):
                 fixed.add(context.module.use_running_average)
             return next_call(*args, **kwargs)
 
-        shapes = shapes_of(model)
         with nn.intercept_methods(record):
             apply = partial(model.apply, train=True, rngs={"dropout": jax.random.key(0)}, mutable=["batch_stats"])
             jax.eval_shape(apply, shapes, jnp.zeros((2, 20, 20, 3)))
@@ -237,7 +238,7 @@ def test_blocks_begin_as_the_identity_if_zero_init_is_set(network, block, depth)
 
     for zero_init in (True, False):
         with nn.intercept_methods(record):
-            shapes_of(network(4, zero_init=zero_init))
+            shapes_of.__wrapped__(network(4, zero_init=zero_init))  # Calls the network even if the shapes are known.
     assert blocks == {True: depth, False: depth}
 
 

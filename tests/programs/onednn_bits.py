@@ -31,8 +31,11 @@ def digest(_=0):
         z, pullback_of_norm = jax.vjp(lambda *x: batch_norm_gelu(*x)[0], g, bias)
         return y, *pullback(g), z, *pullback_of_norm(g)
 
-    results = f(image, kernel, bias, g)
-    return [hashlib.sha256(np.asarray(x.astype(jnp.float32))).hexdigest()[:8] for x in results]
+    def digests(results):
+        return tuple(hashlib.sha256(np.asarray(x.astype(jnp.float32))).hexdigest()[:8] for x in results)
+
+    (found,) = {digests(f(image, kernel, bias, g)) for _ in range(4)}
+    return found
 
 
 def main():
@@ -41,7 +44,7 @@ def main():
     if way == "threads":
         digest()  # Imports, lazily: not by several threads at a time.
         with ThreadPoolExecutor(8) as threads:
-            found = list(threads.map(digest, range(32)))
+            found = list(threads.map(digest, range(8)))
         assert all(x == found[0] for x in found)
         print(*found[0])
     elif way == "here":
