@@ -96,11 +96,16 @@ def train_steps(
 
     def step(state: TrainState, plan: Plan) -> tuple[TrainState, Metrics]:
         batch = make_batch(pixels, plan, program.augment, augment_key)
-        options: Any = {"model": program.model, "tx": tx, "loss_fn": program.loss_fn, "frozen": frozen}
-        if program.placement is None:
-            return train_step(state, batch, key, **options)
-        state, metrics = train_step(state, batch, key, params_sharding=program.placement.replicated, **options)
-        return lax.with_sharding_constraint(state, program.placement.of_state(state)), metrics
+        return train_step(
+            state,
+            batch,
+            key,
+            model=program.model,
+            tx=tx,
+            loss_fn=program.loss_fn,
+            frozen=frozen,
+            placement=program.placement,
+        )
 
     if len(plan.example) > 1:
         return lax.scan(step, state, plan)

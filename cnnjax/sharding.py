@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.custom_derivatives import linear_call
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
@@ -74,8 +76,8 @@ class Placement(NamedTuple):
     def of_state(self, state: PyTree) -> PyTree:
         """Returns the sharding of each array of a state, by a rule on shapes alone.
 
-        The largest dimension that "model" divides is divided, of equals the last; an array without such a dimension, or
-        with fewer than `MIN_DIVIDED` numbers, is copied.
+        The largest dimension that "model" divides is divided, of equals the first, whose parts are contiguous; an array
+        without such a dimension, or with fewer than `MIN_DIVIDED` numbers, is copied.
         """
         return jax.tree.map(lambda leaf: NamedSharding(self.mesh, self._spec(leaf.shape)), state)
 
@@ -84,8 +86,25 @@ class Placement(NamedTuple):
         dims = [dim for dim, size in enumerate(shape) if size % parts == 0]
         if parts == 1 or not dims or math.prod(shape) < MIN_DIVIDED:
             return PartitionSpec()
-        dim = max(dims, key=lambda dim: (shape[dim], dim))
+        dim = max(dims, key=lambda dim: shape[dim])
         return PartitionSpec(*[None] * dim, "model")
+
+    def gather(self, params: PyTree) -> PyTree:
+        """Returns parameters of which each device has all. Their gradients are divided like the state.
+
+        The transpose of a plain constraint would give all devices all gradients: twice the communication, and an array
+        of the size of each parameter.
+        """
+
+        def gather_leaf(leaf: jax.Array) -> jax.Array:
+            return linear_call(
+                lambda _, leaf: lax.with_sharding_constraint(leaf, self.replicated),
+                lambda _, grad: lax.with_sharding_constraint(grad, self.of_state(grad)),
+                (),
+                leaf,
+            )
+
+        return jax.tree.map(gather_leaf, params)
 
     def local_rows(self, batch_size: int) -> np.ndarray:
         """Returns which examples of each batch the devices of this process hold, in order."""

@@ -20,6 +20,7 @@ from cnnjax.metrics import Metrics, sum_metrics
 from cnnjax.network import Network, apply_in_evaluation, apply_in_training, check_network, init_variables, logits_of
 from cnnjax.optim.transforms import AverageState
 from cnnjax.pretrained import Weights, insert_weights
+from cnnjax.sharding import Placement
 from cnnjax.typing import AnyArray, BatchLike, LossFn
 
 
@@ -143,7 +144,7 @@ def train_step(
     tx: optax.GradientTransformation,
     loss_fn: LossFn = softmax_cross_entropy,
     frozen: tuple[str, ...] = (),
-    params_sharding: jax.sharding.Sharding | None = None,
+    placement: Placement | None = None,
     donate: bool = True,
 ) -> tuple[TrainState, Metrics]:
     """Updates the parameters once, with the gradient of the mean loss over the unmasked examples.
@@ -163,8 +164,7 @@ def train_step(
         If the network returns a tuple, the loss receives the whole tuple. Build it once, too.
       frozen: top-level names in `state.params` whose gradients are zero and are not computed. Weight decay and momentum
         may still move these parameters: mask them in `tx` to keep them fixed.
-      params_sharding: of the parameters while the loss is computed, if it differs from that of `state`: replicated, for
-        a state that devices divide (FSDP).
+      placement: how devices divide `state` (FSDP); None if each device has all of it.
       donate: whether the memory of `state` is reused; False keeps it valid.
 
     Returns:
@@ -175,7 +175,7 @@ def train_step(
     """
     check_network(model)
     step = _donating_step if donate else _keeping_step
-    options: Any = {"loss_fn": loss_fn, "frozen": frozen, "params_sharding": params_sharding}
+    options: Any = {"loss_fn": loss_fn, "frozen": frozen, "placement": placement}
     return step(state, batch, key, model=model, tx=tx, **options)
 
 
@@ -188,7 +188,7 @@ def _step(
     tx: optax.GradientTransformation,
     loss_fn: LossFn,
     frozen: tuple[str, ...],
-    params_sharding: jax.sharding.Sharding | None,
+    placement: Placement | None,
 ) -> tuple[TrainState, Metrics]:
     check_batch(batch)
     names = sorted(state.params) if isinstance(state.params, dict) else []
@@ -199,8 +199,8 @@ def _step(
     def mean_loss(params: PyTree) -> tuple[Float[Array, ""], tuple[Metrics, dict[str, PyTree]]]:
         if frozen:
             params = {name: lax.stop_gradient(part) if name in frozen else part for name, part in params.items()}
-        if params_sharding is not None:
-            params = lax.with_sharding_constraint(params, params_sharding)
+        if placement is not None:
+            params = placement.gather(params)
         output, model_state, extra_loss = apply_in_training(model, params, state.model_state, batch.image, key)
         metrics = sum_metrics(output, batch, loss_fn)
         count = metrics.num_examples.astype(metrics.loss.dtype)
@@ -213,11 +213,14 @@ def _step(
     updates, opt_state = update(tx, grads, state, extra)
     params = optax.apply_updates(state.params, updates)
     metrics = metrics._replace(norm=optax.tree.norm(grads))
-    return TrainState(state.step + 1, params, model_state, opt_state), metrics
+    state = TrainState(state.step + 1, params, model_state, opt_state)
+    if placement is not None:
+        state = lax.with_sharding_constraint(state, placement.of_state(state))
+    return state, metrics
 
 
 # Two programs: whether an argument is donated is decided at `jit`, not at the call.
-_STATIC = ("model", "tx", "loss_fn", "frozen", "params_sharding")
+_STATIC = ("model", "tx", "loss_fn", "frozen", "placement")
 _donating_step = jit(_step, static_argnames=_STATIC, donate_argnames=("state",))
 _keeping_step = jit(_step, static_argnames=_STATIC)
 

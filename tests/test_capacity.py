@@ -139,8 +139,21 @@ def test_the_plan_in_the_report_is_that_of_the_measured_values(load, capacity, m
 def test_every_part_has_a_place_in_the_report(load):
     harness, scale = load("harness"), load("scale")
     report = scale.REPORT.read_text()
-    for part in scale.PARTS:
+    for part in (*scale.PARTS, *load("gpu_collectives").PARTS):
         assert f"<!-- {part} -->\nNew.\n<!-- end of {part} -->\n" in harness.replaced(report, part, "New.\n")
+
+
+def test_the_communication_that_kernels_hide(load):
+    cells = load("gpu_collectives").communication_cells(
+        [
+            ("all-reduce", 450_000_000, 8, 1_675_000_000),  # Sends 787.5 MB in 1.75 ms; kernels take 0.5 ms.
+            ("all-gather", 900_000_000, 2, 10**11),  # 450 MB in 1 ms, which is hidden.
+            ("reduce-scatter", 90_000_000, 6, 0),  # 450 MB in 1 ms, in the open.
+            ("all-reduce", 4096, 8, 0),
+            ("all-reduce", 4096, 8, 10**11),
+        ]
+    )
+    assert cells == ["1 all-reduce, 1 all-gather, 1 reduce-scatter", "1,688", "3.75", "1.50", "2", "1"]
 
 
 @pytest.mark.slow

@@ -132,3 +132,38 @@ def test_the_size_of_groups(hlo, groups, size):
 def test_operands_with_the_name_of_a_collective_are_none(hlo):
     text = "  %gte = f32[8] get-tuple-element(%all-reduce), index=0\n  %f = f32[8] fusion(%all-gather.1, %all-reduce)"
     assert hlo.collectives(text) == []
+
+
+SCHEDULED = """HloModule step, is_scheduled=true
+
+%region (a: f32[], b: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+ENTRY %main (p: f32[8], q: bf16[4,2]) -> (f32[8], f32[16]) {
+  %p = f32[8]{0} parameter(0), sharding={mesh[], replicated}
+  %q = bf16[4,2]{1,0} parameter(1)
+  %before = (f32[8]{0}, s8[64]{0}) custom-call(%p, %q), custom_call_target="kernel(%p)"
+  %g = f32[8]{0} get-tuple-element(%before), index=0
+  %ar-start = ((f32[8]{0}), f32[8]{0}) all-reduce-start(%g), replica_groups=[1,8]<=[8], to_apply=%region
+  %k.1 = f32[8]{0} fusion(%p, %g), kind=kLoop, calls=%fused
+  %b = f32[2,4]{1,0} bitcast(%k.1)
+  %ag-start = (f32[2,4]{1,0}, f32[4,4]{1,0}) all-gather-start(%b), replica_groups=[4,2]<=[8], dimensions={0}
+  %k.2 = f32[16]{0} fusion(%b, /*index=1*/%q), kind=kLoop, calls=%fused.1
+  %ar-done = f32[8]{0} all-reduce-done(%ar-start), metadata={op_name="grad (%k.2)"}
+  %rs = f32[1]{0} reduce-scatter(%ar-done), replica_groups=[1,8]<=[8], dimensions={0}, to_apply=%region
+  %ag-done = f32[4,4]{1,0} all-gather-done(%ag-start)
+  ROOT %all = (f32[8]{0}, f32[16]{0}) tuple(%ar-done, %k.2)
+}
+"""
+
+
+def test_the_bytes_that_kernels_move_while_devices_communicate(hlo):
+    found = hlo.schedule(SCHEDULED)
+    assert [(c.kind, c.num_bytes, c.group_size, alongside) for c, alongside in found] == [
+        ("all-reduce", 32, 8, 3 * 32 + (64 + 32 + 16)),  # k.1, then k.2.
+        ("reduce-scatter", 4, 8, 0),  # It is synchronous.
+        ("all-gather", 64, 2, 64 + 32 + 16),
+    ]
+    with pytest.raises(ValueError, match="must be a scheduled program, got one without is_scheduled=true"):
+        hlo.schedule(SCHEDULED.replace(", is_scheduled=true", ""))

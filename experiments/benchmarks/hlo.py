@@ -12,6 +12,9 @@ KINDS = ("all-gather", "all-reduce", "all-to-all", "collective-broadcast", "coll
 _INSTRUCTION = re.compile(
     rf'(?m)^\s*(?:ROOT )?%?(\S+) = ([^"\n]*?) ((?:ragged-)?(?:{"|".join(KINDS)}))(-start|-done)?\((.*)$'
 )
+# Any instruction: the name, the type of the result, which may be a tuple of tuples, the operation, the operands.
+_ANY = re.compile(r"(?m)^\s+(?:ROOT )?%?(\S+) = ([^\"\n]*?) ([a-z][\w-]*)\((.*)$")
+_FREE = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "partition-id")  # They move no data.
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,<= ]*)\]")
 _SMALL = {"pred": 1.0, "token": 0.0, "s2": 0.25, "u2": 0.25, "s4": 0.5, "u4": 0.5}  # Bytes per element.
 
@@ -76,6 +79,38 @@ def collectives(text: str) -> list[Collective]:
         op_name = re.search(r'op_name="([^"]*)"', attributes)
         found.append(Collective(kind, _shapes(type_), _group_size(attributes), op_name[1] if op_name else ""))
     return found
+
+
+def schedule(text: str) -> list[tuple[Collective, int]]:
+    """Returns the collective operations of the main computation in the order of execution.
+
+    With each comes the number of bytes that kernels read and write while it runs, between its start and its done: 0 if
+    it is synchronous. Every operand and result of a kernel counts once, as a whole.
+
+    Args:
+      text: of `compiled.as_text()`, for a GPU. It is scheduled: instructions are in the order of execution.
+    """
+    if "is_scheduled=true" not in text:
+        raise ValueError("`text` must be a scheduled program, got one without is_scheduled=true.")
+    sizes, moved, started, found = {}, 0, {}, []
+    for line in text[text.index("\nENTRY ") :].splitlines():
+        for name, type_, operation, rest in _ANY.findall(line):
+            sizes[name] = sum(shape.num_bytes for shape in _shapes(type_))
+            if operation.removesuffix("-start").removesuffix("-done") in KINDS:
+                if operation.endswith("-start"):
+                    started[name] = line, moved
+                    continue
+                first, before = started[_operands(rest)[0]] if operation.endswith("-done") else (line, moved)
+                (collective,) = collectives(f"{first}\n{line}" if first != line else line)
+                found.append((collective, moved - before))
+            elif operation not in _FREE:
+                moved += sizes[name] + sum(sizes.get(operand, 0) for operand in _operands(rest))
+    return found
+
+
+def _operands(rest: str) -> list[str]:
+    """Returns the names of the operands, given what follows the bracket of an instruction."""
+    return re.findall(r"%([^\s,()]+)", rest.split("), ", maxsplit=1)[0])
 
 
 def _shapes(type_: str) -> tuple[Shape, ...]:
