@@ -34,33 +34,6 @@ ENVIRONMENT: dict[str, Any] = {
 NETWORKS = ("four layers of 8,192", "ResNet-50")
 SMALL = 2**16  # Bytes; up to here latency limits a collective operation, not bandwidth.
 MESHES = {"data=1": 1, "data=8": 8, "data=4,model=2": 8, "model=8": 8}  # The number of devices.
-# What jax would ask an H100 for, as a text of XLA's protocol buffer `GpuTargetConfigProto`.
-H100 = """
-gpu_device_info {
-  cuda_compute_capability { major: 9 }
-  core_count: 132
-  fpus_per_core: 128
-  clock_rate_ghz: 1.98
-  device_memory_size: 84929347584
-  memory_bandwidth: 3352320000000
-  l2_cache_size: 52428800
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  threads_per_block_limit: 1024
-  threads_per_core_limit: 2048
-  threads_per_warp: 32
-  shared_memory_per_block: 49152
-  shared_memory_per_block_optin: 232448
-  shared_memory_per_core: 233472
-  registers_per_block_limit: 65536
-  registers_per_core_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 12 }
-runtime_version { major: 13 minor: 0 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
 
 
 def make_program(network: str, small: bool) -> tuple[Any, tuple[int, ...]]:
@@ -116,7 +89,7 @@ def compile_step(network: str, mesh: str, small: bool) -> dict[str, Any]:
     jax.default_backend = lambda: "gpu"  # Compiles with the options of a GPU.
     num_devices = MESHES[mesh]
     # Slices, hosts of a slice, devices of a host.
-    topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology=f"1x1x{num_devices}")
+    topology = topologies.get_topology_desc(platform="cuda", target_config=hlo.H100, topology=f"1x1x{num_devices}")
     batch_size = num_devices * IMAGES_PER_DEVICE
     placement = place(batch_size, topology.devices, mesh)
     program, shape = make_program(network, small)

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from math import prod
 from typing import Any, NamedTuple
 
+import hlo
 import jax
 import numpy as np
 from harness import ENVIRONMENT, EXPERIMENTS, table, xla_flags
@@ -30,33 +31,6 @@ from cnnjax.program import Program, train_steps
 from cnnjax.step import abstract_state
 
 BANDWIDTH = 3.35e12  # Bytes per second. Source: NVIDIA's data sheet of the H100 SXM.
-# Source: NVIDIA's "H100 Tensor Core GPU Architecture" (2022), as XLA's properties of a device.
-H100 = """
-platform_name: "CUDA"
-device_description_str: "NVIDIA H100 80GB HBM3"
-dnn_version_info { major: 9 minor: 12 }
-runtime_version { major: 13 minor: 0 }
-gpu_device_info {
-  cuda_compute_capability { major: 9 }
-  core_count: 132
-  fpus_per_core: 128
-  clock_rate_ghz: 1.98
-  memory_bandwidth: 3350000000000
-  device_memory_size: 84929347584
-  l2_cache_size: 52428800
-  threads_per_warp: 32
-  threads_per_block_limit: 1024
-  threads_per_core_limit: 2048
-  shared_memory_per_block: 49152
-  shared_memory_per_block_optin: 232448
-  shared_memory_per_core: 233472
-  registers_per_block_limit: 65536
-  registers_per_core_limit: 65536
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-}
-"""
 SIZES = {"pred": 1, "u8": 1, "s8": 1, "bf16": 2, "f16": 2, "u32": 4, "s32": 4, "f32": 4, "u64": 8, "s64": 8, "f64": 8}
 FREE = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "after-all", "fusion-done", "copy-done"}
 
@@ -106,7 +80,7 @@ def compile_variant(name: str) -> dict[str, Any]:
       `text`, the compiled program, and `temporary`, the bytes of memory that it needs besides its arguments.
     """
     jax.default_backend = lambda: "gpu"  # What is chosen before the platform of a program is known.
-    device = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1").devices[0]
+    device = topologies.get_topology_desc(platform="cuda", target_config=hlo.H100, topology="1x1x1").devices[0]
     variant = VARIANTS[name]
     config = variant.change(load_experiment(str(EXPERIMENTS / f"{variant.recipe}.py")).config)
     model = config.model

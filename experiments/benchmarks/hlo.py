@@ -1,4 +1,4 @@
-"""Reads the communication between devices from the text of a compiled program (HLO).
+"""Reads the communication between devices from the text of a compiled program (HLO); and an H100 to compile for.
 
 It imports the standard library only.
 """
@@ -7,6 +7,34 @@ import math
 import re
 from typing import NamedTuple
 
+# An H100 SXM for `jax.experimental.topologies.get_topology_desc(target_config=H100)`, which needs no device. Source:
+# NVIDIA's "H100 Tensor Core GPU Architecture" (2022).
+H100 = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  core_count: 132
+  fpus_per_core: 128
+  clock_rate_ghz: 1.98
+  device_memory_size: 84929347584
+  memory_bandwidth: 3352320000000
+  l2_cache_size: 52428800
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  registers_per_block_limit: 65536
+  registers_per_core_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 12 }
+runtime_version { major: 13 minor: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
 KINDS = ("all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute", "reduce-scatter")
 # The name, the type of the result, the operation, and the rest. In a quotation mark an operation cannot begin.
 _INSTRUCTION = re.compile(
