@@ -27,7 +27,7 @@ from cnnjax.memory import device_memory, explain_out_of_memory, gib, largest_res
 from cnnjax.network import apply_in_evaluation, init_variables, logits_of
 from cnnjax.onednn.library import kernels
 from cnnjax.pretrained import Weights
-from cnnjax.program import Program, init_run, train_steps
+from cnnjax.program import Program, evaluation_batch_size, init_run, train_steps
 from cnnjax.runs.checkpoints import all_finite
 from cnnjax.runs.files import changes
 from cnnjax.runs.records import make_facts
@@ -79,6 +79,13 @@ class Setup(NamedTuple):
         steps += [0] if self.placement.device.platform == "cpu" else []
         frozen = [self.program.frozen_names(state.params, step) for step in steps]
         return tuple(name for name in frozen[0] if all(name in names for names in frozen))
+
+    @property
+    def num_validation_batches(self) -> int:
+        """The number of programs that `evaluate` starts for the validation set."""
+        if not len(self.validation.label):
+            return 0
+        return -(-len(self.validation.label) // evaluation_batch_size(self.validation, self.placement))
 
     def statics(self, state: TrainState, epoch: int) -> tuple[Program, tuple[str, ...]]:
         """Returns the arguments `program` and `frozen` of `train_steps` in an epoch (from 0)."""

@@ -165,7 +165,8 @@ def start_evaluation(
     """Starts to `evaluate`; the function that it returns waits for the device, and returns the scores."""
     num_examples = len(pixels.label)
     placement = placement or place(1, jax.local_devices())
-    plan, options = _evaluation_plan(pixels, placement), _score_options(model, tta, placement)
+    plan = plain_plan(num_examples, evaluation_batch_size(pixels, placement))
+    options = _score_options(model, tta, placement)
     rows = put([plan.row(i) for i in range(len(plan.example))], placement.batch_sharding)
     few_at_a_time = placement.device.platform == "cpu" or isinstance(pixels, StreamedSet)
     batches: list[tuple[Metrics, Array, Array | None]] = []
@@ -196,7 +197,7 @@ def compile_evaluation(
     Args:
       state: the shapes of the state, with their shardings.
     """
-    plan = _evaluation_plan(pixels, placement)
+    plan = plain_plan(len(pixels.label), evaluation_batch_size(pixels, placement))
     if isinstance(pixels, StreamedSet):
         shapes: Any = pixels.spec(plan.example.shape[1], placement)
     else:
@@ -205,13 +206,13 @@ def compile_evaluation(
     _score.lower(state, shapes, row, **_score_options(model, tta, placement)).compile()
 
 
-def _evaluation_plan(pixels: Pixels | StreamedSet, placement: Placement) -> Plan:
+def evaluation_batch_size(pixels: Pixels | StreamedSet, placement: Placement) -> int:
+    """Returns the number of examples that `evaluate` scores at a time."""
     size = pixels.image.shape[1] * pixels.image.shape[2]
     on_cpu = placement.device.platform == "cpu"
     batch_size = ACCELERATOR_EVAL_BATCH_SIZE if not on_cpu and size <= 32 * 32 else EVAL_BATCH_SIZE
     batch_size = min(batch_size, max(8, EVAL_BATCH_SIZE * 64 * 64 // size))  # Large images need much memory.
-    batch_size = -(-min(batch_size, len(pixels.label)) // placement.num_devices) * placement.num_devices
-    return plain_plan(len(pixels.label), batch_size)
+    return -(-min(batch_size, len(pixels.label)) // placement.num_devices) * placement.num_devices
 
 
 def _score_options(model: Network, tta: str, placement: Placement) -> Any:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import jax
 from jaxtyping import Array, Key
 
-from cnnjax.ahead import prepared_ahead
+from cnnjax.ahead import EVALUATION, Ahead, prepared_ahead
 from cnnjax.cli.console import Report
 from cnnjax.cli.process import start_jax
 from cnnjax.cli.signals import Stop
@@ -55,6 +55,7 @@ from cnnjax.throughput import make_timing, seconds_at_peak
 
 # Longer epochs are not queued: a process that is stopped ends when the device has computed what is queued.
 QUEUED_SECONDS = 5.0
+QUEUED_BATCHES = 16  # Of a validation set. XLA queues at most 32 programs on a GPU, and then waits for the device.
 
 
 def train_and_evaluate(
@@ -173,16 +174,27 @@ def train_and_evaluate(
             tracer.check(int(state.step), setup.program.num_steps)
             write_progress(run, progress)
             begun, num_steps = Run(run_dir, setup.config, setup.facts, None), setup.program.num_steps
+            # A run that was killed after it had stopped trains no more.
+            stopped, first = progress.stopped_within == config.num_epochs, int(state.step) // setup.steps_per_epoch
+            epochs = range(config.num_epochs if stopped else first, config.num_epochs)
             with (
                 callbacks.loggers.started(begun, int(state.step), num_steps),
-                prepared_ahead(setup, state) as test_set,
+                prepared_ahead(setup, state, epochs) as ahead,
             ):
-                if progress.stopped_within != config.num_epochs:  # Else it was killed after it had stopped.
-                    with tracer:
+                with tracer:
+                    if not stopped:
                         state, progress = fit(
-                            setup, state, progress, run, callbacks, tracer=tracer, checkpoint_seconds=checkpoint_seconds
+                            setup,
+                            state,
+                            progress,
+                            run,
+                            callbacks,
+                            ahead=ahead,
+                            tracer=tracer,
+                            checkpoint_seconds=checkpoint_seconds,
                         )
-                result, best, test_logits = score_test_set(setup, state, progress, run, test_set())
+                ahead.wait(EVALUATION)
+                result, best, test_logits = score_test_set(setup, state, progress, run, ahead.open_test())
                 run.checkpoints.wait()
                 if hosts.leads:
                     write_json(run_dir / "result.json", result)
@@ -208,6 +220,7 @@ def fit(
     run: OpenRun,
     callbacks: Callbacks,
     *,
+    ahead: Ahead,
     tracer: Profile,
     checkpoint_seconds: float,
 ) -> tuple[TrainState, Progress]:
@@ -232,8 +245,9 @@ def fit(
     # The previous epoch, until it is reported; the signal for which all processes stop; the metrics of steps that are
     # queued on the device.
     ended = signum = queued = None
-    start = partial(start_steps, setup, tracer=tracer)
+    start = partial(start_steps, setup, ahead=ahead, tracer=tracer)
     statics = cache(lambda epoch: setup.statics(state, epoch))
+    may_queue = setup.steps_per_dispatch > 1 and setup.num_validation_batches <= QUEUED_BATCHES
     with training_input(setup, step) as inputs, run.report.progress(config.num_epochs, steps, start=step):
         dispatches = zip(inputs, plan_dispatches(setup, step), strict=True)
         next_dispatch = next(dispatches)
@@ -251,8 +265,8 @@ def fit(
                     return ended.state, progress  # Discards what was dispatched.
                 ended = None
             next_dispatch, snapshot = next(dispatches), None
-            if setup.steps_per_dispatch > 1 and not tracer.traces(step, steps):
-                # Otherwise the device would wait for the host at the end of each epoch.
+            # So that the device need not wait for the host at the end of each epoch.
+            if may_queue and not tracer.traces(step, steps):
                 snapshot = start_validation(setup, state)
                 if (
                     step < setup.program.num_steps
@@ -304,6 +318,7 @@ def start_steps(
     *,
     step: int,
     statics: tuple[Program, tuple[str, ...]],
+    ahead: Ahead,
     tracer: Profile,
 ) -> tuple[TrainState, Metrics]:
     """Calls `train_steps`, and marks the steps in the trace if they are traced; does not wait for the device.
@@ -317,6 +332,7 @@ def start_steps(
     pixels, (plan, augment_key) = dispatch
     arguments, (program, frozen) = (pixels, plan, setup.train_key, augment_key), statics
     options: Any = {"program": program, "frozen": frozen}
+    ahead.wait(statics)
     if tracer.is_new_program(step, len(plan.example), statics):  # Compiles it outside of what is measured.
         jax.block_until_ready(train_steps(copy_state(state), *arguments, **options))
     tracer.begin(step, len(plan.example), step // setup.steps_per_epoch)
@@ -324,7 +340,9 @@ def start_steps(
 
 
 def start_validation(setup: Setup, state: TrainState) -> tuple[TrainState, Callable[[], Scores | None]]:
-    """Copies the state at the end of an epoch, and starts to score the copy; does not wait for the device.
+    """Copies the state at the end of an epoch, and starts to score the copy.
+
+    Does not wait for the device if the validation set has few batches, see `QUEUED_BATCHES`.
 
     Returns:
       The copy, and a function that waits for its scores (None without validation).

@@ -97,7 +97,7 @@ def compile_variant(name: str) -> dict[str, Any]:
     arguments = (state, Pixels(images, labels, Standardization(float32, float32)), plan, key, key)
     sharding = jax.sharding.SingleDeviceSharding(device)
     placed: Any = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
-    frozen = program.frozen_names(state.params, steps * num_epochs // 2)
+    frozen = () if variant.one_program else program.frozen_names(state.params, steps * num_epochs // 2)
     compiled: Any = train_steps.lower(*placed, program=program, frozen=frozen).compile()
     return {"text": compiled.as_text(), "temporary": compiled.memory_analysis().temp_size_in_bytes}
 
@@ -110,7 +110,7 @@ def compiled_elsewhere(args: argparse.Namespace, name: str) -> dict[str, Any] | 
     command = [args.python, __file__, "--compile", name]
     process = subprocess.run(command, capture_output=True, check=False, text=True, env=env)
     if process.returncode:
-        print(f"{name}: {process.stderr.strip().splitlines()[-1][:300]}", file=sys.stderr)
+        print(f"{name}: {(process.stderr.strip().splitlines() or ['killed'])[-1][:300]}", file=sys.stderr)
         return None
     return json.loads(process.stdout.splitlines()[-1])
 

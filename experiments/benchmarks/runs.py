@@ -5,8 +5,8 @@
     .venv/bin/python experiments/benchmarks/runs.py seeds    # sequential, vmap, one per device, one per process
 
 `cost`: passes with and without a save take turns, each until everything is on disk; then the manifest. The share of a
-run assumes a save per epoch and one per minute. `rest`: runs of recipes for a GPU, as of the command
-line, in which an epoch only waits for the time that its steps take there, without using a core (needs a C++ compiler).
+run assumes a save per epoch and one per minute. `rest`: recipes for a GPU, in which an epoch only waits for the time
+that its steps take there, without using a core (needs a C++ compiler).
 Networks, optimizers, checkpoints, digests and files are real. How long this device is idle is measured from the end of
 set-up to result.json; a first run compiles, and is not measured. `seeds`: each way is a process, or one per seed. They
 take turns; a turn is a warm pass over the same images for every seed, synchronized at both ends. Each part writes its
