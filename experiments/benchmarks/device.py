@@ -94,8 +94,15 @@ class Part:
         command = [self.args.python, str(HERE / "variants.py"), "--variant", variant, *options]
         command += ["--small"] * self.args.small
         environment["XLA_FLAGS"] = xla_flags(VARIANTS[variant].flags, flags)
-        with harness.worker(*command, log=self.log(name or variant), **environment) as ask:
-            yield partial(ask, until=self.until)
+        log = self.log(name or variant)
+
+        def ask_in_time(*question: Any) -> Any:
+            if (answer := ask(*question, until=self.until)) is None:
+                print(f"{name or variant}: ended during {question[0]}, see {log}", flush=True)
+            return answer
+
+        with harness.worker(*command, log=log, **environment) as ask:
+            yield ask_in_time
 
     def log(self, name: str) -> Path:
         """Returns the file for what a process writes on its standard error."""

@@ -461,7 +461,7 @@ def main() -> None:
     config = variant.change(config)
     if args.small:
         model = replace(config.model, widths=(8, 16, 16)) if isinstance(config.model, SpeedNet) else config.model
-        config = replace(config, dataset=random_images, num_epochs=2, batch_size=250, model=model)
+        config = replace(config, dataset=random_images, num_epochs=2, batch_size=125, model=model)
     dataset = load_dataset(config.dataset)
     setup, initial_state = set_up(config, dataset, None, title=args.variant, say=lambda line: None)
     test = cast(Pixels, setup.validation)
