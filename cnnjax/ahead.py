@@ -1,6 +1,6 @@
 """What a thread prepares while an accelerator trains: the programs of later epochs, and the score of the test set."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from contextvars import copy_context
@@ -14,6 +14,7 @@ from cnnjax.data.feed import StreamedSet, pixels_of
 from cnnjax.data.order import plain_plan
 from cnnjax.prepare import Setup
 from cnnjax.program import compile_evaluation, train_steps
+from cnnjax.runs.progress import Progress
 from cnnjax.sharding import put
 from cnnjax.step import TrainState
 
@@ -25,29 +26,27 @@ class Ahead(NamedTuple):
 
     Attributes:
       open_test: returns the test set.
-      programs: the compilations, by the arguments `program` and `frozen` of `train_steps`, and `EVALUATION`.
+      programs: the compilations, by the arguments `program` and `frozen` of `train_steps`, and `EVALUATION`, in the
+        order in which they are needed. What fails here fails again where it is needed.
     """
 
     open_test: Callable[[], Pixels | StreamedSet]
     programs: dict[Any, Future[None]]
 
-    def wait(self, program: Any) -> None:
-        """Waits for a compilation that has begun, and cancels one that has not: the caller then compiles.
+    def wait_for(self, program: Any) -> None:
+        """Waits for the compilation of a program, if there is one: otherwise the caller would compile it, too."""
+        if program in self.programs:
+            wait([self.programs[program]])
 
-        What failed in the thread fails again where it is needed.
-        """
-        future = self.programs.get(program)
-        if future is not None and not future.cancel():
-            wait([future])
+    def test_set(self) -> Pixels | StreamedSet:
+        """Returns the test set when the program that scores it is compiled."""
+        self.wait_for(EVALUATION)
+        return self.open_test()
 
 
 @contextmanager
-def prepared_ahead(setup: Setup, state: TrainState, epochs: Sequence[int]) -> Iterator[Ahead]:
-    """Prepares in the context what training needs later, if an epoch is one program, during which the host is idle.
-
-    Args:
-      epochs: those to train (from 0).
-    """
+def prepared_ahead(setup: Setup, state: TrainState, progress: Progress) -> Iterator[Ahead]:
+    """Prepares in the context what training needs later, if an epoch is one program, during which the host is idle."""
 
     def open_test() -> Pixels | StreamedSet:
         return pixels_of(setup.dataset.open("test"), setup.train.standardization)
@@ -69,9 +68,11 @@ def prepared_ahead(setup: Setup, state: TrainState, epochs: Sequence[int]) -> It
         test = submit(open_test)
         # Otherwise XLA selects kernels by timing them, for which the device must be idle.
         if placement.device.platform != "gpu" or "xla_gpu_deterministic_ops" in compiler_options():
+            first, within = divmod(int(state.step), setup.steps_per_epoch)
+            stopped = progress.stopped_within == setup.config.num_epochs
+            epochs = range(first, first if stopped else setup.config.num_epochs)
             # The first epoch compiles its own program, which is shorter if the run resumes within it.
-            skipped = 0 if int(state.step) % setup.steps_per_epoch else 1
-            later = list(dict.fromkeys(setup.statics(shapes, epoch) for epoch in epochs))[skipped:]
+            later = list(dict.fromkeys(setup.statics(shapes, epoch) for epoch in epochs))[0 if within else 1 :]
             programs |= {statics: submit(compile_steps, setup, shapes, statics) for statics in later}
             programs[EVALUATION] = submit(compile_score)
         try:

@@ -81,11 +81,14 @@ class Setup(NamedTuple):
         return tuple(name for name in frozen[0] if all(name in names for names in frozen))
 
     @property
-    def num_validation_batches(self) -> int:
-        """The number of programs that `evaluate` starts for the validation set."""
-        if not len(self.validation.label):
-            return 0
-        return -(-len(self.validation.label) // evaluation_batch_size(self.validation, self.placement))
+    def queues_validation(self) -> bool:
+        """Whether the score of the validation set can wait on the device for the steps of its epoch.
+
+        XLA queues at most 32 programs on a GPU, each of which scores a batch.
+        """
+        if self.steps_per_dispatch == 1:
+            return False
+        return len(self.validation.label) <= 16 * evaluation_batch_size(self.validation, self.placement)
 
     def statics(self, state: TrainState, epoch: int) -> tuple[Program, tuple[str, ...]]:
         """Returns the arguments `program` and `frozen` of `train_steps` in an epoch (from 0)."""

@@ -212,7 +212,7 @@ def evaluation_batch_size(pixels: Pixels | StreamedSet, placement: Placement) ->
     on_cpu = placement.device.platform == "cpu"
     batch_size = ACCELERATOR_EVAL_BATCH_SIZE if not on_cpu and size <= 32 * 32 else EVAL_BATCH_SIZE
     batch_size = min(batch_size, max(8, EVAL_BATCH_SIZE * 64 * 64 // size))  # Large images need much memory.
-    return -(-min(batch_size, len(pixels.label)) // placement.num_devices) * placement.num_devices
+    return -(-min(batch_size, max(1, len(pixels.label))) // placement.num_devices) * placement.num_devices
 
 
 def _score_options(model: Network, tta: str, placement: Placement) -> Any:

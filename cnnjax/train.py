@@ -13,7 +13,7 @@ from typing import Any, Literal
 import jax
 from jaxtyping import Array, Key
 
-from cnnjax.ahead import EVALUATION, Ahead, prepared_ahead
+from cnnjax.ahead import Ahead, prepared_ahead
 from cnnjax.cli.console import Report
 from cnnjax.cli.process import start_jax
 from cnnjax.cli.signals import Stop
@@ -55,7 +55,6 @@ from cnnjax.throughput import make_timing, seconds_at_peak
 
 # Longer epochs are not queued: a process that is stopped ends when the device has computed what is queued.
 QUEUED_SECONDS = 5.0
-QUEUED_BATCHES = 16  # Of a validation set. XLA queues at most 32 programs on a GPU, and then waits for the device.
 
 
 def train_and_evaluate(
@@ -174,15 +173,12 @@ def train_and_evaluate(
             tracer.check(int(state.step), setup.program.num_steps)
             write_progress(run, progress)
             begun, num_steps = Run(run_dir, setup.config, setup.facts, None), setup.program.num_steps
-            # A run that was killed after it had stopped trains no more.
-            stopped, first = progress.stopped_within == config.num_epochs, int(state.step) // setup.steps_per_epoch
-            epochs = range(config.num_epochs if stopped else first, config.num_epochs)
             with (
                 callbacks.loggers.started(begun, int(state.step), num_steps),
-                prepared_ahead(setup, state, epochs) as ahead,
+                prepared_ahead(setup, state, progress) as ahead,
             ):
                 with tracer:
-                    if not stopped:
+                    if progress.stopped_within != config.num_epochs:  # Else it was killed after it had stopped.
                         state, progress = fit(
                             setup,
                             state,
@@ -193,8 +189,7 @@ def train_and_evaluate(
                             tracer=tracer,
                             checkpoint_seconds=checkpoint_seconds,
                         )
-                ahead.wait(EVALUATION)
-                result, best, test_logits = score_test_set(setup, state, progress, run, ahead.open_test())
+                result, best, test_logits = score_test_set(setup, state, progress, run, ahead.test_set())
                 run.checkpoints.wait()
                 if hosts.leads:
                     write_json(run_dir / "result.json", result)
@@ -247,7 +242,6 @@ def fit(
     ended = signum = queued = None
     start = partial(start_steps, setup, ahead=ahead, tracer=tracer)
     statics = cache(lambda epoch: setup.statics(state, epoch))
-    may_queue = setup.steps_per_dispatch > 1 and setup.num_validation_batches <= QUEUED_BATCHES
     with training_input(setup, step) as inputs, run.report.progress(config.num_epochs, steps, start=step):
         dispatches = zip(inputs, plan_dispatches(setup, step), strict=True)
         next_dispatch = next(dispatches)
@@ -266,7 +260,7 @@ def fit(
                 ended = None
             next_dispatch, snapshot = next(dispatches), None
             # So that the device need not wait for the host at the end of each epoch.
-            if may_queue and not tracer.traces(step, steps):
+            if setup.queues_validation and not tracer.traces(step, steps):
                 snapshot = start_validation(setup, state)
                 if (
                     step < setup.program.num_steps
@@ -332,7 +326,7 @@ def start_steps(
     pixels, (plan, augment_key) = dispatch
     arguments, (program, frozen) = (pixels, plan, setup.train_key, augment_key), statics
     options: Any = {"program": program, "frozen": frozen}
-    ahead.wait(statics)
+    ahead.wait_for(statics)
     if tracer.is_new_program(step, len(plan.example), statics):  # Compiles it outside of what is measured.
         jax.block_until_ready(train_steps(copy_state(state), *arguments, **options))
     tracer.begin(step, len(plan.example), step // setup.steps_per_epoch)
@@ -342,7 +336,7 @@ def start_steps(
 def start_validation(setup: Setup, state: TrainState) -> tuple[TrainState, Callable[[], Scores | None]]:
     """Copies the state at the end of an epoch, and starts to score the copy.
 
-    Does not wait for the device if the validation set has few batches, see `QUEUED_BATCHES`.
+    Does not wait for the device if the validation set has few batches, see `Setup.queues_validation`.
 
     Returns:
       The copy, and a function that waits for its scores (None without validation).

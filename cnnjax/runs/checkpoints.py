@@ -132,7 +132,9 @@ class Checkpoints:
         state, context = raw_keys(state), ocp.Context()  # Orbax saves no keys.
         # Else, if a directory cannot be made, its threads wait for it for minutes, also when the process ends.
         context.asynchronous.create_directories_asynchronously = False
-        context.array.saving.use_compression = False  # Compressing takes a tenth of the time, and saves 8% of the bytes.
+        context.array.saving.use_compression = (
+            False  # Compressing takes a tenth of the time, and saves 8% of the bytes.
+        )
         with _ORBAX, context:
             ocp.save_checkpointables(str(partial), {"state": state}, overwrite=True)
         if not self._has_read_back:  # Once per session: at the end of training it would be too late.

@@ -7,7 +7,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,7 +18,8 @@ import harness
 from harness import HERE, xla_flags
 from variants import VARIANTS
 
-TOGETHER = 18  # Number of jobs at the same time. The process of a job needs 4 GB of the device's memory.
+# Number of jobs at the same time. A process needs up to 4 GB of the device's memory, and most jobs are one process.
+TOGETHER = 18
 Table = Callable[[], str]  # Makes the table of what a part has measured so far.
 
 
@@ -133,6 +134,9 @@ def measure(
         tables[name] = parts[name](part)
         jobs = [*part.jobs, *jobs] if last else [*jobs, *part.jobs]
     with ThreadPoolExecutor(2 if args.small else TOGETHER) as threads:
-        for job in jobs:
-            threads.submit(job)
+        try:
+            wait([threads.submit(job) for job in jobs])
+        except BaseException:  # Such as Ctrl-C, which ends the processes that run.
+            threads.shutdown(cancel_futures=True)
+            raise
     print(*(texts.get(name, f"{name}: nothing was measured.\n") for name in args.parts), sep="\n")

@@ -21,11 +21,11 @@ The records' clock runs from the whitening of the first layer, through all epoch
 test-time augmentation, synchronized at both ends; loading, the copy to the device and compilation come before. Each
 program has run for at least an epoch then.
 
-All parts compile at the same time. What is timed takes turns: it has the device to itself, except for processes that
-still compile, which measure kernels and run a few epochs. Of the parts that are ready, the first one that was named
-goes first, and its rows in turns. `tutorial`, which takes minutes, compiles first and goes last. After `--minutes` all
-processes are killed. Results are printed as they come, and each updates the table of its part in BENCHMARKS.md, or in
-the directory of --into.
+The jobs of all parts compile at the same time, up to 18 of them. What is timed takes turns: it has the device to
+itself, except for processes that still compile, which measure kernels and run a few epochs, and shares the host with
+them. Of the parts that are ready, the first one that was named goes first, and its rows in turns. `tutorial`, which
+takes minutes, compiles first and goes last. After `--minutes` all processes are killed. Results are printed as they
+come, and each updates the table of its part in BENCHMARKS.md, or in the directory of --into.
 """
 
 import argparse
