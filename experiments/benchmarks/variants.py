@@ -412,7 +412,7 @@ def whole_run(config: Config, folder: str, kill: bool = False, **options: Any) -
     def on_epoch(row: Any, state: TrainState) -> None:
         ends.append(time.perf_counter())
         while kill and len(ends) > 1:
-            if any(Path(folder).glob("checkpoints/*[0-9]/SHA256SUMS")):
+            if any(path.name.isdigit() for path in Path(folder, "checkpoints").glob("*")):  # Others are incomplete.
                 os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(0.001)
 
