@@ -10,6 +10,7 @@ Environment variables:
   STOP_AFTER: the epoch after which `on_epoch` stops the run; the program is then started as a script.
 """
 
+import glob
 import json
 import os
 import signal
@@ -101,7 +102,12 @@ def send_signal_at(moment, count, signum):
 
     def own_save(*arguments, **options):
         # Orbax needs tens of milliseconds: this is while it writes.
-        thread = threading.Thread(target=lambda: (time.sleep(0.01), reach("save")), daemon=True)
+        def reach_when_begun():
+            while not glob.glob(f"{arguments[0]}*"):  # Orbax has not made the folder yet.
+                time.sleep(0.001)
+            reach("save")
+
+        thread = threading.Thread(target=reach_when_begun, daemon=True)
         thread.start()
         save(*arguments, **options)
         thread.join()
