@@ -15,13 +15,13 @@ from cnnjax.cli.console import Report, track
 from cnnjax.cli.process import start_jax
 from cnnjax.config import Config, word
 from cnnjax.errors import UserError
+from cnnjax.loop import plan_dispatches, training_input
 from cnnjax.memory import explain_out_of_memory
 from cnnjax.metrics import Totals
 from cnnjax.optim.optimizer import Optimizer
 from cnnjax.prepare import Setup, load_data, load_network_weights, set_up
 from cnnjax.program import train_steps
 from cnnjax.step import TrainState
-from cnnjax.train import plan_dispatches, training_input
 
 RANGE = 1e4  # From 1e-7 to 10 for the usual 1e-3, as in fastai.
 NUM_UPDATES, HALF_DECADE = 161, 10  # 20 per factor of 10. More than an epoch of a small data set, less of a large one.

@@ -149,22 +149,21 @@ def evaluate(
       placement: how devices share a batch; None: the first device works alone.
       keep_logits: whether to return the logits, too.
     """
-    options: Any = {"model": model, "tta": tta, "placement": placement, "keep_logits": keep_logits}
-    return start_evaluation(state, pixels, **options)()
+    placement = placement or place(1, jax.local_devices())
+    return start_evaluation(state, pixels, model, placement, tta=tta, keep_logits=keep_logits)()
 
 
 def start_evaluation(
     state: TrainState,
     pixels: Pixels | StreamedSet,
-    *,
     model: Network,
+    placement: Placement,
+    *,
     tta: str = "none",
-    placement: Placement | None = None,
     keep_logits: bool = False,
 ) -> Callable[[], Scores]:
     """Starts to `evaluate`; the function that it returns waits for the device, and returns the scores."""
     num_examples = len(pixels.label)
-    placement = placement or place(1, jax.local_devices())
     plan = plain_plan(num_examples, evaluation_batch_size(pixels, placement))
     options = _score_options(model, tta, placement)
     rows = put([plan.row(i) for i in range(len(plan.example))], placement.batch_sharding)

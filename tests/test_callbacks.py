@@ -169,7 +169,7 @@ def test_an_epoch_as_one_program_reports_its_steps_at_its_end_and_may_be_discard
         dispatched.append(len(plan.example))
         return train_steps(state, pixels, plan, *args, **options)
 
-    monkeypatch.setattr("cnnjax.train.train_steps", dispatch)
+    monkeypatch.setattr("cnnjax.loop.train_steps", dispatch)
     run = train_and_evaluate(CONFIG, run_dir=tmp_path / "run", on_step=calls.on_step, on_epoch=calls.stop_after_one)
     assert dispatched == [6, 6]
     assert calls.order == [*(f"step {step}" for step in range(1, 7)), "epoch 1"]
@@ -188,9 +188,9 @@ def test_the_next_epoch_is_queued_before_the_device_has_finished_unless_epochs_a
         order.append("start")
         return train_steps(*args, **options)
 
-    monkeypatch.setattr("cnnjax.train.train_steps", dispatch)
-    monkeypatch.setattr("cnnjax.train.QUEUED_SECONDS", queued_seconds)
-    monkeypatch.setattr("cnnjax.train.fetch", lambda metrics: order.append("wait") or fetch(metrics))
+    monkeypatch.setattr("cnnjax.loop.train_steps", dispatch)
+    monkeypatch.setattr("cnnjax.loop.QUEUED_SECONDS", queued_seconds)
+    monkeypatch.setattr("cnnjax.loop.fetch", lambda metrics: order.append("wait") or fetch(metrics))
     run = train_and_evaluate(
         config, run_dir=tmp_path, on_epoch=lambda row, state: order.append(f"epoch {row['epoch']}")
     )
@@ -203,7 +203,7 @@ def test_the_next_epoch_is_queued_before_the_device_has_finished_unless_epochs_a
 
 
 def test_a_signal_while_an_epoch_is_queued_loses_no_finished_one(one_program, tmp_path, monkeypatch):
-    monkeypatch.setattr("cnnjax.train.QUEUED_SECONDS", 1000.0)
+    monkeypatch.setattr("cnnjax.loop.QUEUED_SECONDS", 1000.0)
     whole = train_and_evaluate(CONFIG, run_dir=tmp_path / "whole")
 
     def interrupt(step, metrics):

@@ -19,9 +19,9 @@ from programs.research import make_arrays
 
 from cnnjax import SGD, Augment, Config, Interrupted, PhotoAugment, UserError, load_dataset, train_and_evaluate
 from cnnjax.data.imagenet import ARCHIVES, archive_folder
+from cnnjax.loop import plan_dispatches
 from cnnjax.runs.directory import check_run
 from cnnjax.runs.records import read_record, read_rows
-from cnnjax.train import plan_dispatches
 
 sys.path.append(str(Path(__file__).parent.parent / "experiments"))
 from generate_imagenet import add, write_archives
@@ -222,7 +222,7 @@ def test_cutout_is_drawn_for_the_size_of_the_epoch(monkeypatch, tmp_path):
         setups.append(setup)
         return plan_dispatches(setup, step)
 
-    monkeypatch.setattr("cnnjax.train.plan_dispatches", record)
+    monkeypatch.setattr("cnnjax.loop.plan_dispatches", record)
     train_and_evaluate(replace(OWN, augment=Enlarge(cutout=3), num_epochs=1), run_dir=tmp_path / "run")
     setup = setups[0]._replace(program=setups[0].program._replace(num_epochs=2))
     dispatches = plan_dispatches(setup, 0)

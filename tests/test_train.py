@@ -50,6 +50,7 @@ from cnnjax.data.named import NAMED_SETS
 from cnnjax.data.order import epoch_plan, split_validation
 from cnnjax.data.sources import RawSet, RawSplit
 from cnnjax.data.tfds_format import write_tfds
+from cnnjax.loop import plan_dispatches
 from cnnjax.prepare import set_up
 from cnnjax.program import train_steps
 from cnnjax.runs.checkpoints import Checkpoints
@@ -59,7 +60,6 @@ from cnnjax.runs.inspection import reproduce, verify
 from cnnjax.runs.manifest import read_manifest
 from cnnjax.runs.progress import Progress
 from cnnjax.runs.records import Record, read_record, write_record
-from cnnjax.train import plan_dispatches
 
 # Dropout, augmentation and a partial last batch: 390 training examples make 25 steps per epoch, the last with 6.
 CONFIG = Config(
@@ -311,7 +311,7 @@ def test_an_epoch_is_saved_and_reported_while_the_next_one_trains(monkeypatch, t
         events.append("step")
         return train_steps(state, *args, **kwargs)
 
-    monkeypatch.setattr("cnnjax.train.train_steps", dispatch)
+    monkeypatch.setattr("cnnjax.loop.train_steps", dispatch)
     train(RESEARCH, run_dir=tmp_path, report=Events(quiet=True))
     six = ["step"] * 6
     assert events == [*six, "step", "epoch 1", *six, "epoch 2", *six[1:], "epoch 3"]

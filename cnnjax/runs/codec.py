@@ -31,10 +31,10 @@ ARRAYS = "(arrays in memory)"
 
 def built_in() -> dict[str, Any]:
     """Returns cnnjax's own classes and functions that a configuration may name, by name."""
-    # The other functions import what training does not need, such as charts.
-    names = [name for name in dir(cnnjax) if name[0].isupper() or name == "softmax_cross_entropy"]
-    public = {f"cnnjax.{name}": getattr(cnnjax, name) for name in names}
-    return {name: x for name, x in public.items() if _is_dataclass(x) or name == "cnnjax.softmax_cross_entropy"}
+    # Other functions are not named in it, and import what training does not need, such as charts.
+    classes = {f"cnnjax.{name}": getattr(cnnjax, name) for name in dir(cnnjax) if name[0].isupper()}
+    found = {name: x for name, x in classes.items() if _is_dataclass(x)}
+    return {**found, "cnnjax.softmax_cross_entropy": cnnjax.softmax_cross_entropy}
 
 
 def encode(config: Config, objects: list[Any] | None = None) -> EncodedConfig:

@@ -29,8 +29,6 @@ come, and each updates the table of its part in BENCHMARKS.md, or in the directo
 """
 
 import argparse
-import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -56,18 +54,21 @@ def main() -> None:
     add("--variants", nargs="+", choices=VARIANTS, metavar="NAME", help="of the ladder, not all; after the parts")
     args = harness.parse(parser, list(PARTS), list(PARTS))
     begin, airbench = time.monotonic(), not args.small and {"to_94", "to_96"} & {*args.parts}
-    for name, needed in (("python", True), ("peers", airbench)):
-        if (path := shutil.which(getattr(args, name))) is None and needed:
-            parser.error(f"`--{name}` must be an interpreter, got {getattr(args, name)}. `make bench-gpu` creates one.")
-        setattr(args, name, os.path.abspath(path or "-"))
+    if args.minutes <= 0:
+        parser.error(f"`--minutes` must be positive, got {args.minutes:g}.")
+    args.python = harness.find_python(parser, "python", args.python)
+    if airbench:
+        args.peers = harness.find_python(parser, "peers", args.peers)
+    if args.airbench is not None and not args.airbench.is_dir():
+        parser.error(f"`--airbench` must be a directory with airbench's sources, got {args.airbench}.")
     about = "" if args.small else harness.describe(args.peers, args.python)
     if not args.small and "; jax on gpu;" not in about:
         parser.error(f"jax must use a GPU. Install cnnjax[cuda], or try --small. Found: {about}")
     write = harness.table_writer(args, about, "gpu ")
     with tempfile.TemporaryDirectory() as temporary:
         if airbench:
-            args.airbench = (args.airbench or Path(temporary, "airbench")).resolve()
-            if not args.airbench.exists():
+            given, args.airbench = args.airbench, (args.airbench or Path(temporary, "airbench")).resolve()
+            if given is None:
                 subprocess.run(["git", "clone", "--quiet", "--depth", "1", REPOSITORY, args.airbench], check=True)
         measure(args, PARTS, write, begin + 60 * args.minutes, Path(args.into or temporary).resolve())
 

@@ -162,6 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--python", required=True, help="an interpreter with jax[cuda]")
     args = harness.parse(parser, list(PARTS), list(PARTS))
+    args.python = harness.find_python(parser, "python", args.python)
     with harness.worker(args.python, str(HERE / "harness.py"), **ENVIRONMENT) as ask:
         about = "" if args.small else ask("environment", "-")
     harness.write_tables(args, PARTS, about, report=REPORT)

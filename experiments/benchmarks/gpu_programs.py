@@ -14,13 +14,12 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from math import prod
 from typing import Any, NamedTuple
 
 import hlo
 import jax
 import numpy as np
-from harness import ENVIRONMENT, EXPERIMENTS, table, xla_flags
+from harness import ENVIRONMENT, EXPERIMENTS, find_python, table, xla_flags
 from jax.experimental import topologies
 from variants import VARIANTS
 
@@ -31,8 +30,6 @@ from cnnjax.program import Program, train_steps
 from cnnjax.step import abstract_state
 
 BANDWIDTH = 3.35e12  # Bytes per second. Source: NVIDIA's data sheet of the H100 SXM.
-SIZES = {"pred": 1, "u8": 1, "s8": 1, "bf16": 2, "f16": 2, "u32": 4, "s32": 4, "f32": 4, "u64": 8, "s64": 8, "f64": 8}
-FREE = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "after-all", "fusion-done", "copy-done"}
 
 
 class Kernel(NamedTuple):
@@ -50,27 +47,15 @@ def kernels_of_step(text: str) -> list[Kernel]:
 
 
 def _kernels(body: str) -> Iterator[Kernel]:
-    types: dict[str, str] = {}
-    for line in body.splitlines():
-        found = re.match(r"\s*(?:ROOT )?(%\S+) = (\(.*?\)|\S+) ([\w-]+)\(([^)]*)", line)
-        if found is None:
+    for it in hlo.instructions(body):
+        if it.operation in (*hlo.FREE, "after-all", "copy-done", "fusion-done"):
             continue
-        name, types[name], operation, operands = found[1], found[2], found[3], found[4]
-        if operation in FREE:
-            continue
-        target = re.search(r'custom_call_target="(?:__cu\w+\$)?([^"]*)"', line)
-        op_name = re.search(r'op_name="([^"]*)"', line)
-        written = _num_bytes(types[name])
-        sizes = [_num_bytes(types[operand]) for operand in re.findall(r"%[^\s,]+", operands) if operand in types]
-        if "gather" in name:  # It reads only the images of a batch.
-            sizes = [min(size, written) for size in sizes]
-        kind = target[1] if target else re.sub(r"[.\d]*$", "", name[1:])
-        yield Kernel(kind, op_name[1] if op_name else "", sum(sizes) + written)
-
-
-def _num_bytes(type_: str) -> int:
-    arrays = re.findall(r"(\w+)\[([\d,]*)\]", type_)
-    return sum(SIZES.get(dtype, 0) * prod(int(n) for n in shape.split(",") if n) for dtype, shape in arrays)
+        target = re.search(r'custom_call_target="(?:__cu\w+\$)?([^"]*)"', it.line)
+        op_name = re.search(r'op_name="([^"]*)"', it.line)
+        # A gather reads only the images of a batch.
+        read = [min(size, it.written) for size in it.read] if "gather" in it.name else it.read
+        kind = target[1] if target else re.sub(r"[.\d]*$", "", it.name)
+        yield Kernel(kind, op_name[1] if op_name else "", sum(read) + it.written)
 
 
 def compile_variant(name: str) -> dict[str, Any]:
@@ -127,6 +112,9 @@ def main() -> None:
         return
     if unknown := set(args.variants) - {*VARIANTS}:
         parser.error(f"`VARIANT` must be one of {', '.join(VARIANTS)}, got {', '.join(sorted(unknown))}.")
+    if args.kernels < 0:
+        parser.error(f"`--kernels` must be at least 0, got {args.kernels}.")
+    args.python = find_python(parser, "python", args.python)
     rows, base = [], 0.0
     for name in args.variants or VARIANTS:
         if (found := compiled_elsewhere(args, name)) is None:
@@ -141,6 +129,8 @@ def main() -> None:
         print(*rows[-1], sep=", ", file=sys.stderr, flush=True)
         for kernel in sorted(kernels, key=lambda kernel: -kernel.num_bytes)[: args.kernels]:
             print(f"{kernel.num_bytes / 1e6:9.1f} MB  {kernel.kind[:40]:40} {kernel.op_name[-90:]}")
+    if not base:
+        sys.exit("Nothing was compiled: `--python` must be an interpreter with jax[cuda] and cnnjax's packages.")
     head = ["variant", "kernels per step", "GB moved", "of the first", "µs at 3.35 TB/s", "GB for results of layers"]
     print(table(head, rows))
 

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -183,6 +184,13 @@ def parse(parser: argparse.ArgumentParser, parts: Sequence[str], default: Sequen
     except OSError as error:
         parser.error(f"`--into` must be a directory that can be created, got {args.into} ({error.strerror}).")
     return args
+
+
+def find_python(parser: argparse.ArgumentParser, option: str, value: str) -> str:
+    """Returns the path of the interpreter that an option names."""
+    if (path := shutil.which(value)) is None:
+        parser.error(f"`--{option}` must be an interpreter, got {value}. `make bench-gpu` creates those that it needs.")
+    return os.path.abspath(path)
 
 
 def write_tables(

@@ -5,6 +5,7 @@ It imports the standard library only.
 
 import math
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 # An H100 SXM for `jax.experimental.topologies.get_topology_desc(target_config=H100)`, which needs no device. Source:
@@ -42,7 +43,7 @@ _INSTRUCTION = re.compile(
 )
 # Any instruction: the name, the type of the result, which may be a tuple of tuples, the operation, the operands.
 _ANY = re.compile(r"(?m)^\s+(?:ROOT )?%?(\S+) = ([^\"\n]*?) ([a-z][\w-]*)\((.*)$")
-_FREE = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "partition-id")  # They move no data.
+FREE = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "partition-id")  # They move no data.
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,<= ]*)\]")
 _SMALL = {"pred": 1.0, "token": 0.0, "s2": 0.25, "u2": 0.25, "s4": 0.5, "u4": 0.5}  # Bytes per element.
 
@@ -120,25 +121,47 @@ def schedule(text: str) -> list[tuple[Collective, int]]:
     """
     if "is_scheduled=true" not in text:
         raise ValueError("`text` must be a scheduled program, got one without is_scheduled=true.")
-    sizes, moved, started, found = {}, 0, {}, []
-    for line in text[text.index("\nENTRY ") :].splitlines():
-        for name, type_, operation, rest in _ANY.findall(line):
-            sizes[name] = sum(shape.num_bytes for shape in _shapes(type_))
-            if operation.removesuffix("-start").removesuffix("-done") in KINDS:
-                if operation.endswith("-start"):
-                    started[name] = line, moved
-                    continue
-                first, before = started[_operands(rest)[0]] if operation.endswith("-done") else (line, moved)
-                (collective,) = collectives(f"{first}\n{line}" if first != line else line)
-                found.append((collective, moved - before))
-            elif operation not in _FREE:
-                moved += sizes[name] + sum(sizes.get(operand, 0) for operand in _operands(rest))
+    moved, started, found = 0, {}, []
+    for it in instructions(text[text.index("\nENTRY ") :]):
+        if it.operation.removesuffix("-start").removesuffix("-done") in KINDS:
+            if it.operation.endswith("-start"):
+                started[it.name] = it.line, moved
+                continue
+            first, before = started[it.operands[0]] if it.operation.endswith("-done") else (it.line, moved)
+            (collective,) = collectives(f"{first}\n{it.line}" if first != it.line else it.line)
+            found.append((collective, moved - before))
+        elif it.operation not in FREE:
+            moved += it.written + sum(it.read)
     return found
 
 
-def _operands(rest: str) -> list[str]:
-    """Returns the names of the operands, given what follows the bracket of an instruction."""
-    return re.findall(r"%([^\s,()]+)", rest.split("), ", maxsplit=1)[0])
+class Instruction(NamedTuple):
+    """An instruction of a program.
+
+    Attributes:
+      operation: as in HLO, such as fusion or custom-call.
+      operands: names of other instructions.
+      read: bytes of each operand, as a whole; 0 if the text does not have it.
+      written: bytes of the result.
+      line: of the text.
+    """
+
+    name: str
+    operation: str
+    operands: list[str]
+    read: list[int]
+    written: int
+    line: str
+
+
+def instructions(text: str) -> Iterator[Instruction]:
+    """Yields the instructions of a computation."""
+    sizes: dict[str, int] = {}
+    for line in text.splitlines():
+        for name, type_, operation, rest in _ANY.findall(line):
+            operands = re.findall(r"%([^\s,()]+)", rest.split("), ", maxsplit=1)[0])
+            sizes[name] = sum(shape.num_bytes for shape in _shapes(type_))
+            yield Instruction(name, operation, operands, [sizes.get(x, 0) for x in operands], sizes[name], line)
 
 
 def _shapes(type_: str) -> tuple[Shape, ...]:

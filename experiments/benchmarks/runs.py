@@ -15,6 +15,7 @@ table into BENCHMARKS.md. gpu.py compares such ways on a GPU, where an epoch is 
 
 import argparse
 import ctypes
+import shutil
 import statistics
 import subprocess
 import sys
@@ -101,6 +102,8 @@ def cost(args: argparse.Namespace) -> str:
 
 
 def rest(args: argparse.Namespace) -> str:
+    if shutil.which("c++") is None:
+        sys.exit("`rest` needs a C++ compiler with the name c++, got none. On Debian: apt install g++.")
     rows = []
     for name, (num_epochs, epoch_seconds, batch_seconds) in ON_H200.items():
         question = ("train_on_waiting_device", name, num_epochs, epoch_seconds, batch_seconds, args.small)
@@ -124,7 +127,7 @@ def waiting_device(epoch_seconds: float, batch_seconds: float) -> Callable[[], l
     import jax.numpy as jnp
     from jax import lax
 
-    from cnnjax import program, train
+    from cnnjax import loop, program, train
     from cnnjax.metrics import Metrics
 
     with tempfile.TemporaryDirectory() as folder:
@@ -159,7 +162,7 @@ def waiting_device(epoch_seconds: float, batch_seconds: float) -> Callable[[], l
         return setup._replace(steps_per_dispatch=setup.steps_per_epoch), state
 
     for module, name, value in (
-        (train, "train_steps", train_steps),
+        (loop, "train_steps", train_steps),
         (train, "set_up", set_up_device),
         (program, "_score", score),
         (program, "EVAL_BATCH_SIZE", program.ACCELERATOR_EVAL_BATCH_SIZE),

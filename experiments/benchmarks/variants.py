@@ -47,6 +47,7 @@ from cnnjax.cli.experiment import load_experiment
 from cnnjax.data import batches
 from cnnjax.data.batches import Pixels, standardize
 from cnnjax.layers import conv, norm, ops
+from cnnjax.loop import plan_dispatches
 from cnnjax.models import speednet
 from cnnjax.models.speednet import SpeedConv
 from cnnjax.optim import transforms
@@ -54,7 +55,6 @@ from cnnjax.prepare import INIT_IMAGES, Setup, set_up
 from cnnjax.program import Program, evaluate, init_run
 from cnnjax.runs.files import tree_sha256
 from cnnjax.step import TrainState
-from cnnjax.train import plan_dispatches
 
 MUON, NINETY_SIX, TUTORIAL = "cifar10_airbench94_muon", "cifar10_airbench96", "cifar10_tutorial"
 ANY_KERNELS = "--xla_gpu_deterministic_ops=false"

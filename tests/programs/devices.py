@@ -27,11 +27,11 @@ from research import Noise
 from cnnjax import CNN, MLP, Config, Optimizer, load_dataset, train_and_evaluate
 from cnnjax.data.batches import make_batch
 from cnnjax.layers.modules import Dropout
+from cnnjax.loop import plan_dispatches
 from cnnjax.prepare import set_up
 from cnnjax.program import train_steps
 from cnnjax.runs.files import tree_sha256
 from cnnjax.sharding import place
-from cnnjax.train import plan_dispatches
 
 MESHES = ("data=1", "data=2", "data=8", "model=8", "data=4,model=2")
 
