@@ -61,7 +61,7 @@ class Program(NamedTuple):
         return self.optim.frozen(params, step, self.num_steps, self.num_epochs)
 
 
-@jit(static_argnames=("program",))
+@jit(static_argnames=("program",), runs_once=True)
 def init_run(key: Key[Array, ""], image: Float[AnyArray, "B H W C"], *, program: Program) -> TrainState:
     """Returns the initial state, see `init_state`. Equal programs share one compilation, unlike equal optimizers."""
     return init_state(key, image, model=program.model, tx=program.make_tx())

@@ -63,7 +63,7 @@ def init_state(
     return _init_state(key, image, model=model, tx=tx)
 
 
-@jit(static_argnames=("model", "tx"))
+@jit(static_argnames=("model", "tx"), runs_once=True)
 def _init_state(
     key: Key[Array, ""], image: Float[AnyArray, "B H W C"], *, model: Network, tx: optax.GradientTransformation
 ) -> TrainState:

@@ -5,6 +5,7 @@ import sys
 from contextlib import nullcontext
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,12 +22,12 @@ SCHEDULER = "xla_cpu_scheduler_type"
 X = jnp.arange(1.0, 5.0)
 
 
-def options(monkeypatch, jaxlib="0.10.2", flags="", backend="cpu"):
+def options(monkeypatch, jaxlib="0.10.2", flags="", backend="cpu", runs_once=False):
     """Returns the names of the options in a new process."""
     monkeypatch.setattr(compiler, "version", lambda package: {"jaxlib": jaxlib}[package])
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setenv("XLA_FLAGS", flags)
-    return set(compiler._options.__wrapped__())
+    return set(compiler._options.__wrapped__(runs_once=runs_once))
 
 
 @pytest.mark.parametrize(
@@ -52,6 +53,36 @@ def test_flags_of_the_user_take_precedence(monkeypatch, tmp_path):
     assert options(monkeypatch, flags=str(file)) == {CONVOLUTION}
 
 
+QUICK = {"xla_backend_optimization_level": 1, "xla_cpu_use_fusion_emitters": False}
+
+
+def test_only_a_program_that_runs_once_on_a_cpu_is_compiled_quickly(monkeypatch):
+    for how in [{}, {"jaxlib": "0.12.0"}]:
+        assert options(monkeypatch, **how, runs_once=True) - options(monkeypatch, **how) == set(QUICK)
+    for how in [{"backend": "gpu"}, {"jaxlib": "0.13.0"}]:
+        assert options(monkeypatch, **how, runs_once=True) == options(monkeypatch, **how)
+    assert set(QUICK) - options(monkeypatch, flags="--xla_cpu_use_fusion_emitters", runs_once=True) == {
+        "xla_cpu_use_fusion_emitters"
+    }
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the options are for a CPU")
+def test_quick_compilation_gives_the_bits_of_xlas_defaults():
+    def draw(key):
+        kernel, bias, embedding, projection = jax.random.split(key, 4)
+        return (
+            nn.initializers.he_normal()(kernel, (3, 3, 16, 24)),
+            nn.initializers.glorot_uniform()(bias, (48, 24)),
+            nn.initializers.normal()(embedding, (40, 24)),
+            nn.initializers.orthogonal()(projection, (40, 24)),
+        )
+
+    lowered = jax.jit(draw).lower(jax.random.key(0))
+    defaults = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+    quick, full = (lowered.compile(options)(jax.random.key(0)) for options in (QUICK, defaults))
+    jax.tree.map(np.testing.assert_array_equal, quick, full)
+
+
 # Prints the optimized programs of a convolution with its gradients, of a matrix product, and of sums.
 PROGRAMS = """
 import re
@@ -75,7 +106,7 @@ def programs(jit):
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the flags are for a CPU")
 def test_programs_are_those_of_the_flags_that_the_options_stand_for():
     """XLA's flag removes one fusion from its defaults, and an option can only list those that remain."""
-    flags = {f"--{DETERMINISM}=true", f"--{CONVOLUTION}=-individual_convolution"}
+    flags = {*os.environ.get("XLA_FLAGS", "").split(), f"--{DETERMINISM}=true", f"--{CONVOLUTION}=-individual_convolution"}
     if SCHEDULER in compiler_options():
         flags.add(f"--{SCHEDULER}=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED")
     script = PROGRAMS + "print(list(programs(jax.jit)))"
@@ -131,7 +162,7 @@ def test_a_function_works_inside_every_transformation(place, monkeypatch):
     np.testing.assert_allclose(call(jit(lambda x: x**3)), expected, rtol=1e-6)
     if own is None:
         return
-    monkeypatch.setattr(compiler, "compiler_options", lambda: {"xla_unknown": True})
+    monkeypatch.setattr(compiler, "_options", lambda runs_once: {"xla_unknown": True})
     monkeypatch.setattr(compiler, "_identity", compiler._identity.__wrapped__)
     with pytest.raises(jax.errors.JaxRuntimeError, match="xla_unknown") if own else nullcontext():
         call(jit(lambda x: x**3))

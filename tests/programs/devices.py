@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 # Before jax starts.
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # Compiles in half the time.
 sys.path.append(str(Path(__file__).parents[2] / "experiments" / "benchmarks"))
 
