@@ -58,12 +58,19 @@ def prepared_ahead(setup: Setup, state: TrainState, progress: Progress) -> Itera
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     programs: dict[Any, Future[None]] = {}
     with ThreadPoolExecutor(1, "ahead") as thread:
+        settings: Any = jax.config
+        default_device = settings.jax_default_device  # It belongs to a thread, and to the key of a program.
 
         def submit(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-            return thread.submit(copy_context().run, function, *arguments)
+            def call() -> Any:
+                with jax.default_device(default_device):
+                    return function(*arguments)
+
+            return thread.submit(copy_context().run, call)
 
         def compile_score() -> None:
-            compile_evaluation(shapes, test.result(), model=model, tta=tta, placement=placement)
+            pixels: Any = test.result()  # In memory, as the training set.
+            compile_evaluation(shapes, pixels, model=model, tta=tta, placement=placement)
 
         test = submit(open_test)
         # Otherwise XLA selects kernels by timing them, for which the device must be idle.

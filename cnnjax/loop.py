@@ -58,16 +58,15 @@ def fit(
       Interrupted: a signal arrived.
     """
     config, steps = setup.config, setup.steps_per_epoch
-    first = step = int(state.step)
+    step = int(state.step)
     begin = time.perf_counter() - progress.seconds  # When a run without interruptions would have begun.
     at_peak = {
         shape: seconds_at_peak(config.model, shape, setup.placement.devices)
         for shape in {setup.train_shape(program) for program in setup.program.distinct()}
     }
     progress = progress._replace(stopped_within=None)
-    # The previous epoch, until it is reported; the signal for which all processes stop; the metrics of steps that are
-    # queued on the device.
-    ended = signum = queued = None
+    # The previous epoch, until it is reported; the metrics of steps that are queued on the device.
+    ended = queued = None
     start = partial(start_steps, setup, ahead=ahead, tracer=tracer)
     statics = cache(lambda epoch: setup.statics(state, epoch))
     with training_input(setup, step) as inputs, run.report.progress(config.num_epochs, steps, start=step):
@@ -154,7 +153,8 @@ def start_steps(
     pixels, (plan, augment_key) = dispatch
     arguments, (program, frozen) = (pixels, plan, setup.train_key, augment_key), statics
     options: Any = {"program": program, "frozen": frozen}
-    ahead.wait_for(statics)
+    if len(plan.example) == setup.steps_per_dispatch:  # Not the rest of an epoch within which the run resumes.
+        ahead.wait_for(statics)
     if tracer.is_new_program(step, len(plan.example), statics):  # Compiles it outside of what is measured.
         jax.block_until_ready(train_steps(copy_state(state), *arguments, **options))
     tracer.begin(step, len(plan.example), step // setup.steps_per_epoch)

@@ -21,7 +21,7 @@ from cnnjax.data.order import plain_plan, steps_per_epoch
 from cnnjax.data.stored import Examples
 from cnnjax.data.stream import Streamed, StreamedImages
 from cnnjax.data.weights import load_weights
-from cnnjax.errors import UserError, check, user_code
+from cnnjax.errors import UserError, check, option, user_code
 from cnnjax.losses import ClassWeighted, balanced_weights
 from cnnjax.memory import device_memory, explain_out_of_memory, gib, largest_result, num_bytes
 from cnnjax.network import apply_in_evaluation, init_variables, logits_of
@@ -153,7 +153,10 @@ def set_up(
     size, available = num_bytes(train) + num_bytes(validation), device_memory(placement.device)
     # Arrays in memory may be files that are mapped.
     if not dataset.streams and available is not None and size > available:
-        raise UserError(f"`dataset` must fit into the {gib(available)} of memory, got images of {gib(size)}.")
+        raise UserError(
+            f"`dataset` must fit into the {gib(available)} of memory, got images of {gib(size)}. Images from files can "
+            f"be read while training: {option('stream')}."
+        )
     image_shape = train.image.shape[1:]
     check("channels", "3 for pretrained weights", weights is None or image_shape[-1] == 3, image_shape[-1])
     if weights is not None:

@@ -78,7 +78,7 @@ def train_steps(
     program: Program,
     frozen: tuple[str, ...] = (),
 ) -> tuple[TrainState, Metrics]:
-    """Applies `train_step` to each row of a plan; on an accelerator, one program that never waits for the host.
+    """Applies `train_step` to each row of a plan; one program that never waits for the host.
 
     Args:
       state: donated.
@@ -188,19 +188,14 @@ def start_evaluation(
     return finish
 
 
-def compile_evaluation(
-    state: Any, pixels: Pixels | StreamedSet, *, model: Network, tta: str, placement: Placement
-) -> None:
+def compile_evaluation(state: Any, pixels: Pixels, *, model: Network, tta: str, placement: Placement) -> None:
     """Compiles the program with which `evaluate` scores a data set.
 
     Args:
       state: the shapes of the state, with their shardings.
     """
     plan = plain_plan(len(pixels.label), evaluation_batch_size(pixels, placement))
-    if isinstance(pixels, StreamedSet):
-        shapes: Any = pixels.spec(plan.example.shape[1], placement)
-    else:
-        shapes = jax.tree.map(lambda x: x.update(sharding=placement.replicated), jax.eval_shape(lambda x: x, pixels))
+    shapes: Any = jax.tree.map(lambda x: x.update(sharding=placement.replicated), jax.eval_shape(lambda x: x, pixels))
     row = put(plan.row(0), placement.batch_sharding)
     _score.lower(state, shapes, row, **_score_options(model, tta, placement)).compile()
 

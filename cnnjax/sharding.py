@@ -127,7 +127,9 @@ def place(batch_size: int, devices: Sequence[Any] | None = None, mesh: str | Non
       UserError: the mesh does not divide the batch, does not fit the devices, or leaves out some of several processes.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = parse_mesh(mesh) if mesh else (max(n for n in range(1, len(devices) + 1) if batch_size % n == 0), 1)
+    sizes = (
+        parse_mesh(mesh) if mesh is not None else (max(n for n in range(1, len(devices) + 1) if batch_size % n == 0), 1)
+    )
     num_devices, named = math.prod(sizes), f"{mesh} on {len(devices)} device{'s' if len(devices) > 1 else ''}"
     check("mesh", "at most as large as the number of devices", num_devices <= len(devices), named)
     if batch_size % num_devices:

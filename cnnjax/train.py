@@ -11,7 +11,7 @@ from cnnjax.cli.process import start_jax
 from cnnjax.cli.signals import Stop
 from cnnjax.config import Config
 from cnnjax.data.datasets import ImageDataset
-from cnnjax.errors import UserError, check
+from cnnjax.errors import check, option
 from cnnjax.hosts import current
 from cnnjax.loop import fit
 from cnnjax.memory import explain_out_of_memory
@@ -20,7 +20,7 @@ from cnnjax.runs import manifest
 from cnnjax.runs.directory import open_run
 from cnnjax.runs.files import write_json
 from cnnjax.runs.loggers import Logger, Loggers, check_loggers
-from cnnjax.runs.profile import FOLDER, Profile
+from cnnjax.runs.profile import FOLDER, Profile, is_range
 from cnnjax.runs.progress import (
     Callbacks,
     OnEpoch,
@@ -78,8 +78,8 @@ def train_and_evaluate(
         number (a constant learning rate, no lookahead). False: `run_dir` must be new.
       on_step: called as `on_step(step, metrics)` with the number of steps so far and, as floats, the means over the
         batch: "loss", "accuracy" (if the labels are class indices), "grad_norm", and the values that the loss names.
-        What it returns is ignored. On an accelerator an epoch is one program, so the calls for its steps come at its
-        end.
+        What it returns is ignored. On an accelerator an epoch of images in memory is one program, so the calls for its
+        steps come at its end.
       on_epoch: called as `on_epoch(row, state)` after each epoch, before it is saved. `row` contains the values of the
         epoch in metrics.jsonl and timing.jsonl, and "best_epoch", the epoch with the best validation score so far (see
         `Config.best_by`; of equals, the latest; without validation, the latest). `state` may be kept, but not donated.
@@ -90,14 +90,15 @@ def train_and_evaluate(
       profile: trace the steps after the first of these numbers of steps, up to the second, into `run_dir`/profile; no
         bit depends on it. See `Profile`.
       checkpoint_seconds: save during an epoch, too, this long after the last save; no bit depends on it. On an
-        accelerator an epoch is one program, so only its end is saved.
+        accelerator an epoch of images in memory is one program, so only its end is saved.
       devices: the devices that share each batch; all if None.
       mesh: how they do: data=4,model=2 divides each batch among eight, and the large arrays of the state between two;
         None: the largest number of devices that divides the batch, with a copy of the state each.
       report: receives messages and metrics, see `Report`; None: nothing is printed.
       stop: receives signals, for a caller that trains in several threads; None: this function handles them.
       stream: read the images from the prepared files while training, instead of keeping them in memory; None: if they
-        would take more than half of it. No bit depends on it, so a run may be resumed either way.
+        would take more than half of it. On a CPU no bit depends on it, so a run may be resumed either way; an
+        accelerator, whose programs are then single steps instead of epochs, may round differently.
       dataset: the data set, if the caller has loaded it.
       code: the source code that trains, if the caller has recorded it.
 
@@ -106,12 +107,10 @@ def train_and_evaluate(
       NonFiniteLossError: the loss became infinite or nan; earlier checkpoints are kept.
       Interrupted: SIGINT, SIGTERM or SIGHUP arrived; the run can be resumed.
     """
-    if not isinstance(resume, bool) and resume != "auto":
-        raise UserError(f"`resume` must be False, True or 'auto', got {resume!r}.")
     check("config", "a Config", isinstance(config, Config), repr(config))
     check("report", "a Report or None", report is None or isinstance(report, Report), repr(report))
-    check("devices", "a sequence of devices, or None", devices is None or len([*devices]) > 0, repr(devices))
     check_loggers(loggers)
+    _check_options(resume, profile, checkpoint_seconds, devices)
     for name, callback in (("on_step", on_step), ("on_epoch", on_epoch)):
         check(name, "a function or None", callback is None or callable(callback), repr(callback))
     start_jax()
@@ -133,28 +132,31 @@ def train_and_evaluate(
             dataset = dataset or load_data(
                 config, data_dir, report.say, version=version, weights=weights, stream=stream
             )
+            # They decide which programs a process runs.
+            hosts.check_same("profile", "the same in all processes", profile)
+            hosts.check_same("stream", f"the same in all processes (give {option('stream')} to all)", dataset.streams)
             with run.stop.held():  # An exception that interrupts XLA's compiler crashes the process when it ends.
                 setup, state = set_up(
                     run.config, dataset, devices, weights, mesh=mesh, title=str(run_dir), say=report.say
                 )
             folder = FOLDER if hosts.leads else f"{FOLDER}-{hosts.index}"  # Processes may share a host.
-            tracer = Profile(profile, run_dir, report.say, folder)
+            tracer, placement = Profile(profile, run_dir, report.say, folder), setup.placement
             tracer.check(0, setup.program.num_steps)  # Before anything is written.
-            placement = setup.placement
             run.begin(setup.facts, manifest.environment(placement.devices, placement.state_mesh, hosts.names))
-            state, progress = restore(run, state, setup.placement.of_state(state))
-            run.write_config(setup.facts)
+            state, progress = restore(run, state, placement.of_state(state))
+            tracer.check(int(state.step), setup.program.num_steps)
+            run.write_config(setup.facts, only_new=True)
             if run.checkpoints.latest() is not None:
                 report.say(f"resuming at step {state.step} of {setup.program.num_steps}")
             elif resume is True:
                 report.say(f"There is nothing to resume in {run_dir}: starting from scratch.")
-            tracer.check(int(state.step), setup.program.num_steps)
-            write_progress(run, progress)
             begun, num_steps = Run(run_dir, setup.config, setup.facts, None), setup.program.num_steps
             with (
                 callbacks.loggers.started(begun, int(state.step), num_steps),
                 prepared_ahead(setup, state, progress) as ahead,
             ):
+                run.write_config(setup.facts)
+                write_progress(run, progress)
                 with tracer:
                     if progress.stopped_within != config.num_epochs:  # Else it was killed after it had stopped.
                         state, progress = fit(
@@ -172,7 +174,7 @@ def train_and_evaluate(
                 if hosts.leads:
                     write_json(run_dir / "result.json", result)
                 callbacks.loggers.result(result)
-            best = move(best, setup.placement.device)
+            best = move(best, placement.device)
             trained = Run(
                 run_dir,
                 setup.config,
@@ -184,3 +186,12 @@ def train_and_evaluate(
         run.stop.finished = stop is None
     report.result(trained.finished_result(), run_dir)
     return trained
+
+
+def _check_options(resume: Any, profile: Any, checkpoint_seconds: Any, devices: Any) -> None:
+    check("resume", "False, True or 'auto'", isinstance(resume, bool) or resume == "auto", repr(resume))
+    check("profile", "two numbers of steps, or None", profile is None or is_range(profile), repr(profile))
+    seconds = isinstance(checkpoint_seconds, int | float) and checkpoint_seconds >= 0
+    check("checkpoint_seconds", "a number of at least 0", seconds, repr(checkpoint_seconds))
+    some = devices is None or (hasattr(devices, "__len__") and len(devices) > 0)
+    check("devices", "a sequence of devices, or None", some, repr(devices))

@@ -224,11 +224,16 @@ class FlipsLater(Augment):
         return Augment(flip="random" if epoch else "none")
 
 
-def test_the_programs_of_later_epochs_and_of_the_test_are_compiled_by_a_thread(one_program, tmp_path, caplog):
+@pytest.mark.parametrize(("smoothing", "device"), [(0.125, None), (0.25, 0)])
+def test_the_programs_of_later_epochs_and_of_the_test_are_compiled_by_a_thread(
+    smoothing, device, one_program, tmp_path, caplog
+):
+    """With a default device, too, as for each of several seeds."""
     # No other test has these programs: each is compiled once per process.
-    config = replace(CONFIG, augment=FlipsLater(), num_epochs=2, loss=CrossEntropy(label_smoothing=0.125))
-    config = replace(config, validation_fraction=0.25)
-    with jax.log_compiles():
+    config = replace(CONFIG, augment=FlipsLater(), num_epochs=2, loss=CrossEntropy(label_smoothing=smoothing))
+    config = replace(config, validation_fraction=0.25 if device is None else 0.3)
+    device = None if device is None else jax.local_devices()[device]
+    with jax.log_compiles(), jax.default_device(device):
         train_and_evaluate(config, run_dir=tmp_path)
     here = [record for record in caplog.records if record.threadName == threading.current_thread().name]
     compiled = Counter(record.getMessage().split(" with ")[0] for record in here)
@@ -411,4 +416,23 @@ def test_auto_starts_and_resumes_and_returns_a_finished_run(plain, tmp_path):
 def test_another_value_of_resume(value, tmp_path):
     with pytest.raises(UserError, match=f"`resume` must be False, True or 'auto', got {value!r}"):
         train_and_evaluate(CONFIG, run_dir=tmp_path / "run", resume=value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("no_type_checks")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"devices": jax.devices()[0]}, "`devices` must be a sequence of devices, or None, got "),
+        ({"devices": []}, r"`devices` must be a sequence of devices, or None, got \[\]"),
+        ({"profile": 10}, "`profile` must be two numbers of steps, or None, got 10"),
+        ({"checkpoint_seconds": -1.0}, "`checkpoint_seconds` must be a number of at least 0, got -1.0"),
+        ({"checkpoint_seconds": float("nan")}, "`checkpoint_seconds` must be a number of at least 0, got nan"),
+        ({"checkpoint_seconds": "60"}, "`checkpoint_seconds` must be a number of at least 0, got '60'"),
+        ({"mesh": ""}, "`mesh` must be "),
+    ],
+)
+def test_other_wrong_arguments_write_nothing(options, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        train_and_evaluate(CONFIG, run_dir=tmp_path / "run", **options)
     assert not (tmp_path / "run").exists()

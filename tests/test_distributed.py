@@ -180,30 +180,47 @@ def test_what_differs_in_one_process_ends_all_with_a_message(tmp_path, environme
     assert not [*tmp_path.glob("run/*")]  # Nothing was written.
 
 
-@pytest.mark.slow
-def test_the_decision_of_process_0_stops_all(two, tmp_path):
+def run_scripts(environment, run_dir):
+    """Runs the program as a script in two processes; returns their exit codes and output."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    environment = two.environment | {"JAX_NUM_CPU_DEVICES": "1", "STOP_AFTER": "2", "JAX_NUM_PROCESSES": "2"}
+    environment |= {"JAX_NUM_CPU_DEVICES": "1", "STOP_AFTER": "2", "JAX_NUM_PROCESSES": "2"}
     environment |= {"JAX_COORDINATOR_ADDRESS": address}
     processes = [
         subprocess.Popen(
-            [sys.executable, PROGRAM, tmp_path / "run"],
+            [sys.executable, PROGRAM, run_dir],
             env=environment | {"JAX_PROCESS_ID": str(i)},
             stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
         )
         for i in range(2)
     ]
     try:
-        outs = [process.communicate(timeout=240)[0] for process in processes]
+        found = [process.communicate(timeout=240) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0]
+    return [process.returncode for process in processes], *zip(*found, strict=True)
+
+
+@pytest.mark.slow
+def test_a_profile_in_one_process_is_an_error(two, tmp_path):
+    """It would compute some steps twice, while the others compute them once."""
+    codes, _, errs = run_scripts(two.environment | {"OTHER_PROFILE": "1"}, tmp_path / "run")
+    assert 0 not in codes, errs
+    assert "`profile` must be the same in all processes, got None in process 0, and [2, 4] in process 1 on " in errs[1]
+
+
+@pytest.mark.slow
+def test_the_decision_of_process_0_stops_all(two, tmp_path):
+    codes, outs, errs = run_scripts(two.environment, tmp_path / "run")
+    assert codes == [0, 0], errs
     found = [json.loads(out.splitlines()[-1]) for out in outs]
     assert [facts["calls"] for facts in found] == [[1, 2], [1, 2]]
+    for facts in found:
+        del facts["result"]["training_seconds"]  # Each process has its own clock.
     assert found[0]["result"] == found[1]["result"]
     assert found[0]["result"]["stopped_epoch"] == 2
     assert {line.rpartition(" ")[2] for line in (tmp_path / "run" / "calls").read_text().splitlines()} == {"0"}

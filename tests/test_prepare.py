@@ -264,8 +264,8 @@ def test_the_limit_is_the_state_its_copy_the_first_checkpoint_and_the_data(tmp_p
 
 def test_images_that_no_memory_holds(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_module, "device_memory", lambda device: 40 * (60 + 4) - 1)
-    message = "`dataset` must fit into the 0.0 GiB of memory, got images of 0.0 GiB."
-    assert str(refused(tmp_path)) == message
+    message = "`dataset` must fit into the 0.0 GiB of memory, got images of 0.0 GiB. "
+    assert str(refused(tmp_path)) == message + "Images from files can be read while training: stream=True."
 
 
 class Products(nn.Module):

@@ -29,6 +29,7 @@ from cnnjax import (
     Batch,
     Config,
     CrossEntropy,
+    Logger,
     Mixup,
     Muon,
     NonFiniteLossError,
@@ -426,6 +427,13 @@ class Linear(nn.Module):
         return nn.Dense(self.num_classes)(image.reshape(image.shape[0], -1))
 
 
+class Refuses(Logger):
+    """Cannot start."""
+
+    def start(self, run, step):
+        raise UserError("Log in first.")
+
+
 @quick
 def test_a_run_at_a_constant_learning_rate_can_be_trained_longer(tmp_path):
     two = replace(RESEARCH, num_epochs=2, model=Linear(), optim=SGD(learning_rate=0.05), augment=Augment())
@@ -434,6 +442,12 @@ def test_a_run_at_a_constant_learning_rate_can_be_trained_longer(tmp_path):
     train(one, run_dir=tmp_path / "longer")
     with pytest.raises(UserError, match="exists already"):
         train(two, run_dir=tmp_path / "longer")
+    before = (tmp_path / "longer" / "config.json").read_bytes(), (tmp_path / "longer" / "result.json").read_bytes()
+    for refused in ({"profile": (4, 8)}, {"loggers": [Refuses()]}):
+        with pytest.raises(UserError, match=r"`profile` must be within the steps \d+:\d+ that are left|Log in first"):
+            train(two, run_dir=tmp_path / "longer", resume=True, **refused)
+        after = (tmp_path / "longer" / "config.json").read_bytes(), (tmp_path / "longer" / "result.json").read_bytes()
+        assert after == before
     result = train(two, run_dir=tmp_path / "longer", resume=True)
     assert result["num_epochs"] == 2
     assert result["sha256"] == at_once["sha256"]

@@ -97,7 +97,7 @@ class Report:
     def step(self, step: int, means: Any) -> None:
         """Shows the mean metrics of an epoch so far.
 
-        On an accelerator an epoch is one program, so this is called once per epoch.
+        On an accelerator an epoch of images in memory is one program, so this is called once per epoch.
 
         Args:
           step: the number of steps that are done.

@@ -40,13 +40,14 @@ class Train:
     """Resume the run in the run directory exactly where it stopped (or train longer, at a constant learning rate)."""
     stream: bool | None = None
     """Read the images from disk while training, with --stream; or keep them in memory, with --no-stream. Otherwise they
-    are streamed if they would take more than half of the memory. Does not change the result."""
+    are streamed if they would take more than half of the memory. On a CPU this changes no bit of the result."""
     log: tuple[Logger, ...] = ()
     """Where else to record the run: tensorboard (files in RUN/tensorboard), wandb (Weights & Biases), mlflow, or a
     subclass of Logger in the experiment file. Does not change the result."""
     profile: str | None = None
     """Trace the steps from A to B, given as A:B, into RUN/profile for XProf, and print what they spend their time on.
-    10:20 are the ten steps after the tenth; on an accelerator, where an epoch is one program, all of its steps."""
+    10:20 are the ten steps after the tenth; on an accelerator, where an epoch of images in memory is one program, all
+    of its steps."""
     mesh: str | None = None
     """How devices share each batch: data=8 divides it among eight, each with a copy of the parameters; so does
     data=4,model=2, where pairs of devices also divide large arrays of parameters and optimizer state. By default as
@@ -56,7 +57,7 @@ class Train:
     checkpoint_seconds: float = 60.0
     """Save during an epoch, too, this long after the last save: the most that a power failure costs. Changes no bit.
 
-    On an accelerator an epoch is one program, so only its end is saved."""
+    On an accelerator an epoch of images in memory is one program, so only its end is saved."""
     processes: int | None = None
     """Train in this many processes on this machine, which share its CPU cores, as on several hosts: to try that out.
     A GPU machine needs one process for all of its GPUs."""

@@ -118,9 +118,12 @@ class OpenRun:
         recover(self.run_dir / "checkpoints", self.report.say)
         return session
 
-    def write_config(self, facts: DataFacts) -> None:
-        """Writes config.json, once nothing can be refused anymore: it removes the result of a shorter run."""
-        if self.hosts.leads:
+    def write_config(self, facts: DataFacts, *, only_new: bool = False) -> None:
+        """Writes config.json; if it is not `only_new`, removes the result of a shorter run.
+
+        Call it without `only_new` once nothing can be refused anymore.
+        """
+        if self.hosts.leads and not (only_new and (self.run_dir / "config.json").exists()):
             write_record(self.run_dir, Record(encode(self.config), facts, self.code.facts["files"]))
 
 

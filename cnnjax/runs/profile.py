@@ -39,12 +39,20 @@ def parse_steps(text: str) -> tuple[int, int]:
     return first, last
 
 
+def is_range(steps: Any) -> bool:
+    """Returns whether an argument is two numbers of steps."""
+    return isinstance(steps, tuple | list) and len(steps) == 2 and all(isinstance(step, int) for step in steps)
+
+
 class Profile:
     """Traces the steps after `steps[0]`, up to `steps[1]`, in a context that contains the training.
 
-    On an accelerator an epoch is one program, so whole epochs are traced: smaller programs might give other bits, and
-    would not be what the run spends its time on. The end of an epoch (validation, `on_epoch`, saving) is in the trace,
-    but not in the summary. A failure of the profiler is reported, and training continues.
+    On an accelerator an epoch of images in memory is one program, so whole epochs are traced: smaller programs might
+    give other bits, and would not be what the run spends its time on. The end of an epoch (validation, `on_epoch`,
+    saving) is in the trace, but not in the summary.
+
+    A failure of the profiler is reported, and training continues. The steps still count as traced, because all
+    processes must run the same programs.
 
     Args:
       steps: two numbers of steps; None: nothing is traced.
@@ -55,7 +63,8 @@ class Profile:
 
     def __init__(self, steps: tuple[int, int] | None, run_dir: Path, say: Callable[[str], None], folder: str = FOLDER):
         self._steps, self._folder, self._say = steps, run_dir / folder, say
-        self._first: int | None = None  # The step at which the trace began, while it is running.
+        self._first: int | None = None  # The step at which the trace began, until it ends.
+        self._failed = False
         self._mark: jax.profiler.TraceAnnotation | None = None
         self._compiled: set[tuple[int, Hashable]] = set()
 
@@ -80,10 +89,12 @@ class Profile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._failed or self._steps is None:
+            return
         if self._first is not None:
             with self._reported():
                 jax.profiler.stop_trace()
-        if self._steps is not None:
+        if not self._failed:
             self._say(f"The run ended before step {self._steps[1]}: there is no complete profile.")
 
     def is_new_program(self, step: int, num_steps: int, statics: Hashable) -> bool:
@@ -101,26 +112,32 @@ class Profile:
         """Starts the trace, if it begins within the next `num_steps` steps; marks these if they are traced."""
         if not self.traces(step, num_steps):
             return
+        starts, self._first = self._first is None, step if self._first is None else self._first
+        if self._failed:
+            return
         with self._reported():
-            if self._first is None:
+            if starts:
                 self._folder.mkdir(exist_ok=True)
                 options = jax.profiler.ProfileOptions()
                 options.python_tracer_level = 0  # It would slow down the host.
                 jax.profiler.start_trace(self._folder, profiler_options=options)
-                self._first = step
             self._mark = jax.profiler.TraceAnnotation(_MARK, epoch=epoch)
             self._mark.__enter__()
 
     def end(self, step: int) -> None:
         """Ends the mark; ends the trace once `step` steps are done, if these are enough, and reports a summary."""
-        if self._steps is None or self._first is None or self._mark is None:
+        if self._steps is None or self._first is None:
+            return
+        first, last = self._first, self._steps[1]
+        if step >= last:
+            self._first = self._steps = None
+        if self._failed or self._mark is None:
             return
         with self._reported():
             self._mark.__exit__(None, None, None)
             self._mark = None
-            if step < self._steps[1]:
+            if step < last:
                 return
-            first, self._first, self._steps = self._first, None, None
             jax.profiler.stop_trace()
             traces = sorted(self._folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime_ns)
             for line in summarize(jax.profiler.ProfileData.from_file(str(traces[-1])), (first, step)):
@@ -136,7 +153,7 @@ class Profile:
         try:
             yield
         except Exception as error:
-            self._steps = self._first = None
+            self._failed = True
             self._say(f"The profile failed: {describe(error)} The run continues without it.")
 
 

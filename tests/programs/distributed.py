@@ -7,7 +7,9 @@ Environment variables:
     the run; or, counted in this process, the beginning of a save, or the end of its own part of one ("save", "saved").
   OTHER_DATA, OTHER_CONFIG, NOT_SHARED: the number of a process with other data, another configuration, or another
     working directory.
-  STOP_AFTER: the epoch after which `on_epoch` stops the run; the program is then started as a script.
+  OTHER_PROFILE: the number of a process that traces some steps.
+  STOP_AFTER: the epoch after which `on_epoch` stops the run; the program is then started as a script, as for
+    OTHER_PROFILE.
 """
 
 import glob
@@ -142,5 +144,6 @@ if __name__ == "__main__":
         return PROCESS == "0" and row["epoch"] == after
 
     with connect() as hosts:
-        run = train_and_evaluate(CONFIG, run_dir=sys.argv[1], on_epoch=stop, loggers=[Calls()])
+        profile = (2, 4) if os.environ.get("OTHER_PROFILE") == PROCESS else None
+        run = train_and_evaluate(CONFIG, run_dir=sys.argv[1], on_epoch=stop, loggers=[Calls()], profile=profile)
         print(json.dumps({"process": hosts.index, "calls": calls, "result": run.result}), flush=True)

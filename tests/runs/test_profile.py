@@ -14,7 +14,7 @@ from programs.research import CONFIG
 from cnnjax import MLP, UserError, train_and_evaluate
 from cnnjax.cli.main import main
 from cnnjax.prepare import set_up
-from cnnjax.runs.profile import covered, parse_steps, summarize
+from cnnjax.runs.profile import Profile, covered, parse_steps, summarize
 from cnnjax.throughput import peak_flops, seconds_at_peak
 
 # jaxlib 0.12 warns when it makes this type, and with warnings as errors the process aborts.
@@ -105,15 +105,18 @@ def test_a_run_that_ends_within_the_trace_says_so(tmp_path):
     jax.profiler.stop_trace()
 
 
-def test_a_profile_that_cannot_be_written_does_not_end_the_run(research_run, tmp_path):
+def test_a_profile_that_cannot_be_written_does_not_end_the_run(research_run, tmp_path, monkeypatch):
     def block(step, metrics):
         (tmp_path / "profile").touch()
 
+    tracers, traces = [], Profile.traces
+    monkeypatch.setattr(Profile, "traces", lambda self, *steps: tracers.append(traces(self, *steps)) or tracers[-1])
     report = Lines()
     run = train_and_evaluate(CONFIG, run_dir=tmp_path, profile=(2, 5), report=report, on_step=block)
     assert run.result["sha256"] == research_run.result["sha256"]
     (line,) = [line for line in report.lines if line.startswith("The profile")]
     assert re.fullmatch(r"The profile failed: FileExistsError: .*\. The run continues without it\.", line)
+    assert sum(tracers) > 3  # These steps still count as traced: other processes trace them.
 
 
 def test_a_profile_that_fails_does_not_hide_another_exception(tmp_path, monkeypatch):
