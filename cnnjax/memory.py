@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
-from cnnjax.errors import UserError, for_reader
+from cnnjax.errors import UserError, for_reader, option
 from cnnjax.jaxprs import programs_in
 
 # Their results are written to memory. XLA may fuse anything else.
@@ -107,6 +107,6 @@ def explain_out_of_memory(except_for: Callable[[], BaseException | None] = lambd
         detail = (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")
         fewer = for_reader(" or, with --seeds, fewer cores", "")
         raise UserError(
-            f"The run must fit into memory, got: {detail}. Lower `batch_size` or the size of the network, or use "
-            f"a smaller data set{fewer}."
+            f"The run must fit into memory, got: {detail}. Lower `batch_size` or the size of the network, stream the "
+            f"images ({option('stream')}), or use a smaller data set{fewer}."
         ) from error
