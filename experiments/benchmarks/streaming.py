@@ -4,13 +4,15 @@
 
 "Decoding alone": each process reads, decodes and resizes records in the order of training, and drops them. "Streamed":
 what `train_and_evaluate(stream=True)` waits for, on the device, without a network that uses it. Both have their
-processes started before, and take turns. What the stream has read ahead during the other's turn is not timed.
+processes started before, and take turns. A turn begins with a pause, in which the streams read ahead as far as they
+do; these batches are not timed. Threads use all cores.
 """
 
 import argparse
 import io
 import multiprocessing
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -28,6 +30,7 @@ from cnnjax.data.stored import Fit
 from cnnjax.data.stream import StreamedImages, TrainingOrder, default_workers
 
 BATCH_SIZE = 64
+PAUSE = 6.0  # Seconds.
 opened: list[Any] = []  # Of a process that decodes alone.
 
 
@@ -58,13 +61,15 @@ def decode_records(index: np.ndarray) -> None:
         opened[0].fit(record.image)
 
 
-def decode_alone(pool: ProcessPoolExecutor, order: TrainingOrder, num_batches: int) -> None:
-    for _ in pool.map(decode_records, map(order, range(num_batches))):
-        pass
+def decode_alone(pool: ProcessPoolExecutor, order: TrainingOrder, num_batches: int) -> float:
+    """Returns the seconds per `num_batches`, after a pause."""
+    time.sleep(PAUSE)
+    return seconds(lambda: [*pool.map(decode_records, map(order, range(num_batches)))])
 
 
 def read_streamed(batches: Iterator[Any], num_batches: int, ahead: int) -> float:
-    """Returns the seconds per `num_batches`, once the first `ahead` are taken."""
+    """Returns the seconds per `num_batches`, after a pause, once the first `ahead` are taken."""
+    time.sleep(PAUSE)
     for _ in range(ahead):
         next(batches)
     return seconds(lambda: [next(batches).image.block_until_ready() for _ in range(num_batches)])
@@ -86,7 +91,7 @@ def stream(args: argparse.Namespace) -> str:
         coarse = rng.integers(0, 256, (len(photos), 8, 8, 3), np.uint8).repeat(4, 1).repeat(4, 2)
         tiles = [png(image) for image in coarse + rng.integers(0, 16, (len(photos), 32, 32, 3), np.uint8)]
         for name, files, shape, encoding, side, count in (
-            ("photo, 500×375, JPEG, to 224×224", photos, (None, None, 3), "jpeg", 224, 12),
+            ("photo, 500×375, JPEG, to 224×224", photos, (None, None, 3), "jpeg", 224, 20),
             ("tile, 32×32, PNG", tiles, (32, 32, 3), "png", 32, 100),
         ):
             num_batches = 2 if args.small else count
@@ -104,9 +109,9 @@ def stream(args: argparse.Namespace) -> str:
                     streamed.training_batches(0, 0, BATCH_SIZE, None, placement, num_workers=workers)
                 )
                 threads = stack.enter_context(streamed.plain_batches(BATCH_SIZE, placement))
-                ahead = 0 if args.small else 2 * workers + 4
+                ahead = 0 if args.small else 2 * workers + 6
                 work = {
-                    "decoding alone": partial(seconds, partial(decode_alone, pool, order, num_batches)),
+                    "decoding alone": partial(decode_alone, pool, order, num_batches),
                     "streamed": partial(read_streamed, batches, num_batches, ahead),
                     "streamed by threads, as for evaluation": partial(read_streamed, threads, num_batches, ahead),
                 }
