@@ -85,10 +85,10 @@ data: setup
 # Not what users write next to it, such as exports.
 CODE := cnnjax docs experiments tests README.md
 CLANG_FORMAT := $(BIN)/clang-format --style='{BasedOnStyle: Google, ColumnLimit: 120}'
-# Compiles in a third of the time, to slower code that rounds differently; pytest alone compiles as users do. The
-# processes that tests start need not compile Python's modules again.
+# Tests run their programs few times, so they are compiled like those that run once, see `compiler_options`; pytest alone
+# compiles as users do. The processes that tests start need not compile Python's modules again.
 QUICKLY := env -u PYTHONDONTWRITEBYTECODE \
-	XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+	XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false"
 test: setup
 	$(BIN)/ruff check $(CODE) && $(BIN)/ruff format --check $(CODE) && $(BIN)/pyright --pythonpath $(BIN)/python
 	$(CLANG_FORMAT) --dry-run -Werror cnnjax/onednn/*.c

@@ -48,7 +48,7 @@ def _options(runs_once: bool) -> dict[str, bool | int | str]:
         kept += "" if jax.distributed.is_initialized() else ",LIBRARY_FUSION_TYPE_REDUCE"
         ours["xla_cpu_experimental_ynn_fusion_type"] = kept
         if runs_once and jax.default_backend() == "cpu":
-            # The initial state of the tutorial's network is compiled in 0.9 s instead of 4.2 s. Level 0 would round
+            # Compiling an initial state at full optimization takes longer than using it. Level 0 would round
             # differently, because it does not fuse a product with a sum.
             ours |= {"xla_backend_optimization_level": 1, "xla_cpu_use_fusion_emitters": False}
     if version("jaxlib").startswith("0.10."):

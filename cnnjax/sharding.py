@@ -127,9 +127,8 @@ def place(batch_size: int, devices: Sequence[Any] | None = None, mesh: str | Non
       UserError: the mesh does not divide the batch, does not fit the devices, or leaves out some of several processes.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = (
-        parse_mesh(mesh) if mesh is not None else (max(n for n in range(1, len(devices) + 1) if batch_size % n == 0), 1)
-    )
+    largest = max((n for n in range(1, len(devices) + 1) if batch_size % n == 0), default=1)
+    sizes = (largest, 1) if mesh is None else parse_mesh(mesh)
     num_devices, named = math.prod(sizes), f"{mesh} on {len(devices)} device{'s' if len(devices) > 1 else ''}"
     check("mesh", "at most as large as the number of devices", num_devices <= len(devices), named)
     if batch_size % num_devices:

@@ -110,9 +110,7 @@ def train_and_evaluate(
     check("config", "a Config", isinstance(config, Config), repr(config))
     check("report", "a Report or None", report is None or isinstance(report, Report), repr(report))
     check_loggers(loggers)
-    _check_options(resume, profile, checkpoint_seconds, devices)
-    for name, callback in (("on_step", on_step), ("on_epoch", on_epoch)):
-        check(name, "a function or None", callback is None or callable(callback), repr(callback))
+    _check_options(resume, profile, checkpoint_seconds, devices, on_step=on_step, on_epoch=on_epoch)
     start_jax()
     hosts = current()
     report = report if report is not None and hosts.leads else Report(quiet=True)
@@ -132,8 +130,9 @@ def train_and_evaluate(
             dataset = dataset or load_data(
                 config, data_dir, report.say, version=version, weights=weights, stream=stream
             )
-            # They decide which programs a process runs.
+            # What decides which programs a process runs.
             hosts.check_same("profile", "the same in all processes", profile)
+            hosts.check_same("mesh", "the same in all processes", mesh)
             hosts.check_same("stream", f"the same in all processes (give {option('stream')} to all)", dataset.streams)
             with run.stop.held():  # An exception that interrupts XLA's compiler crashes the process when it ends.
                 setup, state = set_up(
@@ -188,10 +187,12 @@ def train_and_evaluate(
     return trained
 
 
-def _check_options(resume: Any, profile: Any, checkpoint_seconds: Any, devices: Any) -> None:
+def _check_options(resume: Any, profile: Any, checkpoint_seconds: Any, devices: Any, **callbacks: Any) -> None:
     check("resume", "False, True or 'auto'", isinstance(resume, bool) or resume == "auto", repr(resume))
     check("profile", "two numbers of steps, or None", profile is None or is_range(profile), repr(profile))
     seconds = isinstance(checkpoint_seconds, int | float) and checkpoint_seconds >= 0
     check("checkpoint_seconds", "a number of at least 0", seconds, repr(checkpoint_seconds))
     some = devices is None or (hasattr(devices, "__len__") and len(devices) > 0)
     check("devices", "a sequence of devices, or None", some, repr(devices))
+    for name, callback in callbacks.items():
+        check(name, "a function or None", callback is None or callable(callback), repr(callback))

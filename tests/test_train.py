@@ -442,12 +442,12 @@ def test_a_run_at_a_constant_learning_rate_can_be_trained_longer(tmp_path):
     train(one, run_dir=tmp_path / "longer")
     with pytest.raises(UserError, match="exists already"):
         train(two, run_dir=tmp_path / "longer")
-    before = (tmp_path / "longer" / "config.json").read_bytes(), (tmp_path / "longer" / "result.json").read_bytes()
-    for refused in ({"profile": (4, 8)}, {"loggers": [Refuses()]}):
-        with pytest.raises(UserError, match=r"`profile` must be within the steps \d+:\d+ that are left|Log in first"):
+    files = [tmp_path / "longer" / name for name in ("config.json", "result.json")]
+    before = [file.read_bytes() for file in files]
+    for refused, message in (({"profile": (4, 8)}, "`profile` must be within"), ({"loggers": [Refuses()]}, "Log in")):
+        with pytest.raises(UserError, match=message):
             train(two, run_dir=tmp_path / "longer", resume=True, **refused)
-        after = (tmp_path / "longer" / "config.json").read_bytes(), (tmp_path / "longer" / "result.json").read_bytes()
-        assert after == before
+        assert [file.read_bytes() for file in files] == before
     result = train(two, run_dir=tmp_path / "longer", resume=True)
     assert result["num_epochs"] == 2
     assert result["sha256"] == at_once["sha256"]

@@ -55,9 +55,7 @@ def test_gelu_and_gradient_match_flax(dtype, tolerance):
     for a, b in zip(got, wanted, strict=True):
         assert a.dtype == dtype
         # 1 + tanh, as Flax computes it, is inaccurate near zero.
-        np.testing.assert_allclose(
-            np.asarray(a, np.float64), b, rtol=tolerance, atol=1e-5 if dtype == "float16" else 1e-6
-        )
+        np.testing.assert_allclose(np.asarray(a, np.float64), b, rtol=tolerance, atol=1e-6)
 
 
 def flax_pool(x):

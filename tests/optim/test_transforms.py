@@ -76,7 +76,9 @@ def test_lookahead_by_hand():
 
 def run(tx, grads, x):
     """Returns the parameter after each update, and the last state."""
-    state, update, values = tx.init(x), jax.jit(tx.update), []
+    # XLA's default, also in `make test`: the other emitters round two programs differently.
+    update = jax.jit(tx.update, compiler_options={"xla_cpu_use_fusion_emitters": True})
+    state, values = tx.init(x), []
     for grad in grads:
         updates, state = update(jnp.float32(grad), state, x)
         x = optax.apply_updates(x, updates)
@@ -89,7 +91,7 @@ def test_delayed_parameters_keep_their_bits_and_then_train_as_from_the_start():
     for x in (jnp.float32(1.5), jnp.float32(-0.0)):
         values, _ = run(delay(optax.adam(0.1), 3), grads, x)
         np.testing.assert_array_equal(values[:3].view(np.int32), np.repeat(np.float32(x), 3).view(np.int32))
-        np.testing.assert_allclose(values[3:], run(optax.adam(0.1), grads[3:], x)[0], rtol=1e-6)
+        np.testing.assert_array_equal(values[3:], run(optax.adam(0.1), grads[3:], x)[0])
 
 
 def test_the_average_equals_its_recurrence_and_changes_no_update():
