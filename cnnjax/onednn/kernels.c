@@ -181,11 +181,19 @@ typedef struct {
   const_dnnl_memory_desc_t inner_kernel;  // In the layout that oneDNN prefers; owned by parts[0].
   size_t kernel_size, bias_size;          // Bytes.
   dnnl_primitive_t reorder;               // Between the layouts of the kernel.
+  bool tiled;                             // Whether it is a gradient that kernel_grad.c computes, of these shapes:
+  int64_t image_shape[4], kernel_shape[4], result_shape[4];
 } Site;
 
 typedef struct {
   const XLA_FFI_Buffer *image, *kernel, *bias, *result;  // Or their gradients, which have the same shapes.
 } Buffers;
+
+// Pointers of one call. A kernel's gradient has a kernel and a bias for each part.
+typedef struct {
+  const Site* site;
+  char *image, *kernel, *bias, *result;
+} Call;
 
 static dnnl_data_type_t dtype(const XLA_FFI_Buffer* buffer) {
   return buffer->dtype == XLA_FFI_DataType_BF16 ? dnnl_bf16 : dnnl_f32;
@@ -196,6 +204,8 @@ static size_t bytes(const XLA_FFI_Buffer* buffer) { return dtype(buffer) == dnnl
 static size_t bytes_per_image(const XLA_FFI_Buffer* buffer) {
   return buffer->dims[1] * buffer->dims[2] * buffer->dims[3] * bytes(buffer);
 }
+
+#include "kernel_grad.c"
 
 // Describes `batch` images of a buffer [B H W C].
 static dnnl_status_t describe_images(dnnl_memory_desc_t* desc, const XLA_FFI_Buffer* buffer, int64_t batch) {
@@ -288,6 +298,15 @@ static dnnl_status_t create_convolution(Site* site, const Buffers* buffers) {
     dnnl_dims_t dims = {buffers->bias->dims[0]}, strides = {1};
     TRY(dnnl_memory_desc_create_with_strides(&site->bias, 1, dims, dtype(buffers->bias), strides));
     site->bias_size = dnnl_memory_desc_get_size(site->bias);
+  }
+  site->tiled = is_tiled(site, buffers);
+  if (site->tiled) {
+    memcpy(site->image_shape, buffers->image->dims, sizeof site->image_shape);
+    memcpy(site->kernel_shape, buffers->kernel->dims, sizeof site->kernel_shape);
+    memcpy(site->result_shape, buffers->result->dims, sizeof site->result_shape);
+    site->kernel_size = sizeof(float);
+    for (int i = 0; i < 4; i++) site->kernel_size *= site->kernel_shape[i];
+    return dnnl_success;
   }
   TRY(create_part(site, &site->parts[0], buffers, site->part_size));
   if (site->rest != site->part_size) TRY(create_part(site, &site->parts[1], buffers, site->rest));
@@ -412,12 +431,6 @@ static dnnl_status_t execute(dnnl_primitive_t primitive, int count, const Argume
   return status;
 }
 
-// Pointers of one call. A kernel's gradient has a kernel and a bias for each part.
-typedef struct {
-  const Site* site;
-  char *image, *kernel, *bias, *result;
-} Call;
-
 static dnnl_status_t compute_part(const void* pointer, int64_t i) {
   const Call* call = pointer;
   const Site* site = call->site;
@@ -482,7 +495,7 @@ static dnnl_status_t compute(const XLA_FFI_CallFrame* frame, const Site* site, c
     return in_parts(frame, site->num_parts, compute_part, &call);
   }
   if (buffers->bias) call.bias = kernel + copies * site->kernel_size;
-  TRY(in_parts(frame, site->num_parts, compute_part, &call));
+  TRY(in_parts(frame, site->num_parts, site->tiled ? tiled_kernel_grad : compute_part, &call));
   TRY(in_parts(frame, NUM_RANGES, add_range, &call));
   if (buffers->bias) {
     float* sum = buffers->bias->data;
@@ -490,7 +503,9 @@ static dnnl_status_t compute(const XLA_FFI_CallFrame* frame, const Site* site, c
     for (int64_t part = 0; part < copies; part++)
       for (int64_t i = 0; i < buffers->bias->dims[0]; i++) sum[i] += ((float*)(call.bias + part * site->bias_size))[i];
   }
-  return reorder(site, kernel, buffers->kernel->data);
+  if (!site->tiled) return reorder(site, kernel, buffers->kernel->data);
+  memcpy(buffers->kernel->data, kernel, site->kernel_size);
+  return dnnl_success;
 }
 
 // --- Handlers -------------------------------------------------------------------------------------------------------

@@ -49,6 +49,51 @@ def test_the_kernel_gradient_of_a_stride_beyond_the_image_ignores_old_memory():
     assert not found.at[1, 1].set(0).any()
 
 
+# Images and gradients of an output in bands of a few images, in bands of rows, and with a row of its own band; kernels
+# whose rows and columns do not fill the tiles, of a stride, and with different padding on each side.
+KERNEL_GRADS = [
+    ((61, 7, 6, 16), (3, 3), 32, SAME, 1),
+    ((9, 32, 31, 5), (3, 3), 24, SAME, 1),
+    ((3, 2, 230, 4), (2, 3), 7, ((1, 0), (2, 1)), 1),
+    ((10, 19, 17, 3), (7, 7), 17, ((3, 3), (3, 3)), 2),
+    ((17, 5, 5, 12), (1, 1), 33, ((0, 0), (0, 0)), 3),
+    ((2, 4, 4, 1), (3, 3), 8, SAME, 1),
+]
+
+
+@pytest.mark.parametrize(("shape", "size", "channels", "padding", "stride"), KERNEL_GRADS)
+def test_gradients_of_kernels_and_biases_match_numpy(shape, size, channels, padding, stride):
+    rng = np.random.default_rng(0)
+    image = jnp.asarray(rng.normal(size=shape), jnp.float32)
+    padded = np.pad(np.asarray(image, np.float64), ((0, 0), *padding, (0, 0)))
+    height, width = ((n - k) // stride + 1 for n, k in zip(padded.shape[1:3], size, strict=True))
+    g = jnp.asarray(rng.normal(size=(shape[0], height, width, channels)), jnp.float32)
+    expected = np.empty((*size, shape[3], channels))
+    for i, j in np.ndindex(*size):
+        met = padded[:, i : i + stride * height : stride, j : j + stride * width : stride][:, :height, :width]
+        expected[i, j] = met.reshape(-1, shape[3]).T @ np.asarray(g, np.float64).reshape(-1, channels)
+    for _ in range(2):  # The second time, memory is not new.
+        kernel, bias = calls.kernel_grad(image, g, size=size, padding=padding, stride=stride, bias=True)
+        np.testing.assert_allclose(kernel, expected, rtol=1e-5, atol=2e-4)
+        np.testing.assert_allclose(bias, np.asarray(g, np.float64).sum((0, 1, 2)), rtol=1e-5, atol=2e-4)
+    (alone,) = calls.kernel_grad(image, g, size=size, padding=padding, stride=stride)
+    np.testing.assert_array_equal(alone, kernel)
+
+
+@pytest.mark.skipif("avx512f" not in library.processor_flags(), reason="those tests ran without AVX-512")
+def test_gradients_of_kernels_match_numpy_without_avx512():
+    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "match_numpy and not avx512"]
+    done = subprocess.run(command, env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}, check=False, capture_output=True)
+    assert f"{len(KERNEL_GRADS)} passed" in done.stdout.decode()
+
+
+def test_gradients_of_wrong_shapes_are_errors():
+    image, kernel_grad = jnp.ones((2, 5, 4, 8)), partial(calls.kernel_grad, size=(3, 3))
+    for g, padding in ((jnp.ones((2, 5, 5, 8)), SAME), (jnp.ones((2, 1, 2, 8)), ((-1, -1), (0, 0)))):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="oneDNN failed to compute the gradient of a kernel"):
+            kernel_grad(image, g, padding=padding)
+
+
 def test_operands_of_other_dtypes_are_converted():
     image, kernel = jnp.ones((2, 4, 4, 3)), jnp.ones((3, 3, 3, 8), jnp.float16)
     bias = jnp.arange(8, dtype=jnp.float16)
