@@ -147,8 +147,9 @@ class Reproduce:
         """Trains, and prints the verdict."""
         from cnnjax.cli.console import Report
         from cnnjax.cli.process import use_compilation_cache
-        from cnnjax.runs.inspection import reproduce
+        from cnnjax.runs.inspection import reproduce, take_cores
 
+        take_cores(self.run)
         use_compilation_cache(Report().say)
         run = self.run if self.run.name not in ("", "..") else self.run.resolve()
         into = expand(self.run_dir) or run.parent / f"{run.name}-reproduced"

@@ -166,6 +166,20 @@ def diff(a: Path, b: Path) -> dict[str, dict[str, tuple[Any, Any]]]:
     }
 
 
+def take_cores(run_dir: Path) -> None:
+    """Limits this process to the number of cores of a run: XLA divides sums among them, so the bits depend on it.
+
+    Call it before jax starts, which makes XLA's threads.
+
+    Raises:
+      UserError: `run_dir` holds no run.
+    """
+    records.read_record(run_dir)  # Its errors name the directory.
+    count = manifest.read_manifest(run_dir)["sessions"][-1]["cores"]
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
+
+
 def reproduce(
     run_dir: Path,
     config: Config,
@@ -195,8 +209,8 @@ def reproduce(
         raise UserError(
             f"{metrics} must be the one that result.json names, SHA-256 {old['sha256']['metrics']}. {records.rewrite()}"
         )
+    take_cores(run_dir)
     sessions = manifest.read_manifest(run_dir)["sessions"]
-    _take_cores(sessions[-1]["cores"])
     devices = jax.local_devices()[: sessions[-1]["num_devices"]]
     mesh: Any = sessions[-1].get("mesh")  # Of a run that divided its state.
     now = manifest.environment(devices, mesh) | source_of(config).facts
@@ -311,15 +325,6 @@ def _score(result: Result, metric: str) -> float | None:
         return of_class[name][kind]
     check_name("metric", metric, (*METRICS, *(f"{kind}:CLASS" for kind in kinds)))
     return result[metric]
-
-
-def _take_cores(count: int) -> None:
-    """Limits this process to `count` cores: XLA divides sums among them, so the bits depend on their number.
-
-    Has no effect once jax has made its first array.
-    """
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
 
 
 def _outcome(run_dir: Path) -> dict[str, Any]:

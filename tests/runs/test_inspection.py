@@ -10,6 +10,7 @@ import pytest
 from cnnjax import UserError, train_and_evaluate
 from cnnjax.cli.console import Report
 from cnnjax.cli.main import main
+from cnnjax.cli.process import num_cores
 from cnnjax.runs.directory import open_run
 from cnnjax.runs.inspection import diff, find_runs, read_info, reproduce, scores, verify
 from cnnjax.runs.manifest import read_manifest
@@ -191,8 +192,12 @@ def all_cores():
         os.sched_setaffinity(0, cores)
 
 
-def test_reproduce_shows_what_differs_and_how_far_the_numbers_moved(run_dir, prepared_dir, tmp_path, capsys, all_cores):
+def test_reproduce_shows_what_differs_and_how_far_the_numbers_moved(
+    run_dir, prepared_dir, tmp_path, capsys, all_cores, monkeypatch
+):
     """The first layer, which the recorded run trained in both epochs, is frozen after the first."""
+    cores_at_start = []
+    monkeypatch.setattr("cnnjax.cli.process.use_compilation_cache", lambda say: cores_at_start.append(num_cores()))
     config = read_record(run_dir).config
     config["optim"]["groups"][0]["num_epochs"] = 1
     change(run_dir / "config.json", config=config)
@@ -213,6 +218,7 @@ def test_reproduce_shows_what_differs_and_how_far_the_numbers_moved(run_dir, pre
     assert lines[-2:] == ["What differs between the two:", f"  versions.optax: 0.2.7 | {versions['optax']}"]
     if hasattr(os, "sched_getaffinity"):
         assert len(os.sched_getaffinity(0)) == 1
+        assert cores_at_start == [1]  # jax, which starts there, makes as many threads.
 
 
 def test_reproduce_needs_a_finished_run_with_its_metrics(seeds, run_dir, tmp_path):
