@@ -13,6 +13,7 @@ from jaxtyping import Float, Int, UInt8
 
 from cnnjax.class_scores import count_pairs
 from cnnjax.data.image_files import AHEAD, check_channels, fit_image, on_all_cores, open_image
+from cnnjax.data.stored import digest
 from cnnjax.errors import UserError, check
 from cnnjax.metrics import Scores
 from cnnjax.runs.inference import batch_size_of
@@ -37,6 +38,34 @@ class FilePrediction(NamedTuple):
     probabilities: Float[np.ndarray, " K"] | None
     error: UserError | None = None
     is_bright: bool = False
+
+
+class _TestSet(NamedTuple):
+    """The test set of a run, and the digest of its images as the run prepares them."""
+
+    run: "Run"
+    sha256: str
+    label: Int[np.ndarray, " N"]
+
+    def equals(self, other: "_TestSet") -> bool:
+        """Returns whether two runs are tested on the same images, which they may prepare in different ways."""
+        a, b = self.run, other.run
+        if _kind(a) == _kind(b):
+            return self.sha256 == other.sha256
+        part_a, part_b = ((c.test_split or "test", c.test_fraction, c.test_seed) for c in (a.config, b.config))
+        same_set = a.facts.sha256 == b.facts.sha256 or _name(a) == _name(b)
+        return same_set and part_a == part_b and np.array_equal(self.label, other.label)
+
+
+def _kind(run: "Run") -> tuple[Any, ...]:
+    """Returns how a run prepares images: the arguments of `fit_image`."""
+    return run.facts.image_shape, run.facts.resize, run.facts.interpolation
+
+
+def _name(run: "Run") -> Any:
+    """Returns the data set of a run, the same for all paths to a folder."""
+    dataset = run.config.dataset
+    return os.path.realpath(os.path.expanduser(dataset)) if isinstance(dataset, str) else id(dataset)
 
 
 def check_ensemble(runs: Sequence["Run"]) -> None:
@@ -78,7 +107,7 @@ def predict_files(
     check_ensemble(runs)
     for run in runs:
         check_channels(run.facts.image_shape)
-    kinds = [(run.facts.image_shape, run.facts.resize, run.facts.interpolation) for run in runs]
+    kinds = [_kind(run) for run in runs]
     distinct = [*dict.fromkeys(kinds)]
 
     def read(path: str | os.PathLike[str]) -> tuple[Path, list[UInt8[np.ndarray, "H W C"]] | UserError]:
@@ -161,15 +190,15 @@ def evaluate_ensemble(runs: Sequence["Run"], *, tta: str | None = None, data_dir
       UserError: the runs have other classes, or other test examples.
     """
     check_ensemble(runs)
-    probabilities, label = [], None
+    probabilities, first = [], None
     for run in runs:
         examples = run.load_data("test", data_dir=data_dir)
-        same = label is None or np.array_equal(label, examples.label)
-        check("ensemble", f"runs with the test examples of {runs[0].run_dir}", same, f"{run.run_dir} with others")
-        label = examples.label
+        this = _TestSet(run, digest(examples), examples.label)
+        first = first or this
+        rule = f"runs with the test examples of {first.run.run_dir}"
+        check("ensemble", rule, this.equals(first), f"{run.run_dir} with others")
         probabilities.append(run.predict(examples.image, tta=run.config.tta if tta is None else tta))
-    found = _mean(probabilities)
-    label = np.asarray(label)
+    found, label = _mean(probabilities), np.asarray(this.label)
     return scores_of(found[np.arange(len(label)), label], found.argmax(axis=1), label)
 
 

@@ -20,7 +20,7 @@ from sklearn.metrics import accuracy_score, confusion_matrix, log_loss
 from cnnjax import UserError, load_run
 from cnnjax.cli.main import main
 from cnnjax.data.datasets import load_dataset
-from cnnjax.runs.predictions import check_ensemble, predict_files
+from cnnjax.runs.predictions import check_ensemble, evaluate_ensemble, predict_files
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +212,19 @@ def test_an_ensemble_is_the_mean_of_runs_that_prepare_images_in_their_own_way(
     accuracy, loss = accuracy_score(test_images.label, mean.argmax(1)), log_loss(test_images.label, mean / 2)
     start = f"test accuracy {accuracy:.2%}, loss {loss:.4f}, on all 170 images; 95% interval of the accuracy "
     assert line.startswith(start) and line.endswith(f" ({run_dir}, {other_dir})")
+
+    arrays = load_dataset("generated", prepared_dir)
+    (x, y), (x_test, y_test) = arrays.load("train"), arrays.load("test")
+    for images, same in ((x_test, True), (x_test[:, ::-1], False)):  # With the same labels.
+        config = replace(run.config, dataset=(x, y, images, y_test))
+        facts = replace(run.facts, sha256=load_dataset(config.dataset).sha256)
+        arrays = replace(run, config=config, facts=facts)
+        for first in (run, other):
+            if same:
+                evaluate_ensemble([first, arrays], data_dir=prepared_dir)
+                continue
+            with pytest.raises(UserError, match=r"`ensemble` must be runs with the test examples of .*, got .* with o"):
+                evaluate_ensemble([first, arrays], data_dir=prepared_dir)
 
     assert status("eval", run_dir, *ensemble, "--split", "validation") == 2
     assert "`split` must be test for an ensemble" in capsys.readouterr().err
