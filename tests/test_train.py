@@ -448,6 +448,18 @@ def test_a_run_at_a_constant_learning_rate_can_be_trained_longer(tmp_path):
         with pytest.raises(UserError, match=message):
             train(two, run_dir=tmp_path / "longer", resume=True, **refused)
         assert [file.read_bytes() for file in files] == before
+        assert {*verify(tmp_path / "longer").values()} == {"ok"}
+        report = Watch()
+        train(one, run_dir=tmp_path / "longer", resume=True, report=report)
+        assert report.steps == []  # It stays finished.
+    lost = shutil.copytree(tmp_path / "longer", tmp_path / "lost")
+    shutil.rmtree(lost / "checkpoints")
+    with pytest.raises(UserError, match=r"lost must have its checkpoints to be trained longer, got none that can be u"):
+        train(two, run_dir=lost, resume=True)
+    assert {name: what for name, what in verify(lost).items() if what == "ok"}.keys() >= {
+        "result.json",
+        "manifest.json",
+    }
     result = train(two, run_dir=tmp_path / "longer", resume=True)
     assert result["num_epochs"] == 2
     assert result["sha256"] == at_once["sha256"]

@@ -28,12 +28,12 @@ def config_of(run_dir: Path, experiment: str | None) -> "Config":
     """
     from cnnjax.cli.experiment import load_experiment
     from cnnjax.runs.codec import source_files
-    from cnnjax.runs.files import changes
+    from cnnjax.runs.files import file_changes
     from cnnjax.runs.records import read_record
 
     record = read_record(run_dir)
     config = record.decode({} if experiment is None else load_experiment(experiment).names)
-    if changed := changes(record.files, source_files(config)):
+    if changed := file_changes(record.files, source_files(config)):
         names = ", ".join(changed)
         print(
             f"{names} has changed since this run was trained, so that its network may compute something else.",

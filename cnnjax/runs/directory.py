@@ -22,15 +22,16 @@ from cnnjax.hosts import Hosts, alone
 from cnnjax.runs import manifest
 from cnnjax.runs.checkpoints import Checkpoints, check_characters
 from cnnjax.runs.codec import encode
-from cnnjax.runs.files import changes, check_local, check_sums, move_into, open_regular, read_json
+from cnnjax.runs.files import SUMS, changes, check_local, check_sums, file_changes, move_into, open_regular, read_json
 from cnnjax.runs.records import Record, read_record, write_record
-from cnnjax.runs.recovery import recover
+from cnnjax.runs.recovery import recover, usable_step
 from cnnjax.runs.schema import DataFacts, EncodedConfig, Result
 from cnnjax.runs.source import NO_SOURCE, SourceCode, source_of
 
 FILES = ("config.json", "metrics.jsonl", "timing.jsonl", "result.json")  # Besides manifest.json and its diffs.
 LOCK = "lock"
-_BEGUN = rf"{LOCK}|manifest\.json|session-\d+\.diff|.*\.partial"  # What a kill leaves before config.json is written.
+# What a kill, or a session that fails, leaves before config.json is written.
+_BEGUN = rf"{LOCK}|manifest\.json|{SUMS}|session-\d+\.diff|.*\.partial"
 
 
 @dataclass
@@ -77,7 +78,7 @@ class OpenRun:
         intact = all(status.get(name) == "ok" for name in FILES)  # A kill can come before the checksums.
         if result["num_epochs"] < self.config.num_epochs or not intact or not manifest.is_finished(self.run_dir):
             return None
-        if edited := changes(read_record(self.run_dir).files, self.code.facts["files"]):
+        if edited := file_changes(read_record(self.run_dir).files, self.code.facts["files"]):
             self.report.say(
                 f"{', '.join(edited)} changed after this run had finished, so this is its old result. To train the new "
                 f"code, choose another directory: {option('run_dir', 'DIR')}."
@@ -89,6 +90,21 @@ class OpenRun:
                 "`eval` and `predict` need the best one. `cnnjax reproduce` trains it again."
             )
         return result
+
+    def check_longer(self) -> None:
+        """Checks that a finished run that is trained longer has a checkpoint to continue from.
+
+        Raises:
+          UserError: it has none, so that training would start from scratch and remove its result.
+        """
+        if not self.hosts.leads or not (self.run_dir / "result.json").exists():
+            return
+        longer = read_record(self.run_dir).config["num_epochs"] < self.config.num_epochs
+        if longer and usable_step(self.run_dir / "checkpoints") is None:
+            raise UserError(
+                f"{self.run_dir} must have its checkpoints to be trained longer, got none that can be used. Train in "
+                f"another directory: {option('run_dir', 'DIR')}."
+            )
 
     def begin(self, facts: DataFacts, environment: dict[str, Any]) -> None:
         """Begins a session: checks the data, writes manifest.json, and sets damaged checkpoints aside.

@@ -207,6 +207,15 @@ def changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, 
     return {name: (x.get(name), y.get(name)) for name in {**x, **y} if name not in same}
 
 
+def file_changes(a: Mapping[str, str], b: Mapping[str, str]) -> dict[str, tuple[Any, Any]]:
+    """Returns the `changes` between two dicts of the SHA-256 of files.
+
+    A file with the same bytes under another path is not a change: paths are relative to the working directory.
+    """
+    same = {*a.values()} & {*b.values()}
+    return changes(*({name: sha256 for name, sha256 in files.items() if sha256 not in same} for files in (a, b)))
+
+
 def show(value: Any) -> str:
     """Returns a value in words, with the first 8 digits of each digest."""
     return re.sub(r"\b([0-9a-f]{8})[0-9a-f]{32,}\b", r"\1", str(value))

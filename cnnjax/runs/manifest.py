@@ -16,7 +16,17 @@ from cnnjax.cli.signals import Interrupted
 from cnnjax.compiler import compiler_options
 from cnnjax.errors import UserError
 from cnnjax.onednn.library import kernels
-from cnnjax.runs.files import SUMS, changes, read_json, show, write_file, write_json, write_sums
+from cnnjax.runs.files import (
+    SUMS,
+    changes,
+    file_changes,
+    file_sha256,
+    read_json,
+    show,
+    write_file,
+    write_json,
+    write_sums,
+)
 from cnnjax.runs.schema import FORMAT, Manifest, Session, Versioned
 
 PACKAGES = (
@@ -82,6 +92,8 @@ def session(
 ) -> Iterator[dict[str, Any]]:
     """Records a session in manifest.json: how it began, and how it ended.
 
+    A session of a finished run that fails before it changes anything is not recorded: the run stays finished.
+
     Args:
       run_dir: locked by this process.
       about: what is known at the start, as JSON.
@@ -100,6 +112,8 @@ def session(
         this["diff"] = f"session-{len(sessions)}.diff"
         write_file(run_dir / this["diff"], diff)
     begin = time.perf_counter()
+    before = {name: (run_dir / name).read_bytes() for name in (path.name, SUMS) if (run_dir / name).exists()}
+    finished = _digests(run_dir, files) if path.exists() and is_finished(run_dir) else {}
     content = {"format": FORMAT, "sessions": [*sessions, this]}
     (run_dir / SUMS).unlink(missing_ok=True)  # It describes a state that this session changes.
     write_json(path, content)
@@ -114,10 +128,20 @@ def session(
         yield this
     except BaseException as error:
         with suppress(OSError):  # On a full disk; the manifest keeps saying "running".
-            state = "interrupted" if isinstance(error, Interrupted) else "failed"
-            end(state=state, error=str(error) or type(error).__name__)
+            if "result.json" in finished and finished == _digests(run_dir, files):  # The run stays finished.
+                for name, old in before.items():
+                    write_file(run_dir / name, old)
+                if diff:
+                    (run_dir / this["diff"]).unlink()
+            else:
+                state = "interrupted" if isinstance(error, Interrupted) else "failed"
+                end(state=state, error=str(error) or type(error).__name__)
         raise
     end(state="finished")
+
+
+def _digests(run_dir: Path, files: Sequence[str]) -> dict[str, str]:
+    return {name: file_sha256(run_dir / name) for name in files if (run_dir / name).exists()}
 
 
 def is_finished(run_dir: Path) -> bool:
@@ -148,7 +172,9 @@ def check_format(path: Path) -> None:
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Returns what determines the bits and differs between two sessions: {dotted name: (old, new)}."""
-    return changes(*({name: session.get(name) for name in DECISIVE} for session in (old, new)))
+    found = changes(*({name: session.get(name) for name in DECISIVE if name != "files"} for session in (old, new)))
+    files = file_changes(*(session.get("files") or {} for session in (old, new)))
+    return {f"files.{name}": pair for name, pair in files.items()} | found
 
 
 def environment_changes(sessions: list[Session], environment: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

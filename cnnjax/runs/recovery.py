@@ -25,17 +25,28 @@ def recover(directory: Path, say: Callable[[str], None]) -> None:
     for path in directory.iterdir() if directory.exists() else ():
         if re.fullmatch(r"\d+\.(partial.*|removed)", path.name) and not path.is_symlink():
             shutil.rmtree(path)
-    steps = list_steps(directory)[::-1]
-    faults = {step: find_faults(directory / str(step)) for step in steps}
-    best = {step: read_progress(directory / str(step))["best_step"] for step in steps if not faults[step]}
-    usable = next((step for step in best if best[step] in (None, *best)), None)
+    faults, best, usable = _examine(directory)
     start = "Training starts again from step 0." if usable is None else f"Training resumes from step {usable}."
-    for step in steps:
-        wrong = faults[step]
+    for step, wrong in faults.items():
         if wrong or usable is None or step > usable:
             reason = wrong[0] if wrong else f"its best checkpoint, of step {best[step]}, is missing or damaged"
             moved = move_into(directory.parent / "damaged", directory / str(step))
             say(f"The checkpoint of step {step} cannot be used: {reason}. It has been moved to {moved}. {start}")
+
+
+def usable_step(directory: Path) -> int | None:
+    """Returns the step of the checkpoint from which a run would resume, see `recover`, or None. Changes nothing."""
+    return _examine(directory)[2]
+
+
+def _examine(directory: Path) -> tuple[dict[int, list[str]], dict[int, int | None], int | None]:
+    """Returns the faults of each checkpoint, the best step that each intact one names, and the `usable_step`.
+
+    The latest comes first.
+    """
+    faults = {step: find_faults(directory / str(step)) for step in list_steps(directory)[::-1]}
+    best = {step: read_progress(directory / str(step))["best_step"] for step in faults if not faults[step]}
+    return faults, best, next((step for step in best if best[step] in (None, *best)), None)
 
 
 def list_steps(directory: Path) -> list[int]:

@@ -32,7 +32,8 @@ from cnnjax import (
     softmax_cross_entropy,
 )
 from cnnjax.runs.codec import ARRAYS, collect_names, decode, encode, source_files
-from cnnjax.runs.files import changes
+from cnnjax.runs.files import changes, file_changes
+from cnnjax.runs.manifest import differences
 
 
 class Block(nn.Module):
@@ -254,3 +255,10 @@ def test_changes_name_the_values_that_differ():
     a, b = {"x": 1, "y": {"z": 2, "same": [3]}}, {"x": 1, "y": {"z": 4, "same": [3], "new": 5}}
     assert changes(a, b) == {"y.z": (2, 4), "y.new": (None, 5)}
     assert changes(a, a) == {}
+
+
+def test_a_file_with_another_path_and_the_same_bytes_has_not_changed():
+    there, here = {"net.py": "1", "loss.py": "2"}, {"/study/net.py": "1", "loss.py": "3"}
+    assert file_changes(there, here) == {"loss.py": ("2", "3")}
+    found = differences({"files": there, "cores": 1}, {"files": here, "cores": 2})
+    assert found == {"files.loss.py": ("2", "3"), "cores": (1, 2)}

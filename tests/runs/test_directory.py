@@ -269,7 +269,7 @@ def test_a_run_is_not_written_to_a_url(tmp_path, monkeypatch):
 
 
 def test_a_directory_in_which_a_kill_came_before_the_configuration(tmp_path):
-    for name in ("manifest.json", "session-0.diff", "config.json.partial", "lock"):
+    for name in ("manifest.json", "session-0.diff", "config.json.partial", "lock", "SHA256SUMS"):
         (tmp_path / name).touch()
     check_run(tmp_path, CONFIG, resume=False)
 
