@@ -207,13 +207,19 @@ def changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, 
     return {name: (x.get(name), y.get(name)) for name in {**x, **y} if name not in same}
 
 
-def file_changes(a: Mapping[str, str], b: Mapping[str, str]) -> dict[str, tuple[Any, Any]]:
-    """Returns the `changes` between two dicts of the SHA-256 of files.
+def file_changes(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Returns the `changes` between two dicts, without files that have the same SHA-256 under another path.
 
-    A file with the same bytes under another path is not a change: paths are relative to the working directory.
+    Paths are relative to the working directory, which another session may not share.
+
+    Args:
+      prefix: begins the dotted names of the SHA-256 of files.
     """
-    same = {*a.values()} & {*b.values()}
-    return changes(*({name: sha256 for name, sha256 in files.items() if sha256 not in same} for files in (a, b)))
+    found = changes(a, b)
+    one_sided = {name: pair for name, pair in found.items() if name.startswith(prefix) and None in pair}
+    old, new = ({pair[i] for pair in one_sided.values()} for i in (0, 1))
+    moved = {name for name, (x, y) in one_sided.items() if (x or y) in old & new}
+    return {name: pair for name, pair in found.items() if name not in moved}
 
 
 def show(value: Any) -> str:

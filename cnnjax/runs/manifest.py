@@ -18,7 +18,6 @@ from cnnjax.errors import UserError
 from cnnjax.onednn.library import kernels
 from cnnjax.runs.files import (
     SUMS,
-    changes,
     file_changes,
     file_sha256,
     read_json,
@@ -172,9 +171,7 @@ def check_format(path: Path) -> None:
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Returns what determines the bits and differs between two sessions: {dotted name: (old, new)}."""
-    found = changes(*({name: session.get(name) for name in DECISIVE if name != "files"} for session in (old, new)))
-    files = file_changes(*(session.get("files") or {} for session in (old, new)))
-    return {f"files.{name}": pair for name, pair in files.items()} | found
+    return file_changes(*({name: session.get(name) for name in DECISIVE} for session in (old, new)), prefix="files.")
 
 
 def environment_changes(sessions: list[Session], environment: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

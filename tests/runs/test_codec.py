@@ -261,4 +261,4 @@ def test_a_file_with_another_path_and_the_same_bytes_has_not_changed():
     there, here = {"net.py": "1", "loss.py": "2"}, {"/study/net.py": "1", "loss.py": "3"}
     assert file_changes(there, here) == {"loss.py": ("2", "3")}
     found = differences({"files": there, "cores": 1}, {"files": here, "cores": 2})
-    assert found == {"files.loss.py": ("2", "3"), "cores": (1, 2)}
+    assert found == {"cores": (1, 2), "files.loss.py": ("2", "3")}
