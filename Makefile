@@ -52,8 +52,9 @@ endif
 
 # Which variables are the user's, for the command that resumes; -C: make was started in another folder.
 OWN = $(foreach name,DATASET MODEL SEED EXPERIMENT PYTHON BIN NVIDIA,$(if $(filter-out file,$(origin $(name))),$(name)))
-# It may be a path. An experiment that is named, too, is run on it.
+# They may be paths. An experiment that is named, too, is run on the data set.
 QUOTED_DATASET = '$(subst ','\'',$(DATASET))'
+QUOTED_EXPERIMENT = '$(subst ','\'',$(EXPERIMENT))'
 GIVEN_DATASET = $(if $(or $(filter file,$(origin DATASET)),$(filter file,$(origin EXPERIMENT))),,--dataset $(QUOTED_DATASET))
 train-distributed: override export ARGS := --processes $(PROCESSES) $(ARGS)
 train train-distributed: export CNNJAX_MAKE = $(OWN)$(if $(filter-out $(CURDIR),$(realpath $(PWD))), -C)
@@ -61,10 +62,10 @@ train train-distributed: export CNNJAX_MAKE = $(OWN)$(if $(filter-out $(CURDIR),
 # An experiment file if there is one, else the defaults with the network that MODEL names. With `exec` a signal
 # to make reaches the training from any shell.
 train train-distributed: setup
-ifneq ($(if $(filter file,$(origin EXPERIMENT)),$(wildcard experiments/$(EXPERIMENT).py),named),)
-	@exec $(BIN)/cnnjax train $(EXPERIMENT) $(GIVEN_DATASET) --seed $(SEED) $(ARGS)
+ifneq ($(if $(filter file,$(origin EXPERIMENT)),$(wildcard experiments/$(subst $() ,\ ,$(EXPERIMENT)).py),named),)
+	@exec $(BIN)/cnnjax train $(QUOTED_EXPERIMENT) $(GIVEN_DATASET) --seed $(SEED) $(ARGS)
 else
-	@exec $(BIN)/cnnjax train --dataset $(QUOTED_DATASET) --model $(MODEL) --seed $(SEED) $(ARGS)
+	@exec $(BIN)/cnnjax train --dataset $(QUOTED_DATASET) --model '$(subst ','\'',$(MODEL))' --seed $(SEED) $(ARGS)
 endif
 
 eval: setup

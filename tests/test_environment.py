@@ -221,6 +221,18 @@ def test_a_training_of_make_that_is_stopped_prints_a_command_that_resumes(whole,
     assert digests(run_dir) == digests(whole)
 
 
+def test_make_quotes_paths(repository):
+    folder = repository('printf "%s, " "$@"')
+    (folder / "photos_cnn.py").touch()  # Not the experiment of "my photos".
+    for variable, arguments in {
+        "EXPERIMENT=my folder/x's.py": "my folder/x's.py, ",
+        "DATASET=my photos": "--dataset, my photos, --model, cnn, ",
+    }.items():
+        command = ["make", "-s", "-C", str(folder), "train", variable]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.stdout == f"train, {arguments}--seed, 0, ", done.stderr
+
+
 def test_the_command_that_resumes_names_what_is_the_users(repository):
     folder = repository(f'exec {sys.executable} -c "$RESUME" train "$@"')
     print_it = "import sys; from cnnjax.cli.main import _resume_command as f; sys.orig_argv = sys.argv; print(f())"
