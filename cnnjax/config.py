@@ -31,7 +31,8 @@ class Config:
     """
 
     name: str = ""
-    """Name of the run directory, before the seed; the name of the experiment file, or DATASET_MODEL, if empty."""
+    """Name of the run directory, before the seed; the name of the experiment file, or DATASET_MODEL, if empty. If it is
+    not given on the command line, but another --dataset than that of the experiment is, _DATASET follows it."""
     dataset: str | Arrays | Callable[[], Arrays] = "cifar10"
     """mnist, fashion_mnist, cifar10, cifar100, another set in the tfds directory (NAME:VERSION for one version), or the
     path of a folder of images, or of a .csv or .jsonl file with the columns path and label."""

@@ -33,7 +33,8 @@ class Train:
     seeds: str | None = None
     """Train with many seeds in one process, 0:10 (0 to 9) or 0,3,7, and print the mean and its 95% interval."""
     run_dir: Path | None = None
-    """The run directory, runs/NAME-seedSEED by default; with --seeds, the folder of the runs."""
+    """The run directory, runs/NAME-seedSEED by default, or runs/NAME_DATASET-seedSEED on another data set than that of
+    the experiment; with --seeds, the folder of the runs."""
     data_dir: Path | None = None
     """The tfds directory; $TFDS_DATA_DIR or ~/tensorflow_datasets by default."""
     resume: bool = False
@@ -153,7 +154,8 @@ def parse_train(experiment: Experiment, arguments: Sequence[str], prog: str | No
     registry.primitive_rule(partial(_logger, words=experiment.words("log")))
     options: Any = {"prog": prog, "description": description, "registry": registry}
     train = tyro.cli(command, default=command(config), args=arguments, **options)
-    if config.name and train.config.name == config.name and train.config.dataset != config.dataset:
+    has_name = any(argument.partition("=")[0] == "--name" for argument in arguments)
+    if config.name and not has_name and train.config.dataset != config.dataset:
         named = dataclasses.replace(train.config, name=f"{config.name}_{train.config.dataset_word}")
         train = dataclasses.replace(train, config=named)
     return train

@@ -208,6 +208,8 @@ def test_the_name_of_an_experiment_is_that_of_its_file(tmp_path):
     experiment = load_experiment(str(path))
     assert experiment.config.run_name == "wide-seed0"
     assert parse_train(experiment, ["--name", "narrow", "--seed", "2"]).config.run_name == "narrow-seed2"
+    assert parse_train(experiment, ["--dataset", "mnist"]).config.run_name == "wide_mnist-seed0"
+    assert parse_train(experiment, ["--dataset", "mnist", "--name=wide"]).config.run_name == "wide-seed0"
     assert Config(dataset="cifar10", model=MLP(), seed=1).run_name == "cifar10_mlp-seed1"
 
 
