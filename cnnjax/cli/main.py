@@ -20,7 +20,7 @@ from tyro.conf import Positional
 from cnnjax.cli.export import Export
 from cnnjax.cli.inspection import Compare, Diff, Reproduce, Runs, Verify
 from cnnjax.cli.predict import Eval, Predict
-from cnnjax.cli.process import keep_memory
+from cnnjax.cli.process import keep_memory, write_exit_code
 from cnnjax.cli.report import WriteReport
 from cnnjax.cli.signals import REQUEUE, Interrupted, ignore_signals, stop_signals
 from cnnjax.cli.streams import OutputError, guarded_streams, quote
@@ -149,19 +149,9 @@ def _run(parse: Callable[[], Any], resumable: bool, process_ends: bool = False) 
             return command()
 
         status, flushed = _status(run, resumable), _status(sys.stdout.flush, resumable)
-        _write_exit_code(status or flushed or 0)
+        write_exit_code(status or flushed or 0)
     if status or flushed:
         raise SystemExit(status or flushed)
-
-
-def _write_exit_code(status: Any) -> None:
-    """Writes the exit code into the file that $CNNJAX_EXIT_CODE names: make itself ends with 2 instead."""
-    if file := os.environ.get("CNNJAX_EXIT_CODE"):
-        try:
-            Path(file).write_text(f"{status}\n")
-        except OSError as error:
-            rule = "must name a file that can be written"
-            print(f"`CNNJAX_EXIT_CODE` {rule}, got {file}: {error.strerror}.", file=sys.stderr)
 
 
 def _status(run: Callable[[], Any], resumable: bool) -> Any:

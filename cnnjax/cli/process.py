@@ -5,8 +5,10 @@ import hashlib
 import os
 import platform
 import re
+import sys
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from cnnjax.errors import UserError
@@ -30,6 +32,16 @@ def keep_memory() -> None:
     mallopt(m_mmap_max, 0)
     mallopt(m_trim_threshold, 2**31 - 1)
     mallopt(m_top_pad, 2**26)
+
+
+def write_exit_code(status: Any) -> None:
+    """Writes the exit code into the file that $CNNJAX_EXIT_CODE names: make itself ends with 2 instead."""
+    if file := os.environ.get("CNNJAX_EXIT_CODE"):
+        try:
+            Path(file).write_text(f"{status}\n")
+        except OSError as error:
+            rule = "must name a file that can be written"
+            print(f"`CNNJAX_EXIT_CODE` {rule}, got {file}: {error.strerror}.", file=sys.stderr)
 
 
 def num_cores() -> int:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from cnnjax.cli.process import write_exit_code
 from cnnjax.cli.signals import REQUEUE
 from cnnjax.errors import option
 from cnnjax.hosts.agreement import Agreement, Decision, Requests
@@ -233,7 +234,8 @@ class Watch:
 
 def exit_now(message: str, code: int) -> None:
     """Ends the process at once, without cleaning up: its main thread may wait for another process forever."""
-    for write in (lambda: print(message, file=sys.stderr), sys.stderr.flush, sys.stdout.flush):
+    say, leave = (lambda: print(message, file=sys.stderr)), (lambda: write_exit_code(code))
+    for write in (say, leave, sys.stderr.flush, sys.stdout.flush):
         _try(write)
     os._exit(code)
 

@@ -12,6 +12,7 @@ import pytest
 from generated import status
 
 from cnnjax.cli.launch import exit_code, share
+from cnnjax.hosts.watch import exit_now
 
 PROGRAM = Path(__file__).parents[1] / "programs" / "launched.py"
 
@@ -142,6 +143,10 @@ def test_the_exit_code_is_written_for_scripts_that_start_make(tmp_path, monkeypa
     assert file.read_text() == "0\n"
     assert status("train", "--processes", "0") == 2
     assert file.read_text() == "2\n"
+    codes = []
+    monkeypatch.setattr("cnnjax.hosts.watch.os._exit", codes.append)
+    exit_now("Process 1 (host b) has ended.", 75)
+    assert codes == [75] and file.read_text() == "75\n"
     capsys.readouterr()
     monkeypatch.setenv("CNNJAX_EXIT_CODE", str(tmp_path))
     assert status("train", "--processes", "0") == 2
