@@ -210,7 +210,8 @@ class Compare:
 
     def __call__(self) -> None:
         """Prints the two means, their difference and the verdict."""
-        from cnnjax.runs.inspection import scores
+        from cnnjax.runs.inspection import runs_of, scores
+        from cnnjax.runs.records import read_record
         from cnnjax.runs.statistics import describe, verdict
 
         found = []
@@ -222,6 +223,9 @@ class Compare:
             found.append(score)
         for line in verdict((self.a, self.b), (found[0], found[1]), self.metric):
             print(line)
+        a, b = (read_record(runs_of(target)[0]).data.sha256 for target in (self.a, self.b))
+        if a != b:
+            print("Their images have different digests.")
 
 
 def _print_changes(changes: Mapping[str, tuple[Any, Any]]) -> None:

@@ -251,6 +251,23 @@ def reproduce(
     )
 
 
+def runs_of(target: str) -> list[Path]:
+    """Returns the run directories of an experiment, see `scores`."""
+    path = Path(target)
+    is_folder = target != "" and os.path.isdir(path)
+    folders = [path] if os.path.exists(path / "config.json") else find_runs(path) if is_folder else []
+    if folders:
+        return folders
+    base = path if path.parent.name else Path("runs") / path
+    of_name: dict[str, list[Path]] = {}
+    for folder in sorted(p.parent for p in base.parent.glob("*/config.json")):
+        if match := re.fullmatch(r"(.+)-seed\d+", folder.name, re.DOTALL):
+            of_name.setdefault(match[1], []).append(folder)
+    if base.name not in of_name and of_name and not is_folder:
+        raise unknown_name("experiment", base.name, of_name)
+    return of_name.get(base.name, [])
+
+
 def scores(target: str, metric: str) -> tuple[dict[int, float], list[Path]]:
     """Returns the score of each finished seed of an experiment, and the runs that have not finished.
 
@@ -262,24 +279,12 @@ def scores(target: str, metric: str) -> tuple[dict[int, float], list[Path]]:
       UserError: there is no such run or metric, none has finished, they differ in more than the seed, or a seed occurs
         twice.
     """
-    path = Path(target)
-    is_folder = target != "" and os.path.isdir(path)
-    folders = [path] if os.path.exists(path / "config.json") else find_runs(path) if is_folder else []
-    if not folders:
-        base = path if path.parent.name else Path("runs") / path
-        of_name: dict[str, list[Path]] = {}
-        for folder in sorted(p.parent for p in base.parent.glob("*/config.json")):
-            if match := re.fullmatch(r"(.+)-seed\d+", folder.name, re.DOTALL):
-                of_name.setdefault(match[1], []).append(folder)
-        if base.name not in of_name and of_name and not is_folder:
-            raise unknown_name("experiment", base.name, of_name)
-        folders = of_name.get(base.name, [])
     found: dict[int, float] = {}
     of_seed: dict[int, Path] = {}
     unfinished = []
     first: EncodedConfig | None = None
     data: dict[str, str] | None = None
-    for folder in folders:
+    for folder in runs_of(target):
         record = records.read_record(folder)
         config, data = record.config, data or record.data.sha256
         if record.data.sha256 != data:

@@ -271,6 +271,11 @@ def test_compare_tests_two_experiments_over_their_seeds(seeds, tmp_path, capsys,
     assert more is not None and int(more[1]) == int(more[2]) - 1  # There are three of good, and two of bad.
     main(["compare", "good", "good"])
     assert capsys.readouterr().out.splitlines()[-1] == "The means are equal."
+    for record in Path("runs").glob("bad-seed*/config.json"):
+        data = json.loads(record.read_text())["data"]
+        change(record, data={**data, "sha256": {**data["sha256"], "test": 64 * "0"}})
+    main(["compare", "good", "bad"])
+    assert capsys.readouterr().out.splitlines()[-1] == "Their images have different digests."
 
 
 def test_compare_accepts_the_scores_of_every_class(seeds, tmp_path, capsys, monkeypatch):
