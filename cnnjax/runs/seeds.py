@@ -19,8 +19,8 @@ import jax
 from cnnjax.cli.console import Report
 from cnnjax.cli.process import num_cores, start_jax
 from cnnjax.cli.signals import Interrupted, stop_signals
-from cnnjax.config import Config
-from cnnjax.errors import check
+from cnnjax.config import Config, word
+from cnnjax.errors import NonFiniteLossError, StorageError, UserError, check, describe, for_reader
 from cnnjax.prepare import load_data, load_network_weights
 from cnnjax.runs.directory import check_path, check_run
 from cnnjax.runs.loggers import Logger
@@ -96,8 +96,10 @@ def train_seeds(
       The content of result.json of each seed.
 
     Raises:
-      UserError: the user has to fix something; before the first step if it can be known then.
-      NonFiniteLossError, Interrupted: see `train_and_evaluate`.
+      UserError: the user has to fix something; before the first step if it can be known then. If it concerns some
+        seeds, the others are trained first.
+      NonFiniteLossError, StorageError: the same of the first seed that failed.
+      Interrupted: see `train_and_evaluate`.
     """
     start_jax()
     report = report or Report(quiet=True)
@@ -108,7 +110,8 @@ def train_seeds(
         check_path(run_dir)
         if run_dir.is_dir():
             check_run(run_dir, c, resume)
-    code = source_of(config, folder or Path("runs"))  # Once: what trains, even if a file is edited meanwhile.
+    copies = [_copy(loggers) for _ in seeds]
+    code = source_of(config, *folders)  # Once: what trains, even if a file is edited meanwhile.
     version = next(filter(None, map(data_version, folders)), None)
     weights = load_network_weights(config, report.say)
     dataset = load_data(config, data_dir, report.say, version=version, weights=weights, stream=stream)
@@ -120,7 +123,7 @@ def train_seeds(
         free.put(group)
     with stop_signals() as stop:
 
-        def train(run_dir: Path, config: Config, report: Report) -> Result:
+        def train(run_dir: Path, config: Config, loggers: list[Logger], report: Report) -> Result | UserError:
             group = free.get()
             try:
                 if stop.signum is not None:  # This seed was still waiting.
@@ -130,7 +133,7 @@ def train_seeds(
                         config,
                         run_dir=run_dir,
                         resume=resume,
-                        loggers=[deepcopy(logger) for logger in loggers],
+                        loggers=loggers,
                         checkpoint_seconds=checkpoint_seconds,
                         devices=group,
                         mesh=mesh,
@@ -140,22 +143,53 @@ def train_seeds(
                         code=code,
                     )
                     return run.finished_result()
+            except UserError as error:  # The others need not wait for a correction.
+                say(f"seed {config.seed}: {error}")
+                return error
             finally:
                 free.put(group)
 
-        if min(len(groups), len(seeds)) == 1:
-            report = report.with_prefix("")
-            results = [train(run_dir, c, report) for run_dir, c in zip(folders, configs, strict=True)]
+        one_by_one, say = min(len(groups), len(seeds)) == 1, report.say
+        # Several at a time have no progress bars, which would overwrite each other.
+        reports = [report.with_prefix("" if one_by_one else f"seed {seed}: ") for seed in seeds]
+        jobs = zip(folders, configs, copies, reports, strict=True)
+        if one_by_one:
+            outcomes = [train(*job) for job in jobs]
             stop.finished = True
-            return results
-        # Without progress bars, which would overwrite each other.
-        reports = [report.with_prefix(f"seed {seed}: ") for seed in seeds]
+            return _results(outcomes, seeds)
         with stop.held(), ThreadPoolExecutor(len(groups)) as threads:
-            futures = [
-                threads.submit(copy_context().run, train, *job) for job in zip(folders, configs, reports, strict=True)
-            ]
+            futures = [threads.submit(copy_context().run, train, *job) for job in jobs]
             # Python handles signals only in this thread, and a signal to another thread does not wake it.
             while wait(futures, timeout=0.1).not_done:
                 pass
             stop.finished = not any(future.exception() for future in futures)
-        return [future.result() for future in futures]
+        return _results([future.result() for future in futures], seeds)
+
+
+def _copy(loggers: Sequence[Logger]) -> list[Logger]:
+    """Returns copies of loggers, for one of several seeds."""
+    copies = []
+    for logger in loggers:
+        try:
+            copies.append(deepcopy(logger))
+        except Exception as error:
+            raise UserError(
+                f"`{for_reader('log', 'loggers')}` must be loggers that `copy.deepcopy` can copy for each seed, got "
+                f"{word(type(logger))}: {describe(error)} Open files and connections in `start`, not in the "
+                "constructor."
+            ) from error
+    return copies
+
+
+def _results(outcomes: Sequence[Result | UserError], seeds: Sequence[int]) -> list[Result]:
+    """Returns the results of all seeds.
+
+    Raises:
+      UserError: some have failed; of the class of the first error, and with its message.
+    """
+    failed = {seed: x for seed, x in zip(seeds, outcomes, strict=True) if isinstance(x, UserError)}
+    if failed:
+        first, names = next(iter(failed.values())), ", ".join(map(str, failed))
+        kind = next(cls for cls in (StorageError, NonFiniteLossError, UserError) if isinstance(first, cls))
+        raise kind(f"{len(failed)} of {len(seeds)} seeds failed: {names}. The first: {first}") from first
+    return [x for x in outcomes if not isinstance(x, UserError)]

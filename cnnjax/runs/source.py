@@ -10,7 +10,7 @@ import os
 import stat
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -65,7 +65,7 @@ class _File(NamedTuple):
     deleted: bool = False
 
 
-def source_code(run_dir: Path | None = None) -> SourceCode:
+def source_code(*run_dirs: Path) -> SourceCode:
     """Returns the commit of the code and, if the working tree differs from it, the diff.
 
     "commit" belongs to the repository of the working directory; None if there is none, or no commit yet (then the diff
@@ -75,15 +75,15 @@ def source_code(run_dir: Path | None = None) -> SourceCode:
     as git-lfs does; or all, because git failed. "dirty": whether the code is, or may be, another than the commit's.
 
     Args:
-      run_dir: not recorded, even if it is tracked.
+      *run_dirs: not recorded, even if they are tracked.
     """
     deadline = time.monotonic() + TIMEOUT
     here, package = _repository(Path()), _repository(Path(__file__).parent)
-    code = _read(here, run_dir, deadline)
+    code = _read(here, run_dirs, deadline)
     left_out = code.left_out
     facts: dict[str, Any] = {"commit": code.commit}
     if package != here:
-        other = _read(package, run_dir, deadline)
+        other = _read(package, run_dirs, deadline)
         changed = f" and a diff, SHA-256 {_sha256(other.diff)}" if other.diff else ""
         if other.commit or changed:
             facts["package_commit"] = f"{other.commit or 'no commit'}{changed}"
@@ -96,9 +96,9 @@ def source_code(run_dir: Path | None = None) -> SourceCode:
     return SourceCode(facts, code.diff)
 
 
-def source_of(config: Config, run_dir: Path | None = None) -> SourceCode:
+def source_of(config: Config, *run_dirs: Path) -> SourceCode:
     """Returns `source_code`, and as "files" the SHA-256 of the files that define the user's classes and functions."""
-    code = source_code(run_dir)
+    code = source_code(*run_dirs)
     return code._replace(facts={**code.facts, "files": source_files(config)})
 
 
@@ -110,7 +110,7 @@ def _repository(folder: Path) -> Path | None:
     return None
 
 
-def _read(repository: Path | None, run_dir: Path | None, deadline: float) -> _Code:
+def _read(repository: Path | None, run_dirs: Sequence[Path], deadline: float) -> _Code:
     if repository is None:
         return _Code()
     what, commit = "the commit and the changes since", None
@@ -121,7 +121,7 @@ def _read(repository: Path | None, run_dir: Path | None, deadline: float) -> _Co
             _check_unborn(git)
         what, commit = "the changes since the commit", head or None
         with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            diff, left_out = _diff(git, plain_git(git, Path(folder)), commit, run_dir)
+            diff, left_out = _diff(git, plain_git(git, Path(folder)), commit, run_dirs)
         return _Code(commit, diff, left_out)
     except (OSError, ValueError) as error:
         return _Code(commit, left_out=(f"{what} ({error})",))
@@ -136,7 +136,7 @@ def _check_unborn(git: Git) -> None:
             raise
 
 
-def _diff(git: Git, plain: Git, commit: str | None, run_dir: Path | None) -> tuple[bytes, tuple[str, ...]]:
+def _diff(git: Git, plain: Git, commit: str | None, run_dirs: Sequence[Path]) -> tuple[bytes, tuple[str, ...]]:
     """Returns the diff, and what it lacks.
 
     Args:
@@ -145,8 +145,7 @@ def _diff(git: Git, plain: Git, commit: str | None, run_dir: Path | None) -> tup
     tree = commit or plain("hash-object", "-t", "tree", "--stdin").strip().decode()
     entries = {x.split(b"\t", 1)[1]: x for x in split(plain("ls-tree", "-r", "-z", "--full-tree", tree))}
     listed = [(x[:1], x[2:]) for x in split(git("ls-files", "-z", "-t", "--cached", "--others", "--exclude-standard"))]
-    # Names in git do not begin with "/".
-    own = b"/" if run_dir is None else os.path.relpath(os.path.realpath(os.fsencode(run_dir)), git.folder) + b"/"
+    own = tuple(os.path.relpath(os.path.realpath(os.fsencode(path)), git.folder) + b"/" for path in run_dirs)
     new = {
         name: _File(name, untracked=tag == b"?")
         for tag, name in listed

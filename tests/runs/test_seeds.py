@@ -5,10 +5,13 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import pytest
+from generated import Lines
 
-from cnnjax import Config, UserError, train_and_evaluate
+from cnnjax import Config, Logger, NonFiniteLossError, UserError, train_and_evaluate
 from cnnjax.cli.process import num_cores
 from cnnjax.runs.inspection import find_runs
 from cnnjax.runs.records import read_result
@@ -69,3 +72,52 @@ def test_each_device_trains_a_seed_until_a_signal_stops_them_all(seeds, prepared
     for seed in (0, 1, 2):
         result = read_result(tmp_path / f"seed{seed}")
         assert result is not None and result["sha256"] == seeds.results[seed]["sha256"]  # As alone, on one device.
+
+
+def test_the_source_code_of_seeds_lacks_their_run_directories_only(tmp_path, monkeypatch):
+    def record(config, *run_dirs):
+        raise UserError(", ".join(path.name for path in run_dirs))
+
+    monkeypatch.setattr("cnnjax.runs.seeds.source_of", record)
+    with pytest.raises(UserError, match=r"^seed0, seed3$"):
+        train_seeds(Config(), (0, 3), folder=tmp_path)
+
+
+class Opens(Logger):
+    """Opens a file too early."""
+
+    def __init__(self, path):
+        self.file = path.open("a")
+
+
+def test_a_logger_that_cannot_be_copied_is_an_error(tmp_path):
+    logger = Opens(tmp_path / "loss.csv")
+    rule = (
+        r"`loggers` must be loggers that `copy\.deepcopy` can copy for each seed, got opens: TypeError: cannot pickle"
+    )
+    with pytest.raises(UserError, match=rf"{rule} .* Open files and connections in `start`, not in the constructor\.$"):
+        train_seeds(Config(), (0, 1), folder=tmp_path, loggers=[logger])
+    logger.file.close()
+
+
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_a_seed_that_fails_is_reported_at_once_and_the_others_are_trained(num_devices, tmp_path, monkeypatch):
+    trained, report = [], Lines()
+
+    def train(config, **options):
+        if config.seed in (1, 2):
+            raise NonFiniteLossError(f"The loss of {config.seed} became nan.")
+        trained.append((config.seed, len(report.lines)))
+        return SimpleNamespace(finished_result=lambda: {})
+
+    monkeypatch.setattr("cnnjax.runs.seeds.train_and_evaluate", train)
+    monkeypatch.setattr("cnnjax.runs.seeds.load_data", lambda *arguments, **options: None)
+    devices = num_devices * jax.local_devices()[:1]
+    monkeypatch.setattr("jax.local_devices", lambda: devices)
+    with pytest.raises(
+        NonFiniteLossError, match=r"^2 of 4 seeds failed: 1, 2\. The first: The loss of 1 became nan\.$"
+    ):
+        train_seeds(Config(), (0, 1, 2, 3), folder=tmp_path, report=report)
+    assert {*report.lines} == {"seed 1: The loss of 1 became nan.", "seed 2: The loss of 2 became nan."}
+    assert {seed for seed, _ in trained} == {0, 3}
+    assert num_devices > 1 or trained == [(0, 0), (3, 2)]

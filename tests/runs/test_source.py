@@ -335,6 +335,7 @@ def test_a_run_directory_that_is_tracked_does_not_record_itself(repository):
     git(repository, "add", "--force", "runs")
     assert source_code(Path("runs/mine")).diff == b""
     assert b"manifest.json" in source_code(repository / "runs" / "mine2").diff
+    assert source_code(repository / "runs" / "mine2", run_dir).diff == b""
 
 
 def test_changes_in_submodules_and_other_repositories_are_named(repository, tmp_path):
