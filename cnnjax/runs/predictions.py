@@ -190,15 +190,14 @@ def evaluate_ensemble(runs: Sequence["Run"], *, tta: str | None = None, data_dir
       UserError: the runs have other classes, or other test examples.
     """
     check_ensemble(runs)
-    probabilities, first = [], None
+    probabilities, tested = [], []
     for run in runs:
         examples = run.load_data("test", data_dir=data_dir)
-        this = _TestSet(run, digest(examples), examples.label)
-        first = first or this
-        rule = f"runs with the test examples of {first.run.run_dir}"
-        check("ensemble", rule, this.equals(first), f"{run.run_dir} with others")
+        tested.append(_TestSet(run, digest(examples), examples.label))
+        rule = f"runs with the test examples of {runs[0].run_dir}"
+        check("ensemble", rule, tested[-1].equals(tested[0]), f"{run.run_dir} with others")
         probabilities.append(run.predict(examples.image, tta=run.config.tta if tta is None else tta))
-    found, label = _mean(probabilities), np.asarray(this.label)
+    found, label = _mean(probabilities), np.asarray(tested[0].label)
     return scores_of(found[np.arange(len(label)), label], found.argmax(axis=1), label)
 
 
