@@ -24,7 +24,8 @@ from cnnjax.errors import NonFiniteLossError, StorageError, UserError, check, de
 from cnnjax.prepare import load_data, load_network_weights
 from cnnjax.runs.directory import check_path, check_run
 from cnnjax.runs.loggers import Logger
-from cnnjax.runs.records import data_version
+from cnnjax.runs.manifest import is_finished
+from cnnjax.runs.records import data_version, read_record
 from cnnjax.runs.schema import Result
 from cnnjax.runs.source import source_of
 from cnnjax.sharding import parse_mesh
@@ -113,8 +114,10 @@ def train_seeds(
     copies = [_copy(loggers) for _ in seeds]
     code = source_of(config, *folders)  # Once: what trains, even if a file is edited meanwhile.
     version = next(filter(None, map(data_version, folders)), None)
-    weights = load_network_weights(config, report.say)
-    dataset = load_data(config, data_dir, report.say, version=version, weights=weights, stream=stream)
+    dataset = None
+    if not (resume and all(_is_finished(run_dir, config) for run_dir in folders)):  # Else no data are needed.
+        weights = load_network_weights(config, report.say)
+        dataset = load_data(config, data_dir, report.say, version=version, weights=weights, stream=stream)
     devices, size = jax.local_devices(), math.prod(parse_mesh(mesh)) if mesh is not None else 1
     check("mesh", f"of at most the {len(devices)} devices of this process", size <= len(devices), mesh)
     groups = [devices[i : i + size] for i in range(0, len(devices) - size + 1, size)]
@@ -132,6 +135,7 @@ def train_seeds(
                     run = train_and_evaluate(
                         config,
                         run_dir=run_dir,
+                        data_dir=data_dir,
                         resume=resume,
                         loggers=loggers,
                         checkpoint_seconds=checkpoint_seconds,
@@ -139,6 +143,7 @@ def train_seeds(
                         mesh=mesh,
                         report=report,
                         stop=stop,
+                        stream=stream,
                         dataset=dataset,
                         code=code,
                     )
@@ -164,6 +169,11 @@ def train_seeds(
                 pass
             stop.finished = not any(future.exception() for future in futures)
         return _results([future.result() for future in futures], seeds)
+
+
+def _is_finished(run_dir: Path, config: Config) -> bool:
+    """Returns whether a run is finished, and not to be trained longer."""
+    return is_finished(run_dir) and read_record(run_dir).config["num_epochs"] == config.num_epochs
 
 
 def _copy(loggers: Sequence[Logger]) -> list[Logger]:

@@ -46,7 +46,9 @@ def test_seeds_share_one_compilation_and_have_the_bits_of_single_runs(seeds, pre
     assert alone["sha256"]["params"] != seeds.results[0]["sha256"]["params"]
 
 
-def test_finished_seeds_are_not_trained_again(seeds, prepared_dir):
+def test_finished_seeds_are_not_trained_again(seeds, prepared_dir, tmp_path):
+    without_data = train_seeds(seeds.config, (0, 1), folder=seeds.folder, data_dir=tmp_path / "none", resume=True)
+    assert without_data == seeds.results[:2]
     again = train_seeds(seeds.config, (0, 1, 2), folder=seeds.folder, data_dir=prepared_dir, resume=True)
     assert again == seeds.results
     with pytest.raises(UserError, match="seed1 exists already"):  # Before seed 3 is trained.
