@@ -449,9 +449,7 @@ def test_a_run_at_a_constant_learning_rate_can_be_trained_longer(tmp_path):
             train(two, run_dir=tmp_path / "longer", resume=True, **refused)
         assert [file.read_bytes() for file in files] == before
         assert {*verify(tmp_path / "longer").values()} == {"ok"}
-        report = Watch()
-        train(one, run_dir=tmp_path / "longer", resume=True, report=report)
-        assert report.steps == []  # It stays finished.
+        assert [session["state"] for session in read_manifest(tmp_path / "longer")["sessions"]] == ["finished"]
     lost = shutil.copytree(tmp_path / "longer", tmp_path / "lost")
     shutil.rmtree(lost / "checkpoints")
     with pytest.raises(UserError, match=r"lost must have its checkpoints to be trained longer, got none that can be u"):
