@@ -138,13 +138,9 @@ def train_and_evaluate(
                 setup, state = set_up(
                     run.config, dataset, devices, weights, mesh=mesh, title=str(run_dir), say=report.say
                 )
-            tracer, placement = (
-                # Processes may share a host.
-                Profile(profile, run_dir, report.say, FOLDER if hosts.leads else f"{FOLDER}-{hosts.index}"),
-                setup.placement,
-            )
+            folder = FOLDER if hosts.leads else f"{FOLDER}-{hosts.index}"  # Processes may share a host.
+            tracer, placement = Profile(profile, run_dir, report.say, folder), setup.placement
             tracer.check(0, setup.program.num_steps)  # Before anything is written.
-            run.check_longer()
             run.begin(setup.facts, manifest.environment(placement.devices, placement.state_mesh, hosts.names))
             state, progress = restore(run, state, placement.of_state(state))
             tracer.check(int(state.step), setup.program.num_steps)

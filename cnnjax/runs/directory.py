@@ -91,21 +91,6 @@ class OpenRun:
             )
         return result
 
-    def check_longer(self) -> None:
-        """Checks that a finished run that is trained longer has a checkpoint to continue from.
-
-        Raises:
-          UserError: it has none, so that training would start from scratch and remove its result.
-        """
-        if not self.hosts.leads or not (self.run_dir / "result.json").exists():
-            return
-        longer = read_record(self.run_dir).config["num_epochs"] < self.config.num_epochs
-        if longer and usable_step(self.run_dir / "checkpoints") is None:
-            raise UserError(
-                f"{self.run_dir} must have its checkpoints to be trained longer, got none that can be used. Train in "
-                f"another directory: {option('run_dir', 'DIR')}."
-            )
-
     def begin(self, facts: DataFacts, environment: dict[str, Any]) -> None:
         """Begins a session: checks the data, writes manifest.json, and sets damaged checkpoints aside.
 
@@ -113,10 +98,12 @@ class OpenRun:
         context of `open_run` ends, the manifest records how the session ended.
 
         Raises:
-          UserError: the directory holds a run on other data.
+          UserError: the directory holds a run on other data, or a finished one without checkpoints.
         """
         self.hosts.check_same("data_dir", "the same data in all processes", asdict(facts))
         check_data(self.run_dir, facts)
+        if self.hosts.leads:
+            self._check_longer()
         self._stack.enter_context(self.stop.held())
         session = self._begin_session(environment | self.code.facts) if self.hosts.leads else {}
         self.hosts.barrier("the session has begun")
@@ -125,6 +112,20 @@ class OpenRun:
             self._stack.callback(lambda: session.update(checkpoints=self.checkpoints.steps()))
             session["resumed_from"] = self.checkpoints.latest()
         self._stack.enter_context(closing(self.checkpoints))
+
+    def _check_longer(self) -> None:
+        """Checks that a finished run that is trained longer has a checkpoint to continue from.
+
+        Otherwise training would start from scratch, and remove its result.
+        """
+        if not (self.run_dir / "result.json").exists():
+            return
+        longer = read_record(self.run_dir).config["num_epochs"] < self.config.num_epochs
+        if longer and usable_step(self.run_dir / "checkpoints") is None:
+            raise UserError(
+                f"{self.run_dir} must have its checkpoints to be trained longer, got none that can be used. Train in "
+                f"another directory: {option('run_dir', 'DIR')}."
+            )
 
     def _begin_session(self, environment: dict[str, Any]) -> dict[str, Any]:
         for line in (*manifest.changes_since_last_session(self.run_dir, environment), *self.code.warnings()):
