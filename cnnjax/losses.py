@@ -26,6 +26,7 @@ def softmax_cross_entropy(logits: Float[Array, "B K"] | PyTree, batch: BatchLike
       ValueError: logits or labels have another shape or dtype.
     """
     label = _check_label(logits, batch.label)
+    logits = _at_least_float32(logits)
     if label.ndim == 2:
         return optax.softmax_cross_entropy(logits, label.astype(logits.dtype))
     outside = logits.shape[1]  # Its loss is nan, while -1 would be the last class.
@@ -46,6 +47,10 @@ def _check_label(logits: Any, label: Any) -> Array:
             f"logits [B K] of shape {shape}, got {describe_shapes(label)}."
         )
     return jnp.asarray(label, jnp.int32) if indices else jnp.asarray(label)
+
+
+def _at_least_float32(logits: Array) -> Array:
+    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,7 @@ class CrossEntropy:
         if not self.label_smoothing:
             return softmax_cross_entropy(logits, batch)
         label = _check_label(logits, batch.label)
+        logits = _at_least_float32(logits)
         target = label if label.ndim == 2 else jax.nn.one_hot(label, logits.shape[-1])
         target = optax.smooth_labels(target.astype(logits.dtype), self.label_smoothing)
         loss = optax.softmax_cross_entropy(logits, target)

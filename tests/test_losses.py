@@ -38,6 +38,15 @@ def test_label_smoothing_equals_hand_computed_values():
     np.testing.assert_array_equal(CrossEntropy()(LOGITS, labeled(LABEL)), softmax_cross_entropy(LOGITS, labeled(LABEL)))
 
 
+@pytest.mark.parametrize("loss", [softmax_cross_entropy, CrossEntropy(label_smoothing=0.1)])
+@pytest.mark.parametrize("label", [np.array([0], np.int32), np.array([[0.75, 0.25, 0, 0]], np.float32)])
+def test_the_loss_of_narrow_logits_is_float32(loss, label):
+    logits = jnp.array([[20, 16, 0, 0]], jnp.bfloat16)
+    got, expected = (loss(x, labeled(label)) for x in (logits, logits.astype(jnp.float32)))
+    assert got.dtype == jnp.float32
+    np.testing.assert_array_equal(got, expected)
+
+
 @pytest.mark.parametrize("label", [LABEL, np.array([[0.2, 0.8, 0.0], [0.0, 0.5, 0.5]], np.float32)])
 def test_gradients_equal_finite_differences(label):
     check_grads(lambda x: softmax_cross_entropy(jnp.asarray(x), labeled(label)), (LOGITS,), order=1, modes=["rev"])
