@@ -21,13 +21,17 @@ from cnnjax import (
     ParamGroup,
     TrainState,
     eval_step,
+    init_from_data,
+    init_from_weights,
     init_state,
     softmax_cross_entropy,
     train_and_evaluate,
     train_step,
 )
 from cnnjax.optim.transforms import lookahead
+from cnnjax.pretrained import Weights
 from cnnjax.step import eval_params
+from cnnjax.typing import Preprocessing
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 KEY = jax.random.key(0)
@@ -356,6 +360,33 @@ def sophia():
 def test_a_wrapped_update_makes_it_work(wrapped, alone, extra):
     reference = alone() if alone else optax.chain(optax.clip(0.1), sam())
     assert_close(train(wrapped()).params, train_by_optax(reference, extra=extra).params)
+
+
+class Initialized(Net):
+    """Starts from data or from weights; both set every parameter."""
+
+    def depths(self):
+        return ("Dense_0",)
+
+    def init_from_data(self, variables, image):
+        return jax.tree.map(lambda x: x + image.mean(), variables)
+
+    def variables_from_torch(self, tensors):
+        return {"params": {"Dense_0": tensors}}
+
+
+PIXELS = Preprocessing(2, (0.0,) * 3, (1.0,) * 3, "bilinear")
+WEIGHTS = Weights({"kernel": np.eye(4, dtype=np.float32), "bias": np.ones(4, np.float32)}, "", "", "", PIXELS)
+
+
+@pytest.mark.parametrize(("init", "source"), [(init_from_data, IMAGE), (init_from_weights, WEIGHTS)])
+@pytest.mark.parametrize("tx", [contrib.prodigy(0.1), contrib.cocob()], ids=["prodigy", "cocob"])
+def test_a_step_donates_a_state_whose_optimizer_keeps_the_parameters(tx, init, source):
+    model = Initialized()
+    state = init(init_state(KEY, IMAGE, model=model, tx=tx), source, model=model, tx=tx)
+    kept, _ = train_step(state, BATCH, KEY, model=model, tx=tx, donate=False)
+    donated, _ = train_step(state, BATCH, KEY, model=model, tx=tx)
+    assert_close(donated, kept)
 
 
 # --- In a `Config` --------------------------------------------------------------------------------------------------
