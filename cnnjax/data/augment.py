@@ -64,7 +64,8 @@ class Augment:
         """Transforms a batch, after everything else. Runs on the device and must be pure.
 
         Args:
-          key: one key per example, which depends only on seed, epoch and example.
+          key: one key per example, which depends only on seed, epoch and example; if an epoch draws an example several
+            times, each draw has its own.
           batch: standardized images, float32 [B H W C]; int32 labels [B].
 
         Returns:

@@ -12,7 +12,7 @@ from cnnjax.data.augment import Augment
 from cnnjax.data.order import Plan
 from cnnjax.typing import AnyArray, Batch
 
-PIXEL_STREAM = 2**32 - 1  # Folded into the key of an epoch for `transform_pixels`; no example has this index.
+PIXEL_STREAM = 2**32 - 1  # Folded into the key of an epoch for `transform_pixels`; no draw has this number.
 
 
 class Standardization(NamedTuple):
@@ -50,7 +50,7 @@ def make_batch(
     Args:
       pixels: a data set, of which the plan selects examples; or the examples of this batch, which it numbers.
       augment: no augmentation if None.
-      key: the key of the epoch; the index of each example is folded in. Needed by these two methods only.
+      key: the key of the epoch; `plan.draw` is folded in. Needed by these two methods only.
 
     Returns:
       Standardized images, float32.
@@ -88,7 +88,7 @@ def _keys(key: Key[Array, ""] | None, plan: Plan, augment: Augment, *, stream: i
     if key is None:
         raise ValueError(f"`key` must be a key for {type(augment).__name__}, got None.")
     key = key if stream is None else jax.random.fold_in(key, stream)
-    return jax.vmap(partial(jax.random.fold_in, key))(plan.example)
+    return jax.vmap(partial(jax.random.fold_in, key))(plan.draw)
 
 
 def _reflect(i: Int[Array, "B N"], size: int) -> Int[Array, "B N"]:

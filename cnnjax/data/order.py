@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, UInt32
 
 from cnnjax.data.augment import Augment
 from cnnjax.errors import UserError
@@ -27,6 +27,7 @@ class Plan(NamedTuple):
     mirrored: Bool[AnyArray, "*S B"]
     shift: Int[AnyArray, "*S B 2"]  # Down and to the right, in pixels.
     cutout: Int[AnyArray, "*S B 2"]  # Top left corner of the square.
+    draw: UInt32[AnyArray, "*S B"]  # Folded into the keys: the index of the example, another number if it is repeated.
 
     def row(self, step: int | slice) -> "Plan":
         """Returns one row, or the rows of a slice."""
@@ -120,9 +121,13 @@ def epoch_plan(
     corners = (image_size[0] - augment.cutout + 1, image_size[1] - augment.cutout + 1)
     cutout = _pairs(seed, CUTOUT, epoch, num_examples, corners)
     index = position % num_examples
-    rows = (order.astype(np.int32), mirrored, shift, cutout)
-    example, mirrored, shift, cutout = (a[index].reshape(steps, batch_size, *a.shape[1:]) for a in rows)
-    return Plan(example, (position < num_examples).reshape(steps, batch_size), mirrored, shift, cutout)
+    draw = order.astype(np.uint32)
+    if balanced_label is not None:
+        repeated = np.setdiff1d(np.arange(num_examples), np.unique(order, return_index=True)[1])
+        draw[repeated] = num_examples + repeated  # Their positions: distinct.
+    rows = (order.astype(np.int32), mirrored, shift, cutout, draw)
+    example, *rest = (a[index].reshape(steps, batch_size, *a.shape[1:]) for a in rows)
+    return Plan(example, (position < num_examples).reshape(steps, batch_size), *rest)
 
 
 def _pairs(seed: int, purpose: int, epoch: int, size: int, below: tuple[int, int]) -> np.ndarray:
@@ -137,8 +142,9 @@ def plain_plan(num_examples: int, batch_size: int) -> Plan:
     """Returns the plan that visits every example once, in order and unchanged; it pads as `epoch_plan` does."""
     steps = -(-num_examples // batch_size)
     position = np.arange(steps * batch_size, dtype=np.int32).reshape(steps, batch_size)
-    zeros = np.zeros((*position.shape, 2), np.int32)
-    return Plan(position % num_examples, position < num_examples, np.zeros(position.shape, bool), zeros, zeros)
+    zeros, example = np.zeros((*position.shape, 2), np.int32), position % num_examples
+    mask, mirrored = position < num_examples, np.zeros(position.shape, bool)
+    return Plan(example, mask, mirrored, zeros, zeros, example.astype(np.uint32))
 
 
 def split_validation(

@@ -54,7 +54,9 @@ def test_the_order_of_an_epoch_is_pinned():
 )
 def test_a_plan_is_pinned(flip, expected):
     plan = make_plan(50_000, 1000, seed=3, epoch=5, image_size=(32, 32), flip=flip, translate=2, cutout=12)
-    assert sha256(*plan) == expected
+    *values, draw = plan
+    assert sha256(*values) == expected
+    np.testing.assert_array_equal(draw, plan.example)
 
 
 def test_the_validation_split_is_pinned():
@@ -285,6 +287,7 @@ def test_a_plan_of_balanced_draws():
     plan = epoch_plan(3, 5, 100, **options, balanced_label=label)
     assert (plan.example.shape, plan.mask.sum()) == ((4, 30), 100)
     np.testing.assert_array_equal(plan.example.ravel()[:100], balanced_order(3, 5, label))
+    assert len({*plan.draw.ravel()[:100].tolist()}) == 100
     plain = epoch_plan(3, 5, 100, **options)
     flipped = dict(zip(plain.example.ravel().tolist(), plain.mirrored.ravel().tolist(), strict=True))
     assert plan.mirrored.ravel().tolist() == [flipped[i] for i in plan.example.ravel().tolist()]

@@ -167,6 +167,13 @@ def test_an_example_is_cropped_alike_anywhere_in_a_batch():
     np.testing.assert_array_equal(np.roll(one.label, 3), other.label)
 
 
+def test_each_draw_of_a_repeated_example_is_cropped_anew():
+    augment, label = PhotoAugment(train_sizes=(12,)), (np.arange(8) == 7).astype(np.int32)
+    plan = epoch_plan(0, 0, 8, batch_size=8, augment=augment, image_size=(12, 12), balanced_label=label)
+    image = make_batch_jit(PIXELS, plan.row(0), augment, jax.random.key(0)).image[plan.example[0] == 7]
+    assert len(image) == len(np.unique(image, axis=0)) == 4
+
+
 def test_whole_images_are_not_changed():
     """Without anything random the batch is the stored one."""
     augment = PhotoAugment(scale=(1.0, 1.0), ratio=(24 / 20, 24 / 20))
