@@ -19,8 +19,8 @@ class Metrics(NamedTuple):
     Attributes:
       loss: the sum of the losses; the losses that the network sows count once per example.
       num_examples: number of unmasked examples.
-      values: "accuracy", the number of correct predictions, int32, if the labels are class indices, int [B]; and the
-        named values of the loss.
+      values: "accuracy", the number of correct predictions, int32, if the labels are class indices, int [B], of at
+        least two logits; and the named values of the loss.
       norm: see `grad_norm`; None in evaluation.
     """
 
@@ -38,7 +38,8 @@ class Metrics(NamedTuple):
         """
         if "accuracy" not in self.values:
             raise ArgumentError(
-                "`metrics` must be those of logits [B K] and labels int [B] to have correct predictions, got others."
+                "`metrics` must be those of logits [B K], K > 1, and labels int [B] to have correct predictions, got "
+                "others."
             )
         return self.values["accuracy"]
 
@@ -89,7 +90,8 @@ def sum_metrics(output: Any, batch: BatchLike, loss_fn: LossFn) -> Metrics:
     if taken := {"loss", "accuracy", "grad_norm"} & values.keys():
         raise ArgumentError(f"`loss_fn` must not name a value loss, accuracy or grad_norm, got {sorted(taken)}.")
     logits, label = logits_of(output), batch.label
-    if jnp.ndim(logits) == 2 and getattr(label, "shape", None) == size and jnp.issubdtype(label.dtype, jnp.integer):
+    several = jnp.ndim(logits) == 2 and logits.shape[1] > 1  # One logit would always predict class 0.
+    if several and getattr(label, "shape", None) == size and jnp.issubdtype(label.dtype, jnp.integer):
         values = {"accuracy": jnp.argmax(logits, axis=-1) == label.astype(jnp.int32), **values}
 
     def masked_sum(x: Array) -> Array:

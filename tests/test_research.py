@@ -137,6 +137,22 @@ def test_multi_label_targets():
     assert_step(start(Linear()), Batch(IMAGE, target, MASK), objective, model=Linear(), loss_fn=loss_fn)
 
 
+def test_one_logit_for_two_classes_has_no_accuracy():
+    label = LABEL % 2
+
+    def loss_fn(logits, batch):
+        return optax.sigmoid_binary_cross_entropy(logits[:, 0], batch.label.astype(jnp.float32))
+
+    def objective(params):
+        logits: Any = Linear(1).apply({"params": params}, IMAGE[:5])
+        return optax.sigmoid_binary_cross_entropy(logits[:, 0], label[:5]).mean()
+
+    batch = Batch(IMAGE, label, MASK)
+    _, metrics = assert_step(start(Linear(1)), batch, objective, model=Linear(1), loss_fn=loss_fn)
+    with pytest.raises(ValueError, match=r"`metrics` must be those of logits \[B K\], K > 1, and labels int \[B\]"):
+        _ = metrics.correct
+
+
 def test_soft_labels_with_as_many_examples_as_classes():
     target = np.asarray(jax.nn.softmax(RNG.normal(size=(4, 4))), np.float32)
 

@@ -139,8 +139,9 @@ def check_split(builder: Any, split: str) -> SplitFeatures:
         raise UserError(f"{folder} must hold images with one class label each, got the features {sorted(named)}.")
     if named[image_name].np_dtype != np.uint8:
         raise UserError(f"{folder} must hold 8-bit images, got {np.dtype(named[image_name].np_dtype)}.")
-    if not (num_classes := named[label_name].num_classes):
-        raise UserError(f"{folder} must state the number of its classes, got {num_classes}.")
+    num_classes = named[label_name].num_classes
+    if num_classes is None or num_classes < 2:
+        raise UserError(f"{folder} must state the number of its classes, at least 2, got {num_classes}.")
     channels = named[image_name].shape[-1]
     return SplitFeatures(builder, features, image_name, label_name, num_classes, channels)
 

@@ -640,9 +640,10 @@ def test_a_path_that_is_also_the_name_of_a_set_is_ambiguous(data_dir, tmp_path, 
     ("label", "message"),
     [
         (tfds.features.ClassLabel(), "must state the number of its classes"),
+        (tfds.features.ClassLabel(num_classes=1), "must state the number of its classes, at least 2, got 1"),
         ({"kind": LABEL}, "must hold images with one class label each"),
     ],
-    ids=["unknown number", "nested"],
+    ids=["unknown number", "one class", "nested"],
 )
 def test_a_label_that_is_no_known_class_is_an_error(label, message, tmp_path):
     prepare_odd(
