@@ -92,7 +92,7 @@ def sum_metrics(output: Any, batch: BatchLike, loss_fn: LossFn) -> Metrics:
     logits, label = logits_of(output), batch.label
     several = jnp.ndim(logits) == 2 and logits.shape[1] > 1  # One logit would always predict class 0.
     if several and getattr(label, "shape", None) == size and jnp.issubdtype(label.dtype, jnp.integer):
-        values = {"accuracy": jnp.argmax(logits, axis=-1) == label.astype(jnp.int32), **values}
+        values = {"accuracy": jnp.argmax(logits, axis=-1).astype(jnp.int32) == label.astype(jnp.int32), **values}
 
     def masked_sum(x: Array) -> Array:
         narrow = jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits < 32  # Float16 ends at 65504.

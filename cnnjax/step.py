@@ -210,9 +210,10 @@ def _step(
 
     (loss, (metrics, model_state)), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
     extra = {"value": loss, "grad": grads, "value_fn": lambda params: mean_loss(params)[0]}
-    updates, opt_state = update(tx, grads, state, extra)
-    params = optax.apply_updates(state.params, updates)
-    metrics = metrics._replace(norm=optax.tree.norm(grads))
+    with jax.numpy_dtype_promotion("standard"):  # Parameters, and optimizers of optax, may mix dtypes.
+        updates, opt_state = update(tx, grads, state, extra)
+        params = optax.apply_updates(state.params, updates)
+        metrics = metrics._replace(norm=optax.tree.norm(grads))
     state = TrainState(state.step + 1, params, model_state, opt_state)
     if placement is not None:
         state = lax.with_sharding_constraint(state, placement.of_state(state))
@@ -250,8 +251,7 @@ def update(
     if all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
         extra = {name: value for name, value in extra.items() if name in parameters}
     try:
-        with jax.numpy_dtype_promotion("standard"):  # Optimizers of optax mix dtypes.
-            return tx.update(grads, state.opt_state, state.params, **extra)
+        return tx.update(grads, state.opt_state, state.params, **extra)
     except Exception as error:
         raise ArgumentError(
             "`tx` must be the optimizer of `state`, and accept gradients, parameters, and any of `value`, `grad` and "

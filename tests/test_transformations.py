@@ -15,7 +15,7 @@ import optax
 import pytest
 from flax import linen as nn
 
-from cnnjax import CNN, MLP, SpeedNet
+from cnnjax import CNN, MLP, Batch, SpeedNet, eval_step, init_state, train_step
 from cnnjax.layers.conv import conv2d
 from cnnjax.layers.norm import batch_norm_gelu
 from cnnjax.layers.ops import dense, gelu, max_pool_2x2, plain_max_pool_2x2
@@ -253,6 +253,25 @@ def test_strict_promotion_and_x64_keep_float32(make, dtype, plain):
             got = jax.eval_shape(run, jax.ShapeDtypeStruct(image.shape, jnp.float64))
     assert {leaf.dtype for leaf in jax.tree.leaves(wanted)} == {jnp.dtype("float32")}
     assert got == wanted
+
+
+class MixedDtypes(nn.Module):
+    @nn.compact
+    def __call__(self, image):
+        x = nn.Dense(4, param_dtype=jnp.bfloat16, dtype=jnp.float32)(image.reshape(len(image), -1))
+        return nn.Dense(4)(x)
+
+
+@pytest.mark.parametrize("x64", [False, True], ids=["float32", "x64"])
+def test_steps_under_strict_promotion(x64):
+    model, tx, image = MixedDtypes(), optax.adam(0.1), np.ones((2, 3, 3, 1), np.float32)
+    batch = Batch(image, np.zeros(2, np.int32), np.ones(2, bool))
+    with jax.enable_x64(x64), jax.numpy_dtype_promotion("strict"):
+        state = jax.eval_shape(partial(init_state, model=model, tx=tx), KEY, image)
+        after, _ = jax.eval_shape(partial(train_step, model=model, tx=tx), state, batch, KEY)
+        metrics = jax.eval_shape(partial(eval_step, model=model), state, batch)
+    assert after == state
+    assert metrics.values["accuracy"].dtype == jnp.int32
 
 
 def test_x64_keeps_the_bits_of_the_initial_parameters():
