@@ -113,7 +113,7 @@ def find_learning_rate(
             used.append(True)
             return rising(update)
 
-        swept = dataclasses.replace(config, optim=_with_schedule(config.optim, schedule))
+        swept = dataclasses.replace(config, optim=_with_schedule(_as_in_first_epoch(config), schedule))
         setup, state = set_up(swept, dataset, None, weights, title="learning-rate range test", say=say)
         if not used:
             raise UserError(
@@ -127,6 +127,13 @@ def find_learning_rate(
         frozen = setup.frozen_names(state, 0)
         setup = setup._replace(program=program.at_epoch(0))
         return _sweep(setup, state, low * RANGE ** np.linspace(0, 2, NUM_UPDATES), frozen)
+
+
+def _as_in_first_epoch(config: Config) -> Optimizer:
+    """Returns the optimizer of a run, in which what is frozen in the first epoch always is."""
+    optim = config.optim.for_network(config.model)
+    groups = (dataclasses.replace(g, start_epoch=0, num_epochs=0) if g.start_epoch else g for g in optim.groups)
+    return dataclasses.replace(optim, groups=tuple(groups))
 
 
 def _with_schedule(optim: Optimizer, schedule: Callable[[Any], Any]) -> Optimizer:

@@ -106,6 +106,16 @@ def test_a_lookahead_is_scheduled_over_the_whole_sweep():
     np.testing.assert_array_equal(found[0].loss, found[1].loss)
 
 
+def test_what_is_frozen_in_the_first_epoch_does_not_even_decay():
+    """The sweep takes many epochs of this set."""
+    found = []
+    for times in ({"start_epoch": 1}, {"num_epochs": 0}):
+        optim = SGD(learning_rate=1e-3, weight_decay=0.1, groups=(ParamGroup("^c$", **times),))
+        config = Config(dataset=ARRAYS, model=Scalars(start=1.0), optim=optim, loss=linear, batch_size=8)
+        found.append(find_learning_rate(config))
+    np.testing.assert_array_equal(found[0].loss, found[1].loss)
+
+
 @dataclass(frozen=True)
 class Stubborn(Optimizer):
     def transform(self, learning_rate):
