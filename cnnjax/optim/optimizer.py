@@ -151,17 +151,27 @@ class Optimizer(ABC):
     def _needs_network(self) -> bool:
         return self.freeze_epochs > 0 or self.depth_decay < 1
 
-    def make_tx(self, num_steps: int, num_epochs: int = 1) -> optax.GradientTransformation:
+    def _timed_groups(self) -> list[ParamGroup]:
+        return [group for group in self.groups if group.num_epochs or group.start_epoch]
+
+    def make_tx(self, num_steps: int, num_epochs: int | None = None) -> optax.GradientTransformation:
         """Returns the optimizer for a run of `num_steps` batches in `num_epochs` epochs.
+
+        Only groups that are frozen in some epochs need `num_epochs`.
 
         Raises:
           UserError: the run is too short for `accumulate_steps` or `lookahead`, or (in `init`) a group matches no
-            parameter; or `for_network` has not been called although it is necessary.
+            parameter; or `num_epochs` or a call of `for_network` is missing although it is necessary.
         """
         if self._needs_network():
             raise UserError(
                 "`optim.freeze_epochs` must be 0 and `optim.depth_decay` 1 without a network, got "
                 f"{self.freeze_epochs} and {self.depth_decay}. Call `for_network(model)` first."
+            )
+        if not num_epochs and (timed := self._timed_groups()):
+            raise UserError(
+                f"`num_epochs` must be the number of epochs of the run for `optim.groups` that are frozen in some of "
+                f"them, such as {timed[0].pattern!r}, got {num_epochs}. Call `make_tx(num_steps, num_epochs)`."
             )
         updates = num_steps // self.accumulate_steps
         rule = f"at most the {num_steps} steps of the run"
@@ -170,7 +180,7 @@ class Optimizer(ABC):
         schedule = self.make_schedule(updates)
         tx = self.transform(schedule)
         if self.groups:
-            txs = {group.pattern: self._group_tx(group, schedule, updates, num_epochs) for group in self.groups}
+            txs = {group.pattern: self._group_tx(group, schedule, updates, num_epochs or 1) for group in self.groups}
             tx = optax.partition({**txs, _REST: tx}, partial(param_labels, groups=self.groups))
         if self.clip_norm:
             tx = optax.chain(optax.clip_by_global_norm(self.clip_norm), tx)
@@ -215,7 +225,7 @@ class Optimizer(ABC):
         """Returns whether an update depends on the number of updates that follow it."""
         methods = ("make_schedule", "make_tx")
         custom = any(getattr(type(self), name) is not getattr(Optimizer, name) for name in methods)
-        timed = self.freeze_epochs or any(group.num_epochs or group.start_epoch for group in self.groups)
+        timed = self.freeze_epochs or self._timed_groups()
         rounded = self.accumulate_steps > 1 and bool(timed)
         return custom or self.schedule != "constant" or self.lookahead > 0 or rounded
 

@@ -130,7 +130,7 @@ class Run:
         start_jax()
         # Only the structure of its state matters here, and it must allow for one update and one synchronization.
         optim = self.config.optim.for_network(self.config.model)
-        tx = optim.make_tx(num_steps=optim.accumulate_steps * max(optim.lookahead, 1))
+        tx = optim.make_tx(optim.accumulate_steps * max(optim.lookahead, 1), 1)
         target = abstract_state(self.facts.image_shape, model=self.config.model, tx=tx)
         fix = f"Resume it: {option('resume')}." if self.result is None else "Train it again: cnnjax reproduce."
         with closing(Checkpoints(self.run_dir / "checkpoints")) as checkpoints:

@@ -418,6 +418,15 @@ def test_the_body_is_frozen_in_the_first_epochs():
         assert {*optim.frozen(params, step, 8, 4)} == {*names}
 
 
+@pytest.mark.parametrize("times", [{"start_epoch": 1}, {"num_epochs": 3}])
+def test_groups_that_are_frozen_in_some_epochs_need_the_number_of_epochs(times):
+    optim = replace(PLAIN, groups=(ParamGroup("x", **times),))
+    message = r"`num_epochs` must be the number of epochs .* such as 'x', got None\. Call `make_tx\(num_steps, num_epochs"
+    with pytest.raises(UserError, match=message):
+        optim.make_tx(8)
+    optim.make_tx(8, 4)
+
+
 def test_gradients_of_the_frozen_body_change_nothing():
     """Therefore they need not be computed."""
     params, optim = deep_params(), Adam(learning_rate=0.1, freeze_epochs=1, ema=0.5).for_network(Deep())
