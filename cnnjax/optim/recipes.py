@@ -1,10 +1,11 @@
 """The built-in optimizers."""
 
+import math
 from dataclasses import dataclass
 
 import jax
 import optax
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from cnnjax.errors import check
 from cnnjax.optim.optimizer import Optimizer
@@ -52,7 +53,7 @@ class SGD(Optimizer):
 class Muon(Optimizer):
     """Muon for convolution kernels, SGD for all other parameters; weight decay of the latter, within the momentum.
 
-    Each kernel [I J C K] keeps the norm sqrt(K).
+    Parameters of four dimensions are taken for kernels [I J C K], except for [1 1 1 K]. Each keeps the norm sqrt(K).
 
     Source: Keller Jordan, "Muon: An optimizer for hidden layers in neural networks" (2024), and airbench94_muon.
     """
@@ -80,7 +81,10 @@ class Muon(Optimizer):
 
 
 def _muon_labels(params: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf: "muon" if leaf.ndim == 4 else "sgd", params)
+    def label(leaf: Array) -> str:
+        return "muon" if leaf.ndim == 4 and math.prod(leaf.shape[:3]) > 1 else "sgd"  # Not for a scale [1 1 1 C].
+
+    return jax.tree.map(label, params)
 
 
 def _sgd(learning_rate: optax.Schedule, momentum: float, weight_decay: float) -> optax.GradientTransformation:

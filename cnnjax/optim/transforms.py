@@ -49,11 +49,15 @@ def _newton_schulz(x: Float[Array, "*N R C"], dtype: DTypeLike = jnp.float32) ->
 
 
 def keep_norm() -> optax.GradientTransformation:
-    """Rescales each convolution kernel [I J C K] to norm sqrt(K) before its update is added; the last of a chain."""
+    """Rescales each convolution kernel [I J C K] to norm sqrt(K) before its update is added; the last of a chain.
+
+    A kernel of zeros is not rescaled.
+    """
 
     def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, Any]:
         def add(u: Array, p: Array) -> Array:
-            return u + p * (p.shape[-1] ** 0.5 / jnp.linalg.norm(p.ravel()) - 1)
+            # Selected per element: a selected factor would round differently.
+            return jnp.where(p == 0, u, u + p * (p.shape[-1] ** 0.5 / jnp.linalg.norm(p.ravel()) - 1))
 
         return jax.tree.map(add, updates, params), state
 
@@ -147,8 +151,8 @@ def lookahead(tx: optax.GradientTransformation, every: int, num_updates: int) ->
     """Synchronizes the parameters with slow weights every `every` updates.
 
     At update t the slow weights keep 0.95**every * (t / num_updates)**3 of their value: little at first, most at the
-    end. After the last update the parameters are the slow weights. Unlike `optax.lookahead`, the decay is scheduled and
-    the state holds plain parameters. Extra arguments are passed to `tx`.
+    end and later. After the last update the parameters are the slow weights. Unlike `optax.lookahead`, the decay is
+    scheduled and the state holds plain parameters. Extra arguments are passed to `tx`.
 
     Source: Zhang et al., "Lookahead Optimizer" (2019), with the decay of Keller Jordan's airbench94.
     """
@@ -161,7 +165,7 @@ def lookahead(tx: optax.GradientTransformation, every: int, num_updates: int) ->
         updates, inner = tx.update(updates, state.inner, params, **extra)
         count = state.step + 1
         synchronize = count % every == 0
-        decay = jnp.where(synchronize, 0.95**every * (count / num_updates) ** 3, 1.0)
+        decay = jnp.where(synchronize, 0.95**every * (jnp.minimum(count, num_updates) / num_updates) ** 3, 1.0)
         synchronize |= count == num_updates
 
         def slow_of(s: Array, p: Array, u: Array) -> Array:

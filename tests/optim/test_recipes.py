@@ -155,6 +155,14 @@ def test_a_group_of_kernels_equals_numpy(name):
     assert_trained_as_by_numpy(optim, params, numpy_rule, num_steps=2, num_epochs=1)
 
 
+def test_muon_leaves_a_scale_of_four_dimensions_to_sgd():
+    params = {"scale": jnp.full((1, 1, 1, 4), 1e-3), "kernel": jnp.zeros((3, 3, 1, 4))}
+    grads = jax.tree.map(jnp.ones_like, params)
+    params = train(Muon(learning_rate=0.1, sgd_momentum=0.5).make_tx(1), params, [grads])
+    np.testing.assert_allclose(params["scale"], 1e-3 - 0.1 * 1.5, rtol=1e-6)
+    assert np.isfinite(params["kernel"]).all()
+
+
 @pytest.mark.parametrize(
     ("recipe", "field"), [(Adam, "b1"), (Adam, "b2"), (SGD, "momentum"), (Muon, "momentum"), (Muon, "sgd_momentum")]
 )

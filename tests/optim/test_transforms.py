@@ -61,6 +61,11 @@ def test_keep_norm_by_hand():
     np.testing.assert_allclose((params + updates).ravel(), [1.7, 0.5, 0.5, 2.1], rtol=1e-6)
 
 
+def test_a_kernel_of_zeros_gets_its_update():
+    params, update = jnp.zeros((1, 1, 2, 4)), jnp.full((1, 1, 2, 4), 0.5)
+    np.testing.assert_array_equal(keep_norm().update(update, optax.EmptyState(), params)[0], update)
+
+
 def test_lookahead_by_hand():
     """Steps of -1 to -5 from 10; synchronized after every second one; the last leaves the slow weights."""
     tx = lookahead(optax.sgd(lambda step: 1.0 + step), every=2, num_updates=5)
@@ -74,6 +79,12 @@ def test_lookahead_by_hand():
     slow2 = decay2 * 10 + (1 - decay2) * (10 - 1 - 2)
     slow4 = decay4 * slow2 + (1 - decay4) * (slow2 - 3 - 4)
     np.testing.assert_allclose(got, [9, slow2, slow2 - 3, slow4, slow4], rtol=1e-6)
+
+
+def test_after_its_last_update_lookahead_keeps_what_it_does_at_the_last():
+    values, _ = run(lookahead(optax.sgd(1.0), every=1, num_updates=2), [1.0] * 4, jnp.float32(10))
+    kept = 0.95 * np.array([1 / 8, 1, 1, 1])
+    np.testing.assert_allclose(values, 10 - np.cumsum(1 - kept), rtol=1e-6)
 
 
 def run(tx, grads, x):
