@@ -202,6 +202,12 @@ def mode_of(model: nn.Module, *, train: bool) -> dict[str, Any]:
     """Returns the argument `train`, if the module accepts it."""
     called: Any = model
     while isinstance(called, nn.Sequential):  # It passes the arguments on to its first layer.
+        for layer in called.layers[1:]:
+            if isinstance(layer, nn.Module) and "train" in inspect.signature(layer.__call__).parameters:
+                raise ArgumentError(
+                    "`model` must have the argument 'train' in the first layer of an `nn.Sequential` only, which passes "
+                    f"it to no other, got it in {_name(layer)}. Write a module that calls the layers."
+                )
         called = called.layers[0]
     parameters = inspect.signature(called.__call__ if isinstance(called, nn.Module) else called).parameters.values()
     if any(p.name == "train" or p.kind is p.VAR_KEYWORD for p in parameters):

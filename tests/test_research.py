@@ -499,6 +499,20 @@ def test_a_sequence_of_layers():
     assert_step(start(model), BATCH, objective, model=model)
 
 
+class Dropped(nn.Module):
+    @nn.compact
+    def __call__(self, image, train=False):
+        return nn.Dropout(0.5, deterministic=not train)(image)
+
+
+def test_a_sequence_whose_later_layers_would_not_be_told_that_they_are_trained():
+    for first in (flatten, Dropped()):
+        message = r"`model` must have the argument 'train' in the first layer of an `nn.Sequential` only, .* in Dropped\."
+        with pytest.raises(ValueError, match=message):
+            start(nn.Sequential((first, Dropped(), flatten, nn.Dense(4))))
+    start(nn.Sequential((Dropped(), flatten, nn.Dense(4))))
+
+
 class NoParameters(nn.Module):
     """Has nothing to train."""
 
