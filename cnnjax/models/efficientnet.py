@@ -60,7 +60,8 @@ class EfficientNetLite0(nn.Module):
     dropout: float = 0.2
     """Dropout rate before the logits, rounded to a multiple of 1/256."""
     dtype: str = "float32"
-    """float32, bfloat16 or float16: dtype of the activations. Parameters, statistics and logits are float32."""
+    """float32, bfloat16 or float16: dtype of the activations. Parameters, statistics and logits are float32.
+    Gradients are not scaled, so small ones underflow in float16: prefer bfloat16."""
     plain: bool = False
     """Use plain XLA operations, which every transformation of JAX supports, instead of faster kernels."""
 

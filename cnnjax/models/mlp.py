@@ -29,7 +29,8 @@ class MLP(nn.Module):
     kernel_init: str = "glorot_uniform"
     """Initializer of the hidden layers: glorot_uniform (as in Keras) or he_normal."""
     dtype: str = "float32"
-    """float32, bfloat16 or float16: dtype of the activations. Parameters, sums and logits are float32."""
+    """float32, bfloat16 or float16: dtype of the activations. Parameters, sums and logits are float32.
+    Gradients are not scaled, so small ones underflow in float16: prefer bfloat16."""
     plain: bool = False
     """Use plain XLA operations, which every transformation of JAX supports, instead of faster kernels."""
 

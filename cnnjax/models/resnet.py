@@ -35,7 +35,8 @@ class ResNet18(nn.Module):
     update_stats: bool = True
     """Normalize by the statistics of each batch in training, and average them; false: keep and use the averages."""
     dtype: str = "float32"
-    """float32, bfloat16 or float16: dtype of the activations. Parameters, statistics and logits are float32."""
+    """float32, bfloat16 or float16: dtype of the activations. Parameters, statistics and logits are float32.
+    Gradients are not scaled, so small ones underflow in float16: prefer bfloat16."""
     plain: bool = False
     """Use plain XLA operations, which every transformation of JAX supports, instead of faster kernels."""
     zero_init: bool = False
@@ -80,7 +81,8 @@ class ResNet50(nn.Module):
     update_stats: bool = True
     """Normalize by the statistics of each batch in training, and average them; false: keep and use the averages."""
     dtype: str = "float32"
-    """float32, bfloat16 or float16: dtype of the activations. Parameters, statistics and logits are float32."""
+    """float32, bfloat16 or float16: dtype of the activations. Parameters, statistics and logits are float32.
+    Gradients are not scaled, so small ones underflow in float16: prefer bfloat16."""
     plain: bool = False
     """Use plain XLA operations, which every transformation of JAX supports, instead of faster kernels."""
     zero_init: bool = False

@@ -45,7 +45,8 @@ class SpeedNet(nn.Module):
     depth: int = 2
     """Convolutions per group: 2, or 3 with a residual connection around the last two."""
     dtype: str = "float32"
-    """float32, bfloat16 or float16: dtype of the activations. Parameters, statistics and logits are float32."""
+    """float32, bfloat16 or float16: dtype of the activations. Parameters, statistics and logits are float32.
+    Gradients are not scaled, so small ones underflow in float16: prefer bfloat16."""
     plain: bool = False
     """Use plain XLA operations, which every transformation of JAX supports, instead of faster kernels."""
 
