@@ -31,7 +31,8 @@ from cnnjax.export import bundle
 from cnnjax.export.bundle import ExportError, export_run
 from cnnjax.export.onnx import widen, without_pools
 from cnnjax.export.predictor import any_batch, make_predictor, read_stablehlo, to_stablehlo
-from cnnjax.runs.files import check_sums
+from cnnjax.optim.transforms import AverageState
+from cnnjax.runs.files import check_sums, tree_sha256
 from cnnjax.runs.schema import DataFacts
 from cnnjax.step import TrainState
 
@@ -119,6 +120,13 @@ def test_the_card_loads_each_file_without_cnnjax_on_another_processor(exported, 
         ("predictor.stablehlo", 1e-4, 37),
     ]
     assert checks[0].difference == 0 and 0 < checks[1].difference < 1e-6 and checks[1].num_changed == 0
+
+
+def test_the_digest_is_that_of_the_exported_average(run):
+    average = jax.tree.map(lambda p: p + 1, run.state.params)
+    state = run.state._replace(opt_state=AverageState(run.state.step, average, ()))
+    averaged = replace(run, step=None, _trained=(state, [], []))
+    assert bundle._metadata(averaged, "none")["params_sha256"] == tree_sha256(average)
 
 
 def test_the_folder_has_checksums_and_a_card_with_the_scores_and_no_path(exported, run):

@@ -205,7 +205,7 @@ def _metadata(run: Run, tta: str) -> dict[str, str]:
         "tta": tta,
         "dataset": config["dataset"],
         "cnnjax": version("cnnjax"),
-        "params_sha256": run.finished_result()["sha256"]["best_params"],  # As in result.json of the run.
+        "params_sha256": tree_sha256(eval_params(run.state)),  # As in result.json, except for averages.
         "weights_sha256": facts.weights_sha256,
         "weights_license": weights_license(run),
     }
