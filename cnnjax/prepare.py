@@ -200,7 +200,10 @@ def set_up(
         with user_code("`model.variables_from_torch`"):
             state = init_from_weights(state, weights, model=config.model, tx=program.make_tx())
     if hasattr(config.model, "init_from_data"):
-        first = train.image[:INIT_IMAGES]
+        index: Any = slice(INIT_IMAGES)
+        if len(np.unique(train.label[index])) < len(np.unique(train.label)):  # They are in the order of their classes.
+            index = np.linspace(0, len(train.label) - 1, INIT_IMAGES).round().astype(int)
+        first = train.image[index]
         first = first.read() if isinstance(first, StreamedImages) else first
         images = standardize(jnp.asarray(first), standardization)
         with user_code("`model.init_from_data`"), explain_out_of_memory():

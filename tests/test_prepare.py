@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from cnnjax import SGD, Augment, Config, Mixup, Optimizer, UserError, memory, train_and_evaluate
+from cnnjax import SGD, Augment, Config, Mixup, Optimizer, UserError, load_dataset, memory, train_and_evaluate
 from cnnjax import prepare as prepare_module
 from cnnjax.data.stored import Examples
 from cnnjax.memory import explain_out_of_memory, largest_result
@@ -361,3 +361,24 @@ def test_the_first_step_uses_the_trace_of_the_check(tmp_path):
     config = replace(CONFIG, model=Counted(), augment=Mixup(), num_epochs=2)
     train_and_evaluate(config, run_dir=tmp_path / "run")
     assert TRACES.count(True) == 2
+
+
+class Centered(nn.Module):
+    """Subtracts the mean of the images from which it is initialized."""
+
+    @nn.compact
+    def __call__(self, image):
+        mean = self.variable("batch_stats", "mean", jnp.zeros, ())
+        return nn.Dense(2)((image - mean.value).reshape(len(image), -1))
+
+    def init_from_data(self, variables, image):
+        return {**variables, "batch_stats": {"mean": image.mean()}}
+
+
+@pytest.mark.parametrize(("label", "mean"), [(np.arange(40) // 20, 0), (np.arange(40) % 2, -1)])
+def test_a_network_is_initialized_from_the_first_images_unless_these_lack_a_class(monkeypatch, label, mean):
+    monkeypatch.setattr(prepare_module, "INIT_IMAGES", 8)
+    image = np.repeat([0, 255], 20).astype(np.uint8)[:, None, None, None] + np.zeros((1, 2, 2, 1), np.uint8)
+    config = Config(dataset=(image, label, image, label), model=Centered(), validation_fraction=0.0)
+    _, state = prepare_module.set_up(config, load_dataset(config.dataset), None, title="", say=print)
+    assert float(state.model_state["batch_stats"]["mean"]) == mean
