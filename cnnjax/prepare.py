@@ -200,12 +200,7 @@ def set_up(
         with user_code("`model.variables_from_torch`"):
             state = init_from_weights(state, weights, model=config.model, tx=program.make_tx())
     if hasattr(config.model, "init_from_data"):
-        index: Any = slice(INIT_IMAGES)
-        if len(np.unique(train.label[index])) < len(np.unique(train.label)):  # They are in the order of their classes.
-            index = np.linspace(0, len(train.label) - 1, INIT_IMAGES).round().astype(int)
-        first = train.image[index]
-        first = first.read() if isinstance(first, StreamedImages) else first
-        images = standardize(jnp.asarray(first), standardization)
+        images = standardize(jnp.asarray(_init_images(train)), standardization)
         with user_code("`model.init_from_data`"), explain_out_of_memory():
             state = init_from_data(state, images, model=config.model, tx=program.make_tx())
     check("model", "initialized with finite parameters", all_finite(state.params), "an infinite one or nan")
@@ -218,6 +213,15 @@ def set_up(
         f"{device_name(device)}{kernels_used}{shared}"
     )
     return setup, put(state, placement.of_state(state))
+
+
+def _init_images(examples: Examples | Streamed) -> np.ndarray:
+    """Returns the first images; or evenly spaced ones if the first lack a class, as in an order by class."""
+    label, index = examples.label, np.arange(min(len(examples.label), INIT_IMAGES))
+    if len(np.unique(label[index])) < len(np.unique(label)):
+        index = np.linspace(0, len(label) - 1, INIT_IMAGES).round().astype(int)
+    images = examples.image[index]
+    return images.read() if isinstance(images, StreamedImages) else images
 
 
 def oddities(examples: Examples | Streamed, num_classes: int) -> Iterator[str]:
