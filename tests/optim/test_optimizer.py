@@ -421,7 +421,7 @@ def test_the_body_is_frozen_in_the_first_epochs():
 @pytest.mark.parametrize("times", [{"start_epoch": 1}, {"num_epochs": 3}])
 def test_groups_that_are_frozen_in_some_epochs_need_the_number_of_epochs(times):
     optim = replace(PLAIN, groups=(ParamGroup("x", **times),))
-    message = r"`num_epochs` must be the number of epochs .* such as 'x', got None\. Call `make_tx\(num_steps, num_epochs"
+    message = r"`num_epochs` must be the number of epochs .* such as .x., got None\. Call `make_tx\(num_steps, num"
     with pytest.raises(UserError, match=message):
         optim.make_tx(8)
     optim.make_tx(8, 4)
