@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 from math import inf
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, Num
 
-from cnnjax.errors import UserError, check, check_name
+from cnnjax.errors import ArgumentError, UserError, check, check_name, describe_shapes
 from cnnjax.fields import check_fields
 from cnnjax.typing import AnyArray, Batch
 
@@ -105,6 +106,7 @@ class Mixup(Augment):
 
     def transform(self, key: Key[Array, " B"], batch: Batch) -> Batch:
         """Returns the mixed batch."""
+        check_keys(key, batch.image)
         weight = _beta(key, self.alpha)  # [B]
         image = _mix(batch.image, weight[:, None, None, None])
         return batch._replace(image=image, label=_mix_labels(batch.label, weight, self.num_classes))
@@ -128,6 +130,7 @@ class CutMix(Augment):
 
     def transform(self, key: Key[Array, " B"], batch: Batch) -> Batch:
         """Returns the mixed batch."""
+        check_keys(key, batch.image)
         keys = jax.vmap(jax.random.split)(key)  # [B 2]
         half = jnp.sqrt(1 - _beta(keys[:, 0], self.alpha)) / 2  # [B], as a fraction of the side
         center = jax.vmap(lambda k: jax.random.uniform(k, (2,), jnp.float32))(keys[:, 1])  # [B 2]
@@ -142,6 +145,15 @@ class CutMix(Augment):
         image = jnp.where(mask[..., None], jnp.roll(batch.image, 1, axis=0), batch.image)
         weight = 1 - mask.reshape(b, -1).mean(axis=1, dtype=jnp.float32)
         return batch._replace(image=image, label=_mix_labels(batch.label, weight, self.num_classes))
+
+
+def check_keys(key: Any, image: AnyArray) -> None:
+    """Raises a `ValueError` unless there is one key per image."""
+    if jnp.shape(key) != image.shape[:1]:
+        raise ArgumentError(
+            f"`key` must be one key per example, of shape {image.shape[:1]}, got {describe_shapes(key)}. Split it: "
+            "`jax.random.split(key, batch_size)`."
+        )
 
 
 def _beta(key: Key[Array, " B"], alpha: float) -> Float[Array, " B"]:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, Num
 
-from cnnjax.data.augment import Augment, CutMix, Mixup
+from cnnjax.data.augment import Augment, CutMix, Mixup, check_keys
 from cnnjax.data.crop import random_resized_crop
 from cnnjax.data.rand_augment import MAX_MAGNITUDE, rand_augment
 from cnnjax.data.stored import MAX_SIDE
@@ -70,6 +70,7 @@ class PhotoAugment(Augment):
 
     def transform_pixels(self, key: Key[Array, " B"], image: Num[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:
         """Returns crops, after RandAugment."""
+        check_keys(key, image)
         crop_key, ops_key = jax.vmap(jax.random.split, out_axes=1)(key)
         _, height, width, _ = image.shape
         size = self.output_size((height, width))
@@ -82,6 +83,7 @@ class PhotoAugment(Augment):
 
     def transform(self, key: Key[Array, " B"], batch: Batch) -> Batch:
         """Returns the mixed batch."""
+        check_keys(key, batch.image)
         mixup_key, cutmix_key, choice_key = jax.vmap(lambda k: jax.random.split(k, 3), out_axes=1)(key)
         batches = []
         if self.mixup:

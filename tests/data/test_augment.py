@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from cnnjax import Augment, Batch, CutMix, Mixup, UserError
+from cnnjax import Augment, Batch, CutMix, Mixup, PhotoAugment, UserError
 from cnnjax.data.batches import Pixels, make_batch, pixel_statistics, standardize
 from cnnjax.data.order import epoch_plan, plain_plan
 
@@ -182,6 +182,13 @@ def test_without_a_transformation_no_key_is_needed():
 def test_a_transformation_without_a_key():
     with pytest.raises(ValueError, match=r"`key` must be a key for Mixup, got None\."):
         make_batch(PIXELS, plain_plan(10, 4).row(0), Mixup())
+
+
+@pytest.mark.parametrize("augment", [Mixup(), CutMix(), PhotoAugment(mixup=0.2)])
+@pytest.mark.usefixtures("no_type_checks")
+def test_one_key_for_all_examples(augment):
+    with pytest.raises(ValueError, match=r"`key` must be one key per example, of shape \(10,\), got key<fry>\[\]"):
+        augment.transform(jax.random.key(0), make_batch(PIXELS, plain_plan(10, 10).row(0)))
 
 
 # --- Options ----------------------------------------------------------------------------------------------------------
