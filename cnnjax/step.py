@@ -164,7 +164,7 @@ def train_step(
         If the network returns a tuple, the loss receives the whole tuple. Build it once, too.
       frozen: top-level names in `state.params` whose gradients are zero and are not computed. Weight decay and momentum
         may still move these parameters: mask them in `tx` to keep them fixed.
-      placement: how devices divide `state` (FSDP); None if each device has all of it.
+      placement: how devices divide `state` (FSDP), see `cnnjax.sharding.place`; None if each device has all of it.
       donate: whether the memory of `state` is reused; False keeps it valid.
 
     Returns:

@@ -28,6 +28,7 @@ OTHERS = {
     "cnnjax.data.datasets": ["ImageDataset"],
     "cnnjax.data.stored": ["Examples"],
     "cnnjax.metrics": ["Scores"],
+    "cnnjax.sharding": ["Placement", "place"],
     "cnnjax.runs.schema": ["DataFacts", "Result", "Row", "Timing"],
     "cnnjax.pretrained": ["Weights"],
     "cnnjax.export.card": ["Checked"],
