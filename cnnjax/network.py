@@ -205,8 +205,8 @@ def mode_of(model: nn.Module, *, train: bool) -> dict[str, Any]:
         for layer in called.layers[1:]:
             if isinstance(layer, nn.Module) and "train" in inspect.signature(layer.__call__).parameters:
                 raise ArgumentError(
-                    "`model` must have the argument 'train' in the first layer of an `nn.Sequential`, which passes it to "
-                    f"no other, got it in {_name(layer)}. Write a module that calls the layers."
+                    "`model` must have the argument 'train' in the first layer of an `nn.Sequential`, which passes it "
+                    f"to no other, got it in {_name(layer)}. Write a module that calls the layers."
                 )
         called = called.layers[0]
     parameters = inspect.signature(called.__call__ if isinstance(called, nn.Module) else called).parameters.values()
