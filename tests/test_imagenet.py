@@ -95,6 +95,14 @@ def test_archives_become_the_set_of_tfds(tmp_path):
     assert labels == {"ILSVRC2012_val_00000003.JPEG": known[2], "ILSVRC2012_val_00050000.JPEG": known[49999]}
 
 
+def test_a_set_that_is_prepared_for_streaming_is_not_decoded_into_memory(tmp_path, monkeypatch):
+    train = {name: {f"{name}_{i}.JPEG": encoded("RGB") for i in range(2)} for name in NAMES[:2]}
+    write_tars(tmp_path, train, {"ILSVRC2012_val_00000001.JPEG": encoded("RGB")})
+    monkeypatch.setattr("cnnjax.data.prepared._decode_all", lambda *arguments: pytest.fail("decoded"))
+    options = {"image_size": 16, "test_split": "validation", "stream": True}
+    assert load_dataset("imagenet2012", tmp_path, lambda line: None, **options).open("train").image.shape[0] == 4
+
+
 def test_missing_archives_are_asked_for(tmp_path):
     with pytest.raises(UserError, match=r"put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar into .*manual, and"):
         load_dataset("imagenet2012", tmp_path, lambda line: None, image_size=16)
@@ -249,7 +257,7 @@ def test_a_size_that_is_not_stated_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [()], ids=["in memory"])
+@pytest.mark.parametrize("options", [(), ("--stream",)], ids=["in memory", "streamed"])
 def test_the_experiment_learns_from_thousands_of_files_of_a_thousand_classes(options, tmp_path):
     """The command of the experiment, with small sizes, in three epochs of 2,000 images."""
     write_archives(tmp_path, 2000, 500)

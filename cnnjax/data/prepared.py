@@ -74,13 +74,12 @@ def load_tfds(
     version = exact or version
     wanted = _Wanted(name, fit, test_split, say, named, stream, fit)
     folder = prepared_folder(name, data_dir, version)
-    if stream and folder is None:
-        folder = load_tfds(dataset, data_dir, say, version=version, fit=fit, test_split=test_split).folder
     if folder is not None and (streamed := _streamed(wanted, folder, f"the prepared tfds directory {folder}")):
         return streamed
     if folder is not None and (cached := _cached(wanted, folder)):
         return cached
-    if folder is None:
+    is_new = folder is None
+    if is_new:
         if named is None:
             check_preparable(name, data_dir)
         if not data_dir.exists():
@@ -93,12 +92,15 @@ def load_tfds(
         folder = prepared_folder(name, data_dir, version)  # Perhaps by the process that had the lock.
         if folder is None:
             return _prepare(wanted, data_dir, locked)
+        source = f"the prepared tfds directory {folder}"
+        if is_new and (streamed := _streamed(wanted, folder, source, locked)):
+            return streamed
         if cached := _cached(wanted, folder):
             return cached
         if locked:
             for cache in folder.glob(f"{CACHE}*"):
                 remove_partial_files(cache)
-        return _decode_all(wanted, folder, f"the prepared tfds directory {folder}")
+        return _decode_all(wanted, folder, source)
 
 
 def load_folder(
@@ -247,7 +249,7 @@ def _prepare(wanted: _Wanted, data_dir: Path, locked: bool) -> StoredSet:
         with staging(name, data_dir, locked) as stage:
             if named is None:
                 folder = prepare_other(name, data_dir, stage, say)
-                if streamed := _streamed(wanted, folder, "its official source", locked=locked):
+                if streamed := _streamed(wanted, folder, "its official source", locked):
                     return streamed
                 return _cached(wanted, folder) or _decode_all(wanted, folder, "its official source")
             check_free(data_dir / name / named.version)
@@ -261,7 +263,7 @@ def _prepare(wanted: _Wanted, data_dir: Path, locked: bool) -> StoredSet:
             decoded = _decode_all(wanted, folder, source)
             folder = publish(folder, stage, data_dir)
             facts = Facts(source, decoded.class_names, decoded.image_shape, decoded.sha256, decoded.splits)
-            return _stored(wanted, folder / CACHE, facts)
+            return _streamed(wanted, folder, source, locked) or _stored(wanted, folder / CACHE, facts)
     except OSError as error:
         raise _not_writable(data_dir, error) from error
 

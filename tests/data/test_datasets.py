@@ -383,6 +383,11 @@ def test_a_fetched_set_is_prepared_once(mirror, tmp_path, monkeypatch, raw_fashi
     assert_equal(again.load("test"), expected["test"])
 
 
+def test_a_fetched_set_is_streamed_at_once(mirror, tmp_path, monkeypatch):
+    monkeypatch.setitem(NAMED_SETS, "fashion_mnist", dataclasses.replace(NAMED_SETS["fashion_mnist"], sha256={}))
+    assert load_dataset("fashion_mnist", tmp_path, stream=True).streams
+
+
 # --- Other prepared directories -------------------------------------------------------------------------------------
 
 
