@@ -49,14 +49,14 @@ def absolute(data_dir: Path) -> Path:
 # --- What a directory holds -----------------------------------------------------------------------------------------
 
 
-def prepared_folder(name: str, data_dir: Path, version: str | None = None) -> Path | None:
-    """Returns `version` of a set if it is prepared in `data_dir`, else the newest prepared one, or None.
+def prepared_folder(name: str, data_dir: Path, version: str | None = None, *, exact: bool = False) -> Path | None:
+    """Returns `version` of a set if it is prepared in `data_dir`, else the newest prepared one unless `exact`, or None.
 
     Raises:
       UserError: the folder of the set cannot be read.
     """
     found = versions(name, data_dir)
-    if not found:
+    if not found or (exact and version not in found):
         return None
     return data_dir / name / (version if version in found else found[-1])
 

@@ -73,7 +73,7 @@ def load_tfds(
         raise UserError(f"`dataset` must name a version in {data_dir} ({have}), got {dataset}.")
     version = exact or version
     wanted = _Wanted(name, fit, test_split, say, named, stream, fit)
-    folder = prepared_folder(name, data_dir, version)
+    folder = prepared_folder(name, data_dir, version, exact=bool(exact))
     if folder is not None and (streamed := _streamed(wanted, folder, f"the prepared tfds directory {folder}")):
         return streamed
     if folder is not None and (cached := _cached(wanted, folder)):
@@ -89,7 +89,7 @@ def load_tfds(
         except OSError as error:
             raise _not_writable(data_dir, error) from error
     with exclusive(name, data_dir, say) as locked:
-        folder = prepared_folder(name, data_dir, version)  # Perhaps by the process that had the lock.
+        folder = prepared_folder(name, data_dir, version, exact=bool(exact))  # Perhaps by the process that had the lock.
         if folder is None:
             return _prepare(wanted, data_dir, locked)
         source = f"the prepared tfds directory {folder}"

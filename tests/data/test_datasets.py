@@ -383,6 +383,14 @@ def test_a_fetched_set_is_prepared_once(mirror, tmp_path, monkeypatch, raw_fashi
     assert_equal(again.load("test"), expected["test"])
 
 
+def test_a_version_that_is_named_is_fetched_beside_another_one(data_dir, mirror, monkeypatch):
+    (data_dir / "generated").rename(data_dir / "fashion_mnist")
+    (data_dir / "fashion_mnist" / "3.0.1").rename(data_dir / "fashion_mnist" / "1.0.0")
+    monkeypatch.setitem(NAMED_SETS, "fashion_mnist", dataclasses.replace(NAMED_SETS["fashion_mnist"], sha256={}))
+    assert load_dataset("fashion_mnist", data_dir).version == "1.0.0"
+    assert load_dataset("fashion_mnist:3.0.1", data_dir).version == "3.0.1"
+
+
 def test_a_fetched_set_is_streamed_at_once(mirror, tmp_path, monkeypatch):
     monkeypatch.setitem(NAMED_SETS, "fashion_mnist", dataclasses.replace(NAMED_SETS["fashion_mnist"], sha256={}))
     assert load_dataset("fashion_mnist", tmp_path, stream=True).streams
