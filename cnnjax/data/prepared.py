@@ -285,9 +285,10 @@ def _decode_all(wanted: _Wanted, folder: Path, source: str) -> StoredSet:
         split: decode(folder, split, fit, files if split == "train" else None) for split in wanted.decoded(available)
     }
     sha256 = {split: digest(examples) for split, examples in decoded.items()}
-    for split, pinned in (wanted.named.sha256 if wanted.named else {}).items():
-        if sha256[split] != pinned:
-            raise _mismatch(wanted, split, source, pinned, sha256[split])
+    pinned = wanted.named.sha256 if wanted.named else {}
+    for split, got in sha256.items():
+        if (expected := pinned.get(split, got)) != got:
+            raise _mismatch(wanted, split, source, expected, got)
     train = decoded["train"].image.shape[1:]
     for split, examples in decoded.items():
         if (shape := examples.image.shape[1:]) != train:

@@ -383,6 +383,15 @@ def test_a_fetched_set_is_prepared_once(mirror, tmp_path, monkeypatch, raw_fashi
     assert_equal(again.load("test"), expected["test"])
 
 
+def test_an_unknown_test_split_of_a_fetched_set_is_an_error(mirror, tmp_path, monkeypatch, raw_fashion_mnist):
+    pins = {name: independent_digest(*in_record_order(name, raw)) for name, raw in raw_fashion_mnist.splits.items()}
+    monkeypatch.setitem(NAMED_SETS, "fashion_mnist", dataclasses.replace(NAMED_SETS["fashion_mnist"], sha256=pins))
+    with pytest.raises(UserError, match=r"`test_split` must be a split of fashion_mnist \(test\), got 'validation'\."):
+        load_dataset("fashion_mnist", tmp_path, test_split="validation")
+    forbid(monkeypatch, "fetch")
+    assert load_dataset("fashion_mnist", tmp_path).sha256 == pins
+
+
 def test_a_version_that_is_named_is_fetched_beside_another_one(data_dir, mirror, monkeypatch):
     (data_dir / "generated").rename(data_dir / "fashion_mnist")
     (data_dir / "fashion_mnist" / "3.0.1").rename(data_dir / "fashion_mnist" / "1.0.0")
