@@ -25,8 +25,8 @@ from cnnjax.data.stored import Examples, Fit, StoredSet, digest
 from cnnjax.data.tfds_format import (
     class_names,
     decode,
-    decoded_bytes,
     inspect_set,
+    read_description,
     write_tfds,
 )
 from cnnjax.data.tfds_prepare import check_preparable, prepare_other
@@ -136,7 +136,9 @@ def load_folder(
 
 def _cached(wanted: _Wanted, folder: Path) -> StoredSet | None:
     """Returns a set whose splits have been decoded and checked, or None."""
-    for cache in {CACHE, _cache_name(wanted.fit)}:
+    description = read_description(folder)
+    one_size = description is None or None not in description.image_shape[:2]
+    for cache in dict.fromkeys([_cache_name(wanted.fit), *([CACHE] if one_size else [])]):
         if (facts := read_facts(folder / cache)) is None:
             continue
         pinned = {} if wanted.named is None else wanted.named.sha256
@@ -194,7 +196,16 @@ def _fits(wanted: _Wanted, folder: Path) -> bool:
     if xla_bridge.backends_are_initialized():
         limits.append(device_memory(jax.local_devices()[0]))
     available = min((limit for limit in limits if limit is not None), default=None)
-    return available is None or decoded_bytes(folder, wanted.decoded, wanted.final) <= available // 2
+    if available is None or (description := read_description(folder)) is None:
+        return True
+    needed = description.decoded_bytes(wanted.decoded(tuple(description.counts)), wanted.final)
+    if needed > available // 2 and description.file_format != "array_record":
+        wanted.say(
+            f"{wanted.name} needs more than half of the memory and is kept there: only sets in the format array_record "
+            f"can be streamed, and this one is in {description.file_format}"
+        )
+        return True
+    return needed <= available // 2
 
 
 def _cache_name(fit: Fit) -> str:

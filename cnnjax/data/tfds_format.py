@@ -53,27 +53,41 @@ def inspect_set(folder: Path) -> tuple[tuple[str, ...], bool]:
     return tuple(builder.info.splits), None not in (shape or ())[:2]
 
 
-def decoded_bytes(folder: Path, splits: Callable[[tuple[str, ...]], Sequence[str]], fit: Fit) -> int:
-    """Returns the bytes of the images of some splits in one shape; 0 if the description does not state their size.
+class Description(NamedTuple):
+    """What the description of a prepared tfds directory states.
 
-    Reads only the description, without tfds, because every start calls this.
-
-    Args:
-      splits: selects the splits, of all.
-      fit: how the images are brought to one shape.
+    Attributes:
+      counts: the number of examples of each split.
+      image_shape: (H, W, C); None for each number that is not stated.
+      file_format: "array_record", "tfrecord" or another one.
     """
-    with contextlib.suppress(Exception):  # Of a damaged description, which is reported later.
+
+    counts: dict[str, int]
+    image_shape: tuple[int | None, ...]
+    file_format: str
+
+    def decoded_bytes(self, splits: Sequence[str], fit: Fit) -> int:
+        """Returns the bytes of the images of some splits in one shape by `fit`; 0 if their size is not stated."""
+        height, width, channels = [n or 0 for n in self.image_shape]
+        return sum(self.counts.get(split, 0) for split in splits) * math.prod(fit.shape_of((height, width, channels)))
+
+
+def read_description(folder: Path) -> Description | None:
+    """Returns the description, or None if it is damaged, which is reported later, or has an old form.
+
+    Does without tfds, because every start calls this.
+    """
+    with contextlib.suppress(Exception):
         with open_regular(folder / "dataset_info.json") as file:
-            counts = {s["name"]: sum(map(int, s["shardLengths"])) for s in json.load(file)["splits"]}
+            info = json.load(file)
         with open_regular(folder / "features.json") as file:
-            shapes = [f["image"]["shape"]["dimensions"] for f in _features(json.load(file)) if "image" in f]
-        height, width, channels = [max(0, int(n)) for n in shapes[0]]
-        return sum(counts[s] for s in splits(tuple(counts))) * math.prod(fit.shape_of((height, width, channels)))
-    return 0
-
-
-def _features(description: Any) -> list[Any]:
-    return list(description["featuresDict"]["features"].values())
+            features = json.load(file)["featuresDict"]["features"]
+        counts = {split["name"]: sum(map(int, split["shardLengths"])) for split in info["splits"]}
+        keys = [item["featureKey"] for item in info.get("supervisedKeys", {}).get("tuple", {}).get("items", [])]
+        shape = features[keys[0] if len(keys) == 2 else "image"]["image"]["shape"]["dimensions"]
+        height, width, channels = [int(n) if int(n) > 0 else None for n in shape]
+        return Description(counts, (height, width, channels), info.get("fileFormat") or "tfrecord")
+    return None
 
 
 def decode(

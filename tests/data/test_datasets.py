@@ -616,6 +616,15 @@ def test_images_of_several_sizes_are_brought_to_one(tmp_path):
             assert rows_of(dataset.load("test")) == sorted(bytes(expected[i]) for i in range(4, 6))
 
 
+def test_which_cached_images_are_used_does_not_depend_on_earlier_calls(tmp_path):
+    """All images have one shape, but the description does not say so."""
+    prepare_images(tmp_path, make_images(4), {"train": slice(4), "test": slice(1)})
+    unchanged = load_dataset("odd", tmp_path)
+    for _ in range(2):  # Decoded and cached.
+        assert load_dataset("odd", tmp_path, image_size=8).stored.image_shape == (8, 8, 3)
+        assert load_dataset("odd", tmp_path).sha256 == unchanged.sha256
+
+
 def test_images_in_memory_are_brought_to_a_size_and_to_colors():
     x = make_images(3, shape=(4, 5, 1))
     dataset = load_dataset((x, np.arange(3), x[:1, ..., 0], np.zeros(1, int)), image_size=8, channels=3)
@@ -743,6 +752,15 @@ def test_tfrecords_contain_the_same_examples(tfrecord_dir, raw_fashion_mnist):
     dataset = load_dataset("generated", tfrecord_dir)
     for split, raw in raw_fashion_mnist.splits.items():
         assert_equal(dataset.load(split), in_record_order(split, raw))
+
+
+def test_tfrecords_stay_in_memory_even_if_they_need_more_than_half_of_it(tfrecord_dir, monkeypatch):
+    monkeypatch.setattr("cnnjax.memory.host_memory", lambda: 1000)
+    lines = []
+    assert not load_dataset("generated", tfrecord_dir, say=lines.append).streams
+    assert lines[0].startswith("generated needs more than half of the memory and is kept there: only sets in the")
+    with pytest.raises(UserError, match=r"`stream` must be False for .*, whose format is tfrecord"):
+        load_dataset("generated", tfrecord_dir, stream=True)
 
 
 def test_a_missing_tfrecord_is_an_error(tfrecord_dir):
