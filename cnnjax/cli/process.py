@@ -5,6 +5,7 @@ import hashlib
 import os
 import platform
 import re
+import resource
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -47,6 +48,13 @@ def write_exit_code(status: Any) -> None:
 def num_cores() -> int:
     """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def raise_file_limit() -> None:
+    """Lets this process open as many files as the system allows: each shard of a set is one, and ImageNet has 1,024."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):  # macOS has a lower limit than it states.
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def start_jax() -> None:

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from cnnjax.cli.process import raise_file_limit
 from cnnjax.cli.streams import reason
 from cnnjax.data.image_files import MODES, fit_array
 from cnnjax.data.stored import Fit
-from cnnjax.data.tfds_format import check_split, fit_row, open_builder
+from cnnjax.data.tfds_format import check_split, damage, fit_row, open_builder
 from cnnjax.errors import UserError, check, option
 
 CHUNK = 2**24  # Bytes of images, see `Records.chunk`.
@@ -91,6 +92,7 @@ class Records:
     def _source(self) -> Any:
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
+        raise_file_limit()
         try:
             return ArrayRecordDataSource(list(self.paths))
         except Exception as error:  # Its own types.
@@ -161,7 +163,4 @@ class Records:
                     part = f"record {left} of {shard.name} (record {index} of its split {self.split!r})"
                     break
                 left -= shard.num_records
-        return UserError(
-            f"{self.folder} is damaged: {part} cannot be read ({why}). Move it away, and run the command again to "
-            "prepare the set again."
-        )
+        return damage(self.folder, part, why)

@@ -5,6 +5,7 @@ features and integer keys that is given PNG bytes writes the same records in the
 """
 
 import contextlib
+import errno
 import io
 import json
 import math
@@ -20,12 +21,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cnnjax.cli.console import track
+from cnnjax.cli.process import raise_file_limit
 from cnnjax.cli.streams import Output
 from cnnjax.data.image_files import fit_array
 from cnnjax.data.sources import NamedSet, RawSet
 from cnnjax.data.stored import Examples, Fit
 from cnnjax.errors import UserError, option
 from cnnjax.runs.files import open_regular
+
+# Errors of the system that say nothing about a file, and what helps.
+_NO_DAMAGE = {
+    errno.EMFILE: "Raise the number of files that a process may open (ulimit -n).",
+    errno.ENFILE: "Close other programs: the system has too many open files.",
+    errno.EACCES: "Fix its permissions.",
+    errno.EIO: "Check the disk.",
+}
 
 # The functions import tfds, which takes 1.1 s: a set whose arrays are cached does not need it.
 
@@ -208,13 +218,19 @@ def _damage_as_user_error(folder: Path, part: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except PermissionError as error:
-        raise UserError(f"{folder} must be readable, got {error}. Fix its permissions.") from error
     except Exception as error:  # JSON, protocol buffers, each record format and Pillow raise their own types.
-        raise UserError(
-            f"{folder} is damaged: {part} cannot be read ({error}). Move it away, and run the command again to prepare "
-            "the set again."
-        ) from error
+        raise damage(folder, part, str(error)) from error
+
+
+def damage(folder: Path, part: str, why: str) -> UserError:
+    """Returns the error for a part of a prepared directory that cannot be read, perhaps although it is intact."""
+    for number, fix in _NO_DAMAGE.items():
+        if os.strerror(number) in why:  # The readers of array_record raise no OSError.
+            return UserError(f"{folder} must be readable, got {why}. {fix}")
+    return UserError(
+        f"{folder} is damaged: {part} cannot be read ({why}). Move it away, and run the command again to prepare the "
+        "set again."
+    )
 
 
 def open_builder(folder: Path) -> Any:
@@ -251,6 +267,7 @@ def _rows(builder: Any, split: str) -> Iterator[dict[str, Any]]:
             case "array_record":
                 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
+                raise_file_limit()
                 with ArrayRecordDataSource(list(map(str, info.splits[split].filepaths))) as shards:
                     if len(shards) != info.splits[split].num_examples:  # tfds would ignore the rest.
                         raise ValueError(f"{len(shards)} examples in place of {info.splits[split].num_examples}")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -161,6 +162,19 @@ def test_a_damaged_record_is_named(data_dir):
         dataset.open("train").image.read()
     with pytest.raises(UserError, match=message):
         load(data_dir, stream=True)  # The index is made again.
+
+
+def test_too_few_open_files_are_no_damage(data_dir):
+    records = Records(prepared_folder("generated", data_dir), "train", Fit(), Fit())
+    del records._source
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        assert len(records.read([0])) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    message = str(records._damage("open() failed: Too many open files; opening a", 0))
+    assert "must be readable, got open() failed: Too many open files" in message and "(ulimit -n)" in message
 
 
 def test_a_record_is_found_in_its_file(data_dir):
