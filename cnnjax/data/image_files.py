@@ -1,5 +1,6 @@
 """Images of any size and format, as input of a network."""
 
+import io
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -47,13 +48,7 @@ def open_image(path: Path) -> Image.Image:
             if file.mode in ("I", "F"):
                 raise UserError(f"`image` must have 8 or 16 bits per channel, got {path} (32 bits, mode {file.mode}).")
             ImageOps.exif_transpose(file, in_place=True)
-            image: Image.Image = file
-            if image.mode.startswith("I;16"):  # Pillow would clip 16-bit gray instead of scaling it.
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            if image.has_transparency_data:
-                return image.convert("RGBA")
-            if image.mode not in ("L", "RGB"):
-                return image.convert("L" if image.mode == "1" else "RGB")
+            image = _with_8_bits(file)
             image.load()  # It stays in memory when the file is closed.
             return image
     except UserError:
@@ -62,6 +57,41 @@ def open_image(path: Path) -> Image.Image:
         unknown = isinstance(error, UnidentifiedImageError)
         why = "of an unknown format" if unknown else reason(error) or type(error).__name__
         raise UserError(f"`image` must be an image file (PNG, JPEG, WebP, ...), got {path} ({why}).") from error
+
+
+def _with_8_bits(image: Image.Image) -> Image.Image:
+    """Converts an image to 8 bits per channel in the mode L, RGB, or RGBA if it has transparency."""
+    if image.mode.startswith("I;16"):  # Pillow would clip 16-bit gray instead of scaling it.
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        return image.convert("RGBA")
+    if image.mode not in ("L", "RGB"):
+        return image.convert("L" if image.mode == "1" else "RGB")
+    return image
+
+
+def decode_image(content: bytes, channels: int | None) -> UInt8[np.ndarray, "H W C"]:
+    """Decodes the image of a tfds set, which is an image file, and ignores its EXIF orientation, as tfds does.
+
+    Images in the modes of `MODES` keep their pixels. Others, such as those with a palette, are converted as
+    `open_image` does: tfds would return their numbers as they are stored.
+
+    Args:
+      content: of the file.
+      channels: of the set's images, as it states them: gray is repeated; None: as many as the image has.
+
+    Raises:
+      ValueError: the image has 32 bits per channel.
+      Exception: of the decoders of Pillow, of many types.
+    """
+    with Image.open(io.BytesIO(content)) as file:
+        if file.mode in ("I", "F"):
+            raise ValueError(f"32 bits per channel, mode {file.mode}")
+        if file.mode in MODES.values() and "transparency" not in file.info:
+            pixels = np.asarray(file)
+            return np.repeat(pixels[..., None], channels or 1, axis=-1) if pixels.ndim == 2 else pixels
+        image = _with_8_bits(file)
+        return fit_image(image, (image.height, image.width, channels or len(image.getbands())))
 
 
 def fit_image(

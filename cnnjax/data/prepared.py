@@ -89,7 +89,7 @@ def load_tfds(
         except OSError as error:
             raise _not_writable(data_dir, error) from error
     with exclusive(name, data_dir, say) as locked:
-        folder = prepared_folder(name, data_dir, version, exact=bool(exact))  # Perhaps by the process that had the lock.
+        folder = prepared_folder(name, data_dir, version, exact=bool(exact))  # Perhaps by another process.
         if folder is None:
             return _prepare(wanted, data_dir, locked)
         source = f"the prepared tfds directory {folder}"

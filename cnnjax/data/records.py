@@ -12,7 +12,7 @@ from cnnjax.cli.process import raise_file_limit
 from cnnjax.cli.streams import reason
 from cnnjax.data.image_files import MODES, fit_array
 from cnnjax.data.stored import Fit
-from cnnjax.data.tfds_format import check_split, damage, fit_row, open_builder
+from cnnjax.data.tfds_format import check_split, damage, fit_row, open_builder, parse_row
 from cnnjax.errors import UserError, check, option
 
 CHUNK = 2**24  # Bytes of images, see `Records.chunk`.
@@ -129,7 +129,7 @@ class Records:
     def _decode(self, index: int, row: bytes) -> Record:
         info = self._split
         try:
-            example = info.features.deserialize_example_np(row)
+            example = parse_row(info, row)
             image = fit_row(example[info.image_name], self._stored, info.channels)
             file = example.get("file")
             return Record(image, int(example[info.label_name]), file.decode() if isinstance(file, bytes) else None)

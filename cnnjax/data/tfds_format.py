@@ -23,7 +23,7 @@ import numpy as np
 from cnnjax.cli.console import track
 from cnnjax.cli.process import raise_file_limit
 from cnnjax.cli.streams import Output
-from cnnjax.data.image_files import fit_array
+from cnnjax.data.image_files import decode_image, fit_array
 from cnnjax.data.sources import NamedSet, RawSet
 from cnnjax.data.stored import Examples, Fit
 from cnnjax.errors import UserError, option
@@ -119,7 +119,7 @@ def decode(
     image_name, label_name, num_classes = found.image_name, found.label_name, found.num_classes
     count = builder.info.splits[split].num_examples
     image, label, read = None, _empty(folder, (count,), np.int32), 0
-    for row in track(_rows(builder, split), f"decoding {split}", total=count):
+    for row in track(_rows(found, split), f"decoding {split}", total=count):
         row[image_name] = fit_row(row[image_name], fit, found.channels)
         if files is not None and isinstance(row.get("file"), bytes):
             files.append(row["file"].decode())
@@ -174,8 +174,8 @@ def fit_row(image: np.ndarray, fit: Fit, channels: int | None) -> np.ndarray:
     """Brings the image of a record to one shape, if `fit` states its size.
 
     Args:
-      channels: of the set's images, as it states them: a gray JPEG in a set of color images has one channel. 4 become
-        3 unless `fit` states a number.
+      channels: of the set's images, as it states them: an image with transparency may have more. 4 become 3 unless
+        `fit` states a number.
     """
     if fit.image_size is None:
         return image
@@ -257,13 +257,21 @@ def _image_and_label(builder: Any) -> tuple[str, str]:
             return "image", "label"
 
 
-def _rows(builder: Any, split: str) -> Iterator[dict[str, Any]]:
+def parse_row(found: SplitFeatures, row: bytes) -> dict[str, Any]:
+    """Returns the features of a record, with its image decoded."""
+    import tensorflow_datasets as tfds
+
+    example = found.features.deserialize_example_np(row, decoders={found.image_name: tfds.decode.SkipDecoding()})
+    return {**example, found.image_name: decode_image(example[found.image_name], found.channels)}
+
+
+def _rows(found: SplitFeatures, split: str) -> Iterator[dict[str, Any]]:
     """Yields the decoded examples of a split, in record order."""
-    info = builder.info
-    with _damage_as_user_error(Path(builder.data_dir), f"its split {split!r}"):
+    folder, info = found.builder.data_dir, found.builder.info
+    with _damage_as_user_error(Path(folder), f"its split {split!r}"):
         match info.file_format.value:
             case "tfrecord":
-                yield from map(info.features.deserialize_example_np, _tfrecords(info.splits[split].filepaths))
+                yield from (parse_row(found, row) for row in _tfrecords(info.splits[split].filepaths))
             case "array_record":
                 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
@@ -271,9 +279,9 @@ def _rows(builder: Any, split: str) -> Iterator[dict[str, Any]]:
                 with ArrayRecordDataSource(list(map(str, info.splits[split].filepaths))) as shards:
                     if len(shards) != info.splits[split].num_examples:  # tfds would ignore the rest.
                         raise ValueError(f"{len(shards)} examples in place of {info.splits[split].num_examples}")
-                yield from builder.as_data_source(split=split)
+                    yield from (parse_row(found, row) for row in shards)
             case other:
-                raise UserError(f"{builder.data_dir} must be in the format tfrecord or array_record, got {other}.")
+                raise UserError(f"{folder} must be in the format tfrecord or array_record, got {other}.")
 
 
 def _tfrecords(paths: Sequence[Any]) -> Iterator[bytes]:

@@ -616,6 +616,27 @@ def test_images_of_several_sizes_are_brought_to_one(tmp_path):
             assert rows_of(dataset.load("test")) == sorted(bytes(expected[i]) for i in range(4, 6))
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_images_of_all_modes_have_their_colors(stream, tmp_path):
+    """Those that tfds would return as they are stored: numbers of a palette, bits, or inks."""
+    red, black, white = (200, 40, 40), (0, 0, 0), (255, 255, 255)
+    kinds = [("RGB", "PNG", red), ("P", "PNG", red), ("P", "GIF", red), ("CMYK", "JPEG", red), ("1", "PNG", white)]
+    kinds += [("L", "JPEG", white), ("1", "PNG", black)]
+    examples = []
+    for i, (mode, kind, color) in enumerate(kinds):
+        file = io.BytesIO()
+        colored = Image.new("RGB", (4, 5), color)
+        (colored.quantize(2) if mode == "P" else colored.convert(mode)).save(file, kind)
+        examples.append({"image": io.BytesIO(file.getvalue()), "label": i % 2})
+    splits = {"train": examples, "test": [{"image": png(5, 4, 3), "label": 0}]}
+    prepare_odd(tmp_path, {"image": IMAGE, "label": LABEL}, splits)
+    for options in ({}, {"image_size": 8}):
+        image = load_dataset("odd", tmp_path, stream=stream, **options).load("train").image
+        expected = sorted(color for _, _, color in kinds)
+        assert np.abs(np.array(sorted(image[:, 0, 0].tolist())) - expected).max() <= 2  # JPEG rounds.
+        assert (image == image[:, :1, :1]).all()
+
+
 def test_which_cached_images_are_used_does_not_depend_on_earlier_calls(tmp_path):
     """All images have one shape, but the description does not say so."""
     prepare_images(tmp_path, make_images(4), {"train": slice(4), "test": slice(1)})
