@@ -105,7 +105,8 @@ def scan(path: Path) -> Listing:
         File(row.path, row.split, index[row.label], s.st_size, s.st_mtime_ns, s.st_ctime_ns)
         for row, s in zip(rows, status, strict=True)
     )
-    return Listing(root, class_names, tuple(sorted(files, key=lambda file: (file.split, file.path))), tuple(others))
+    readable = tuple(os.fsencode(name).decode(errors="backslashreplace") for name in others)  # Perhaps no UTF-8.
+    return Listing(root, class_names, tuple(sorted(files, key=lambda file: (file.split, file.path))), readable)
 
 
 def natural_order(name: str) -> tuple[Any, ...]:

@@ -56,6 +56,15 @@ def is_reading(lines):
     return any(line.startswith("reading") for line in lines)
 
 
+def test_a_file_beside_the_classes_whose_name_is_not_utf_8(folder):
+    (folder / os.fsdecode(b"r\xe9sum\xe9.txt")).touch()
+    data_dir, lines = folder.parent / "data", []
+    for _ in range(2):
+        assert len(load_dataset(folder, data_dir, lines.append, image_size=64).load("train").label) == 10
+    assert sum(line.startswith("reading") for line in lines) == 1
+    assert any(line.startswith(r"not used, because they are in no class folder: 'r\\xe9sum") for line in lines)
+
+
 # --- The content ----------------------------------------------------------------------------------------------------
 
 
