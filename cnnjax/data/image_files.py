@@ -119,6 +119,10 @@ def fit_image(
         case "crop":
             image = ImageOps.fit(image, (width, height), method)
         case "pad":
+            if image.width >= 2 * width * image.height:  # Pillow would round the height to 0, and leave it all black.
+                image = image.resize((width, 1), method)
+            elif image.height >= 2 * height * image.width:
+                image = image.resize((1, height), method)
             image = ImageOps.pad(image, (width, height), method)
         case _:
             image = image.resize((width, height), method)

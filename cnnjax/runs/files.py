@@ -91,7 +91,10 @@ def write_file(path: Path, content: str | bytes, shared: bool = False) -> None:
 
 
 def write_json(path: Path, content: Any, shared: bool = False) -> None:
-    """Writes a JSON file atomically (see `atomic_write`). Lone surrogates, as in file names that are not UTF-8, become escapes."""
+    """Writes a JSON file atomically (see `atomic_write`).
+
+    Lone surrogates, as in file names that are not UTF-8, become escapes.
+    """
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     text = re.sub(r"\[\n[\d,\s]+\]", lambda row: json.dumps(json.loads(row[0])), text)  # Integers share a line.
     write_file(path, re.sub("[\ud800-\udfff]", lambda found: f"\\\\u{ord(found[0]):x}", text), shared)

@@ -2,7 +2,7 @@ import os
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from cnnjax import UserError
 from cnnjax.data.image_files import fit_image, fit_images, read_image
@@ -169,6 +169,19 @@ def test_any_error_of_a_decoder_is_a_message(tmp_path, monkeypatch):
 def test_a_wide_image_is_brought_to_a_tall_shape(resize, expected):
     image = Image.new("L", (4, 2), 9)
     np.testing.assert_array_equal(fit_image(image, (3, 2, 1), resize)[..., 0], expected)
+
+
+def test_a_line_of_an_image_of_an_extreme_shape_is_kept():
+    """At the ratio from which Pillow keeps one, both give the same pixels."""
+    image = Image.fromarray(np.random.default_rng(0).integers(1, 256, (10, 2000, 3), np.uint8))
+    fitted = fit_image(image, (32, 32, 3), "pad")
+    np.testing.assert_array_equal(fitted[16:17], image.resize((32, 1), Image.Resampling.LANCZOS))
+    assert fitted[:16].max() == fitted[17:].max() == 0
+    tall = fit_image(image.transpose(Image.Transpose.TRANSPOSE), (32, 32, 3), "pad")
+    np.testing.assert_array_equal(tall, fitted.transpose(1, 0, 2))
+    wide = image.crop((0, 0, 639, 10))
+    expected = ImageOps.pad(wide, (32, 32), Image.Resampling.LANCZOS)
+    np.testing.assert_array_equal(fit_image(wide, (32, 32, 3), "pad"), expected)
 
 
 def test_crop_keeps_the_center_and_stretch_all():
