@@ -186,6 +186,8 @@ def _from_hub(published: PublishedWeights, folder: Path, say: Callable[[str], No
     try:
         if record.exists():
             file = read_json(record, _HubFile, f"Remove {folder}.")
+            if f"/{repository}/resolve/" not in file.url:  # a/b-c and a-b/c have the same folder.
+                raise UserError(f"{folder} must hold {published.source}, got {file.url}. Remove it.")
         else:
             file = _ask_hub(endpoint, repository, revision or "main", published)
         path = download(Archive(file.url, file.sha256, FILE), folder, say)

@@ -293,6 +293,13 @@ def test_several_threads_fetch_the_same_weights(hub, monkeypatch):
     assert [found.sha256 for found in loaded] == [SHA256] * count
 
 
+def test_another_repository_with_the_same_folder_is_refused(hub):
+    load_weights(Tiny(weights="hf:timm/tiny@v1/a"), say=print)
+    message = r"weights/timm-tiny-v1-a must hold hf:timm/tiny-v1@a, got .*/timm/tiny/resolve/.* Remove it"
+    with pytest.raises(UserError, match=message):
+        load_weights(Tiny(weights="hf:timm/tiny-v1@a"), say=print)
+
+
 def test_weights_that_change_after_their_check_are_refused(hub, monkeypatch):
     original = weights.download
 
