@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -198,6 +199,8 @@ def load_dataset(
     check_name("resize", resize, RESIZE)
     check_name("interpolation", interpolation, INTERPOLATIONS)
     check("channels", "1, 3 or 4", channels in (None, 1, 3, 4), channels)
+    check("test_fraction", "above 0 and below 1", 0 < test_fraction < 1, test_fraction)
+    check("test_seed", "between 0 and 2**32 - 1", 0 <= test_seed < 2**32, test_seed)
     fit = Fit(_pair("image_size", image_size), channels, resize, interpolation)
     directory = default_data_dir() if data_dir is None else absolute(Path(data_dir))
     of_folder = re.fullmatch("[0-9a-f]{12}", version or "") is not None  # Which may have been moved.
@@ -249,18 +252,20 @@ def load_dataset(
 
 
 def _pair(name: str, size: int | tuple[int, int] | None) -> Any:
-    pair = (size, size) if isinstance(size, int) else size
-    valid = pair is None or (len(pair) == 2 and all(isinstance(n, int) and 1 <= n <= MAX_SIDE for n in pair))
-    check(name, f"a height and a width from 1 to {MAX_SIDE}, or one number for both", valid, size)
-    return pair
+    pair = size if isinstance(size, (tuple, list)) else (size, size)
+    valid = len(pair) == 2 and all(isinstance(n, Integral) and 1 <= n <= MAX_SIDE for n in pair)
+    rule = f"a height and a width from 1 to {MAX_SIDE}, or one integer for both"
+    check(name, rule, valid or size is None, size)
+    return None if size is None else tuple(map(int, pair))
 
 
 def is_path(dataset: str, data_dir: Path, say: Callable[[str], None]) -> bool:
     """Returns whether a data set is named by its path.
 
     Raises:
-      UserError: a folder and a prepared set have this name.
+      UserError: a folder and a prepared set have this name, or it is a URL.
     """
+    check("dataset", "a name or a local path", "://" not in dataset, f"{dataset!r}. Mount it, or copy the files")
     if re.match(r"[~/.]", dataset) or dataset.lower().endswith((*LISTS, "/")):
         return True
     if not os.path.lexists(dataset):

@@ -338,6 +338,25 @@ def test_arrays_that_are_not_labeled_images_are_an_error(arrays, message):
     assert str(error.value) == message
 
 
+@pytest.mark.usefixtures("no_type_checks")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"image_size": 64.0},
+            "`image_size` must be a height and a width from 1 to 4096, or one integer for both, got",
+        ),
+        ({"image_size": (8, 0)}, "`image_size` must be a height and a width from 1 to 4096, or one integer for both"),
+        ({"test_seed": -1}, "`test_seed` must be between 0 and 2**32 - 1, got -1."),
+        ({"test_fraction": 1.0}, "`test_fraction` must be above 0 and below 1, got 1.0."),
+    ],
+)
+def test_arguments_are_checked(options, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_dataset((X, Y, X, Y), **options)
+    assert load_dataset((X, Y, X, Y), image_size=np.int64(8)).image_shape == (8, 8, 1)
+
+
 # --- Named sets -----------------------------------------------------------------------------------------------------
 
 
