@@ -97,9 +97,7 @@ def load_tfds(
             return streamed
         if cached := _cached(wanted, folder):
             return cached
-        if locked:
-            for cache in folder.glob(f"{CACHE}*"):
-                remove_partial_files(cache)
+        _remove_partial_files(folder, locked)
         return _decode_all(wanted, folder, source)
 
 
@@ -130,8 +128,15 @@ def load_folder(
         return streamed
     if found := _cached(wanted, folder):
         return found
-    with exclusive(folder.parent.name, data_dir, say):
+    with exclusive(folder.parent.name, data_dir, say) as locked:
+        _remove_partial_files(folder, locked)
         return _cached(wanted, folder) or _decode_all(wanted, folder, f"the image files of {path}")
+
+
+def _remove_partial_files(folder: Path, locked: bool) -> None:
+    """Removes what killed processes left of arrays and indexes, if this process has locked the set."""
+    for cache in folder.glob("cnnjax_*") if locked else ():
+        remove_partial_files(cache)
 
 
 def _cached(wanted: _Wanted, folder: Path) -> StoredSet | None:
@@ -177,7 +182,8 @@ def _streamed(wanted: _Wanted, folder: Path, source: str, locked: bool = False) 
 
     name = wanted.name if not (folder / FILES).exists() else folder.parent.name
     data_dir = folder.parents[len(Path(name).parts)]
-    with nullcontext() if locked else exclusive(name, data_dir, wanted.say):
+    with nullcontext(locked) if locked else exclusive(name, data_dir, wanted.say) as is_locked:
+        _remove_partial_files(folder, is_locked)
         facts, streams = stream_splits(index_folder(folder, wanted.final), splits, facts, check, wanted.say)
     return replace(_stored(wanted, cache, facts), stream=streams.__getitem__)
 

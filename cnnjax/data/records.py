@@ -58,10 +58,13 @@ class Records:
             )
         self.paths = tuple(map(str, info.splits[split].filepaths))
         counts = info.splits[split].shard_lengths
-        self.shards = tuple(
-            Shard(Path(path).name, count, (stat := Path(path).stat()).st_size, stat.st_mtime_ns)
-            for path, count in zip(self.paths, counts, strict=True)
-        )
+        try:
+            self.shards = tuple(
+                Shard(Path(path).name, count, (stat := Path(path).stat()).st_size, stat.st_mtime_ns)
+                for path, count in zip(self.paths, counts, strict=True)
+            )
+        except OSError as error:
+            raise self._damage(str(error)) from error
         if len(self._source) != len(self):
             raise self._damage(f"it holds {len(self._source)} records in place of {len(self)}")
         self.stored_shape = self.read([0])[0].image.shape

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import tensorflow_datasets as tfds
 from filelock import FileLock
+from PIL import Image
 
 from cnnjax import UserError
 from cnnjax.data import datasets
@@ -132,6 +133,8 @@ def test_a_url_is_no_data_dir(tmp_path, monkeypatch):
     for url in ("gs://bucket/x", "s3://bucket", "file:///tmp/x"):
         with pytest.raises(UserError, match="`data_dir` must be a local"):
             load_dataset("mnist", Path(url))
+        with pytest.raises(UserError, match=f"`dataset` must be a name or a local path, got '{url}'. Mount it, or"):
+            load_dataset(url, tmp_path)
         monkeypatch.setenv("TFDS_DATA_DIR", url)
         with pytest.raises(UserError, match="`data_dir` must be a local"):
             load_dataset("mnist")
@@ -284,6 +287,18 @@ def test_leftovers_of_a_cache_are_removed(data_dir):
     cache.mkdir()
     (cache / "train_image.npy.12.34.partial").write_text("")
     load_dataset("generated", data_dir)
+    assert not list(cache.glob("*.partial"))
+
+
+def test_leftovers_of_the_cache_of_a_folder_are_removed(tmp_path):
+    for i in range(8):
+        path = tmp_path / "photos" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (4, 4), 9 * i).save(path)
+    cache = load_dataset(tmp_path / "photos", tmp_path, image_size=4).folder / CACHE
+    (cache / "facts.json").unlink()
+    (cache / "train_image.npy.12.34.partial").write_text("")
+    load_dataset(tmp_path / "photos", tmp_path, image_size=4)
     assert not list(cache.glob("*.partial"))
 
 

@@ -118,8 +118,10 @@ def test_the_index_is_made_once_and_again_if_it_is_damaged(data_dir, monkeypatch
     (shard,) = folder.glob("*test*array_record*")
     shard.touch()
     passes.clear()
+    left = arrays[0].with_name("train_sums.npy.1.2.partial")  # Of a process that was killed.
+    left.touch()
     load(data_dir, stream=True)
-    assert passes == ["test"]
+    assert passes == ["test"] and not left.exists()
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["in memory", "streamed"])
@@ -162,6 +164,11 @@ def test_a_damaged_record_is_named(data_dir):
         dataset.open("train").image.read()
     with pytest.raises(UserError, match=message):
         load(data_dir, stream=True)  # The index is made again.
+    shard.unlink()
+    with pytest.raises(
+        UserError, match=rf"is damaged: its split 'train' cannot be read \(.*No such file.*{shard.name}"
+    ):
+        load(data_dir, stream=True)
 
 
 def test_too_few_open_files_are_no_damage(data_dir):
