@@ -18,6 +18,7 @@ from PIL import Image
 from programs.research import make_arrays
 
 from cnnjax import SGD, Augment, Config, Interrupted, PhotoAugment, UserError, load_dataset, train_and_evaluate
+from cnnjax.cli.main import main
 from cnnjax.data.imagenet import ARCHIVES, archive_folder
 from cnnjax.loop import plan_dispatches
 from cnnjax.runs.directory import check_run
@@ -101,6 +102,16 @@ def test_a_set_that_is_prepared_for_streaming_is_not_decoded_into_memory(tmp_pat
     monkeypatch.setattr("cnnjax.data.prepared._decode_all", lambda *arguments: pytest.fail("decoded"))
     options = {"image_size": 16, "test_split": "validation", "stream": True}
     assert load_dataset("imagenet2012", tmp_path, lambda line: None, **options).open("train").image.shape[0] == 4
+
+
+def test_data_prepares_and_describes_the_set(tmp_path, capsys):
+    train = {name: {f"{name}_{i}.JPEG": encoded("RGB") for i in range(2)} for name in NAMES[:2]}
+    write_tars(tmp_path, train, {"ILSVRC2012_val_00000001.JPEG": encoded("RGB")})
+    for _ in range(2):
+        main(["data", "imagenet2012", "--data-dir", str(tmp_path)])
+        out = capsys.readouterr().out
+        assert "  train: 4 images of any size\n  validation: 1 images of any size\n" in out
+        assert "  1000 classes: n01440764, " in out
 
 
 def test_missing_archives_are_asked_for(tmp_path):

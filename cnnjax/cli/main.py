@@ -41,21 +41,41 @@ class Data:
     """The tfds directory; $TFDS_DATA_DIR or ~/tensorflow_datasets by default."""
 
     def __call__(self) -> None:
-        """Prints source, folder, shapes, digests and class names; or the report on a folder of images."""
+        """Prints source, folder, shapes, digests and class names; or the report on a folder of images.
+
+        Images of several sizes are not decoded: of them, only the number is printed.
+        """
         from cnnjax.data.datasets import is_path, load_dataset
         from cnnjax.data.folders import absolute, default_data_dir
+        from cnnjax.data.named import NAMED_SETS
+        from cnnjax.data.prepared import prepare_tfds
+        from cnnjax.data.tfds_format import class_names, count_examples, inspect_set
 
         data_dir = default_data_dir() if self.data_dir is None else absolute(self.data_dir)
         if is_path(self.dataset, data_dir, print):
             from cnnjax.data.image_folder import check_folder
 
             return check_folder(Path(os.path.expanduser(self.dataset)), data_dir)
-        dataset = load_dataset(self.dataset, data_dir)
-        print(f"{dataset.name}, from {dataset.source}, in {dataset.folder}")
+        name = self.dataset.strip("/")
+        if name.partition(":")[0] not in NAMED_SETS:
+            folder = prepare_tfds(name, data_dir, print)
+            splits, one_size = inspect_set(folder)
+            if not one_size:  # Without --image-size, the images cannot be arrays.
+                print(f"{name}, in {folder}")
+                for split in splits:
+                    print(f"  {split}: {count_examples(folder, split)} images of any size")
+                return _print_classes(class_names(folder))
+        dataset = load_dataset(name, data_dir)
+        folder: Any = dataset.folder  # Not None, because the set has a name.
+        print(f"{dataset.name}, from {dataset.source}, in {folder}")
         for split, sha256 in dataset.sha256.items():
-            shape = "×".join(map(str, dataset.load(split).image.shape))
+            shape = "×".join(map(str, (count_examples(folder, split), *dataset.image_shape)))
             print(f"  {split}: {shape}, SHA-256 {sha256}")
-        print(f"  {dataset.num_classes} classes: {', '.join(dataset.class_names)}")
+        _print_classes(dataset.class_names)
+
+
+def _print_classes(names: Sequence[str]) -> None:
+    print(f"  {len(names)} classes: {', '.join(names)}")
 
 
 @dataclass(frozen=True)

@@ -66,11 +66,8 @@ def load_tfds(
       fit: for a set of images of several sizes.
       stream: see `load_dataset`.
     """
-    name, _, exact = dataset.partition(":")
+    name, exact = _name_and_version(dataset, data_dir)
     named = NAMED_SETS.get(name)
-    if exact and exact not in (found := versions(name, data_dir)) and (named is None or named.version != exact):
-        have = ", ".join(found) or "no version"
-        raise UserError(f"`dataset` must name a version in {data_dir} ({have}), got {dataset}.")
     version = exact or version
     wanted = _Wanted(name, fit, test_split, say, named, stream, fit)
     folder = prepared_folder(name, data_dir, version, exact=bool(exact))
@@ -80,14 +77,7 @@ def load_tfds(
         return cached
     is_new = folder is None
     if is_new:
-        if named is None:
-            check_preparable(name, data_dir)
-        if not data_dir.exists():
-            say(f"{data_dir} does not exist yet, so {name} is prepared there")
-        try:
-            data_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise _not_writable(data_dir, error) from error
+        _make_data_dir(name, data_dir, say)
     with exclusive(name, data_dir, say) as locked:
         folder = prepared_folder(name, data_dir, version, exact=bool(exact))  # Perhaps by another process.
         if folder is None:
@@ -99,6 +89,45 @@ def load_tfds(
             return cached
         _remove_partial_files(folder, locked)
         return _decode_all(wanted, folder, source)
+
+
+def prepare_tfds(dataset: str, data_dir: Path, say: Callable[[str], None]) -> Path:
+    """Finds a set in `data_dir` that only tfds or the user can fetch, or prepares it there; decodes no image.
+
+    Returns:
+      The folder of the prepared version.
+    """
+    name, exact = _name_and_version(dataset, data_dir)
+    if (folder := prepared_folder(name, data_dir, exact)) is not None:
+        return folder
+    _make_data_dir(name, data_dir, say)
+    try:
+        with exclusive(name, data_dir, say) as locked, staging(name, data_dir, locked) as stage:
+            return prepared_folder(name, data_dir) or prepare_other(name, data_dir, stage, say)
+    except OSError as error:
+        raise _not_writable(data_dir, error) from error
+
+
+def _name_and_version(dataset: str, data_dir: Path) -> tuple[str, str]:
+    """Returns the parts of "name:version", which must be prepared or can be fetched; the version may be empty."""
+    name, _, exact = dataset.partition(":")
+    named = NAMED_SETS.get(name)
+    if exact and exact not in (found := versions(name, data_dir)) and (named is None or named.version != exact):
+        have = ", ".join(found) or "no version"
+        raise UserError(f"`dataset` must name a version in {data_dir} ({have}), got {dataset}.")
+    return name, exact
+
+
+def _make_data_dir(name: str, data_dir: Path, say: Callable[[str], None]) -> None:
+    """Makes the tfds directory, if a set that is not there can be prepared."""
+    if name not in NAMED_SETS:
+        check_preparable(name, data_dir)
+    if not data_dir.exists():
+        say(f"{data_dir} does not exist yet, so {name} is prepared there")
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _not_writable(data_dir, error) from error
 
 
 def load_folder(
@@ -143,7 +172,7 @@ def _cached(wanted: _Wanted, folder: Path) -> StoredSet | None:
     """Returns a set whose splits have been decoded and checked, or None."""
     description = read_description(folder)
     one_size = description is None or None not in description.image_shape[:2]
-    for cache in dict.fromkeys([_cache_name(wanted.fit), *([CACHE] if one_size else [])]):
+    for cache in [_cache_name(wanted.fit), *([CACHE] if one_size else [])]:
         if (facts := read_facts(folder / cache)) is None:
             continue
         pinned = {} if wanted.named is None else wanted.named.sha256

@@ -63,6 +63,11 @@ def inspect_set(folder: Path) -> tuple[tuple[str, ...], bool]:
     return tuple(builder.info.splits), None not in (shape or ())[:2]
 
 
+def count_examples(folder: Path, split: str) -> int:
+    """Returns the number of examples that the description of a prepared tfds directory states."""
+    return open_builder(folder).info.splits[split].num_examples
+
+
 class Description(NamedTuple):
     """What the description of a prepared tfds directory states.
 

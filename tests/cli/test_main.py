@@ -1,5 +1,7 @@
 import io
+import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +33,16 @@ def test_data_describes_the_set(prepared_dir, capsys):
     sha256 = load_dataset("generated", prepared_dir).sha256
     assert f"  train: 430×28×28×1, SHA-256 {sha256['train']}\n  test: 170×28×28×1, SHA-256 {sha256['test']}\n" in out
     assert "  10 classes: T-shirt/top, Trouser," in out
+
+
+def test_data_counts_a_split_whole_if_the_test_set_is_a_part_of_it(prepared_dir, tmp_path, capsys):
+    data_dir = shutil.copytree(prepared_dir, tmp_path / "tfds", ignore=shutil.ignore_patterns("cnnjax_*"))
+    info = data_dir / "generated" / "3.0.1" / "dataset_info.json"
+    content = json.loads(info.read_text())
+    content["splits"] = [split for split in content["splits"] if split["name"] == "train"]
+    info.write_text(json.dumps(content))
+    main(["data", "generated", "--data-dir", str(data_dir)])
+    assert "  train: 430×28×28×1, SHA-256 " in capsys.readouterr().out
 
 
 def test_unknown_names_list_the_nearest(prepared_dir, capsys):
