@@ -253,7 +253,7 @@ def load_dataset(
 
 def _pair(name: str, size: int | tuple[int, int] | None) -> Any:
     pair: Any = size if isinstance(size, (tuple, list)) else (size, size)
-    valid = len(pair) == 2 and all(isinstance(n, Integral) and 1 <= n <= MAX_SIDE for n in pair)
+    valid = len(pair) == 2 and all(isinstance(n, Integral) and 1 <= int(n) <= MAX_SIDE for n in pair)
     rule = f"a height and a width from 1 to {MAX_SIDE}, or one integer for both"
     check(name, rule, valid or size is None, size)
     return None if size is None else tuple(map(int, pair))

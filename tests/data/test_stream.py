@@ -12,6 +12,7 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from generated import Lines
@@ -202,6 +203,7 @@ def test_sets_that_cannot_be_streamed():
 
 def test_a_set_is_streamed_if_it_takes_more_than_half_of_the_memory(data_dir, monkeypatch):
     size = 600 * 28 * 28
+    jax.devices()  # Before jax has started, only the memory of the host counts.
     for memory, streams in ((2 * size, False), (2 * size - 2, True), (None, False)):
         monkeypatch.setattr("cnnjax.memory.device_memory", lambda device, memory=memory: memory)
         assert load(data_dir).streams == streams
