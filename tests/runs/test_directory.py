@@ -9,6 +9,7 @@ from generated import Lines
 
 from cnnjax import MLP, SGD, Adam, Config, Interrupted, ParamGroup, UserError
 from cnnjax.cli.console import Report
+from cnnjax.runs import directory
 from cnnjax.runs.directory import FILES, check_run, is_locked, open_run
 from cnnjax.runs.files import write_json, write_sums
 from cnnjax.runs.manifest import read_manifest
@@ -103,9 +104,10 @@ def test_a_run_is_resumed_with_its_own_configuration(tmp_path):
         begin(tmp_path, replace(CONFIG, optim=SGD()), resume=True)
 
 
-def test_a_run_is_trained_longer_if_no_step_depends_on_its_length(tmp_path):
+def test_a_run_is_trained_longer_if_no_step_depends_on_its_length(tmp_path, monkeypatch):
     begin(tmp_path)
     write_json(tmp_path / "result.json", RESULT)
+    monkeypatch.setattr(directory, "usable_step", lambda checkpoints: 5)
     longer = replace(CONFIG, num_epochs=3)
     with pytest.raises(UserError, match="exists already"):
         begin(tmp_path, longer)
