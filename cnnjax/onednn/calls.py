@@ -94,6 +94,8 @@ def kernel_grad(
 ) -> list[Array]:
     """Returns the float32 gradient of the kernel of `convolution`, [I J C2 K], and with `bias` that of the bias, [K].
 
+    On a processor without AVX-512, kernel_grad.c computes it instead of oneDNN, except for groups or few values.
+
     Args:
       image, g: of one dtype.
       size: I and J.
