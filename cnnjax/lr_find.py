@@ -130,9 +130,11 @@ def find_learning_rate(
 
 
 def _as_in_first_epoch(config: Config) -> Optimizer:
-    """Returns the optimizer of a run, in which what is frozen in the first epoch always is."""
-    optim = config.optim.for_network(config.model)
-    groups = (dataclasses.replace(g, start_epoch=0, num_epochs=0) if g.start_epoch else g for g in optim.groups)
+    """Returns the optimizer of a run, in which all epochs freeze what the first one does."""
+    optim, groups = config.optim.for_network(config.model), []
+    for group in optim.groups:
+        frozen = group.start_epoch > 0 or group.num_epochs == 0
+        groups.append(dataclasses.replace(group, start_epoch=0, num_epochs=0 if frozen else None))
     return dataclasses.replace(optim, groups=tuple(groups))
 
 

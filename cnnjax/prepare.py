@@ -216,9 +216,9 @@ def set_up(
 
 
 def _init_images(examples: Examples | Streamed) -> np.ndarray:
-    """Returns the first images; or evenly spaced ones if the first lack a class, as in an order by class."""
+    """Returns the first images, or evenly spaced ones if each class is one block."""
     label, index = examples.label, np.arange(min(len(examples.label), INIT_IMAGES))
-    if len(np.unique(label[index])) < len(np.unique(label)):
+    if len(label) > INIT_IMAGES and np.count_nonzero(np.diff(label)) < len(np.unique(label)):
         index = np.linspace(0, len(label) - 1, INIT_IMAGES).round().astype(int)
     images = examples.image[index]
     return images.read() if isinstance(images, StreamedImages) else images

@@ -229,16 +229,15 @@ _keeping_step = jit(_step, static_argnames=_STATIC)
 def init_optimizer(tx: optax.GradientTransformation, params: PyTree) -> Any:
     """Returns the initial state of an optimizer.
 
-    It shares no array with the parameters, or within itself: a step donates each of them. It has no weak types: a step
-    changes them, and the next one retraces.
+    Its arrays are distinct from each other and from the parameters, because a step donates each of them. It has no weak
+    types: a step changes them, and the next one retraces.
     """
     seen = {*map(id, jax.tree.leaves(params))}
 
     def own(x: Any) -> Any:
-        if id(x) in seen:
-            return jnp.copy(x)
+        y = jnp.copy(x) if id(x) in seen else x
         seen.add(id(x))
-        return x.astype(x.dtype) if getattr(x, "weak_type", False) else x
+        return y.astype(y.dtype) if getattr(y, "weak_type", False) else y
 
     return jax.tree.map(own, tx.init(params))
 

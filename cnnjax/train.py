@@ -97,8 +97,9 @@ def train_and_evaluate(
       report: receives messages and metrics, see `Report`; None: nothing is printed.
       stop: receives signals, for a caller that trains in several threads; None: this function handles them.
       stream: read the images from the prepared files while training, instead of keeping them in memory; None: if they
-        would take more than half of it. On a CPU no bit depends on it, so a run may be resumed either way; an
-        accelerator, whose programs are then single steps instead of epochs, may round differently.
+        would take more than half of it, and are in ArrayRecord format. On a CPU no bit depends on it, so a run may be
+        resumed either way; an accelerator, whose programs are then single steps instead of epochs, may round
+        differently.
       dataset: the data set, if the caller has loaded it.
       code: the source code that trains, if the caller has recorded it.
 

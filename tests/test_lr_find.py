@@ -106,10 +106,11 @@ def test_a_lookahead_is_scheduled_over_the_whole_sweep():
     np.testing.assert_array_equal(found[0].loss, found[1].loss)
 
 
-def test_what_is_frozen_in_the_first_epoch_does_not_even_decay():
+@pytest.mark.parametrize("same", [({"start_epoch": 1}, {"num_epochs": 0}), ({"num_epochs": 1}, {})])
+def test_all_epochs_freeze_what_the_first_one_freezes_and_let_nothing_of_it_decay(same):
     """The sweep takes many epochs of this set."""
     found = []
-    for times in ({"start_epoch": 1}, {"num_epochs": 0}):
+    for times in same:
         optim = SGD(learning_rate=1e-3, weight_decay=0.1, groups=(ParamGroup("^c$", **times),))
         config = Config(dataset=ARRAYS, model=Scalars(start=1.0), optim=optim, loss=linear, batch_size=8)
         found.append(find_learning_rate(config))

@@ -376,7 +376,7 @@ class Centered(nn.Module):
 
 
 @pytest.mark.parametrize(("label", "mean"), [(np.arange(40) // 20, 0), (np.arange(40) % 2, -1)])
-def test_a_network_is_initialized_from_the_first_images_unless_these_lack_a_class(monkeypatch, label, mean):
+def test_a_network_is_initialized_from_the_first_images_unless_each_class_is_a_block(monkeypatch, label, mean):
     monkeypatch.setattr(prepare_module, "INIT_IMAGES", 8)
     image = np.repeat([0, 255], 20).astype(np.uint8)[:, None, None, None] + np.zeros((1, 2, 2, 1), np.uint8)
     config = Config(dataset=(image, label, image, label), model=Centered(), validation_fraction=0.0)

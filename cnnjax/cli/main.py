@@ -47,9 +47,7 @@ class Data:
         """
         from cnnjax.data.datasets import is_path, load_dataset
         from cnnjax.data.folders import absolute, default_data_dir
-        from cnnjax.data.named import NAMED_SETS
-        from cnnjax.data.prepared import prepare_tfds
-        from cnnjax.data.tfds_format import class_names, count_examples, inspect_set
+        from cnnjax.data.tfds_format import count_examples
 
         data_dir = default_data_dir() if self.data_dir is None else absolute(self.data_dir)
         if is_path(self.dataset, data_dir, print):
@@ -57,14 +55,8 @@ class Data:
 
             return check_folder(Path(os.path.expanduser(self.dataset)), data_dir)
         name = self.dataset.strip("/")
-        if name.partition(":")[0] not in NAMED_SETS:
-            folder = prepare_tfds(name, data_dir, print)
-            splits, one_size = inspect_set(folder)
-            if not one_size:  # Without --image-size, the images cannot be arrays.
-                print(f"{name}, in {folder}")
-                for split in splits:
-                    print(f"  {split}: {count_examples(folder, split)} images of any size")
-                return _print_classes(class_names(folder))
+        if _print_if_of_several_sizes(name, data_dir):
+            return None
         dataset = load_dataset(name, data_dir)
         folder: Any = dataset.folder  # Not None, because the set has a name.
         print(f"{dataset.name}, from {dataset.source}, in {folder}")
@@ -72,6 +64,28 @@ class Data:
             shape = "×".join(map(str, (count_examples(folder, split), *dataset.image_shape)))
             print(f"  {split}: {shape}, SHA-256 {sha256}")
         _print_classes(dataset.class_names)
+
+
+def _print_if_of_several_sizes(name: str, data_dir: Path) -> bool:
+    """Describes a set whose images have several sizes, and returns whether it is one.
+
+    Without --image-size, its images cannot be decoded into arrays.
+    """
+    from cnnjax.data.named import NAMED_SETS
+    from cnnjax.data.prepared import prepare_tfds
+    from cnnjax.data.tfds_format import class_names, count_examples, inspect_set
+
+    if name.partition(":")[0] in NAMED_SETS:
+        return False
+    folder = prepare_tfds(name, data_dir, print)
+    splits, one_size = inspect_set(folder)
+    if one_size:
+        return False
+    print(f"{name}, in {folder}")
+    for split in splits:
+        print(f"  {split}: {count_examples(folder, split)} images of any size")
+    _print_classes(class_names(folder))
+    return True
 
 
 def _print_classes(names: Sequence[str]) -> None:

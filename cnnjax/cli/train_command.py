@@ -41,7 +41,8 @@ class Train:
     """Resume the run in the run directory exactly where it stopped (or train longer, at a constant learning rate)."""
     stream: bool | None = None
     """Read the images from disk while training, with --stream; or keep them in memory, with --no-stream. Otherwise they
-    are streamed if they would take more than half of the memory. On a CPU this changes no bit of the result."""
+    are streamed if they would take more than half of the memory and are in ArrayRecord format. On a CPU this changes no
+    bit of the result."""
     log: tuple[Logger, ...] = ()
     """Where else to record the run: tensorboard (files in RUN/tensorboard), wandb (Weights & Biases), mlflow, or a
     subclass of Logger in the experiment file. Does not change the result."""

@@ -189,7 +189,8 @@ def load_dataset(
       test_fraction: the size of this part, of each class.
       test_seed: selects it.
       stream: whether training reads the images from disk while it uses them, instead of keeping them in memory; None:
-        if they would take more than half of it. `ImageDataset.load` returns arrays in any case.
+        if they would take more than half of it, and are in ArrayRecord format. `ImageDataset.load` returns arrays in
+        any case.
 
     Raises:
       UserError: the name is unknown, no source is available, a digest does not match, the set does not consist of

@@ -78,7 +78,7 @@ def decode_image(content: bytes, channels: int | None) -> UInt8[np.ndarray, "H W
 
     Args:
       content: of the file.
-      channels: of the set's images, as it states them: gray is repeated; None: as many as the image has.
+      channels: of the set's images, as it states them: gray is repeated, and opaque; None: as many as the image has.
 
     Raises:
       ValueError: the image has 32 bits per channel.
@@ -87,7 +87,8 @@ def decode_image(content: bytes, channels: int | None) -> UInt8[np.ndarray, "H W
     with Image.open(io.BytesIO(content)) as file:
         if file.mode in ("I", "F"):
             raise ValueError(f"32 bits per channel, mode {file.mode}")
-        if file.mode in MODES.values() and "transparency" not in file.info:
+        opaque_gray = file.mode == MODES[1] and channels == 4  # Has to get an alpha.
+        if file.mode in MODES.values() and "transparency" not in file.info and not opaque_gray:
             pixels = np.asarray(file)
             return np.repeat(pixels[..., None], channels or 1, axis=-1) if pixels.ndim == 2 else pixels
         image = _with_8_bits(file)

@@ -31,8 +31,8 @@ from cnnjax.runs.files import open_regular
 
 # Errors of the system that say nothing about a file, and what helps.
 _NO_DAMAGE = {
+    errno.ENFILE: "Close other programs.",  # Its text begins with that of EMFILE, so it is looked for first.
     errno.EMFILE: "Raise the number of files that a process may open (ulimit -n).",
-    errno.ENFILE: "Close other programs: the system has too many open files.",
     errno.EACCES: "Fix its permissions.",
     errno.EIO: "Check the disk.",
 }
@@ -90,7 +90,7 @@ class Description(NamedTuple):
 def read_description(folder: Path) -> Description | None:
     """Returns the description, or None if it is damaged, which is reported later, or has an old form.
 
-    Does without tfds, because every start calls this.
+    Does not import tfds, because every start calls this.
     """
     with contextlib.suppress(Exception):
         with open_regular(folder / "dataset_info.json") as file:

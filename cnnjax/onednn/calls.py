@@ -94,7 +94,8 @@ def kernel_grad(
 ) -> list[Array]:
     """Returns the float32 gradient of the kernel of `convolution`, [I J C2 K], and with `bias` that of the bias, [K].
 
-    On a processor without AVX-512, kernel_grad.c computes it instead of oneDNN, except for groups or few values.
+    On a processor with AVX2 but without AVX-512, kernel_grad.c computes it instead of oneDNN, unless there are groups,
+    or J * C2 is below 6.
 
     Args:
       image, g: of one dtype.

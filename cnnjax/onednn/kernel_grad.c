@@ -9,7 +9,7 @@
 
 #define TILE_ROWS 6      // With 12 sums of 8 columns, the 16 registers are almost full.
 #define TILE_COLUMNS 16  // Two vectors.
-#define BAND 192         // Pixels whose values stay in the cache, or one row of more.
+#define BAND 192         // Pixels per band at most, so that they stay in the cache; a longer row is a band.
 
 // Part of the output: all rows of some images, or some rows of one.
 typedef struct {

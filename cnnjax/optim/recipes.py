@@ -53,7 +53,7 @@ class SGD(Optimizer):
 class Muon(Optimizer):
     """Muon for convolution kernels, SGD for all other parameters; weight decay of the latter, within the momentum.
 
-    Parameters of four dimensions are taken for kernels [I J C K], except for [1 1 1 K]. Each keeps the norm sqrt(K).
+    Parameters of four dimensions are treated as kernels [I J C K], except [1 1 1 K]. Each keeps the norm sqrt(K).
 
     Source: Keller Jordan, "Muon: An optimizer for hidden layers in neural networks" (2024), and airbench94_muon.
     """

@@ -150,7 +150,8 @@ def train_seeds(
                     return run.finished_result()
             except UserError as error:  # The others need not wait for a correction.
                 say(f"seed {config.seed}: {error}")
-                return error
+                kind = next(cls for cls in (StorageError, NonFiniteLossError, UserError) if isinstance(error, cls))
+                return kind(str(error))  # The traceback of `error` holds the state of the training.
             finally:
                 free.put(group)
 
@@ -200,6 +201,5 @@ def _results(outcomes: Sequence[Result | UserError], seeds: Sequence[int]) -> li
     failed = {seed: x for seed, x in zip(seeds, outcomes, strict=True) if isinstance(x, UserError)}
     if failed:
         first, names = next(iter(failed.values())), ", ".join(map(str, failed))
-        kind = next(cls for cls in (StorageError, NonFiniteLossError, UserError) if isinstance(first, cls))
-        raise kind(f"{len(failed)} of {len(seeds)} seeds failed: {names}. The first: {first}") from first
+        raise type(first)(f"{len(failed)} of {len(seeds)} seeds failed: {names}. The first: {first}")
     return [x for x in outcomes if not isinstance(x, UserError)]

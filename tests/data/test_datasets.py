@@ -23,7 +23,7 @@ from cnnjax.data import prepared as data
 from cnnjax.data.cache import CACHE
 from cnnjax.data.datasets import load_dataset
 from cnnjax.data.folders import default_data_dir, prepared_folder
-from cnnjax.data.image_files import fit_image
+from cnnjax.data.image_files import decode_image, fit_image
 from cnnjax.data.named import NAMED_SETS
 from cnnjax.data.stored import Examples, digest
 from cnnjax.data.tfds_format import write_tfds
@@ -654,6 +654,12 @@ def test_images_of_all_modes_have_their_colors(stream, tmp_path):
         expected = sorted(color for _, _, color in kinds)
         assert np.abs(np.array(sorted(image[:, 0, 0].tolist())) - expected).max() <= 2  # JPEG rounds.
         assert (image == image[:, :1, :1]).all()
+
+
+def test_gray_images_of_a_set_with_alpha_are_opaque():
+    for channels, expected in ((4, (7, 7, 7, 255)), (3, (7, 7, 7)), (None, (7,))):
+        image = decode_image(png(2, 2).read(), channels)
+        np.testing.assert_array_equal(image, np.broadcast_to(expected, (2, 2, len(expected))))
 
 
 def test_which_cached_images_are_used_does_not_depend_on_earlier_calls(tmp_path):

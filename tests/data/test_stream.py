@@ -181,8 +181,9 @@ def test_too_few_open_files_are_no_damage(data_dir):
         assert len(records.read([0])) == 1
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    message = str(records._damage("open() failed: Too many open files; opening a", 0))
-    assert "must be readable, got open() failed: Too many open files" in message and "(ulimit -n)" in message
+    for where, fix in (("", "Raise the number of files that a process may open (ulimit -n)."), (" in system", "Close")):
+        message = str(records._damage(f"open() failed: Too many open files{where}; opening a", 0))
+        assert f"must be readable, got open() failed: Too many open files{where}; opening a. {fix}" in message
 
 
 def test_a_record_is_found_in_its_file(data_dir):
