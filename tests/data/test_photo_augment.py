@@ -141,12 +141,11 @@ def test_each_image_gets_its_own_operations():
     images = jnp.asarray(np.broadcast_to(image, (count, *image.shape)), jnp.float32)
     keys = jax.random.split(jax.random.key(1), count)
     got = np.asarray(jax.jit(partial(rand_augment, num_ops=1, magnitude=20.0))(keys, images))
-    known = {
-        np.asarray(apply_op_jit(images[0], jnp.asarray(op), jnp.float32(sign), 20.0)).round(2).tobytes(): (op, sign)
-        for op in range(len(OPS))
-        for sign in (1, -1)
-    }
-    counts = np.bincount([known[x.tobytes()][0] for x in got.round(2)], minlength=len(OPS))
+    ways = [(op, sign) for op in range(len(OPS)) for sign in (1, -1)]
+    known = np.stack([apply_op_jit(images[0], jnp.asarray(op), jnp.float32(sign), 20.0) for op, sign in ways])
+    differences = [np.abs(known - x).max((1, 2, 3)) for x in got]  # The two programs may round differently.
+    assert max(x.min() for x in differences) < 1e-3
+    counts = np.bincount([ways[x.argmin()][0] for x in differences], minlength=len(OPS))
     assert counts.min() > 10 and counts.max() < 60  # 29 are expected.
 
 
