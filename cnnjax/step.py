@@ -235,7 +235,7 @@ def init_optimizer(tx: optax.GradientTransformation, params: PyTree) -> Any:
     seen = {*map(id, jax.tree.leaves(params))}
 
     def own(x: Any) -> Any:
-        y = jnp.copy(x) if id(x) in seen else x
+        y = jnp.copy(x) if isinstance(x, jax.Array) and id(x) in seen else x
         seen.add(id(x))
         return y.astype(y.dtype) if getattr(y, "weak_type", False) else y
 

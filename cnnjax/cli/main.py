@@ -47,7 +47,7 @@ class Data:
         """
         from cnnjax.data.datasets import is_path, load_dataset
         from cnnjax.data.folders import absolute, default_data_dir
-        from cnnjax.data.tfds_format import count_examples
+        from cnnjax.data.tfds_format import inspect_set
 
         data_dir = default_data_dir() if self.data_dir is None else absolute(self.data_dir)
         if is_path(self.dataset, data_dir, print):
@@ -60,8 +60,9 @@ class Data:
         dataset = load_dataset(name, data_dir)
         folder: Any = dataset.folder  # Not None, because the set has a name.
         print(f"{dataset.name}, from {dataset.source}, in {folder}")
+        counts, _ = inspect_set(folder)
         for split, sha256 in dataset.sha256.items():
-            shape = "×".join(map(str, (count_examples(folder, split), *dataset.image_shape)))
+            shape = "×".join(map(str, (counts[split], *dataset.image_shape)))
             print(f"  {split}: {shape}, SHA-256 {sha256}")
         _print_classes(dataset.class_names)
 
@@ -73,17 +74,17 @@ def _print_if_of_several_sizes(name: str, data_dir: Path) -> bool:
     """
     from cnnjax.data.named import NAMED_SETS
     from cnnjax.data.prepared import prepare_tfds
-    from cnnjax.data.tfds_format import class_names, count_examples, inspect_set
+    from cnnjax.data.tfds_format import class_names, inspect_set
 
     if name.partition(":")[0] in NAMED_SETS:
         return False
     folder = prepare_tfds(name, data_dir, print)
-    splits, one_size = inspect_set(folder)
+    counts, one_size = inspect_set(folder)
     if one_size:
         return False
     print(f"{name}, in {folder}")
-    for split in splits:
-        print(f"  {split}: {count_examples(folder, split)} images of any size")
+    for split, count in counts.items():
+        print(f"  {split}: {count} images of any size")
     _print_classes(class_names(folder))
     return True
 

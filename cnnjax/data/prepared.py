@@ -17,6 +17,7 @@ from cnnjax.data.cache import (
     write_arrays,
     write_facts,
 )
+from cnnjax.data.description import read_description
 from cnnjax.data.folders import check_free, exclusive, prepared_folder, publish, staging, versions
 from cnnjax.data.image_folder import FILES, pixels_of, prepare_folder
 from cnnjax.data.named import NAMED_SETS
@@ -26,7 +27,6 @@ from cnnjax.data.tfds_format import (
     class_names,
     decode,
     inspect_set,
-    read_description,
     write_tfds,
 )
 from cnnjax.data.tfds_prepare import check_preparable, prepare_other
@@ -193,7 +193,8 @@ def _streamed(wanted: _Wanted, folder: Path, source: str, locked: bool = False) 
     from cnnjax.data.records import Records
     from cnnjax.data.stream_index import index_folder, stream_splits
 
-    available, one_size = inspect_set(folder)
+    counts, one_size = inspect_set(folder)
+    available = tuple(counts)
     stored_fit = Fit() if one_size else wanted.fit
     cache = folder / _cache_name(stored_fit)
     splits = {split: Records(folder, split, stored_fit, wanted.final) for split in wanted.decoded(available)}
@@ -324,7 +325,8 @@ def _not_writable(data_dir: Path, error: OSError) -> UserError:
 def _decode_all(wanted: _Wanted, folder: Path, source: str) -> StoredSet:
     """Decodes and verifies the splits, and caches the arrays and the facts next to the shards."""
     wanted.say(f"decoding {wanted.name} {folder.name} (once)")
-    available, one_size = inspect_set(folder)
+    counts, one_size = inspect_set(folder)
+    available = tuple(counts)
     cache, fit = folder / (CACHE if one_size else _cache_name(wanted.fit)), Fit() if one_size else wanted.fit
     files: list[str] = []
     decoded = {

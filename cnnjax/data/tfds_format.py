@@ -7,8 +7,6 @@ features and integer keys that is given PNG bytes writes the same records in the
 import contextlib
 import errno
 import io
-import json
-import math
 import os
 import struct
 import sys
@@ -34,6 +32,7 @@ _NO_DAMAGE = {
     errno.ENFILE: "Close other programs.",  # Its text begins with that of EMFILE, so it is looked for first.
     errno.EMFILE: "Raise the number of files that a process may open (ulimit -n).",
     errno.EACCES: "Fix its permissions.",
+    errno.EPERM: "Fix its permissions.",
     errno.EIO: "Check the disk.",
 }
 
@@ -54,55 +53,14 @@ class SplitFeatures(NamedTuple):
     channels: int | None  # None: as many as each image has.
 
 
-def inspect_set(folder: Path) -> tuple[tuple[str, ...], bool]:
-    """Returns the splits of a prepared tfds directory, and whether its description states the size of its images."""
+def inspect_set(folder: Path) -> tuple[dict[str, int], bool]:
+    """Returns the number of examples of each split of a prepared set, and whether it states the size of its images."""
     builder = open_builder(folder)
     features = builder.info.features
     image_name, _ = _image_and_label(builder)
     shape = getattr(features[image_name], "shape", ()) if image_name in features else ()
-    return tuple(builder.info.splits), None not in (shape or ())[:2]
-
-
-def count_examples(folder: Path, split: str) -> int:
-    """Returns the number of examples that the description of a prepared tfds directory states."""
-    return open_builder(folder).info.splits[split].num_examples
-
-
-class Description(NamedTuple):
-    """What the description of a prepared tfds directory states.
-
-    Attributes:
-      counts: the number of examples of each split.
-      image_shape: (H, W, C); None for each number that is not stated.
-      file_format: "array_record", "tfrecord" or another one.
-    """
-
-    counts: dict[str, int]
-    image_shape: tuple[int | None, ...]
-    file_format: str
-
-    def decoded_bytes(self, splits: Sequence[str], fit: Fit) -> int:
-        """Returns the bytes of the images of some splits in one shape by `fit`; 0 if their size is not stated."""
-        height, width, channels = [n or 0 for n in self.image_shape]
-        return sum(self.counts.get(split, 0) for split in splits) * math.prod(fit.shape_of((height, width, channels)))
-
-
-def read_description(folder: Path) -> Description | None:
-    """Returns the description, or None if it is damaged, which is reported later, or has an old form.
-
-    Does not import tfds, because every start calls this.
-    """
-    with contextlib.suppress(Exception):
-        with open_regular(folder / "dataset_info.json") as file:
-            info = json.load(file)
-        with open_regular(folder / "features.json") as file:
-            features = json.load(file)["featuresDict"]["features"]
-        counts = {split["name"]: sum(map(int, split["shardLengths"])) for split in info["splits"]}
-        keys = [item["featureKey"] for item in info.get("supervisedKeys", {}).get("tuple", {}).get("items", [])]
-        shape = features[keys[0] if len(keys) == 2 else "image"]["image"]["shape"]["dimensions"]
-        height, width, channels = [int(n) if int(n) > 0 else None for n in shape]
-        return Description(counts, (height, width, channels), info.get("fileFormat") or "tfrecord")
-    return None
+    counts = {name: split.num_examples for name, split in builder.info.splits.items()}
+    return counts, None not in (shape or ())[:2]
 
 
 def decode(
