@@ -147,8 +147,9 @@ def parse_mesh(text: str) -> tuple[int, int]:
     Raises:
       UserError: it has another form.
     """
-    named = dict(re.findall(r"(data|model)=([1-9]\d{0,5})", text))
-    valid = sorted(text.split(",")) == sorted(f"{axis}={size}" for axis, size in named.items()) and named
+    given = text if isinstance(text, str) else ""
+    named = dict(re.findall(r"(data|model)=([1-9]\d{0,5})", given))
+    valid = sorted(given.split(",")) == sorted(f"{axis}={size}" for axis, size in named.items()) and named
     check("mesh", "sizes of the axes data and model, such as data=8 or data=4,model=2", bool(valid), repr(text))
     return int(named.get("data", 1)), int(named.get("model", 1))
 

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
+
 from cnnjax.ahead import prepared_ahead
 from cnnjax.cli.console import Report
 from cnnjax.cli.process import start_jax
@@ -193,7 +195,8 @@ def _check_options(resume: Any, profile: Any, checkpoint_seconds: Any, devices: 
     check("profile", "two numbers of steps, or None", profile is None or is_range(profile), repr(profile))
     seconds = isinstance(checkpoint_seconds, int | float) and checkpoint_seconds >= 0
     check("checkpoint_seconds", "a number of at least 0", seconds, repr(checkpoint_seconds))
-    some = devices is None or (hasattr(devices, "__len__") and len(devices) > 0)
-    check("devices", "a sequence of devices, or None", some, repr(devices))
+    some = isinstance(devices, Sequence) and all(isinstance(device, jax.Device) for device in devices)
+    valid = devices is None or (some and len({*devices}) == len(devices) > 0)
+    check("devices", "a sequence of different devices, or None", valid, repr(devices))
     for name, callback in callbacks.items():
         check(name, "a function or None", callback is None or callable(callback), repr(callback))

@@ -423,8 +423,10 @@ def test_another_value_of_resume(value, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"devices": jax.devices()[0]}, "`devices` must be a sequence of devices, or None, got "),
-        ({"devices": []}, r"`devices` must be a sequence of devices, or None, got \[\]"),
+        ({"devices": jax.devices()[0]}, "`devices` must be a sequence of different devices, or None, got "),
+        ({"devices": []}, r"`devices` must be a sequence of different devices, or None, got \[\]"),
+        ({"devices": ["cpu"]}, "`devices` must be a sequence of different devices, or None, got .'cpu'"),
+        ({"devices": 2 * jax.devices()[:1]}, "`devices` must be a sequence of different devices, or None, got "),
         ({"profile": 10}, "`profile` must be two numbers of steps, or None, got 10"),
         ({"checkpoint_seconds": -1.0}, "`checkpoint_seconds` must be a number of at least 0, got -1.0"),
         ({"checkpoint_seconds": float("nan")}, "`checkpoint_seconds` must be a number of at least 0, got nan"),

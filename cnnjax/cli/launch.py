@@ -117,7 +117,7 @@ class _Children:
 
     def start(self) -> None:
         """Starts all."""
-        address = f"127.0.0.1:{_free_port()}"
+        address = f"127.0.0.1:{free_port()}"
         read, self._pipe = os.pipe()
         pipe = f"{read}:{os.fstat(read).st_ino}"
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
@@ -199,10 +199,11 @@ def share(cores: Sequence[int], index: int, count: int) -> list[int]:
     return list(cores[index * len(cores) // count : (index + 1) * len(cores) // count])
 
 
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+def free_port() -> int:
+    """Returns a port of this machine that is free now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def _prefix(stream: IO[bytes], prefix: str) -> None:

@@ -196,7 +196,7 @@ def _status(run: Callable[[], Any], resumable: bool) -> Any:
     except SystemExit as stopped:  # Of tyro.
         return stopped.code
     except Interrupted as stop:
-        message, status = f"{stop} Resume with:\n  {_resume_command()}", REQUEUE
+        message, status = f"{stop} {_how_to_resume()}".rstrip(), REQUEUE
     except OutputError as error:
         if error.errno == errno.EPIPE:  # As in `cnnjax runs | head -1`.
             return 128 + signal.SIGPIPE  # The status of programs that it ends.
@@ -223,8 +223,19 @@ def _status(run: Callable[[], Any], resumable: bool) -> Any:
     return status
 
 
+def _how_to_resume() -> str:
+    """Returns the command of this process with --resume, or that of make if it was started by the Makefile.
+
+    Of several processes that were started together, the first one says it.
+    """
+    from cnnjax.cli.launch import is_launched
+
+    if is_launched() and os.environ.get("JAX_PROCESS_ID") != "0":
+        return ""
+    return f"Resume with:\n  {_resume_command()}"
+
+
 def _resume_command() -> str:
-    """Returns the command of this process with --resume, or that of make if it was started by the Makefile."""
     encoding, resume = sys.stderr.encoding, [] if "--resume" in sys.orig_argv else ["--resume"]
     if (own := os.environ.get("CNNJAX_MAKE")) is None:
         # As it was typed; the console script is started by way of python.

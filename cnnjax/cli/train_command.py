@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -105,6 +106,7 @@ class Train:
         from cnnjax.runs.profile import parse_steps
         from cnnjax.runs.seeds import parse_seeds, train_seeds, use_cores
         from cnnjax.runs.statistics import describe
+        from cnnjax.sharding import parse_mesh
         from cnnjax.train import train_and_evaluate
 
         seeds = None if self.seeds is None else parse_seeds(self.seeds)
@@ -113,7 +115,7 @@ class Train:
         rule = "left out with several processes: start one job for each seed"
         check("seeds", rule, seeds is None or hosts.count == 1, self.seeds)
         if seeds is not None:
-            use_cores(len(seeds))
+            use_cores(len(seeds) * (1 if self.mesh is None else math.prod(parse_mesh(self.mesh))))
         report = Report() if hosts.leads else Report(quiet=True)
         use_compilation_cache(report.say)
         options: Any = {"data_dir": self.data_dir, "resume": self.resume, "report": report}

@@ -120,7 +120,7 @@ class StreamedImages:
 
     def read(self) -> UInt8[np.ndarray, "N H W C"]:
         """Returns the images in memory."""
-        result, size = np.empty(self.shape, np.uint8), self._chunk()
+        result, size = np.empty(self.shape, np.uint8), self.records.chunk
         with self.batches(PlainOrder(len(self), size, np.arange(size))) as batches:
             for i in range(0, len(self), size):
                 result[i : i + size] = next(batches)["image"][: len(self) - i]
@@ -129,11 +129,8 @@ class StreamedImages:
     @property
     def stored(self) -> Iterator[UInt8[np.ndarray, "H2 W2 C2"]]:
         """Each image as it is stored, before it is brought to the shape that a network gets."""
-        for i in range(0, len(self), size := self._chunk()):
+        for i in range(0, len(self), size := self.records.chunk):
             yield from (record.image for record in self.records.read(self.index[i : i + size]))
-
-    def _chunk(self) -> int:
-        return self.records.chunk
 
     def batches(
         self,

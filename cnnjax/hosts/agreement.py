@@ -45,7 +45,7 @@ class Agreement:
             self._stop, self._save = stop, save
             if self._request == self._done:
                 self._arrived = boundary
-                if (stop is not None or save) and not self.asked.is_set():
+                if stop is not None or save:
                     self.asked.set()
                 return None, False
             while self._decision is None:

@@ -80,8 +80,8 @@ def connect(
       UserError: an argument is wrong or missing, or not all processes came.
     """
     global _hosts  # noqa: PLW0603
-    check("host_timeout", "at least 1 second", host_timeout >= 1, host_timeout)
-    check("connect_timeout", "positive", connect_timeout > 0, connect_timeout)
+    check("host_timeout", "from 1 to 1e6 seconds", 1 <= host_timeout <= 1e6, host_timeout)
+    check("connect_timeout", "positive, and at most 1e6 seconds", 0 < connect_timeout <= 1e6, connect_timeout)
     if jax.distributed.is_initialized():
         check_same("num_processes", num_processes, distributed.global_state.num_processes)
         check_same("process_id", process_id, distributed.global_state.process_id)

@@ -12,6 +12,7 @@ from jax._src import distributed
 from cnnjax.cli.signals import REQUEUE
 from cnnjax.errors import UserError, describe
 from cnnjax.hosts.watch import Watch
+from cnnjax.runs.files import changes
 
 T = TypeVar("T")
 
@@ -61,13 +62,17 @@ class Hosts:
         """Raises a `UserError` that names a parameter, unless process 0 has the same value.
 
         Args:
-          value: what JSON can represent, perhaps with tuples.
+          value: what JSON can represent, perhaps with tuples; of nested dicts, the message names what differs.
         """
         if self._watch is None:
             return
         here, there = json.loads(json.dumps(value)), self.share(lambda: value)
         if here != there:
             place = f"process {self.index} on {self.names[self.index]}"
+            if isinstance(here, dict) and isinstance(there, dict):
+                pairs = changes(there, here).items()
+                listed = "; ".join(f"`{key}` is {x!r} in process 0, and {y!r} in {place}" for key, (x, y) in pairs)
+                raise UserError(f"`{name}` must be {rule}, but {listed}.")
             raise UserError(f"`{name}` must be {rule}, got {there!r} in process 0, and {here!r} in {place}.")
 
     def barrier(self, name: str) -> None:
@@ -116,14 +121,15 @@ class Hosts:
         if self._closed:
             return
         self._closed = True
-        together = error is None or (self._stopped and isinstance(error, KeyboardInterrupt))
+        if self._stopped and isinstance(error, KeyboardInterrupt):
+            error = None  # All stop together.
         if self._watch is not None:
-            if together:
+            if error is None:
                 self._watch.leave()
-            elif error is not None:
+            else:
                 self.explain(error)
                 self._watch.tell(*_reason(error))
-        if not together and self.count > 1:
+        if error is not None and self.count > 1:
             _abandon()
         elif self._owned:
             jax.distributed.shutdown()
@@ -144,14 +150,14 @@ class Hosts:
         self.close(error)
 
 
-def _reason(error: BaseException | None) -> tuple[str, int]:
+def _reason(error: BaseException) -> tuple[str, int]:
     if isinstance(error, UserError):
         return str(error), 2
     if isinstance(error, KeyboardInterrupt):
         return str(error) or "interrupted.", REQUEUE
     if isinstance(error, SystemExit):
         return "it has called sys.exit.", error.code if isinstance(error.code, int) else 1
-    return describe(error) if error is not None else "", 1
+    return describe(error), 1
 
 
 def _abandon() -> None:

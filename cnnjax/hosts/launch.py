@@ -1,10 +1,10 @@
 """What the arguments, the environment and the scheduler say about the processes of a run."""
 
 import re
-import socket
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from cnnjax.cli.launch import free_port
 from cnnjax.errors import UserError, check, for_reader
 
 VARIABLES = {
@@ -105,7 +105,7 @@ def plan_launch(
         process_id = scheduler.process_id if process_id is None else process_id
     if num_processes == 1:
         process_id = 0 if process_id is None else process_id
-        coordinator = f"localhost:{_free_port()}" if coordinator is None else coordinator
+        coordinator = f"localhost:{free_port()}" if coordinator is None else coordinator
     can_ask = scheduler is not None and scheduler.method != ""
     values = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     missing = [name for name, value in values.items() if value is None]
@@ -137,9 +137,3 @@ def split_address(address: str) -> tuple[str, int]:
     if match is None or not 0 < int(match[2]) < 2**16:
         raise UserError(f"`coordinator` must be HOST:PORT, where process 0 will listen, got {address!r}.")
     return match[1].strip("[]"), int(match[2])
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]

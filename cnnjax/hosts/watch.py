@@ -6,6 +6,7 @@ not with its square. One thread talks; a second one watches the clock, because a
 does not answer.
 """
 
+import atexit
 import json
 import os
 import sys
@@ -21,7 +22,10 @@ from cnnjax.hosts.agreement import Agreement, Decision, Requests
 
 _TICK = 0.2  # Seconds between two exchanges.
 _SUSPICION = 5.0  # Seconds of silence that are enough once a collective has failed.
-_FAREWELL = 5.0  # Seconds for the others to read why process 0 ends.
+_FAREWELL = 5.0  # Seconds for the others to read why process 0 ends, and to end.
+
+# What a process has done: called `leave`; learned that all have left, or why the run ends; reached its own end.
+_LEFT, _KNOWS, _ENDING = 1, 2, 3
 
 
 class Watch:
@@ -42,7 +46,7 @@ class Watch:
         self._said: dict[int, dict[str, Any]] = {}  # What each process said last.
         self._heard = dict.fromkeys(range(len(names)), time.monotonic())  # When it said something new.
         self._word: dict[str, Any] = {}  # What process 0 said last.
-        self._phase = 0  # 1: has left, 2: knows that all have left, or why the run ends.
+        self._phase = 0  # Or one of those above.
         self._ended: dict[str, Any] | None = None  # Why this process ends.
         self._suspects = False
         self._beat = 0
@@ -62,7 +66,7 @@ class Watch:
 
     def leave(self) -> None:
         """Waits until all processes have called this, and know it."""
-        self._phase = 1
+        self._phase = _LEFT
         self.agreement.asked.set()
         self.left.wait()
         self.ending = True
@@ -75,7 +79,10 @@ class Watch:
             self.ending = True
         self._ended = {"process": self._index, "message": message, "code": code}
         self.agreement.asked.set()
-        self._answered.wait(min(_FAREWELL, self._timeout))
+        if self._index == 0:
+            self._wait_for_others()
+        elif self._answered.wait(min(_FAREWELL, self._timeout)):
+            atexit.register(_try, self._say_goodbye)
         self.close()
 
     def explain(self) -> None:
@@ -128,7 +135,7 @@ class Watch:
         decision = word.get("decision")
         self.agreement.see(word.get("request", 0), decision and Decision(*decision))
         if word.get("ended") or word.get("left"):
-            self._phase = 2
+            self._phase = _KNOWS
             self._set(f"process/{self._index}", self._entry())
             self._answered.set()
             if word.get("ended"):
@@ -159,7 +166,7 @@ class Watch:
         self._set("word/0", word)
         if word["left"]:
             self.left.set()
-        if (word["ended"] or word["left"]) and all(entry["phase"] == 2 for entry in entries[1:]):
+        if (word["ended"] or word["left"]) and all(entry["phase"] >= _KNOWS for entry in entries[1:]):
             self._answered.set()
         if word["ended"] and self._ended is None:
             self._ended = word["ended"]
@@ -210,26 +217,35 @@ class Watch:
 
     def _end(self, process: int, message: str, code: int, lost: bool = False) -> None:
         """Ends this process because of another, unless it is ending for a reason of its own."""
-        if self._index == 0:  # The others could not read the reason afterwards.
-            self._wait_until_told(except_for=process if lost else None)
-            if not lost:  # Without process 0, jax would fill the terminal of the one whose message matters.
-                time.sleep(min(1, self._timeout / 3))
+        if self._index == 0:
+            self._wait_for_others(except_for=process if lost else None)
         with self._exit_lock:
             if self.ending:
                 return
+            if self._index and not (lost and process == 0):
+                _try(self._say_goodbye)
             if process == self._index:  # It was stopped, by SIGSTOP or with its host, and continued.
                 message = f"This process was silent, and the others have stopped: {message}"
             elif not lost:
                 message = f"Process {process} (host {self._names[process]}) ended: {message}"
             exit_now(message, code)
 
-    def _wait_until_told(self, except_for: int | None) -> None:
+    def _wait_for_others(self, except_for: int | None = None) -> None:
+        """Lets the others, except for a lost one, read why the run ends and end first, within some seconds.
+
+        Without process 0 they could not read it, and jax would fill the terminal of one whose message matters.
+        """
         deadline = time.monotonic() + min(_FAREWELL, self._timeout)
         while time.monotonic() < deadline:
-            others = [entry for i, entry in self._said.items() if i not in (0, except_for)]
-            if self._word.get("ended") and all(entry["phase"] == 2 for entry in others):
+            others = [self._said.get(i, {}) for i in range(1, len(self._names)) if i != except_for]
+            if all(entry.get("phase") == _ENDING for entry in others):
+                time.sleep(min(1, self._timeout / 3) if except_for is None else 0)  # Their interpreters take a moment.
                 return
             time.sleep(self._tick / 10)
+
+    def _say_goodbye(self) -> None:
+        self._phase = _ENDING
+        self._set(f"process/{self._index}", self._entry())
 
 
 def exit_now(message: str, code: int) -> None:

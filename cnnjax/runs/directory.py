@@ -169,7 +169,9 @@ def open_run(
     """
     check_path(run_dir)
     hosts, encoded = hosts or alone(), encode(config)  # Nothing is written for a configuration that cannot be.
-    hosts.check_same("config", "the same in all processes", [str(run_dir.absolute()), encoded, resume])
+    for name, value in (("run_dir", str(run_dir.absolute())), ("resume", resume), ("config", encoded)):
+        hosts.check_same(name, "the same in all processes", value)
+    hosts.barrier("the run is the same")  # Otherwise process 0 would create the directory.
     if not hosts.leads:
         with ExitStack() as stack:
             stop = stop or stack.enter_context(stop_signals())

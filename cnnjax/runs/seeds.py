@@ -119,7 +119,8 @@ def train_seeds(
         weights = load_network_weights(config, report.say)
         dataset = load_data(config, data_dir, report.say, version=version, weights=weights, stream=stream)
     devices, size = jax.local_devices(), math.prod(parse_mesh(mesh)) if mesh is not None else 1
-    check("mesh", f"of at most the {len(devices)} devices of this process", size <= len(devices), mesh)
+    rule = f"of at most the {len(devices)} device{'s' if len(devices) > 1 else ''} of this process"
+    check("mesh", rule, size <= len(devices), mesh)
     groups = [devices[i : i + size] for i in range(0, len(devices) - size + 1, size)]
     free: SimpleQueue[Any] = SimpleQueue()
     for group in groups:
