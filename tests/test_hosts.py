@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from cnnjax.cli.launch import free_port
 from cnnjax.errors import UserError
 from cnnjax.hosts import alone, connect
 from cnnjax.hosts.agreement import Agreement, Requests
@@ -21,12 +22,6 @@ from cnnjax.hosts.meeting import meet
 
 PROGRAM = Path(__file__).parent / "programs" / "hosts.py"
 TIMEOUT = 3  # Seconds.
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]
 
 
 class Processes:

@@ -186,6 +186,8 @@ def _run(parse: Callable[[], Any], resumable: bool, process_ends: bool = False) 
         status, flushed = _status(run, resumable), _status(sys.stdout.flush, resumable)
         write_exit_code(status or flushed or 0)
     if status or flushed:
+        if "cnnjax.hosts" in sys.modules:
+            sys.modules["cnnjax.hosts"].end_process(status or flushed)
         raise SystemExit(status or flushed)
 
 

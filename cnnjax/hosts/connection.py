@@ -124,6 +124,15 @@ def connect(
     return _hosts
 
 
+def end_process(code: int) -> None:
+    """Ends this process at once if the others wait for its end; else returns. Call it after the last message.
+
+    They do not wait long: they might be gone before Python has cleaned up here, and jax would fill the terminal.
+    """
+    if _hosts is not None and _hosts._watch is not None:
+        _hosts._watch.exit(code)
+
+
 def check_same(name: str, value: int | None, connected: int) -> None:
     """Raises a `UserError` if jax is connected with another value than that of an argument."""
     valid = value is None or value == connected

@@ -134,6 +134,11 @@ class Hosts:
         elif self._owned:
             jax.distributed.shutdown()
 
+    def before_end(self, clean_up: Callable[[], object]) -> None:
+        """Calls a function, in place of an earlier one, if this process is ended because of another."""
+        if self._watch is not None:
+            self._watch.clean_up = clean_up
+
     @contextmanager
     def telling(self) -> Iterator[None]:
         """Closes with the exception that leaves the context, but not without one."""

@@ -35,12 +35,15 @@ class Watch:
       agreement: see `Agreement`.
       left: set once all processes have called `leave`.
       ending: whether this process ends by itself, for its own reason.
+      has_told: whether process 0 knows the reason, and waits for the end of this process.
+      clean_up: called before this process is ended because of another.
     """
 
     def __init__(self, client: Any, index: int, names: tuple[str, ...], *, timeout: float, prefix: str):
         self.agreement = Agreement()
         self.left = threading.Event()
-        self.ending = False
+        self.ending = self.has_told = False
+        self.clean_up: Callable[[], object] = lambda: None
         self._client, self._index, self._names, self._timeout, self._prefix = client, index, names, timeout, prefix
         self._requests = Requests()
         self._said: dict[int, dict[str, Any]] = {}  # What each process said last.
@@ -83,7 +86,14 @@ class Watch:
             self._wait_for_others()
         elif self._answered.wait(min(_FAREWELL, self._timeout)):
             atexit.register(_try, self._say_goodbye)
+            self.has_told = True
         self.close()
+
+    def exit(self, code: int) -> None:
+        """Ends this process at once if it has told the others why it ends; see `end_process`."""
+        if self.has_told:
+            _try(self._say_goodbye)
+            exit_now("", code)
 
     def explain(self) -> None:
         """Waits until a process that has caused an error is found, which ends this one; returns if there is none."""
@@ -228,6 +238,7 @@ class Watch:
                 message = f"This process was silent, and the others have stopped: {message}"
             elif not lost:
                 message = f"Process {process} (host {self._names[process]}) ended: {message}"
+            _try(self.clean_up)
             exit_now(message, code)
 
     def _wait_for_others(self, except_for: int | None = None) -> None:
@@ -250,7 +261,7 @@ class Watch:
 
 def exit_now(message: str, code: int) -> None:
     """Ends the process at once, without cleaning up: its main thread may wait for another process forever."""
-    say, leave = (lambda: print(message, file=sys.stderr)), (lambda: write_exit_code(code))
+    say, leave = (lambda: print(message, file=sys.stderr) if message else None), (lambda: write_exit_code(code))
     for write in (say, leave, sys.stderr.flush, sys.stdout.flush):
         _try(write)
     os._exit(code)

@@ -104,6 +104,7 @@ class OpenRun:
         check_data(self.run_dir, facts)
         if self.hosts.leads:
             self._check_longer()
+        self.hosts.barrier("the data are the same")  # Otherwise process 0 would write.
         self._stack.enter_context(self.stop.held())
         session = self._begin_session(environment | self.code.facts) if self.hosts.leads else {}
         self.hosts.barrier("the session has begun")
@@ -171,7 +172,7 @@ def open_run(
     hosts, encoded = hosts or alone(), encode(config)  # Nothing is written for a configuration that cannot be.
     for name, value in (("run_dir", str(run_dir.absolute())), ("resume", resume), ("config", encoded)):
         hosts.check_same(name, "the same in all processes", value)
-    hosts.barrier("the run is the same")  # Otherwise process 0 would create the directory.
+    hosts.barrier("the run is the same")  # Otherwise process 0 would create a directory.
     if not hosts.leads:
         with ExitStack() as stack:
             stop = stop or stack.enter_context(stop_signals())
@@ -191,6 +192,7 @@ def open_run(
     is_new = not (run_dir / LOCK).exists()
     with ExitStack() as stack:
         stack.callback(_remove_empty, new)
+        hosts.before_end(lambda: (_release(lock, run_dir, is_new), _remove_empty(new)))
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             lock.acquire()
