@@ -11,6 +11,11 @@ ARGS ?=
 PYTHON ?= python3
 BIN := .venv/bin
 
+# A misspelt name would train something else. A name with an underscore is passed on, such as CUDA_VISIBLE_DEVICES=0.
+VARIABLES := DATASET MODEL SEED EXPERIMENT ARGS PYTHON BIN NVIDIA PROCESSES RUN IMAGES DIR SHELL
+$(foreach name,$(.VARIABLES),$(if $(and $(findstring command,$(origin $(name))),$(if $(findstring _,$(name)),,yes)),\
+	$(if $(filter $(name),$(VARIABLES)),,$(error make has no variable $(name). There are $(VARIABLES)))))
+
 # The processes of train-distributed.
 PROCESSES ?= 2
 
@@ -68,17 +73,21 @@ else
 	@exec $(BIN)/cnnjax train --dataset $(QUOTED_DATASET) --model '$(subst ','\'',$(MODEL))' --seed $(SEED) $(ARGS)
 endif
 
+# The value of a variable that must be given: $(call given,RUN,runs/cifar10_fast-seed0)
+given = '$(subst ','\'',$(or $($1),$(error Name it: make $@ $1=$2)))'
+QUOTED_RUN = $(call given,RUN,runs/cifar10_fast-seed0)
+
 eval: setup
-	@$(BIN)/cnnjax eval '$(subst ','\'',$(RUN))' $(ARGS)
+	@$(BIN)/cnnjax eval $(QUOTED_RUN) $(ARGS)
 
 predict: setup
-	@$(BIN)/cnnjax predict '$(subst ','\'',$(RUN))' $(IMAGES) $(ARGS)
+	@$(BIN)/cnnjax predict $(QUOTED_RUN) $(IMAGES) $(ARGS)
 
 report: setup
-	@$(BIN)/cnnjax report '$(subst ','\'',$(RUN))' $(ARGS)
+	@$(BIN)/cnnjax report $(QUOTED_RUN) $(ARGS)
 
 export: setup
-	@$(BIN)/cnnjax export '$(subst ','\'',$(RUN))' '$(subst ','\'',$(DIR))' $(ARGS)
+	@$(BIN)/cnnjax export $(QUOTED_RUN) $(call given,DIR,exported) $(ARGS)
 
 data: setup
 	@$(BIN)/cnnjax data $(QUOTED_DATASET) $(ARGS)

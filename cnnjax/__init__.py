@@ -45,6 +45,8 @@ with _epy.lazy_api_imports(globals()):  # `cnnjax --help` does not wait for jax.
     from cnnjax.train import train_and_evaluate
     from cnnjax.typing import Batch
 
+__version__ = "0.1.0"
+
 __all__ = [
     "CNN",
     "MLP",

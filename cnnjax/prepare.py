@@ -194,7 +194,16 @@ def set_up(
         augment_key=augment_key,
         placement=placement,
     )
-    check_step(setup, check_parts(setup))
+    shapes = check_parts(setup)
+    device = placement.device
+    shared = f" ({placement.num_devices} share a batch: {placement})" if placement.num_devices > 1 else ""
+    kernels_used = f", {kernels()}" if device.platform == "cpu" else ""
+    say(
+        f"{title}: {word(type(config.model))} ({count_params(shapes):,} parameters) on {dataset.name} "
+        f"({dataset.source}), {len(train.label):,} training and {len(validation.label):,} validation images, on "
+        f"{device_name(device)}{kernels_used}{shared}"
+    )
+    check_step(setup, shapes)
     state = init_run(init_key, jnp.zeros((1, *image_shape)), program=program)
     if weights is not None:
         with user_code("`model.variables_from_torch`"):
@@ -204,14 +213,6 @@ def set_up(
         with user_code("`model.init_from_data`"), explain_out_of_memory():
             state = init_from_data(state, images, model=config.model, tx=program.make_tx())
     check("model", "initialized with finite parameters", all_finite(state.params), "an infinite one or nan")
-    device = placement.device
-    shared = f" ({placement.num_devices} share a batch: {placement})" if placement.num_devices > 1 else ""
-    kernels_used = f", {kernels()}" if device.platform == "cpu" else ""
-    say(
-        f"{title}: {word(type(config.model))} ({count_params(state):,} parameters) on {dataset.name} "
-        f"({dataset.source}), {len(train.label):,} training and {len(validation.label):,} validation images, on "
-        f"{device_name(device)}{kernels_used}{shared}"
-    )
     return setup, put(state, placement.of_state(state))
 
 

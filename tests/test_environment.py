@@ -233,6 +233,19 @@ def test_make_quotes_paths(repository):
         assert done.stdout == f"train, {arguments}--seed, 0, ", done.stderr
 
 
+def test_make_refuses_a_variable_that_is_misspelt_or_missing(repository):
+    folder = repository('echo "$VISIBLE_DEVICES"')
+    for command, message in {
+        "train dataset=mnist": "make has no variable dataset. There are DATASET MODEL ",
+        "eval": "Name it: make eval RUN=runs/cifar10_fast-seed0.",
+        "export RUN=runs/a": "Name it: make export DIR=exported.",
+    }.items():
+        done = shell(f"make -C {folder} {command}")
+        assert done.returncode == 2 and message in done.stderr, done.stderr
+    # Others are for the programs that make starts.
+    assert shell(f"make -s -C {folder} train VISIBLE_DEVICES=3").stdout == "3\n"
+
+
 def test_the_command_that_resumes_names_what_is_the_users(repository):
     folder = repository(f'exec {sys.executable} -c "$RESUME" train "$@"')
     print_it = "import sys; from cnnjax.cli.main import _resume_command as f; sys.orig_argv = sys.argv; print(f())"

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 from tyro.conf import Positional
 
+from cnnjax import __version__
 from cnnjax.cli.export import Export
 from cnnjax.cli.inspection import Compare, Diff, Reproduce, Runs, Verify
 from cnnjax.cli.predict import Eval, Predict
@@ -128,11 +129,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
 
     def parse() -> Any:
+        if arguments == ["--version"]:
+            return lambda: print(f"cnnjax {__version__}")
         if arguments[:1] in (["train"], ["lr-find"], ["summary"]):  # Their options depend on the network: Flax.
             return _parse_experiment(*arguments)
-        return tyro.extras.subcommand_cli_from_dict(
-            commands, args=arguments, prog="cnnjax", description="Train image classifiers with JAX and Flax."
-        )
+        about = "Train image classifiers with JAX and Flax. --version prints the version."
+        return tyro.extras.subcommand_cli_from_dict(commands, args=arguments, prog="cnnjax", description=about)
 
     resumable = arguments[:1] in (["train"], ["reproduce"])
     _run(parse, resumable, process_ends=argv is None)

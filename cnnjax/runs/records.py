@@ -66,11 +66,11 @@ def read_record(run_dir: Path) -> Record:
     Raises:
       UserError: it is missing, damaged or of another version, or a link leads out of the directory.
     """
-    check_links(run_dir)
     path = run_dir / "config.json"
     if not os.path.lexists(path):
         check_local(run_argument(), run_dir)
         raise UserError(f"`{run_argument()}` must be the directory of a run, with a config.json, got {run_dir}.")
+    check_links(run_dir)
     if os.path.lexists(run_dir / "manifest.json"):
         check_format(run_dir / "manifest.json")  # A run of another version may have other keys.
     return read_json(path, Record)

@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,11 @@ def test_errors_of_the_system_are_messages(error, status, message, monkeypatch, 
         main(["data", "cifar10"])
     assert stopped.value.code == status
     assert message in capsys.readouterr().err
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    main(["--version"])
+    assert capsys.readouterr().out == f"cnnjax {version('cnnjax')}\n"
 
 
 def test_help_does_not_import_jax_and_help_of_train_does_not_start_it():
