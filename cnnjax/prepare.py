@@ -33,7 +33,7 @@ from cnnjax.runs.files import changes
 from cnnjax.runs.records import make_facts
 from cnnjax.runs.schema import DataFacts
 from cnnjax.sharding import Placement, place, put
-from cnnjax.step import TrainState, abstract_state, init_from_data, init_from_weights
+from cnnjax.step import TrainState, abstract_init_from_data, init_from_data, init_from_weights, init_optimizer
 
 INIT_IMAGES = 5000  # Number of training images that a network may be initialized from.
 
@@ -254,11 +254,13 @@ def check_parts(setup: Setup) -> TrainState:
     with user_code("`model`"):
         image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
         variables = jax.eval_shape(lambda image: init_variables(config.model, key, image), image)
+    params = variables.pop("params")
     with user_code("`optim`"):
         tx = setup.program.make_tx()
-        jax.eval_shape(tx.init, variables["params"])
+        opt_state = jax.eval_shape(partial(init_optimizer, tx), params)
+    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, variables, opt_state)
     with user_code("`model.init_from_data`"):
-        state = abstract_state(image_shape, model=config.model, tx=tx)
+        state = abstract_init_from_data(state, image, model=config.model, tx=tx)
     image = jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.float32)
     with user_code("`model`"):
         apply = partial(apply_in_evaluation, config.model)
