@@ -1,8 +1,8 @@
 """Prints digests of a convolution, a batch normalization and their gradients, computed on a number of cores.
 
-    python onednn_bits.py CORES [fork | spawn | threads]
+    python onednn_bits.py CORES WAY ...
 
-fork and spawn compute them in a child process, threads in eight threads at the same time.
+A line for each way: here; fork and spawn, in a child process; threads, in eight threads at the same time.
 """
 
 import hashlib
@@ -39,22 +39,22 @@ def digest(_=0):
 
 
 def main():
-    cores, way = int(sys.argv[1]), (sys.argv[2:] or ["here"])[0]
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])  # XLA starts a thread per core.
-    if way == "threads":
-        digest()  # Imports, lazily: not by several threads at a time.
-        with ThreadPoolExecutor(8) as threads:
-            found = list(threads.map(digest, range(8)))
-        assert all(x == found[0] for x in found)
-        print(*found[0])
-    elif way == "here":
-        print(*digest())
-    else:
-        from cnnjax.onednn.library import kernels
+    cores, *ways = sys.argv[1:]
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(cores)])  # XLA starts a thread per core.
+    for way in ways:
+        if way == "threads":  # After "here", which imports, lazily: not by several threads at a time.
+            with ThreadPoolExecutor(8) as threads:
+                found = list(threads.map(digest, range(8)))
+            assert all(x == found[0] for x in found)
+            print(*found[0])
+        elif way == "here":
+            print(*digest())
+        else:
+            from cnnjax.onednn.library import kernels
 
-        assert kernels().version  # Loaded in the parent.
-        with multiprocessing.get_context(way).Pool(1) as pool:
-            print(*pool.apply(digest))
+            assert kernels().version  # Loaded in the parent.
+            with multiprocessing.get_context(way).Pool(1) as pool:
+                print(*pool.apply(digest))
 
 
 if __name__ == "__main__":
