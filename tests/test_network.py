@@ -44,7 +44,7 @@ def mean_loss(logits):
 
 def by_nnx():
     """Returns the losses of three steps and of the evaluation after them, the parameters, and the other state."""
-    net = nnx_network.Net(6, *SIZES.values(), nnx.Rngs(KEY))
+    net = nnx.jit(lambda: nnx_network.Net(6, *SIZES.values(), nnx.Rngs(KEY)))()
     optimizer = nnx.Optimizer(net, TX, wrt=nnx.Param)
 
     @nnx.jit
@@ -56,7 +56,8 @@ def by_nnx():
     net.train()
     losses = [step(net, optimizer, jax.random.fold_in(STEP_KEY, i)) for i in range(3)]
     net.eval()
-    return [*losses, mean_loss(net(IMAGE))], nnx.state(net, nnx.Param), nnx.state(net, nnx.BatchStat)
+    loss = nnx.jit(lambda net: mean_loss(net(IMAGE)))(net)
+    return [*losses, loss], nnx.state(net, nnx.Param), nnx.state(net, nnx.BatchStat)
 
 
 def by_equinox():
@@ -79,7 +80,7 @@ def by_equinox():
     for i in range(3):
         net, state, opt_state, loss = step(net, state, opt_state, jax.random.fold_in(STEP_KEY, i))
         losses.append(loss)
-    loss, _ = apply(eqx.nn.inference_mode(net), state, None)
+    loss, _ = eqx.filter_jit(apply)(eqx.nn.inference_mode(net), state, None)
     return [*losses, loss], eqx.filter(net, eqx.is_inexact_array), state
 
 
@@ -102,22 +103,23 @@ def by_hand():
         return -jnp.take_along_axis(jax.nn.log_softmax(logits), BATCH.label[:, None], axis=1).mean()
 
     loss_and_grads = jax.jit(jax.value_and_grad(loss_of))
-    losses, momentum = [], jax.tree.map(jnp.zeros_like, params)
+    params = jax.device_get(params)
+    losses, momentum = [], jax.tree.map(np.zeros_like, params)
     for i in range(3):
         key = jax.random.fold_in(STEP_KEY, i)
         keep = ~jax.random.bernoulli(key, 0.2, (8, 6)) / 0.8
-        head = np.asarray(params["head"], np.float64)
+        head = np.float64(params["head"])
         u = head @ head.T @ np.asarray(u)
         u = (u / np.linalg.norm(u)).astype(np.float32)
-        x = IMAGE.reshape(8, 6) @ np.asarray(params["hidden"])
+        x = IMAGE.reshape(8, 6) @ params["hidden"]
         mean, var = 0.9 * mean + 0.1 * x.mean(0), 0.9 * var + 0.1 * x.var(0)
         with jax.numpy_rank_promotion("allow"):
             loss, grads = loss_and_grads(params, None, None, u, keep)
-        momentum = jax.tree.map(lambda m, g: 0.9 * m + g, momentum, grads)
-        params = jax.tree.map(lambda p, m: p - 0.1 * m, params, momentum)
+        momentum = jax.tree.map(lambda m, g: 0.9 * m + np.asarray(g), momentum, grads)
+        params = jax.tree.map(lambda p, m: p - np.float32(0.1) * m, params, momentum)
         losses.append(loss)
     with jax.numpy_rank_promotion("allow"):
-        loss = loss_of(params, jnp.float32(mean), jnp.float32(var), u, 1.0)
+        loss = jax.jit(loss_of)(params, jnp.float32(mean), jnp.float32(var), u, 1.0)
     return [*losses, loss], params, {"batch_stats": {"mean": mean, "var": var}, "spectral": u}
 
 
