@@ -17,6 +17,8 @@ from cnnjax.data.stored import Examples
 from cnnjax.memory import explain_out_of_memory, largest_result
 from cnnjax.prepare import oddities
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def arrays(shape=(4, 5, 3), num_classes=3):
     rng = np.random.default_rng(0)
