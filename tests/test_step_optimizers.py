@@ -53,7 +53,7 @@ def mean_loss(params):
     return optax.softmax_cross_entropy_with_integer_labels(logits, BATCH.label).mean()
 
 
-value_and_grad = jax.jit(jax.value_and_grad(mean_loss))
+value_and_grad, initial_params = jax.jit(jax.value_and_grad(mean_loss)), jax.jit(MODEL.init)
 
 
 def train(tx, steps=3, loss_fn=softmax_cross_entropy):
@@ -65,7 +65,7 @@ def train(tx, steps=3, loss_fn=softmax_cross_entropy):
 
 def train_by_optax(tx, steps=3, extra=()):
     """Returns the state after updates by optax alone, with the arguments `extra` of those that it may take."""
-    params = MODEL.init(KEY, IMAGE)["params"]
+    params = initial_params(KEY, IMAGE)["params"]
     opt_state = tx.init(params)
 
     def update(grads, opt_state, params, value):
@@ -280,10 +280,11 @@ SCHEDULE_FREE = {  # The optimizer, and where its state is.
 def test_schedule_free_parameters_are_evaluated(nesting):
     make, find = SCHEDULE_FREE[nesting]
     state = train(make(), steps=5)
-    expected = contrib.schedule_free_eval_params(find(state.opt_state), state.params)
+    expected = jax.jit(contrib.schedule_free_eval_params)(find(state.opt_state), state.params)
     assert_close(eval_params(state), expected, rtol=1e-6, atol=1e-7)
     assert np.abs(expected["Dense_0"]["kernel"] - state.params["Dense_0"]["kernel"]).max() > 1e-3
-    np.testing.assert_allclose(eval_step(state, BATCH, model=MODEL).loss, 6 * mean_loss(expected), rtol=1e-5)
+    loss, _ = value_and_grad(expected)
+    np.testing.assert_allclose(eval_step(state, BATCH, model=MODEL).loss, 6 * loss, rtol=1e-5)
 
 
 def test_parts_with_schedule_free_optimizers_of_their_own_by_vmap():
@@ -298,8 +299,11 @@ def test_parts_with_schedule_free_optimizers_of_their_own_by_vmap():
             state, _ = train_step(state, BATCH, key, model=model, tx=tx)
         return state
 
-    states = jax.jit(jax.vmap(train))(jax.random.split(KEY, 2))
-    got = jax.vmap(eval_params)(states)
+    def train_and_average(key):
+        state = train(key)
+        return state, eval_params(state)
+
+    states, got = jax.device_get(jax.jit(jax.vmap(train_and_average))(jax.random.split(KEY, 2)))
     for i in range(2):
         params, opt_state = jax.tree.map(lambda x, i=i: x[i], (states.params, states.opt_state))
         expected = {"body": {}, "head": params["head"]}
@@ -427,9 +431,14 @@ def test_the_loop_evaluates_schedule_free_parameters(tmp_path):
     config = Config(dataset=arrays, num_epochs=2, batch_size=16, validation_fraction=0.0, model=Dropped(), optim=optim)
     run = train_and_evaluate(config, run_dir=tmp_path / "run")
     free_state = run.state.opt_state.inner_opt_state.inner[1]
-    params = contrib.schedule_free_eval_params(free_state, run.state.params)
+    params = jax.jit(contrib.schedule_free_eval_params)(free_state, run.state.params)
     assert np.abs(params["body"]["kernel"] - run.state.params["body"]["kernel"]).max() > 1e-4
     mean, std = x_train.mean((0, 1, 2)), x_train.std((0, 1, 2))
-    logits = Dropped().apply({"params": params}, ((x_test - mean) / std).astype(np.float32), train=False)
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, y_test).mean()
+
+    @jax.jit
+    def test_loss(params, image):
+        logits = Dropped().apply({"params": params}, image, train=False)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y_test).mean()
+
+    loss = test_loss(params, ((x_test - mean) / std).astype(np.float32))
     np.testing.assert_allclose(run.test_loss, loss, rtol=1e-4)
