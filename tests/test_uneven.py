@@ -52,9 +52,9 @@ def make_config(**options):
 
 
 def test_a_small_set_gets_a_small_batch(tmp_path):
-    run = train_and_evaluate(make_config(batch_size=None), run_dir=tmp_path / "run")
+    run = train_and_evaluate(make_config(batch_size=None, model=Linear()), run_dir=tmp_path / "run")
     assert run.history["step"].tolist() == [8, 16]  # 60 images in batches of 8.
-    large = make_config(batch_size=None, num_epochs=1, dataset=make_arrays((900, 300)))
+    large = make_config(batch_size=None, model=Linear(), num_epochs=1, dataset=make_arrays((900, 300)))
     assert train_and_evaluate(large, run_dir=tmp_path / "large").history["step"].tolist() == [10]
     with pytest.raises(UserError, match="`batch_size` must be between 1 and the 60 training examples, got 61"):
         train_and_evaluate(make_config(batch_size=61), run_dir=tmp_path / "other")
@@ -74,7 +74,8 @@ def test_balanced_weights_weight_the_loss_by_class(tmp_path):
 
 
 def test_balanced_sampling_draws_equally_often_from_every_class(tmp_path):
-    run = train_and_evaluate(make_config(sampling="balanced", loss=named_labels), run_dir=tmp_path / "run")
+    config = make_config(sampling="balanced", loss=named_labels, model=Linear())
+    run = train_and_evaluate(config, run_dir=tmp_path / "run")
     np.testing.assert_array_equal(run.history["train_label"], 0.5)
     label = make_arrays()[1]
     assert np.bincount(label[balanced_order(0, 0, label)]).tolist() == [30, 30]
@@ -82,14 +83,18 @@ def test_balanced_sampling_draws_equally_often_from_every_class(tmp_path):
         make_config(sampling="balanced", class_weights="balanced")
 
 
-def test_the_frozen_body_keeps_its_bits_and_the_average_is_scored(tmp_path):
+def test_a_fine_tuned_run_freezes_the_body_scores_the_average_and_is_resumed_to_the_same_bits(tmp_path):
     states = {}
 
     def on_epoch(row, state):
         states[row["epoch"]] = jax.device_get(state)
 
-    optim = Adam(learning_rate=1e-2, weight_decay=0.1, freeze_epochs=1, depth_decay=0.5, ema=0.9)
-    config = make_config(optim=optim, num_epochs=3)
+    def stop(row, state):
+        if row["epoch"] == 2:
+            raise RuntimeError("stopped")
+
+    optim = Adam(learning_rate=1e-2, weight_decay=0.1, schedule="one_cycle", freeze_epochs=1, depth_decay=0.5, ema=0.9)
+    config = make_config(optim=optim, num_epochs=3, sampling="balanced", batch_size=8)
     run = train_and_evaluate(config, run_dir=tmp_path / "run", on_epoch=on_epoch)
     params = Body().init(jax.random.split(jax.random.key(0), 3)[0], jnp.zeros((1, 4, 4, 1)), train=False)["params"]
     for name in ("body", "norm"):
@@ -103,17 +108,7 @@ def test_the_frozen_body_keeps_its_bits_and_the_average_is_scored(tmp_path):
     np.testing.assert_allclose(run.predict(image), jax.nn.softmax(logits), rtol=1e-5)
     again = load_run(tmp_path / "run", config)
     jax.tree.map(np.testing.assert_array_equal, again.state, run.state)
-
-
-def test_a_fine_tuned_run_that_is_stopped_and_resumed_has_the_same_bits(tmp_path):
-    def stop(row, state):
-        if row["epoch"] == 2:
-            raise RuntimeError("stopped")
-
-    optim = Adam(learning_rate=1e-2, freeze_epochs=1, depth_decay=0.5, ema=0.9, schedule="one_cycle")
-    config = make_config(optim=optim, num_epochs=3, sampling="balanced", batch_size=8)
-    whole = train_and_evaluate(config, run_dir=tmp_path / "whole")
     with pytest.raises(RuntimeError, match="stopped"):
         train_and_evaluate(config, run_dir=tmp_path / "stopped", on_epoch=stop)
     resumed = train_and_evaluate(config, run_dir=tmp_path / "stopped", resume=True)
-    assert resumed.finished_result()["sha256"] == whole.finished_result()["sha256"]
+    assert resumed.finished_result()["sha256"] == run.finished_result()["sha256"]
