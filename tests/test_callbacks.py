@@ -70,9 +70,9 @@ def stop_after_two(row, state):
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory):
+def plain(research_run):
     """A run of three epochs without callbacks."""
-    return train_and_evaluate(CONFIG, run_dir=tmp_path_factory.mktemp("plain") / "run")
+    return research_run
 
 
 @pytest.fixture(scope="module")

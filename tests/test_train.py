@@ -118,10 +118,9 @@ def whole(tmp_path_factory, prepared_dir):
 
 
 @pytest.fixture(scope="module")
-def whole_research(tmp_path_factory):
+def whole_research(research_run):
     """A run of RESEARCH without interruptions: its directory and its result."""
-    run_dir = tmp_path_factory.mktemp("research") / "run"
-    return run_dir, train(RESEARCH, run_dir=run_dir)
+    return research_run.run_dir, research_run.result
 
 
 # --- A run ----------------------------------------------------------------------------------------------------------
@@ -645,12 +644,12 @@ def test_a_run_continues_with_its_version_of_a_set_beside_a_newer_one(whole, pre
 @quick
 def test_a_refusal_changes_nothing(tmp_path):
     """A finished run is to be trained longer, but its latest checkpoint is of another network."""
-    short = replace(RESEARCH, optim=SGD(learning_rate=0.01), num_epochs=1)
+    short = replace(RESEARCH, num_epochs=1, model=Linear(), optim=SGD(learning_rate=0.05), augment=Augment())
     train(short, run_dir=tmp_path)
     before = {name: (tmp_path / name).read_bytes() for name in ("config.json", "result.json", "metrics.jsonl")}
     shutil.rmtree(tmp_path / "checkpoints")
     other = tmp_path / "other"
-    train(replace(short, model=research.Net(width=8)), run_dir=other)
+    train(replace(short, dataset=make_arrays(shape=(3, 5, 3))), run_dir=other)
     (other / "checkpoints").rename(tmp_path / "checkpoints")
     shutil.rmtree(other)
     with pytest.raises(UserError, match=r"must match the model and the optimizer, but `params/.*` has shape"):

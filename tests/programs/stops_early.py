@@ -12,6 +12,7 @@ from research import CONFIG
 
 import cnnjax.train
 from cnnjax import train_and_evaluate
+from cnnjax.cli.process import use_compilation_cache
 
 run_dir, moment = Path(sys.argv[1]), sys.argv[2]
 targets = {"save": run_dir / "checkpoints" / "12", "result": run_dir / "result.json"}
@@ -26,6 +27,7 @@ def kill_at_rename(event, args):
         kill()
 
 
+use_compilation_cache(print)
 sys.addaudithook(kill_at_rename)
 if moment == "test":
     cnnjax.train.score_test_set = kill
