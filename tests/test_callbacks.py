@@ -39,6 +39,15 @@ def read_rows(run_dir):
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
+class Linear(nn.Module):
+    @nn.compact
+    def __call__(self, image):
+        return nn.Dense(4)(image.reshape(image.shape[0], -1))
+
+
+CONSTANT = replace(CONFIG, model=Linear(), optim=SGD(learning_rate=0.05))
+
+
 class Calls:
     """Records the calls of both callbacks."""
 
@@ -182,7 +191,7 @@ def test_an_epoch_as_one_program_reports_its_steps_at_its_end_and_may_be_discard
 def test_the_next_epoch_is_queued_before_the_device_has_finished_unless_epochs_are_long(
     queued_seconds, queues, one_program, tmp_path, monkeypatch
 ):
-    order, config = [], replace(CONFIG, num_epochs=4)
+    order, config = [], replace(CONSTANT, num_epochs=4)
 
     def dispatch(*args, **options):
         order.append("start")
@@ -230,7 +239,7 @@ def test_the_programs_of_later_epochs_and_of_the_test_are_compiled_by_a_thread(
 ):
     """With a default device, too, as for each of several seeds."""
     # No other test has these programs: each is compiled once per process.
-    config = replace(CONFIG, augment=FlipsLater(), num_epochs=2, loss=CrossEntropy(label_smoothing=smoothing))
+    config = replace(CONSTANT, augment=FlipsLater(), num_epochs=2, loss=CrossEntropy(label_smoothing=smoothing))
     config = replace(config, validation_fraction=0.25 if device is None else 0.3)
     device = None if device is None else jax.local_devices()[device]
     with jax.log_compiles(), jax.default_device(device):
@@ -321,15 +330,6 @@ def test_a_signal_and_a_stop_at_the_same_epoch(stopped, tmp_path):
         train_and_evaluate(CONFIG, run_dir=tmp_path, on_step=interrupt, on_epoch=stop_after_two)
     run = train_and_evaluate(CONFIG, run_dir=tmp_path, resume="auto", on_step=never, on_epoch=never)
     assert run.result["sha256"] == stopped.result["sha256"]
-
-
-class Linear(nn.Module):
-    @nn.compact
-    def __call__(self, image):
-        return nn.Dense(4)(image.reshape(image.shape[0], -1))
-
-
-CONSTANT = replace(CONFIG, model=Linear(), optim=SGD(learning_rate=0.05))
 
 
 @pytest.mark.usefixtures("quick_compilation")

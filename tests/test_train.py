@@ -587,6 +587,7 @@ def test_an_epoch_that_a_slow_disk_skips_is_checked_too(monkeypatch, tmp_path):
 @quick
 def test_a_slow_disk_delays_a_checkpoint_by_no_more_than_checkpoint_seconds(monkeypatch, tmp_path):
     config = replace(RESEARCH, validation_fraction=0.0, num_epochs=2)  # 7 steps per epoch.
+    config = replace(config, model=Linear(), optim=SGD(learning_rate=0.05), augment=Augment())
     monkeypatch.setattr(Checkpoints, "is_busy", lambda _: True)
     for seconds, first_epoch_is_saved in ((60.0, False), (0.0, True)):
         run_dir = tmp_path / str(seconds)
