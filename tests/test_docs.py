@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import cnnjax
+from cnnjax.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,12 +42,10 @@ def test_docstrings_are_converted(pages):
     assert "Source: Yun et al." in text and "Raises:" in text
 
 
-def test_every_command_has_its_help(pages):
+def test_every_command_has_its_help(pages, capsys):
     html = (pages / "docs" / "cli.html").read_text()
-    listed = subprocess.run(
-        [sys.executable, "-m", "cnnjax", "--help"], check=True, capture_output=True, text=True
-    ).stdout
-    names = re.findall(r"{([\w,-]+)}", listed)[0].split(",")
+    main(["--help"])
+    names = re.findall(r"{([\w,-]+)}", capsys.readouterr().out)[0].split(",")
     assert re.findall(r'<section id="([\w-]+)">\n<h2>', html) == names
     assert [name for name in names if f"usage: cnnjax {name}" not in html] == []
 
