@@ -132,8 +132,15 @@ def test_an_optimizer_that_ignores_the_schedule_is_an_error():
 
 
 EXPERIMENT = """
+import flax.linen as nn
 import numpy as np
-from cnnjax import MLP, Adam, Augment, Config
+from cnnjax import Adam, Augment, Config
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, image, *, train):
+        x = nn.Dropout(0.5, deterministic=not train)(image.reshape(len(image), -1))
+        return nn.Dense(2)(x)
 
 def arrays():
     rng = np.random.default_rng(0)
@@ -142,7 +149,7 @@ def arrays():
     return image, label, image, label
 
 optim = Adam(schedule="one_cycle", ema=0.9)
-CONFIG = Config(dataset=arrays, model=MLP(), optim=optim, augment=Augment(flip="random"), num_epochs=2)
+CONFIG = Config(dataset=arrays, model=Net(), optim=optim, augment=Augment(flip="random"), num_epochs=2)
 """
 
 
