@@ -33,7 +33,7 @@ class Images(np.ndarray):
 
 def fetch(named, downloads, say):
     downloads.mkdir(parents=True, exist_ok=True)
-    raw = make_raw((28, 28, 1), *((4000, 2000) if sys.argv[2:] else (430, 170)))
+    raw = make_raw((28, 28, 1), *((1000, 500) if sys.argv[2:] else (430, 170)))
     train = raw.splits["train"]
     return raw._replace(splits=raw.splits | {"train": train._replace(image=train.image.view(Images))}), "a mirror"
 
