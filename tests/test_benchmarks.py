@@ -240,11 +240,10 @@ def program_for_a_gpu(variant):
     return config, jax.jit(steps).trace(state, jax.random.key(0)).lower(lowering_platforms=("cuda",)).as_text()
 
 
-def test_every_variant_of_the_ladder_is_another_program_or_configuration(load, monkeypatch):
+def test_every_variant_of_the_ladder_is_another_program_or_configuration(load, no_type_checks, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     ladder = load("variants")
     base = program_for_a_gpu(ladder.Variant())
-    assert program_for_a_gpu(ladder.Variant()) == base
     for name, variant in ladder.VARIANTS.items():
         if variant.flags or variant.one_program or variant.recipe != ladder.MUON:
             continue
