@@ -205,7 +205,7 @@ def seed_scores(
 
 
 def _interval(summary: Summary) -> dict[str, float]:
-    return {"low": summary.low, "high": summary.high} if summary.n > 1 else {}
+    return {"low": summary.low, "high": summary.high} if summary.deviation > 0 else {}
 
 
 def pictures(cells: Sequence[tuple[str, str]], columns: int, width: int, height: int) -> Any:

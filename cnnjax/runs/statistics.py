@@ -17,7 +17,10 @@ UNBOUNDED = (-math.inf, math.inf)
 
 
 class Summary(NamedTuple):
-    """The mean, sample standard deviation and 95% interval of the mean of `n` values; NaN except the mean if n is 1."""
+    """The mean, sample standard deviation and 95% interval of the mean of `n` values.
+
+    The deviation is NaN if n is 1. The interval is NaN if n is 1 or all values are equal: then the noise is unknown.
+    """
 
     mean: float
     deviation: float
@@ -29,11 +32,15 @@ class Summary(NamedTuple):
 class Comparison(NamedTuple):
     """The mean of b minus the mean of a, with its 95% interval.
 
+    If the scores have no noise, it is unknown how much other seeds or test images would change the difference: interval
+    and p are NaN, and the difference is not resolved.
+
     Attributes:
       paired: whether both have the same seeds.
       resolved: whether p is below 0.05.
       more: the numbers of seeds to add to a and to b so that a difference of this size is detected with a probability
-        of 80%; (0, 0) if it is resolved, None if there is no difference or one of them would have more than 10,000.
+        of 80%; (0, 0) if it is resolved, None if there is no difference or no noise, or one of them would have more
+        than 10,000.
     """
 
     paired: bool
@@ -66,6 +73,8 @@ def summarize(values: Sequence[float], bounds: tuple[float, float] = UNBOUNDED) 
     mean = float(np.mean(values))
     if n == 1:
         return Summary(mean, math.nan, math.nan, math.nan, 1)
+    if np.ptp(values) == 0:
+        return Summary(mean, 0.0, math.nan, math.nan, n)
     deviation = float(np.std(values, ddof=1))
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * deviation / math.sqrt(n)
     return Summary(mean, deviation, max(mean - half, bounds[0]), min(mean + half, bounds[1]), n)
@@ -92,18 +101,16 @@ def compare(a: Mapping[int, float], b: Mapping[int, float], bounds: tuple[float,
     y = np.array([b[seed] for seed in sorted(b)])
     difference = float(np.mean(y - x) if paired else y.mean() - x.mean())
     samples = [y - x] if paired else [x, y]
+    sizes = (len(x), len(y))
     if max(map(np.ptp, samples)) <= 1e-12 * max(np.abs(x).max(), np.abs(y).max()):  # No noise except rounding.
-        low = high = difference
-        p_value = float(difference == 0)
-    else:
-        with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # One experiment may have no noise.
-            test: Any = stats.ttest_rel(y, x) if paired else stats.ttest_ind(y, x, equal_var=False)
-        low, high = map(float, test.confidence_interval(CONFIDENCE))
-        p_value = float(test.pvalue)
+        return Comparison(paired, difference, math.nan, math.nan, math.nan, False, *sizes, None)
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # One experiment may have no noise.
+        test: Any = stats.ttest_rel(y, x) if paired else stats.ttest_ind(y, x, equal_var=False)
+    low, high = map(float, test.confidence_interval(CONFIDENCE))
+    p_value = float(test.pvalue)
     resolved = p_value < 1 - CONFIDENCE
     limit = bounds[1] - bounds[0]
     low, high = max(low, -limit), min(high, limit)
-    sizes = (len(x), len(y))
     more = None if difference == 0 else (0, 0) if resolved else _more_seeds(difference, samples, sizes)
     return Comparison(paired, difference, low, high, p_value, resolved, *sizes, more)
 
@@ -168,10 +175,12 @@ def verdict(
     test = "paired t test, the same seeds" if c.paired else "Welch's t test"
     in_points, digits = metric != "test_loss", 2 if metric != "test_loss" else 4
     size, low, high = (f"{value * (100 if in_points else 1):+.{digits}f}" for value in (c.difference, c.low, c.high))
-    difference = (
-        f"{names[1]} minus {names[0]}: {size}{' points' if in_points else ''} (95% interval {low} to {high}), "
-        f"p = {c.p_value:.2g} ({test})."
-    )
+    difference = f"{names[1]} minus {names[0]}: {size}{' points' if in_points else ''}"
+    if math.isnan(c.p_value):
+        same = "All pairs of the same seed differ by this" if c.paired else "All seeds of an experiment score the same"
+        why = f"{same}, so the test set is too small, or there are too few seeds, to estimate the noise."
+        return [f"{difference}.", f"The difference is not resolved. {why}" if c.difference else "The means are equal."]
+    difference += f" (95% interval {low} to {high}), p = {c.p_value:.2g} ({test})."
     if c.resolved:
         better = (c.difference > 0) == (metric != "test_loss")
         return [difference, f"The difference is resolved: {names[better]} is better."]
@@ -194,6 +203,8 @@ def describe(values: list[float], metric: str = "test_accuracy") -> str:
     s = summarize(values, bounds=_bounds(metric))
     if s.n == 1:
         return f"{metric} {_show(s.mean, metric)} (one seed)"
+    if s.deviation == 0:
+        return f"{metric} {_show(s.mean, metric)}, the same for all {s.n} seeds, so that its noise is unknown"
     return (
         f"{metric} {_show(s.mean, metric)} ± {_show(s.deviation, metric)} (sample deviation), 95% interval of the mean "
         f"{_show(s.low, metric)} to {_show(s.high, metric)}, n = {s.n}"

@@ -285,15 +285,15 @@ def test_compare_accepts_the_scores_of_every_class(seeds, tmp_path, capsys, monk
         for experiment, gain in (("a", 0.0), ("b", 0.02)):
             run_dir = Path(shutil.copytree(seeds.folder / f"seed{seed}", f"runs/{experiment}-seed{seed}"))
             first, second, *others = json.loads((run_dir / "result.json").read_text())["classes"]
-            score = 0.975 + gain + 0.001 * seed
+            score = 0.975 + gain + 0.001 * seed * (1 + gain)
             classes = [{**first, "name": name, "recall": score}, {**second, "f1": None}, *others]
             change(run_dir / "result.json", classes=classes, test_macro_f1=score - 0.5)
     main(["compare", "a", "b", "--metric", f"recall:{name}"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == (
-        f"b: recall:{name} 99.60% ± 0.10% (sample deviation), 95% interval of the mean 99.35% to 99.85%, n = 3"
+        f"b: recall:{name} 99.60% ± 0.10% (sample deviation), 95% interval of the mean 99.35% to 99.86%, n = 3"
     )
-    assert lines[2].startswith("b minus a: +2.00 points (95% interval +2.00 to +2.00)")
+    assert lines[2].startswith("b minus a: +2.00 points (95% interval +2.00 to +2.01)")
     assert lines[3] == "The difference is resolved: b is better."
     main(["compare", "b", "a", "--metric", "test_macro_f1"])
     lines = capsys.readouterr().out.splitlines()

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from cnnjax.errors import UserError
-from cnnjax.runs.statistics import compare, summarize
+from cnnjax.runs.statistics import compare, describe, summarize, verdict
 
 
 def scores_of(values, first_seed=0):
@@ -31,8 +31,9 @@ def test_summary_of_one_value_has_no_spread():
     assert all(math.isnan(value) for value in (summary.deviation, summary.low, summary.high))
 
 
-def test_summary_of_equal_values():
-    assert summarize([0.5, 0.5, 0.5]) == (0.5, 0.0, 0.5, 0.5, 3)
+def test_summary_of_equal_values_has_no_interval():
+    assert summarize([0.9, 0.9, 0.9]) == pytest.approx((0.9, 0.0, math.nan, math.nan, 3), nan_ok=True)
+    assert describe([0.9, 0.9, 0.9]) == "test_accuracy 90.00%, the same for all 3 seeds, so that its noise is unknown"
 
 
 def test_intervals_stay_within_the_possible_scores():
@@ -177,26 +178,30 @@ def test_more_seeds_is_none_without_a_difference(first_seed):
 
 @pytest.mark.parametrize("first_seed", [0, 100])
 def test_equal_scores_without_noise(first_seed):
-    comparison = compare(scores_of([0.5, 0.5, 0.5]), scores_of([0.5, 0.5, 0.5], first_seed))
-    assert comparison == (first_seed == 0, 0.0, 0.0, 0.0, 1.0, False, 3, 3, None)
+    scores = scores_of([0.5, 0.5, 0.5]), scores_of([0.5, 0.5, 0.5], first_seed)
+    assert compare(*scores)[:2] == (first_seed == 0, 0.0)
+    assert verdict(("a", "b"), scores) == ["b minus a: +0.00 points.", "The means are equal."]
 
 
-@pytest.mark.parametrize("first_seed", [0, 100])
-def test_different_scores_without_noise(first_seed):
-    comparison = compare(scores_of([0.5, 0.5, 0.5]), scores_of([0.75, 0.75, 0.75], first_seed))
-    assert comparison == (first_seed == 0, 0.25, 0.25, 0.25, 0.0, True, 3, 3, (0, 0))
-
-
-def test_equal_differences_of_noisy_pairs():
-    comparison = compare(scores_of([0.25, 0.5, 0.625]), scores_of([0.375, 0.625, 0.75]))
-    assert comparison == (True, 0.125, 0.125, 0.125, 0.0, True, 3, 3, (0, 0))
-
-
-def test_equal_differences_up_to_rounding():
-    # 0.93 - 0.92 and 0.92 - 0.91 are different doubles. This is rounding, not noise.
-    comparison = compare(scores_of([0.91, 0.92, 0.93]), scores_of([0.92, 0.93, 0.94]))
-    assert comparison.difference == comparison.low == comparison.high == pytest.approx(0.01)
-    assert (comparison.p_value, comparison.resolved) == (0.0, True)
+@pytest.mark.parametrize(
+    ("a", "b", "first_seed"),
+    [
+        ([0.5, 0.5], [0.75, 0.75], 100),
+        ([0.25, 0.5], [0.375, 0.625], 0),
+        ([0.91, 0.92, 0.93], [0.92, 0.93, 0.94], 0),  # These differences are equal except for rounding.
+    ],
+)
+def test_differences_without_noise_are_not_resolved(a, b, first_seed):
+    scores, n, difference = (scores_of(a), scores_of(b, first_seed)), len(a), b[0] - a[0]
+    nothing = (math.nan,) * 3
+    expected = (first_seed == 0, difference, *nothing, False, n, n, None)
+    assert compare(*scores) == pytest.approx(expected, nan_ok=True)
+    same = "All seeds of an experiment score the same" if first_seed else "All pairs of the same seed differ by this"
+    assert verdict(("a", "b"), scores) == [
+        f"b minus a: +{100 * difference:.2f} points.",
+        f"The difference is not resolved. {same}, so the test set is too small, or there are too few seeds, to "
+        "estimate the noise.",
+    ]
 
 
 def test_noise_in_one_experiment_only():
