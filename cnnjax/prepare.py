@@ -146,7 +146,8 @@ def set_up(
     with user_code("The configuration"):
         config = config.with_num_classes(dataset.num_classes)
     train, validation = dataset.open_parts(config.seed, config.validation_fraction)
-    num_examples = len(train.label)
+    num_examples, got = len(train.label), f"only {dataset.class_names[train.label[0]]!r}. Add images of another class"
+    check("dataset", "a set with training images of at least two classes", bool(np.ptp(train.label)), got)
     batch_size = config.batch_size or min(128, max(8, num_examples // 8), num_examples)
     steps = steps_per_epoch(num_examples, batch_size)
     placement = place(batch_size, devices, mesh)

@@ -18,7 +18,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from PIL import Image
 
-from cnnjax import UserError
+from cnnjax import Config, UserError, train_and_evaluate
 from cnnjax.data import prepared as data
 from cnnjax.data.cache import CACHE
 from cnnjax.data.datasets import load_dataset
@@ -296,7 +296,7 @@ def test_a_function_that_returns_arrays_names_the_set():
     assert load_dataset(functools.partial(squares)).name == "partial"
 
 
-@pytest.mark.parametrize("train, test, num_classes", [([0, 0, 0], [0, 0, 0], 2), ([0, 1, 2], [4, 0, 0], 5)])
+@pytest.mark.parametrize("train, test, num_classes", [([0, 1, 0], [0, 0, 0], 2), ([0, 1, 2], [4, 0, 0], 5)])
 def test_the_largest_label_of_both_splits_gives_the_number_of_classes(train, test, num_classes):
     dataset = load_dataset((X, np.array(train), X, np.array(test)))
     assert dataset.class_names == tuple(map(str, range(num_classes)))
@@ -324,12 +324,16 @@ def test_the_largest_label_of_both_splits_gives_the_number_of_classes(train, tes
         ((X, Y, X, Y / 2), "`y_test` must be integers, got float64."),
         ((X, Y[:2], X, Y), "`y_train` must be one label for each of the 3 images, got 2."),
         ((X, Y - 1, X, Y), "`y_train` must be between 0 and K - 1, K <= 1048576, got -1 to 1."),
+        (
+            (X, 0 * Y, X, Y),
+            "`y_train` must be labels of at least two classes, got only 0. Add images of another class.",
+        ),
         ((X, Y, X, Y << 20), "`y_test` must be between 0 and K - 1, K <= 1048576, got 0 to 2097152."),
         ((X, Y, X[:, 1:], Y), "`x_test` must be images of the same shape (4, 4, 1) as `x_train`, got (3, 4, 1)."),
     ],
     ids=[
         *("count", "no tuple", "no array", "None", "float", "rank", "empty", "one-hot", "label type", "label count"),
-        *("negative label", "large label", "shapes"),
+        *("negative label", "one class", "large label", "shapes"),
     ],
 )
 def test_arrays_that_are_not_labeled_images_are_an_error(arrays, message):
@@ -734,6 +738,16 @@ def test_a_label_that_is_no_known_class_is_an_error(label, message, tmp_path):
         load_dataset("odd", tmp_path)
 
 
+def test_training_images_of_one_class_are_an_error(tmp_path):
+    features = {"image": IMAGE, "label": tfds.features.ClassLabel(names=["no", "yes"])}
+    splits = {split: [{"image": png(2, 2, 3), "label": label}] for split, label in (("train", 1), ("test", 0))}
+    prepare_odd(tmp_path, features, splits)
+    config = Config(dataset="odd", validation_fraction=0.0)
+    rule = "`dataset` must be a set with training images of at least two classes, got only 'yes'. Add images of an"
+    with pytest.raises(UserError, match=rule):
+        train_and_evaluate(config, run_dir=tmp_path / "run", data_dir=tmp_path)
+
+
 @pytest.mark.parametrize(
     "names", [["кот", "犬 🐶", "قط"], None, ["a", "a", "b"]], ids=["scripts", "none", "duplicates"]
 )
@@ -753,7 +767,7 @@ def test_images_that_predict_cannot_read_are_announced(channels, said):
     def squares():
         return (
             np.zeros((2, 4, 4, channels), np.uint8),
-            np.zeros(2, int),
+            np.arange(2),
             np.zeros((1, 4, 4, channels), np.uint8),
             np.zeros(1, int),
         )
