@@ -110,7 +110,7 @@ class Eval:
         classes, matrix = class_scores(scores.confusion, len(names)), confusion_matrix(scores.confusion, len(names))
         for line in class_lines(classes.rows(names), matrix, classes.means(), rest):
             print(line)
-        uneven = is_uneven([count for count in classes.num_examples.tolist() if count])
+        uneven = is_uneven(classes.num_examples.tolist())
         of_runs = ", ".join(f"{run.run_dir}{'' if run.result else ', which is not finished'}" for run in runs)
         score = accuracies(scores.accuracy, scores.balanced_accuracy, uneven)
         low, high = wilson_interval(scores.accuracy, scores.num_examples)
