@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 
 import flax.linen as nn
@@ -13,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 import yaml
+from markdown_it import MarkdownIt
 from PIL import Image
 from safetensors.numpy import save
 
@@ -27,8 +29,10 @@ from cnnjax import (
 )
 from cnnjax.cli.experiment import load_experiment
 from cnnjax.cli.main import main
+from cnnjax.data.image_files import read_image
 from cnnjax.export import bundle
 from cnnjax.export.bundle import ExportError, export_run
+from cnnjax.export.card import _cell
 from cnnjax.export.onnx import widen, without_pools
 from cnnjax.export.predictor import any_batch, make_predictor, read_stablehlo, to_stablehlo
 from cnnjax.optim.transforms import AverageState
@@ -120,6 +124,27 @@ def test_the_card_loads_each_file_without_cnnjax_on_another_processor(exported, 
         ("predictor.stablehlo", 1e-4, 37),
     ]
     assert checks[0].difference == 0 and 0 < checks[1].difference < 1e-6 and checks[1].num_changed == 0
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "big-endian TIFF"])
+def test_the_card_reads_16_bit_gray_as_predict_does(kind, exported, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 2**16, (9, 7), np.uint16)
+    dtype = ">u2" if kind == "big-endian TIFF" else "<u2"
+    Image.fromarray(pixels.astype(dtype)).save("image.png", kind.split()[-1])
+    with Image.open("image.png") as image:
+        assert image.mode == ("I;16B" if dtype == ">u2" else "I;16")
+    names = {}
+    exec(re.findall(r"```python\n(.*?)```", (exported[0] / "README.md").read_text(), re.DOTALL)[0], names)
+    facts = run.facts
+    expected = read_image(Path("image.png"), facts.image_shape, facts.resize, facts.interpolation)
+    np.testing.assert_array_equal(names["images"], expected[None])
+
+
+def test_names_of_classes_are_text_in_the_card():
+    name = "R&D &lt; <b> *a*_b_ `c` [d](e) \\g $x$"
+    assert unescape(MarkdownIt().renderInline(_cell(name))) == name
+    assert _cell("$x$ | ~a~") == r"\$x\$ \| \~a\~"  # Of extensions.
 
 
 def test_the_digest_is_that_of_the_exported_average(run):

@@ -178,7 +178,10 @@ def _image_lines(run: Run, shape: str) -> list[str]:
     return [
         "import numpy as np",
         "from PIL import Image, ImageOps",
-        f'image = ImageOps.exif_transpose(Image.open("image.png")).convert("{MODES[channels]}")',
+        'image = ImageOps.exif_transpose(Image.open("image.png"))',
+        'if image.mode.startswith("I;16"):  # Pillow would clip 16-bit gray.',
+        "    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))",
+        f'image = image.convert("{MODES[channels]}")',
         f"image = {resized[run.facts.resize]}{size}, {method})",
         f"images = np.asarray(image).reshape{shape}",
     ]
@@ -293,5 +296,5 @@ def _code(lines: Sequence[str]) -> Iterator[str]:
 
 
 def _cell(name: str) -> str:
-    """Returns a name as text in Markdown."""
-    return re.sub(r"([\\`*_{}\[\]<>|~])", r"\\\1", printable(name))
+    """Returns a name as text in Markdown, without entities and formulas."""
+    return re.sub(r"([\\`*_{}\[\]<>|~&$])", r"\\\1", printable(name))
