@@ -13,6 +13,7 @@ Confusion = dict[tuple[int, int], int]  # {(true, predicted): count}, without th
 MAX_CLASSES = 300  # Of a confusion matrix in result.json: 90,000 numbers.
 UNEVEN = 1.5  # MNIST, whose largest class has 1.27 times the test images of its smallest, counts as even.
 NUM_BINS = 15  # Of a calibration; Guo et al. 2017.
+DIGITS = 5  # Of a confidence, so that the same network gives the same order and bins in batches of another size.
 
 
 class ClassScores(NamedTuple):
@@ -108,6 +109,10 @@ class Calibration(NamedTuple):
       confidence: the mean confidence of each bin; nan if it is empty.
       accuracy: the fraction of each bin that is classified correctly; nan if it is empty.
       error: the expected calibration error: the mean distance of the two, weighted by the counts.
+      by_chance: about the error of a perfectly calibrated network with these confidences, on as many images.
+      mean_confidence: of all images.
+      mean_accuracy: the fraction of all images that is classified correctly.
+      deviation: the standard deviation of `mean_accuracy` for a perfectly calibrated network with these confidences.
     """
 
     lower: Float[np.ndarray, " M"]
@@ -116,16 +121,10 @@ class Calibration(NamedTuple):
     confidence: Float[np.ndarray, " M"]
     accuracy: Float[np.ndarray, " M"]
     error: float
-
-    @property
-    def mean_confidence(self) -> float:
-        """The mean confidence of all images."""
-        return float(np.nansum(self.confidence * self.num_examples) / self.num_examples.sum())
-
-    @property
-    def mean_accuracy(self) -> float:
-        """The fraction of all images that is classified correctly."""
-        return float(np.nansum(self.accuracy * self.num_examples) / self.num_examples.sum())
+    by_chance: float
+    mean_confidence: float
+    mean_accuracy: float
+    deviation: float
 
 
 def calibrate(
@@ -134,16 +133,20 @@ def calibrate(
     """Returns the calibration of predictions, in bins of equal width.
 
     Args:
-      confidence: the probability of the predicted class.
+      confidence: the probability of the predicted class, which is rounded to `DIGITS`.
       correct: whether it is the true class.
 
     Source: Guo et al., "On Calibration of Modern Neural Networks" (2017), section 2.
     """
-    edges = np.linspace(0, 1, num_bins + 1)
+    confidence = confidence.astype(np.float64).round(DIGITS)  # In float32, 0.4 is above the edge 0.4.
+    edges, n = np.linspace(0, 1, num_bins + 1), len(confidence)
     index = np.searchsorted(edges[1:-1], confidence)
     count = np.bincount(index, minlength=num_bins)
     with np.errstate(invalid="ignore"):
-        mean = np.bincount(index, confidence.astype(np.float64), num_bins) / count
+        mean = np.bincount(index, confidence, num_bins) / count
         accuracy = np.bincount(index, correct.astype(np.float64), num_bins) / count
-    error = float(np.nansum(np.abs(mean - accuracy) * count) / len(confidence))
-    return Calibration(edges[:-1], edges[1:], count, mean, accuracy, error)
+    error = np.nansum(np.abs(mean - accuracy) * count) / n
+    variance = np.bincount(index, confidence * (1 - confidence), num_bins)  # Of the number of correct predictions.
+    by_chance = math.sqrt(2 / math.pi) * np.sqrt(variance).sum() / n  # The mean distance of a normal distribution.
+    scores = error, by_chance, confidence.mean(), correct.mean(), math.sqrt(variance.sum()) / n
+    return Calibration(edges[:-1], edges[1:], count, mean, accuracy, *map(float, scores))

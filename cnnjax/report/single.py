@@ -13,14 +13,14 @@ import numpy as np
 from jaxtyping import Float
 from scipy.special import softmax
 
-from cnnjax.class_scores import NUM_BINS, calibrate, is_uneven, top_confusions
+from cnnjax.class_scores import DIGITS, NUM_BINS, calibrate, is_uneven, top_confusions
 from cnnjax.cli.console import track
 from cnnjax.config import word
 from cnnjax.data.stored import Examples
 from cnnjax.errors import UserError
 from cnnjax.report import charts, figures, images, words
 from cnnjax.report.activations import FeatureMap, feature_maps, first_filters
-from cnnjax.report.analysis import DIGITS, Shown, judge_fit, most_confident
+from cnnjax.report.analysis import Shown, judge_fit, most_confident
 from cnnjax.report.commands import command_for
 from cnnjax.runs.files import flatten, show
 from cnnjax.runs.inspection import read_info
@@ -176,7 +176,7 @@ def _examples(run: Run, scored: Scored, files: dict[str, Any]) -> dict[str, Any]
     """Returns calibration, mistakes and certain answers."""
     (pictures, label), probabilities = scored
     predicted = probabilities.argmax(axis=1)
-    found = calibrate(probabilities.max(axis=1).round(DIGITS), predicted == label)
+    found = calibrate(probabilities.max(axis=1), predicted == label)
     diagrams = figures.calibration(found)
     files["calibration"] = alt.vconcat(*(figure.draw(420) for figure in diagrams))
     mistakes, classes = most_confident(probabilities, label, PER_CLASS)

@@ -9,8 +9,10 @@ from cnnjax.class_scores import Calibration
 from cnnjax.config import Config
 from cnnjax.losses import CrossEntropy
 from cnnjax.report.analysis import GAP, Fit
+from cnnjax.runs.statistics import wilson_interval
 
-CALIBRATED = 0.02  # An expected calibration error below 2 points needs no warning.
+CALIBRATED = 0.02  # A calibration that is off by less than 2 points needs no warning.
+NORMAL = 1.96  # So many standard deviations on both sides of the mean hold 95% of a normal distribution.
 
 # What an operation does, by a word in its name; the first that fits.
 OPERATIONS = {
@@ -138,12 +140,26 @@ def _scale_of_loss(config: Config) -> list[str]:
 def explain_calibration(calibration: Calibration, config: Config) -> list[str]:
     """Returns whether the confidence of a network can be trusted."""
     confidence, accuracy = calibration.mean_confidence, calibration.mean_accuracy
+    # The bins above the diagonal, and those below, each add at least half of excess - difference to the error.
+    difference, excess = abs(confidence - accuracy), calibration.error - calibration.by_chance
+    bound, n = max(CALIBRATED, NORMAL * calibration.deviation), int(calibration.num_examples.sum())
+    low, high = wilson_interval(accuracy, n)
     lines = [
         "A network is calibrated if, of all predictions that it makes with a confidence of 80%, it gets 80% right. "
         f"This one is {confidence:.1%} confident on average, and right in {accuracy:.1%} of the cases."
     ]
-    if calibration.error < CALIBRATED:
+    if max(difference, excess) <= bound and high - low <= 2 * CALIBRATED:
         lines.append("Its probabilities can be taken at face value.")
+    elif max(difference, excess) <= bound:
+        lines.append(
+            f"The {n:,} test images show neither over-confidence nor under-confidence, but they are too few to show "
+            f"that it is calibrated: the 95% interval of its accuracy is {low:.1%} to {high:.1%}."
+        )
+    elif difference <= bound or excess - difference > bound:
+        lines.append(
+            "It is over-confident in some bins of confidence, and under-confident in others: the diagram shows which. "
+            "No single temperature corrects both."
+        )
     elif confidence < accuracy:
         lines.append(
             "It is under-confident: it is right more often than it says, so its probabilities are too low."

@@ -5,7 +5,7 @@ from sklearn.calibration import calibration_curve
 from cnnjax import Config, CrossEntropy
 from cnnjax.class_scores import Confused, calibrate, top_confusions
 from cnnjax.report.analysis import band, differing, judge_fit, most_confident
-from cnnjax.report.words import duration, explain_fit, explain_operation
+from cnnjax.report.words import duration, explain_calibration, explain_fit, explain_operation
 from cnnjax.runs.statistics import wilson_interval
 
 
@@ -27,6 +27,7 @@ def test_wilsons_interval_is_that_of_the_formula():
 def test_calibration_agrees_with_scikit_learn_and_with_a_loop():
     probabilities, label = predictions()
     confidence, correct = probabilities.max(axis=1).astype(np.float64), probabilities.argmax(axis=1) == label
+    confidence = confidence.round(5)
     confidence[0] = 1.0
     found = calibrate(confidence, correct)
     right, mean = calibration_curve(correct, confidence, n_bins=15, strategy="uniform")
@@ -42,6 +43,36 @@ def test_calibration_agrees_with_scikit_learn_and_with_a_loop():
     assert found.error == pytest.approx(error, rel=1e-6)
     assert found.mean_confidence == pytest.approx(confidence.mean(), rel=1e-6)
     assert found.mean_accuracy == pytest.approx(correct.mean())
+    edges = calibrate(np.float32([0.2, 0.4, 0.6, 0.8, 1.0]), np.ones(5, bool))
+    assert np.flatnonzero(edges.num_examples).tolist() == [2, 5, 8, 11, 14]  # Each is the upper bound of its bin.
+
+
+def test_chance_is_that_of_a_calibrated_network_in_simulation():
+    rng = np.random.default_rng(0)
+    confidence = 0.5 + 0.5 * rng.beta(3, 1, 200)
+    found = [calibrate(confidence, rng.random(200) < confidence) for _ in range(2000)]
+    assert np.mean([x.error for x in found]) == pytest.approx(found[0].by_chance, rel=0.03)
+    assert np.std([x.mean_accuracy for x in found]) == pytest.approx(found[0].deviation, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("confidence", "accuracy", "n", "words"),
+    [
+        ([0.8], [0.8], 10_000, "Its probabilities can be taken at face value."),
+        ([0.6, 0.9], [0.65, 0.85], 40, "The 40 test images show neither over-confidence nor under-confidence, but"),
+        ([0.8], [0.74], 100, "too few to show that it is calibrated: the 95% interval of its accuracy is 64.6%"),
+        ([0.999], [1.0], 40, "of its accuracy is 91.2% to 100.0%"),
+        ([0.8], [0.74], 1000, "It is over-confident: it is right less often than it says"),
+        ([0.6, 0.9], [0.75, 0.95], 1000, "It is under-confident: it is right more often than it says"),
+        ([0.6, 0.9], [0.9, 0.6], 1000, "It is over-confident in some bins of confidence, and under-confident in oth"),
+        ([0.6, 0.9], [0.9, 0.5], 1000, "It is over-confident in some bins of confidence, and under-confident in oth"),
+    ],
+)
+def test_calibration_is_judged_by_what_the_images_show(confidence, accuracy, n, words):
+    """A bin of each confidence has the same number of images, of which the given fraction is right."""
+    m = n // len(confidence)
+    correct = np.concatenate([np.arange(m) < round(x * m) for x in accuracy])
+    assert words in explain_calibration(calibrate(np.repeat(confidence, m), correct), Config())[1]
 
 
 def test_the_most_confident_examples_are_those_of_a_sort():
