@@ -72,7 +72,7 @@ def explain_fit(fit: Fit, history: Mapping[str, np.ndarray], config: Config) -> 
             f"{last['validation_loss']:.4f}. As the training loss has not fallen since, this is not over-fitting; "
             "perhaps the learning rate is too high."
         ]
-    elif (gap := fit.gap or 0.0) > GAP:
+    elif (gap := fit.gap or 0.0) > fit.large:
         where = f"it is lowest at the end ({lowest:.4f})" if fit.lowest == epoch else ends
         lines = [
             f"The validation loss has not risen clearly yet: {where}. But training accuracy is {100 * gap:.1f} points "
@@ -96,7 +96,7 @@ def explain_fit(fit: Fit, history: Mapping[str, np.ndarray], config: Config) -> 
     if fit.gap is not None:
         scores = f"{last['train_accuracy']:.2%} in training and {last['validation_accuracy']:.2%} in validation"
         lines.append(f"The accuracy ends at {scores}. " + _explain_gap(fit))
-    return [*lines, *_scale_of_loss(config)]
+    return [*lines, *_scale_of_loss(history, config)]
 
 
 def _explain_start(fit: Fit, history: Mapping[str, np.ndarray]) -> list[str]:
@@ -114,25 +114,34 @@ def _explain_start(fit: Fit, history: Mapping[str, np.ndarray]) -> list[str]:
 
 def _explain_gap(fit: Fit) -> str:
     gap = 100 * (fit.gap or 0.0)
-    if gap > 100 * GAP:
+    if gap > 100 * fit.large:
         return f"The network is {gap:.1f} points better on the images that it was trained on: the shaded gap."
     if gap < 0:
         return (
             "Validation accuracy is often higher: it is measured after the epoch without dropout and augmentation, "
             "training accuracy during the epoch with both."
         )
+    if fit.large > GAP:
+        known = f"the accuracy on so few validation images is known to ±{100 * fit.large:.1f} points only"
+        return f"A gap of {gap:.1f} points may be chance: {known}."
     return f"A gap of {gap:.1f} points is small."
 
 
-def _scale_of_loss(config: Config) -> list[str]:
+def _scale_of_loss(history: Mapping[str, np.ndarray], config: Config) -> list[str]:
     loss: Any = config.loss
-    own = not isinstance(loss, CrossEntropy)
-    if not own and loss.label_smoothing == 0 and config.class_weights == "none":
+    reasons = []
+    if not isinstance(loss, CrossEntropy):
+        reasons.append(getattr(loss, "__name__", type(loss).__name__))
+    elif loss.label_smoothing:
+        reasons.append(f"label smoothing of {loss.label_smoothing:g}")
+    if config.class_weights != "none":
+        reasons.append("class weights")
+    if not np.isfinite(history.get("train_accuracy", np.nan)).all():  # Only class indices have one.
+        reasons.append("labels that the augmentation changes")
+    if not reasons:
         return []
-    name = getattr(loss, "__name__", type(loss).__name__) if own else f"label smoothing of {loss.label_smoothing:g}"
-    name = "class weights" if not own and loss.label_smoothing == 0 else name
     return [
-        f"The training loss is the configured one ({name}), the validation loss is the plain cross-entropy: "
+        f"The training loss is computed with {' and '.join(reasons)}, the validation loss is the plain cross-entropy: "
         "compare their shapes, not their heights."
     ]
 
