@@ -146,6 +146,17 @@ def test_runs_that_differ_in_their_seed_are_one_group(trained, copy, tmp_path):
     assert rows == [("optim.learning_rate", "0.003", "0.5")]
 
 
+def test_seeds_with_the_same_score_have_no_interval(trained, copy, tmp_path):
+    runs = [copy(seed, f"same{seed}", result=lambda result: result.update(test_accuracy=0.5)) for seed in (0, 1)]
+    page = write_report(runs, tmp_path / "same.html").read_text()
+    assert "unknown<small>all seeds have the same score</small>" in page and "nan%" not in page
+    for run in runs:
+        config = run.run_dir / "config.json"
+        config.write_text(config.read_text().replace('"batch_size": 20', '"batch_size": 21'))
+    page = write_report([*trained.runs, *runs], tmp_path / "two.html").read_text()
+    assert "<small>the same for all 2 seeds</small>" in page and "nan%" not in page
+
+
 def test_two_runs_of_one_seed_are_two_groups(trained):
     assert len(group_runs([trained.runs[0], trained.runs[0]])) == 2
 
