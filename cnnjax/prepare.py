@@ -259,7 +259,8 @@ def check_parts(setup: Setup) -> TrainState:
     with user_code("`optim`"):
         tx = setup.program.make_tx()
         opt_state = jax.eval_shape(partial(init_optimizer, tx), params)
-    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, variables, opt_state)
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    state = TrainState(step, params, variables, opt_state)
     with user_code("`model.init_from_data`"):
         state = abstract_init_from_data(state, image, model=config.model, tx=tx)
     image = jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.float32)
