@@ -71,10 +71,14 @@ def check_training(
     check_shape("model", "logits", (len(batch.mask), num_classes), logits_of(trained))
     try:
         jax.eval_shape(lambda output, batch: sum_metrics(output, batch, loss_fn), trained, batch)
+    except UserError as error:
+        raise UserError(str(error).replace("`loss_fn`", "`loss`")) from error
     except Exception as error:
         raise UserError(
             f"`loss` must accept logits {describe_shapes(trained)} and a batch with the label "
-            f"{describe_shapes(batch.label)}, as the augmentation makes it, got {describe(error)}"
+            f"{describe_shapes(batch.label)}, as the augmentation makes it, got {describe(error)} It "
+            "is called as loss(logits, batch). If it needs labels, wrap it: `def loss(logits, batch): return "
+            "f(logits, batch.label)`."
         ) from error
 
 

@@ -116,6 +116,10 @@ def failing_loss(logits, batch):
     raise ZeroDivisionError
 
 
+def mean_loss(logits, batch):
+    return (logits**2).mean()
+
+
 def failing_data():
     return np.load("no-such-file.npy")
 
@@ -193,7 +197,9 @@ def test_an_exception_in_the_users_code_is_one_line(changes, part, line, text, t
 def test_an_exception_in_the_users_loss_names_its_arguments(tmp_path):
     error = refused(tmp_path, loss=failing_loss)
     assert "`loss` must accept logits float32[16, 3] and a batch with the label int32[16], " in str(error)
-    assert str(error).endswith(f"{line_of('raise ZeroDivisionError')}: ZeroDivisionError.")
+    assert f"{line_of('raise ZeroDivisionError')}: ZeroDivisionError. It is called as loss(logits" in str(error)
+    error = refused(tmp_path, loss=optax.softmax_cross_entropy_with_integer_labels)
+    assert str(error).endswith("wrap it: `def loss(logits, batch): return f(logits, batch.label)`.")
 
 
 @pytest.mark.parametrize(
@@ -212,7 +218,12 @@ def test_an_exception_in_the_users_loss_names_its_arguments(tmp_path):
         ),
         (
             {"augment": Broken(mistake="classes")},
-            "`loss` must accept logits float32[16, 3] and a batch with the label float32[16, 7], ",
+            "`batch.label` must be class indices, int [B], or probabilities, float [B K], for the cross-entropy with "
+            "logits [B K] of shape (16, 3), got float32[16, 7].",
+        ),
+        (
+            {"loss": mean_loss},
+            "`loss` must return floating-point values of shape (16,), one per example, got float32[].",
         ),
         (
             {"augment": Broken(mistake="labels")},
