@@ -11,7 +11,7 @@ from cnnjax.data.augment import Augment
 from cnnjax.data.stored import LISTS, MAX_SIDE, RESIZE
 from cnnjax.data.tta import TTA
 from cnnjax.errors import UserError, check, check_name, describe_shapes
-from cnnjax.fields import check_fields
+from cnnjax.fields import check_fields, shorten, show
 from cnnjax.losses import CrossEntropy
 from cnnjax.models.cnn import CNN
 from cnnjax.network import check_network
@@ -81,6 +81,9 @@ class Config:
     """Selects the test examples, independently of `seed`, so that all seeds share a test set."""
 
     def __post_init__(self) -> None:
+        _check_part("optim", self.optim, Optimizer, "Adam(), SGD() or Muon()")
+        _check_part("augment", self.augment, Augment, "Augment(), PhotoAugment(), Mixup() or CutMix()")
+        _check_dataset(self.dataset)
         check_fields(self)
         check(
             "name",
@@ -88,10 +91,6 @@ class Config:
             re.fullmatch(r"(\w[\w.-]*)?", self.name, re.ASCII) is not None,
             repr(self.name),
         )
-        if isinstance(self.dataset, str):
-            valid = self.dataset.strip() != "" and "\0" not in self.dataset and "://" not in self.dataset
-            rule = "a tfds name, such as cifar10 or name/config, or the path of a folder or a list of images"
-            check("dataset", rule, valid, repr(self.dataset))
         for name, valid in (
             ("resize", RESIZE),
             ("sampling", BALANCING),
@@ -116,14 +115,14 @@ class Config:
         check("validation_fraction", "at least 0 and below 1", 0 <= fraction < 1, fraction)
         check_name("tta", self.tta, TTA)
         check_network(self.model)
-        check("loss", "a function of logits and a batch", callable(self.loss), repr(self.loss))
+        check("loss", "a function of logits and a batch", callable(self.loss), show(self.loss))
         for name in ("model", "optim", "augment", "loss"):
             value = getattr(self, name)
             try:
                 hash(value)  # `jit` compiles once for equal values.
             except TypeError as error:
                 raise UserError(
-                    f"`{name}` must be hashable, got {value!r} ({error}). Use @dataclass(frozen=True), and tuples."
+                    f"`{name}` must be hashable, got {show(value)} ({error}). Use @dataclass(frozen=True), and tuples."
                 ) from error
         # A run directory may get a suffix, and a file name has at most 255 bytes.
         check("name", "short: at most 200 characters with the seed", len(self.run_name) <= 200, repr(self.run_name))
@@ -173,6 +172,35 @@ class Config:
                 )
             changes[name] = replace(part, num_classes=num_classes)
         return replace(self, **changes)
+
+
+def _check_dataset(dataset: Any) -> None:
+    if isinstance(dataset, str):
+        rule = "a tfds name, such as cifar10 or name/config, or the path of a folder or a list of images"
+        valid = dataset.strip() != "" and "\0" not in dataset and "://" not in dataset
+        check("dataset", rule, valid, repr(dataset))
+        return
+    rule = "a str (a name or a path), a tuple (x_train, y_train, x_test, y_test), or a function that returns the tuple"
+    valid = (isinstance(dataset, tuple) and len(dataset) == 4) or callable(dataset)
+    check("dataset", rule, valid, f"a {type(dataset).__name__}: {shorten(describe_shapes(dataset))}")
+
+
+def _check_part(name: str, value: Any, base: type, instances: str) -> None:
+    """Checks that a part of a configuration is an instance of its base class; `instances` is code that makes some."""
+    if isinstance(value, base):
+        return
+    got, fix = show(value), f"Create an instance: {instances}."
+    if isinstance(value, type):
+        got, fix = f"the class {value.__name__}", f"Create an instance: {value.__name__}()."
+    elif hasattr(value, "init") and hasattr(value, "update"):
+        got, fix = (
+            "an optax optimizer",
+            (
+                "Write a subclass, `class Mine(Optimizer)`, with a method `def transform(self, learning_rate)` that "
+                "returns it, such as optax.adam(learning_rate), and pass Mine()."
+            ),
+        )
+    raise UserError(f"`{name}` must be an instance of cnnjax's {base.__name__}, got {got}. {fix}")
 
 
 def word(cls: type) -> str:

@@ -49,7 +49,7 @@ def check_fields(x: Any, path: str = "") -> None:
             continue  # What it means is up to the user's class.
         if (fault := _fault(name, value, _annotation(owner, field))) is not None:
             why = ", which is hashable" if fault.rule == "a tuple" and isinstance(fault.value, list) else ""
-            raise UserError(f"`{fault.path}` must be {fault.rule}{why}, got {_show(fault.value)}.")
+            raise UserError(f"`{fault.path}` must be {fault.rule}{why}, got {show(fault.value)}.")
         for part_name, part in _parts(name, value):
             if dataclasses.is_dataclass(part) and not isinstance(part, type):
                 check_fields(part, part_name)
@@ -122,6 +122,12 @@ def _parts(path: str, value: Any) -> list[tuple[str, Any]]:
     return [(path, value)]
 
 
-def _show(value: Any) -> str:
-    text = hex(value) if isinstance(value, int) and abs(value) >= 2**64 else " ".join(repr(value).split())
+def show(value: Any) -> str:
+    """Returns a value on one line of at most 100 characters, for messages."""
+    return shorten(hex(value) if isinstance(value, int) and abs(value) >= 2**64 else repr(value))
+
+
+def shorten(text: str) -> str:
+    """Returns a text on one line of at most 100 characters."""
+    text = " ".join(text.split())
     return text if len(text) <= 100 else f"{text[:97]}..."

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import flax.linen as nn
 import numpy as np
+import optax
 import pytest
 
 from cnnjax import (
@@ -75,8 +76,13 @@ def test_a_configuration_cannot_be_changed_and_is_compared_by_value():
         ({"seed": 2**32}, r"`seed` must be between 0 and 2\*\*32 - 1, got 4294967296\."),
         ({"batch_size": True}, r"`batch_size` must be an int or None, got True\."),
         ({"num_epochs": 2**31}, r"`num_epochs` must be below 2\*\*31, got 2147483648\."),
-        ({"dataset": (1, 2, 3)}, r"`dataset` must be a str or a tuple of 4 or a function, got \(1, 2, 3\)\."),
-        ({"dataset": [*arrays()]}, r"`dataset` must be a str or a tuple or a function, got \[array"),
+        ({"dataset": (1, 2, 3)}, r"`dataset` must be .*, a tuple \(x_train, .*, got a tuple: \(1, 2, 3\)\."),
+        (
+            {"dataset": (arrays()[:2], arrays()[2:])},
+            r"`dataset` .* \(x_train, y_train, x_test, y_test\), .* a tuple: \(\(uint8\[2, 4, 4\], int64\[2\]\), \(u",
+        ),
+        ({"dataset": [*arrays()]}, r"`dataset` must be .* got a list: \(uint8\[2, 4, 4\], int64\[2\], uint8.*"),
+        ({"dataset": [[1] * 999] * 9}, r"`dataset` must be .* got a list: \(\(1, [1, ]{80,100}\.\.\.\.$"),
         ({"name": "a" * 195}, r"`name` must be short: at most 200 characters with the seed, got 'a+-seed0'\."),
         ({"model": Sized(width="4")}, r"`model\.width` must be an int, got '4'\."),
         ({"loss": Weighted("2")}, r"`loss\.num_classes` must be an int, got '2'\."),
@@ -86,7 +92,16 @@ def test_a_configuration_cannot_be_changed_and_is_compared_by_value():
             r"`model` must be a Linen module, or an object with functions init and apply, got an object",
         ),
         ({"optim": MLP()}, r"`optim` must be an instance of cnnjax's Optimizer, got MLP"),
-        ({"augment": "mixup"}, r"`augment` must be an instance of cnnjax's Augment, got 'mixup'\."),
+        (
+            {"optim": optax.adam(1e-3)},
+            r"`optim` must be an instance of cnnjax's Optimizer, got an optax optimizer\. Write a subclass, `class Mi",
+        ),
+        ({"optim": "adam"}, r"`optim` must be .* got 'adam'\. Create an instance: Adam\(\), SGD\(\) or Muon\(\)\."),
+        ({"optim": Adam}, r"`optim` must be .* got the class Adam\. Create an instance: Adam\(\)\."),
+        (
+            {"augment": "mixup"},
+            r"`augment` must be an instance of cnnjax's Augment, got 'mixup'\. Create an instance: .* Mixup\(\)",
+        ),
         ({"loss": 0.1}, r"`loss` must be a function of logits and a batch, got 0\.1\."),
         ({"model": Net([1, 2])}, r"`model` must be hashable, got Net\(.* Use @dataclass\(frozen=True\), and tuples\."),
     ],
@@ -100,6 +115,16 @@ def test_values_that_are_no_configuration(values, message, no_type_checks):
     ("make", "message"),
     [
         (lambda: Adam(learning_rate="1e-3"), "`optim.learning_rate` must be a float, got '1e-3'"),
+        (
+            lambda: Adam(learning_rate=abs),
+            "`optim.learning_rate` must be a float, got a function. Override `make_schedule(self, num_updates)` in a "
+            "subclass, and return it there",
+        ),
+        (
+            lambda: SGD(schedule=abs),
+            "`optim.schedule` must be a str, got a function. Override `make_schedule(self, num_updates)` in a "
+            "subclass, and return it there",
+        ),
         (lambda: SGD(groups=(3,)), "`optim.groups.0` must be an instance of cnnjax's ParamGroup, got 3"),
         (lambda: Decaying(decay="0.5"), "`optim.decay` must be a float, got '0.5'"),
         (lambda: ParamGroup("a", num_epochs=1.5), "`num_epochs` must be an int or None, got 1.5"),

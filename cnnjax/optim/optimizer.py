@@ -80,6 +80,9 @@ class Optimizer(ABC):
     """Decay of a moving average of the parameters, which is evaluated in place of them; 0: none."""
 
     def __post_init__(self) -> None:
+        for name, rule in (("schedule", "a str"), ("learning_rate", "a float")):
+            got = "a function. Override `make_schedule(self, num_updates)` in a subclass, and return it there"
+            check(f"optim.{name}", rule, not callable(getattr(self, name)), got)
         check_fields(self, "optim")
         check_name("optim.schedule", self.schedule, ("constant", "one_cycle", "cosine"))
         check("optim.learning_rate", "above 0 and finite", 0 < self.learning_rate < inf, self.learning_rate)

@@ -23,6 +23,7 @@ from flax.core import FrozenDict
 import cnnjax
 from cnnjax.config import Config
 from cnnjax.errors import UserError, for_reader
+from cnnjax.fields import show
 from cnnjax.runs.files import changes, file_sha256
 from cnnjax.runs.schema import EncodedConfig
 
@@ -89,9 +90,10 @@ class _Encoder(NamedTuple):
     def name(self, x: Any, path: str) -> str:
         name = self.ours.get(id(x)) or getattr(x, "__qualname__", None)
         if name is None or "<" in name:
+            fix = " Write it with `def` at the top level of a file." if inspect.isfunction(x) else ""
             raise UserError(
                 f"`{path}` must be a value that config.json can name (a number, a string, a dataclass, or a class or "
-                f"function at the top level of a file), got {x!r}."
+                f"function at the top level of a file), got {show(x)}.{fix}"
             )
         if id(x) not in self.ours:
             self.objects.append(x)
