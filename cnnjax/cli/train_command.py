@@ -1,9 +1,11 @@
 """The command `cnnjax train`, whose options are the fields of a `Config` and of the objects that it holds."""
 
 import dataclasses
+import difflib
 import inspect
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,6 +22,8 @@ from cnnjax.cli.signals import REQUEUE, Interrupted
 from cnnjax.config import Config, word
 from cnnjax.errors import UserError, check, check_name, unknown_name, user_code
 from cnnjax.runs.loggers import Logger, check_loggers
+
+_ABBREVIATIONS = {"lr": "learning-rate", "bs": "batch-size", "wd": "weight-decay"}
 
 
 @dataclass(frozen=True)
@@ -148,20 +152,51 @@ def parse_train(experiment: Experiment, arguments: Sequence[str], prog: str | No
         config = _choose(config, part, experiment.words(part), arguments)
     logs = sum(argument.partition("=")[0] == "--log" for argument in arguments)
     check("--log", "given once, with all names", logs < 2, f"{logs} times")
+    if several := re.search(r"(?<!\S)--seed[= ](\d+[:,]\S*)", " ".join(arguments)):
+        check("seed", "one number", False, f"{several[1]}. Several seeds are --seeds {several[1]}")
     words = "\n".join(f"--{part} {'|'.join(experiment.words(part))}" for part in PARTS)
     classes = f"The classes of network, optimizer and augmentation, whose options follow:\n{words}"
     description = f"{inspect.getdoc(command)}\n\n{classes}"
     registry = ConstructorRegistry()
     registry.struct_rule(_opaque)
     registry.primitive_rule(_dataset)
+    registry.primitive_rule(_image_size)
     registry.primitive_rule(partial(_logger, words=experiment.words("log")))
     options: Any = {"prog": prog, "description": description, "registry": registry}
-    train = tyro.cli(command, default=command(config), args=arguments, **options)
+    default = command(config)
+    train, unknown = tyro.cli(command, default=default, args=arguments, return_unknown_args=True, **options)
+    if unknown:
+        raise _unknown_option(unknown, [*_options(default)])
     has_name = any(argument.partition("=")[0] == "--name" for argument in arguments)
     if config.name and not has_name and train.config.dataset != config.dataset:
         named = dataclasses.replace(train.config, name=f"{config.name}_{train.config.dataset_word}")
         train = dataclasses.replace(train, config=named)
     return train
+
+
+def _options(x: Any, prefix: str = "--") -> Iterator[str]:
+    """Yields the options that set the fields of a dataclass and of those in it, and choose a part."""
+    for f in dataclasses.fields(x):
+        name, value = prefix + f.name.replace("_", "-"), getattr(x, f.name)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            yield from [name] if f.name in PARTS else []
+            yield from _options(value, prefix if f.name == "config" else f"{name}.")
+        elif prefix == "--" or f.name not in ("parent", "name"):  # Flax's own.
+            yield name
+
+
+def _unknown_option(unknown: Sequence[str], known: Sequence[str]) -> UserError:
+    """Returns the error for arguments that belong to no option. It suggests options whose last words are near."""
+    given = next((x for x in unknown if x.startswith("-")), unknown[0]).partition("=")[0]
+    names: dict[str, list[str]] = {}
+    for option in known:
+        names.setdefault(re.split(r"--|\.", option)[-1], []).append(option)
+    last = re.split(r"--|\.", given)[-1].replace("_", "-").lower()
+    close = [_ABBREVIATIONS[last]] if last in _ABBREVIATIONS else difflib.get_close_matches(last, names)
+    near = [option for name in close for option in names.get(name, ())]
+    hint = f"Did you mean {' or '.join(near)}? " if near else ""
+    fix = f"{hint}--help lists those of the chosen network, optimizer and augmentation."
+    return UserError(f"An option must be a known name, got {given}. {fix}")
 
 
 def _choose(config: Config, part: str, words: dict[str, type], arguments: list[str]) -> Config:
@@ -243,4 +278,26 @@ def _dataset(info: Any) -> PrimitiveConstructorSpec[Any] | None:
         instance_from_str=lambda args: args[0],
         is_instance=lambda x: True,
         str_from_instance=lambda x: [x if isinstance(x, str) else getattr(x, "__name__", "(arrays)")],
+    )
+
+
+def _image_size(info: Any) -> PrimitiveConstructorSpec[Any] | None:
+    """Parses the field `image_size` from "128", "96 128" or "96x128"."""
+    if info.type != Config.__dataclass_fields__["image_size"].type:
+        return None
+
+    def make(args: list[str]) -> int | tuple[int, ...] | None:
+        if args == ["None"]:
+            return None
+        sizes = re.split("[x× ]", " ".join(args))
+        valid = len(sizes) <= 2 and all(re.fullmatch("[0-9]{1,9}", size) for size in sizes)
+        check("image_size", "one number, or height and width, such as 96 128", valid, " ".join(args) or "nothing")
+        return int(sizes[0]) if len(sizes) == 1 else tuple(map(int, sizes))
+
+    return PrimitiveConstructorSpec(
+        nargs=(1, 2),
+        metavar="SIZE|HEIGHT WIDTH",
+        instance_from_str=make,
+        is_instance=lambda x: x is None or isinstance(x, (int, tuple)),
+        str_from_instance=lambda x: [*map(str, x)] if isinstance(x, tuple) else [str(x)],
     )

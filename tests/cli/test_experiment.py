@@ -89,8 +89,8 @@ def test_help_lists_the_fields_with_their_docstrings(capsys):
 
 
 def test_a_misspelled_field_suggests_the_nearest(capsys):
-    assert "Perhaps you meant: --model.width INT" in fails(capsys, "train", str(FILE), "--model.widht", "8")
-    assert "Perhaps you meant: --optim.b1 FLOAT" in fails(capsys, "train", str(FILE), "--optim.b", "0.5")
+    assert "Did you mean --model.width?" in fails(capsys, "train", str(FILE), "--model.widht", "8")
+    assert "Did you mean --optim.b1" in fails(capsys, "train", str(FILE), "--optim.b", "0.5")
     assert "got 'convnt'. Did you mean convnet" in fails(capsys, "train", str(FILE), "--model", "convnt")
 
 

@@ -119,6 +119,11 @@ def test_a_field_that_holds_a_function_or_data_keeps_it():
     assert parse("--dataset", "mnist", config=config).dataset == "mnist"
 
 
+def test_the_size_of_images():
+    sizes = [["96"], ["96", "128"], ["96x128"], ["None"]]
+    assert [parse("--image-size", *size).image_size for size in sizes] == [96, (96, 128), (96, 128), None]
+
+
 @pytest.mark.parametrize(
     ("option", "value", "rule"),
     [
@@ -161,7 +166,19 @@ def test_a_field_that_holds_a_function_or_data_keeps_it():
         ),
         ("--model.conv-dropout", "1", "`model.conv_dropout` must be between 0 and 0.99, got 1"),
         ("--model.dense-dropout", "-1", "`model.dense_dropout` must be between 0 and 0.99, got -1"),
-        ("--optim.learning-rat", "1e-3", "Perhaps you meant: --optim.learning-rate FLOAT"),
+        (
+            "--optim.learning-rat",
+            "1e-3",
+            "option must be a known name, got --optim.learning-rat. Did you mean --optim",
+        ),
+        ("--modle", "mlp", "An option must be a known name, got --modle. Did you mean --model? --help lists those of"),
+        ("--lr", "0.1", "An option must be a known name, got --lr. Did you mean --optim.learning-rate?"),
+        ("--optim.lr", "0.1", "An option must be a known name, got --optim.lr. Did you mean --optim.learning-rate?"),
+        ("--bs", "32", "An option must be a known name, got --bs. Did you mean --batch-size?"),
+        ("--epochs", "3", "An option must be a known name, got --epochs. Did you mean --num-epochs or --optim.freeze"),
+        ("--gpu", "1", "An option must be a known name, got --gpu. --help lists those of the chosen network"),
+        ("--image-size", "96xx", "`image_size` must be one number, or height and width, such as 96 128, got 96xx."),
+        ("--seed", "0:3", "`seed` must be one number, got 0:3. Several seeds are --seeds 0:3."),
         ("--seeds", "x", "`seeds` must be a range such as 0:10 (0 to 9) or a list such as 0,3,7, of 1 to 10,000"),
     ],
 )
