@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from cnnjax.compiler import jit
@@ -178,9 +179,10 @@ def train_step(
       The next state, and the metrics of this batch before the update.
 
     Raises:
-      ValueError: an argument or a shape is wrong, or `tx` needs more arguments.
+      ValueError: an argument or a shape is wrong, `state` was donated before, or `tx` needs more arguments.
     """
     check_network(model)
+    _check_valid(state)
     step = _donating_step if donate else _keeping_step
     options: Any = {"loss_fn": loss_fn, "frozen": frozen, "placement": placement}
     return step(state, batch, key, model=model, tx=tx, **options)
@@ -312,6 +314,7 @@ def eval_step(
       tta: test-time augmentation, see `cnnjax.data.tta.mean_logits`; the loss then receives only the logits.
     """
     check_network(model)
+    _check_valid(state)
     return _eval_step(state, batch, model=model, loss_fn=loss_fn, tta=tta)
 
 
@@ -319,6 +322,16 @@ def eval_step(
 def _eval_step(state: TrainState, batch: BatchLike, *, model: Network, loss_fn: LossFn, tta: str) -> Metrics:
     check_batch(batch)
     return sum_metrics(apply_views(state, batch, model, tta), batch, loss_fn)
+
+
+def _check_valid(state: TrainState) -> None:
+    """Raises a `ValueError` if `state` was donated. A tracer is not, and takes no time."""
+    step: Any = getattr(state, "step", None)
+    if isinstance(step, jax.Array) and not isinstance(step, Tracer) and step.is_deleted():
+        raise ArgumentError(
+            "`state` must be valid, got one that was donated to an earlier step. Use the state that this step "
+            "returned, or pass donate=False to it."
+        )
 
 
 def check_batch(batch: Any) -> None:

@@ -545,6 +545,9 @@ def test_a_state_that_is_not_donated_stays_alive():
     jax.tree.map(np.testing.assert_array_equal, donated, forks[0])
     with pytest.raises(RuntimeError, match="deleted"):
         np.asarray(jax.tree.leaves(average)[0])
+    for use in (partial(train_step, state, BATCH, KEY, tx=TX), partial(eval_step, state, BATCH)):
+        with pytest.raises(ValueError, match=r"`state` must be valid, got one that was donated .* pass donate=False"):
+            use(model=Linear())
 
 
 def test_a_gradient_through_the_step_as_in_maml():
