@@ -97,9 +97,12 @@ def test_an_interrupted_run_has_the_scores_of_each_class(tmp_path):
 
 def test_seeds_end_with_the_balanced_accuracy_and_have_no_tables(tmp_path, capsys):
     jax.devices()  # `--seeds` would otherwise make each core of this process a device.
-    parse_train(Experiment(config("balanced_accuracy"), {}), ["--seeds", "0:2", "--run-dir", str(tmp_path / "runs")])()
+    experiment, where = Experiment(config("balanced_accuracy"), {}), ["--run-dir", str(tmp_path / "runs")]
+    parse_train(experiment, ["--seeds", "0:2", *where])()
     lines = capsys.readouterr().out.splitlines()
     sentences = [line for line in lines if "Test accuracy 55.00%, balanced accuracy 75.00%" in line]
     assert len(sentences) == 2 and not any(line.startswith(("class ", "0  ")) for line in lines)
     assert lines[-2].startswith("2 seeds, 0:2: test_accuracy 55.00% ± 0.00%")
     assert lines[-1].startswith("2 seeds, 0:2: test_balanced_accuracy 75.00% ± 0.00%")
+    parse_train(experiment, ["--seeds", "0:1", *where, "--resume"])()
+    assert "1 seed, 0:1: test_accuracy 55.00% (one seed)" in capsys.readouterr().out

@@ -135,7 +135,7 @@ class Train:
         uneven = is_uneven([row["count"] for row in results[0]["classes"]])
         for metric in ("test_accuracy", *(["test_balanced_accuracy"] if uneven else [])):
             summary = describe([result[metric] for result in results], metric)
-            report.say(f"{len(results)} seeds, {self.seeds}: {summary}")
+            report.say(f"{len(results)} seed{'s' if len(results) > 1 else ''}, {self.seeds}: {summary}")
         if self.report:
             report_on_seeds(self.config, seeds, folder, self.data_dir, report.say)
 

@@ -38,16 +38,17 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     """Returns the seeds of "0:10" (0 to 9) or "0,3,7", in order.
 
     Raises:
-      UserError: it is neither, or has no seed, too many, one twice, or one of more than 32 bits.
+      UserError: it is neither, such as one number, or has no seed, too many, one twice, or one of more than 32 bits.
     """
     seeds: Sequence[int] = ()
     if match := re.fullmatch(r"(\d{1,10}):(\d{1,10})", text):
         seeds = range(int(match[1]), int(match[2]))
-    elif re.fullmatch(r"\d{1,10}(,\d{1,10})*", text):
+    elif re.fullmatch(r"\d{1,10}(,\d{1,10})+", text):
         seeds = [int(seed) for seed in text.split(",")]
     valid = 0 < len(seeds) <= MAX_SEEDS and len({*seeds}) == len(seeds) and max(seeds) < 2**32
     rule = f"a range such as 0:10 (0 to 9) or a list such as 0,3,7, of 1 to {MAX_SEEDS:,} different seeds below 2**32"
-    check("seeds", rule, valid, reprlib.repr(text))
+    fix = f". Three seeds are --seeds 0:3; one seed is --seed {text}" if re.fullmatch(r"\d{1,10}", text) else ""
+    check("seeds", rule, valid, f"{reprlib.repr(text)}{fix}")
     return tuple(seeds)
 
 

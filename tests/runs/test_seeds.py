@@ -23,13 +23,14 @@ PROGRAM = Path(__file__).parents[1] / "programs" / "two_devices.py"
 def test_seeds_are_ranges_or_lists():
     assert parse_seeds("0:3") == (0, 1, 2)
     assert parse_seeds("5,0,7") == (5, 0, 7)
-    assert parse_seeds("4") == (4,)
     assert len(parse_seeds("0:10000")) == 10_000
-    assert parse_seeds("4294967295") == (2**32 - 1,)
+    assert parse_seeds("0,4294967295") == (0, 2**32 - 1)
     wrong = ("", "3:3", "5:2", "1,1", "a", "0:10:2", "-1", "-1:2", "0:10001", "0:99999999999", "0:9999999999")
     for text in (*wrong, "4294967296", f"{10**30}", "0:" + 5000 * "9", "0," * 10**6):
         with pytest.raises(UserError, match=r"`seeds` must be a range .* or a list .* of 1 to 10,000 different seeds "):
             parse_seeds(text)
+    with pytest.raises(UserError, match=r"got '4'\. Three seeds are --seeds 0:3; one seed is --seed 4\.$"):
+        parse_seeds("4")
     for seeds in ((), (1, 1)):
         with pytest.raises(UserError, match=r"`seeds` must be different, and at least one, got "):
             train_seeds(Config(), seeds)
