@@ -15,7 +15,7 @@ from rich.progress import track as rich_track
 
 from cnnjax.class_scores import is_uneven
 from cnnjax.cli.streams import Output, reason
-from cnnjax.cli.tables import accuracies, class_lines
+from cnnjax.cli.tables import accuracies, class_lines, rate
 
 T = TypeVar("T")
 
@@ -73,7 +73,7 @@ class Report:
             TextColumn("{task.fields[epoch]}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[scores]}  {task.fields[images_per_second]:,.0f} images/s  left"),
+            TextColumn("{task.fields[scores]}  {task.fields[images_per_second]} images/s  left"),
             TimeRemainingColumn(),
         )
         # Lines must scroll above the bar, so both use the same console if both streams are terminals.
@@ -81,7 +81,7 @@ class Report:
         shown, in_notebook = wanted and self._err.file.isatty(), wanted and Console().is_jupyter
         if shown and out.file.isatty():
             self._out = self._err
-        fields = {"epoch": "compiling", "scores": "", "images_per_second": 0.0}
+        fields: Any = {"epoch": "compiling", "scores": "", "images_per_second": "0"}
         fields |= {"num_epochs": num_epochs, "steps_per_epoch": steps_per_epoch}
         with Progress(*columns, console=self._err, disable=not shown, transient=True, speed_estimate_period=10) as bar:
             bar.add_task("train", total=num_epochs * steps_per_epoch, completed=start, **fields)
@@ -112,7 +112,7 @@ class Report:
             completed=step,
             epoch=f"epoch {epoch + 1}/{task.fields['num_epochs']}",
             scores=_scores({"loss": means.loss, **means.values}),
-            images_per_second=(task.speed or 0.0) * means.num_examples / (index + 1),
+            images_per_second=rate((task.speed or 0.0) * means.num_examples / (index + 1)),
         )
         if self._cell is not None and self._cell.is_due():
             self._cell.show(self._bar)
@@ -134,7 +134,7 @@ class Report:
         self.say(
             f"epoch {row['epoch']:>{len(str(num_epochs))}}/{num_epochs}  {_scores(train)}  "
             + (f"validation {_scores(validation)}  " if "validation_loss" in row else "")
-            + f"{row['images_per_second']:,.0f} images/s  "
+            + f"{rate(row['images_per_second'])} images/s  "
             + (f"{row['flops_utilization']:.0%} of peak FLOP/s  " if "flops_utilization" in row else "")
             + f"{row['seconds']:.0f} s"
         )
@@ -154,7 +154,7 @@ class Report:
         stopped = result["stopped_epoch"]
         early = "" if stopped is None else f", stopped after epoch {stopped}"
         self.say(
-            f"Test {test} (loss {result['test_loss']:.4f}) on all "
+            f"Test {test} (loss {result['test_loss']:z.4f}) on all "
             f"{result['num_test_examples']:,} test images, with the parameters of epoch {result['best_epoch']} of "
             f"{result['num_epochs']} ({validation}{early}); seed {result['seed']}, {result['num_params']:,} "
             f"parameters, {result['training_seconds']:.0f} s of training on {result['device']}. All of it is in "
@@ -184,7 +184,7 @@ class _Cell:
 
 def _scores(values: Mapping[str, Any]) -> str:
     percent = ("accuracy", "balanced accuracy")
-    return "  ".join(f"{name} {value:{'.2%' if name in percent else '.4f'}}" for name, value in values.items())
+    return "  ".join(f"{name} {value:{'.2%' if name in percent else 'z.4f'}}" for name, value in values.items())
 
 
 def _console(file: Any, **options: Any) -> Console:

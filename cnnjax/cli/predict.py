@@ -115,7 +115,7 @@ class Eval:
         score = accuracies(scores.accuracy, scores.balanced_accuracy, uneven)
         low, high = wilson_interval(scores.accuracy, scores.num_examples)
         print(
-            f"{printable(what)} {score}, loss {scores.loss:.4f}, on {images}; 95% interval of the accuracy {low:.2%} "
+            f"{printable(what)} {score}, loss {scores.loss:z.4f}, on {images}; 95% interval of the accuracy {low:.2%} "
             f"to {high:.2%} ({of_runs})"
         )
 

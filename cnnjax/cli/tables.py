@@ -15,6 +15,11 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
+def rate(value: float) -> str:
+    """Returns a rate, such as of images per second, with at least two significant digits."""
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+
+
 def table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
     """Yields `rows` as lines with aligned columns, however wide they are."""
     rows = [[printable(cell) for cell in row] for row in rows]

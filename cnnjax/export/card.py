@@ -219,7 +219,7 @@ def _results(run: Run, live: Live) -> Iterator[str]:
     low, high = wilson_interval(result["test_accuracy"], result["num_test_examples"])
     scores = accuracies(result["test_accuracy"], result["test_balanced_accuracy"], True)
     yield _text(
-        f"Test {scores}, loss {result['test_loss']:.4f}, {_with_tta(run.config.tta)}. The 95% "
+        f"Test {scores}, loss {result['test_loss']:z.4f}, {_with_tta(run.config.tta)}. The 95% "
         f"interval of the accuracy, from the number of test images, is {low:.2%} to {high:.2%}."
     )
     yield from ("", "| class | test images | precision | recall | F1 |", "| --- | ---: | ---: | ---: | ---: |")

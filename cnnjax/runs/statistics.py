@@ -216,4 +216,4 @@ def _bounds(metric: str) -> tuple[float, float]:
 
 
 def _show(value: float, metric: str) -> str:
-    return f"{value:.4f}" if metric == "test_loss" else f"{value:.2%}"
+    return f"{value:z.4f}" if metric == "test_loss" else f"{value:.2%}"

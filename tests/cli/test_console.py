@@ -132,10 +132,10 @@ def test_the_result_is_a_table_and_a_sentence_with_balanced_accuracy_if_the_clas
 
 
 def test_an_epoch_has_a_balanced_accuracy_if_it_differs_by_a_point(capsys):
-    row = {"epoch": 1, "train_loss": 0.5, "images_per_second": 10, "seconds": 1.2, "validation_loss": 0.25}
+    row = {"epoch": 1, "train_loss": 0.5, "images_per_second": 0.25, "seconds": 1.2, "validation_loss": -1e-9}
     for balanced, expected in ((0.759, ""), (0.74, "  balanced accuracy 74.00%")):
         Report().epoch({**row, "validation_accuracy": 0.75, "validation_balanced_accuracy": balanced}, 12)
-        line = f"epoch  1/12  loss 0.5000  validation loss 0.2500  accuracy 75.00%{expected}  10 images/s  1 s\n"
+        line = f"epoch  1/12  loss 0.5000  validation loss 0.0000  accuracy 75.00%{expected}  0.25 images/s  1 s\n"
         assert capsys.readouterr().out == line
 
 

@@ -17,9 +17,10 @@ from generated import status
 from PIL import Image
 from sklearn.metrics import accuracy_score, confusion_matrix, log_loss
 
-from cnnjax import UserError, load_run
+from cnnjax import Run, UserError, load_run
 from cnnjax.cli.main import main
 from cnnjax.data.datasets import load_dataset
+from cnnjax.metrics import Scores
 from cnnjax.runs.predictions import check_ensemble, evaluate_ensemble, predict_files
 
 
@@ -62,6 +63,13 @@ def test_eval_prints_the_score_of_every_image_of_a_split(run_dir, prepared_dir, 
     assert validation.startswith(
         f"validation accuracy {row['validation_accuracy']:.2%}, loss {row['validation_loss']:.4f}, on all 40 images"
     )
+
+
+def test_eval_prints_no_loss_of_minus_zero(run_dir, monkeypatch, capsys):
+    scores = Scores(-1e-9, 2, {"accuracy": 1.0}, {(0, 0): 1, (1, 1): 1})
+    monkeypatch.setattr(Run, "evaluate", lambda *arguments, **options: scores)
+    main(["eval", str(run_dir)])
+    assert "loss 0.0000, on all 2 images" in capsys.readouterr().out
 
 
 def test_predict_prints_the_most_probable_classes_of_each_file(run_dir, prepared_dir, tmp_path, capsys):

@@ -4,7 +4,7 @@ import pytest
 from rich.cells import cell_len
 
 from cnnjax.class_scores import class_scores, confusion_matrix
-from cnnjax.cli.tables import class_lines, printable, table
+from cnnjax.cli.tables import class_lines, printable, rate, table
 
 
 def test_columns_are_aligned_in_every_script_and_controls_are_escaped():
@@ -37,6 +37,10 @@ def test_the_classes_have_a_table_and_a_confusion_matrix():
         "1      犬       0  0  0",
         "2      a\\nb     1  0  3",
     ]
+
+
+def test_a_rate_has_two_significant_digits():
+    assert [*map(rate, (0.0, 0.0123, 3.14, 9.9, 10.4, 12345.6))] == ["0", "0.012", "3.1", "9.9", "10", "12,346"]
 
 
 @pytest.mark.parametrize("name", ["word " * 20, "長" * 60], ids=["words", "wide"])
