@@ -37,10 +37,12 @@ T = TypeVar("T")
 def cache_dir() -> Path | None:
     """Returns cnnjax's folder for what can be made again, $XDG_CACHE_HOME/cnnjax or ~/.cache/cnnjax.
 
-    Returns None if there is no home directory.
+    A relative $XDG_CACHE_HOME is ignored, as the XDG Base Directory Specification demands. Returns None if there is no
+    home directory.
     """
+    folder = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cnnjax"
+        return (folder if folder.is_absolute() else Path.home() / ".cache") / "cnnjax"
     except RuntimeError:  # The user is unknown to the system and has no $HOME.
         return None
 

@@ -15,6 +15,7 @@ from typing_extensions import TypedDict
 from cnnjax import UserError
 from cnnjax.runs.files import (
     atomic_write,
+    cache_dir,
     check_local,
     check_sums,
     read_json,
@@ -132,6 +133,14 @@ def test_a_url_is_not_a_folder(tmp_path, monkeypatch):
     (tmp_path / "gs:").mkdir()
     for path in ("gs:/bucket", "runs/gs:/a", "/gs:/a", "c:/a", "a b:/c", ""):
         check_local("run_dir", Path(path))
+
+
+def test_a_relative_cache_home_is_ignored(monkeypatch, tmp_path):
+    """As the XDG Base Directory Specification demands."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for value, folder in (("/a", "/a"), ("a", f"{tmp_path}/.cache"), ("", f"{tmp_path}/.cache")):
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+        assert cache_dir() == Path(folder, "cnnjax")
 
 
 def test_tree_digest_by_hand():
