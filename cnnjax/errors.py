@@ -36,10 +36,14 @@ class NonFiniteLossError(UserError, FloatingPointError):
 
 def unknown_name(parameter: str, value: str, valid: Iterable[str]) -> UserError:
     """Returns the error for a `value` that is not in `valid`. It suggests the nearest names."""
+    return UserError(f"`{parameter}` must be a known name, got {value!r}. {suggest(value, valid, 'Valid names')}")
+
+
+def suggest(value: str, valid: Iterable[str], what: str) -> str:
+    """Returns a sentence with the names in `valid` that are near `value`, or with all, called `what`."""
     valid = sorted(valid)
     near = difflib.get_close_matches(value.lower(), valid, n=3, cutoff=0.5)
-    hint = f"Did you mean {' or '.join(near)}?" if near else f"Valid names: {', '.join(valid[:20])}."
-    return UserError(f"`{parameter}` must be a known name, got {value!r}. {hint}")
+    return f"Did you mean {' or '.join(near)}?" if near else f"{what}: {', '.join(valid[:20])}."
 
 
 def check(parameter: str, rule: str, valid: bool, value: object) -> None:

@@ -3,16 +3,18 @@
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
+from cnnjax.cli.experiment import find_experiment
 from cnnjax.cli.inspection import config_of
 from cnnjax.cli.tables import table
 from cnnjax.config import Config
-from cnnjax.errors import check
+from cnnjax.errors import UserError, check
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,12 @@ class SummaryOfExperiment:
 
 def is_of_experiment(arguments: Sequence[str]) -> bool:
     """Returns whether the arguments of the command begin with an experiment or an option of it, not with a run."""
-    return bool(arguments) and arguments[0] not in ("-h", "--help") and not Path(arguments[0]).is_dir()
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help") or Path(name).is_dir():
+        return False
+    with suppress(UserError):
+        return name.startswith("-") or bool(find_experiment(name))
+    return name.endswith(".py") or not ("/" in name or Path("runs", name).is_dir())  # For the message.
 
 
 def _print_summary(model: Any, image_shape: tuple[int, ...], details: bool) -> None:

@@ -118,8 +118,12 @@ def _prepared_names(data_dir: Path) -> list[str]:
 
 
 def unknown_set(name: str, data_dir: Path, known: Iterable[str]) -> UserError:
-    """Returns the error for a set that `data_dir` does not hold, and that is not one of the `known` ones."""
-    near = difflib.get_close_matches(name.lower(), {*known, *_prepared_names(data_dir)}, n=3, cutoff=0.75)
+    """Returns the error for a set that `data_dir` does not hold, and that is not one of the `known` ones.
+
+    It suggests similar names, including those of folders in the working directory.
+    """
+    folders = {folder.rstrip("/") for folder in glob("*/")}
+    near = difflib.get_close_matches(name.lower(), {*known, *_prepared_names(data_dir), *folders}, n=3, cutoff=0.75)
     hint = f"Did you mean {' or '.join(near)}? " if near else ""
     here = f"There is no folder {name} here, either."
     return UserError(f"`dataset` must be a known name, got {name!r}. {hint}{describe(name, data_dir)} {here}")

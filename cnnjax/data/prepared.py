@@ -113,8 +113,9 @@ def _name_and_version(dataset: str, data_dir: Path) -> tuple[str, str]:
     name, _, exact = dataset.partition(":")
     named = NAMED_SETS.get(name)
     if exact and exact not in (found := versions(name, data_dir)) and (named is None or named.version != exact):
-        have = ", ".join(found) or "no version"
-        raise UserError(f"`dataset` must name a version in {data_dir} ({have}), got {dataset}.")
+        rule = f"a version that is prepared in {data_dir} ({', '.join(found) or 'none is'})"
+        rule += "" if named is None else f" or can be downloaded ({named.version})"
+        raise UserError(f"`dataset` must name {rule}, got {dataset}. Write {name} for the newest.")
     return name, exact
 
 

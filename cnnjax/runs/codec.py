@@ -166,9 +166,10 @@ def _build(cls: Any, values: Mapping[str, Any]) -> Any:
 
 def _missing(path: str, name: str, files: tuple[str, ...]) -> UserError:
     file = next((file for file in files if not file.endswith(" in a cell")), "FILE")
-    fix = for_reader(
-        f"Pass the file that defines it: --experiment {file}", "Pass a `config` that has it, such as that of training."
-    )
+    found = f"that defines it: --experiment {file}"
+    if file != "FILE" and not Path(file).exists():
+        found = f"that defines it ({file} in the working directory of the training): --experiment FILE"
+    fix = for_reader(f"Pass the file {found}", "Pass a `config` that has it, such as that of training.")
     return UserError(
         f"`{path}` of this run is {name}, which is not part of cnnjax, and a run directory imports no code. {fix}"
     )

@@ -118,7 +118,7 @@ def verify(run_dir: Path) -> dict[str, str]:
     names = [name for name in own if os.path.lexists(run_dir / name)]
     if not names:
         check_local("run", run_dir)
-        raise UserError(f"`run` must be the directory of a run, got {run_dir}.")
+        raise UserError(f"`run` must be the directory of a run, got {run_dir}.{records.hint_at_runs(run_dir)}")
     if directory.is_locked(run_dir):
         raise UserError(f"`run` must not be training while it is verified, got {run_dir}. Wait until it ends.")
     records.check_links(run_dir)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from cnnjax.config import Config
 from cnnjax.data.batches import Standardization
 from cnnjax.data.datasets import ImageDataset
-from cnnjax.errors import UserError, for_reader, option
+from cnnjax.errors import UserError, for_reader, option, suggest
 from cnnjax.runs.codec import decode
 from cnnjax.runs.files import (
     check_listed,
@@ -69,11 +69,19 @@ def read_record(run_dir: Path) -> Record:
     path = run_dir / "config.json"
     if not os.path.lexists(path):
         check_local(run_argument(), run_dir)
-        raise UserError(f"`{run_argument()}` must be the directory of a run, with a config.json, got {run_dir}.")
+        rule = f"`{run_argument()}` must be the directory of a run, with a config.json"
+        raise UserError(f"{rule}, got {run_dir}.{hint_at_runs(run_dir)}")
     check_links(run_dir)
     if os.path.lexists(run_dir / "manifest.json"):
         check_format(run_dir / "manifest.json")  # A run of another version may have other keys.
     return read_json(path, Record)
+
+
+def hint_at_runs(run_dir: Path) -> str:
+    """Returns the end of a message, with runs that may be meant: in `run_dir`, beside it, and in runs/."""
+    folders = {run_dir, run_dir.parent, Path("runs")}
+    runs = {str(path.parent) for folder in folders if folder.is_dir() for path in folder.glob("*/config.json")}
+    return f" {suggest(str(run_dir), runs, 'Runs')}" if runs else ""
 
 
 def make_facts(dataset: ImageDataset, standardization: Standardization, weights_sha256: str | None) -> DataFacts:

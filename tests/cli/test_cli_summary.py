@@ -35,6 +35,7 @@ def test_errors_of_the_summary(run_dir, prepared_dir, capsys):
         (["tests/programs/plain_network.py", *options], "`details` must be left out for a network that is not a Linen"),
         (["cifar10_fats"], "`EXPERIMENT` must be a known name, got 'cifar10_fats'. Did you mean cifar10_fast"),
         ([str(run_dir.parent)], "config.json"),
+        ([f"{run_dir}s"], f"`run` must be the directory of a run, with a config.json, got {run_dir}s. Did you"),
     ):
         with pytest.raises(SystemExit, match="2"):
             main(["summary", *arguments])

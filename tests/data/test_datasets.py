@@ -699,9 +699,13 @@ def test_a_version_can_be_named(data_dir):
     shutil.copytree(data_dir / "generated" / "1.2.3", data_dir / "generated" / "2.0.0")
     assert load_dataset("generated", data_dir).version == "2.0.0"
     assert load_dataset("generated:1.2.3", data_dir).version == "1.2.3"
-    rule = r"`dataset` must name a version in .* \(1\.2\.3, 2\.0\.0\), got generated:1\.2\."
+    rule = r"`dataset` must name a version that is prepared in .* \(1\.2\.3, 2\.0\.0\), got generated:1\.2\. Write gen"
     with pytest.raises(UserError, match=rule):
         load_dataset("generated:1.2", data_dir)
+    with pytest.raises(
+        UserError, match=r"\(none is\) or can be downloaded \(3\.0\.2\), got cifar100:9\. Write cifar100 f"
+    ):
+        load_dataset("cifar100:9", data_dir)
 
 
 def test_a_path_that_is_also_the_name_of_a_set_is_ambiguous(data_dir, tmp_path, monkeypatch):

@@ -45,9 +45,17 @@ def data_dir(prepared_dir, tmp_path):
 
 @pytest.mark.parametrize(
     "name, near",
-    [("cifr10", "cifar10"), ("fashion-mnist", "fashion_mnist"), ("CIFAR10", "cifar10"), ("generatd", "generated")],
+    [
+        ("cifr10", "cifar10"),
+        ("fashion-mnist", "fashion_mnist"),
+        ("CIFAR10", "cifar10"),
+        ("generatd", "generated"),
+        ("photo", "photos"),  # A folder here.
+    ],
 )
-def test_an_unknown_name_suggests_similar_ones(name, near, data_dir):
+def test_an_unknown_name_suggests_similar_ones(name, near, data_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
     with pytest.raises(UserError, match=f"`dataset` must be a known name, got '{name}'. Did you mean .*{near}"):
         load_dataset(name, data_dir)
 

@@ -31,6 +31,7 @@ from cnnjax import (
     UserError,
     softmax_cross_entropy,
 )
+from cnnjax.errors import messages_for_shell
 from cnnjax.runs.codec import ARRAYS, collect_names, decode, encode, source_files
 from cnnjax.runs.files import changes, file_changes
 from cnnjax.runs.manifest import differences
@@ -190,6 +191,16 @@ def test_a_name_that_is_not_passed_names_the_file_to_pass():
             f"`{part}` of this run is {name}, which is not part of cnnjax, and a run directory imports no code. Pass a "
             "`config` that has it, such as that of training."
         )
+    with messages_for_shell():
+        for file, fix in (
+            (__file__, f"Pass the file that defines it: --experiment {__file__}"),
+            (
+                "no/mine.py",
+                "Pass the file that defines it (no/mine.py in the working directory of the training): --exp",
+            ),
+        ):
+            with pytest.raises(UserError, match=re.escape(fix)):
+                decode(content, {}, [file])
     called = {**content, "model": {"class": "focal_loss", "logits": 0, "label": 0}}  # It is no class.
     with pytest.raises(UserError, match="`model` of this run is focal_loss, which is not part of cnnjax"):
         decode(called, collect_names(OWN[0]))

@@ -3,12 +3,14 @@
 import json
 import math
 import os
+import re
+from pathlib import Path
 
 import pytest
 
 from cnnjax import UserError
 from cnnjax.runs.files import write_json
-from cnnjax.runs.inspection import read_info
+from cnnjax.runs.inspection import read_info, verify
 from cnnjax.runs.manifest import read_manifest
 from cnnjax.runs.records import read_record, read_result, read_rows, write_rows
 from cnnjax.runs.schema import DataFacts
@@ -37,6 +39,20 @@ def test_a_run_is_read_as_it_was_written(seeds, prepared_dir):
     assert record.data.image_shape == (28, 28, 1)
     assert read_result(run_dir) == seeds.results[0]
     assert [row["epoch"] for row in read_rows(run_dir)] == [1, 2]
+
+
+def test_another_path_suggests_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path, hint in (("photos-seed0", ""), ("photos-seed0", " Did you mean runs/photos-seed0?")):
+        with pytest.raises(UserError, match=rf"of a run, with a config\.json, got {path}\.{re.escape(hint)}$"):
+            read_record(Path(path))
+        Path("runs/photos-seed0").mkdir(parents=True, exist_ok=True)
+        Path("runs/photos-seed0/config.json").touch()
+    for path in ("runs", "runs/xyz"):
+        with pytest.raises(UserError, match=rf"got {path}\. Runs: runs/photos-seed0\.$"):
+            read_record(Path(path))
+    with pytest.raises(UserError, match=r"got runs/photos\. Did you mean runs/photos-seed0\?$"):
+        verify(Path("runs/photos"))
 
 
 @pytest.mark.parametrize(
