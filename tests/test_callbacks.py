@@ -432,6 +432,7 @@ def test_another_value_of_resume(value, tmp_path):
         ({"checkpoint_seconds": float("nan")}, "`checkpoint_seconds` must be a number of at least 0, got nan"),
         ({"checkpoint_seconds": "60"}, "`checkpoint_seconds` must be a number of at least 0, got '60'"),
         ({"mesh": ""}, "`mesh` must be "),
+        ({"mesh": 4}, "`mesh` must be "),
     ],
 )
 def test_other_wrong_arguments_write_nothing(options, message, tmp_path):
