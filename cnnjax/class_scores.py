@@ -76,7 +76,7 @@ def confusion_matrix(confusion: Confusion, num_classes: int) -> list[list[int]] 
 def is_uneven(counts: Sequence[int]) -> bool:
     """Returns whether the largest class has more than 1.5 times the examples of the smallest that has any."""
     present = [count for count in counts if count]
-    return max(present) > UNEVEN * min(present)
+    return bool(present) and max(present) > UNEVEN * min(present)
 
 
 class Confused(NamedTuple):

@@ -22,7 +22,7 @@ from cnnjax.data.stored import Examples
 from cnnjax.data.stream import Streamed, StreamedImages
 from cnnjax.data.weights import load_weights
 from cnnjax.errors import UserError, check, option, user_code
-from cnnjax.losses import ClassWeighted, balanced_weights
+from cnnjax.losses import ClassWeighted, CrossEntropy, balanced_weights
 from cnnjax.memory import device_memory, explain_out_of_memory, gib, largest_result, num_bytes
 from cnnjax.network import apply_in_evaluation, init_variables, logits_of
 from cnnjax.onednn.library import kernels
@@ -147,7 +147,8 @@ def set_up(
         config = config.with_num_classes(dataset.num_classes)
     train, validation = dataset.open_parts(config.seed, config.validation_fraction)
     num_examples, got = len(train.label), f"only {dataset.class_names[train.label[0]]!r}. Add images of another class"
-    check("dataset", "a set with training images of at least two classes", bool(np.ptp(train.label)), got)
+    several = bool(np.ptp(train.label)) or not isinstance(config.loss, CrossEntropy)  # A loss may ignore labels.
+    check("dataset", "a set with training images of at least two classes", several, got)
     batch_size = config.batch_size or min(128, max(8, num_examples // 8), num_examples)
     steps = steps_per_epoch(num_examples, batch_size)
     placement = place(batch_size, devices, mesh)

@@ -195,8 +195,9 @@ def _check_options(resume: Any, profile: Any, checkpoint_seconds: Any, devices: 
     check("profile", "two numbers of steps, or None", profile is None or is_range(profile), repr(profile))
     seconds = isinstance(checkpoint_seconds, int | float) and checkpoint_seconds >= 0
     check("checkpoint_seconds", "a number of at least 0", seconds, repr(checkpoint_seconds))
-    some = isinstance(devices, Sequence) and all(isinstance(device, jax.Device) for device in devices)
-    valid = devices is None or (some and len({*devices}) == len(devices) > 0)
+    some = [*devices] if hasattr(devices, "__len__") else []
+    distinct = all(isinstance(device, jax.Device) for device in some) and len({*some}) == len(some) > 0
+    valid = devices is None or distinct
     check("devices", "a sequence of different devices, or None", valid, repr(devices))
     for name, callback in callbacks.items():
         check(name, "a function or None", callback is None or callable(callback), repr(callback))

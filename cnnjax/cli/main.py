@@ -188,8 +188,9 @@ def _run(parse: Callable[[], Any], resumable: bool, process_ends: bool = False) 
         status, flushed = _status(run, resumable), _status(sys.stdout.flush, resumable)
         write_exit_code(status or flushed or 0)
     if status or flushed:
-        if "cnnjax.hosts" in sys.modules:
-            sys.modules["cnnjax.hosts"].end_process(status or flushed)
+        code = status or flushed
+        if process_ends and isinstance(code, int) and "cnnjax.hosts" in sys.modules:
+            sys.modules["cnnjax.hosts"].end_process(code)
         raise SystemExit(status or flushed)
 
 
@@ -228,10 +229,7 @@ def _status(run: Callable[[], Any], resumable: bool) -> Any:
 
 
 def _how_to_resume() -> str:
-    """Returns the command of this process with --resume, or that of make if it was started by the Makefile.
-
-    Of several processes that were started together, the first one says it.
-    """
+    """Returns the end of a message, with the command that resumes; of several processes, the first one says it."""
     from cnnjax.cli.launch import is_launched
 
     if is_launched() and os.environ.get("JAX_PROCESS_ID") != "0":
@@ -240,6 +238,7 @@ def _how_to_resume() -> str:
 
 
 def _resume_command() -> str:
+    """Returns the command of this process with --resume, or that of make if it was started by the Makefile."""
     encoding, resume = sys.stderr.encoding, [] if "--resume" in sys.orig_argv else ["--resume"]
     if (own := os.environ.get("CNNJAX_MAKE")) is None:
         # As it was typed; the console script is started by way of python.

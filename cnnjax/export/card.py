@@ -232,7 +232,7 @@ def _results(run: Run, live: Live) -> Iterator[str]:
         f"The exported predictors, {_with_tta(live.tta)}, on {len(live.label):,} of the test "
         f"images: accuracy {calibration.mean_accuracy:.2%}, mean probability of the predicted class "
         f"{calibration.mean_confidence:.2%}, expected calibration error {calibration.error:.2%} (that of a "
-        f"perfectly calibrated predictor would be about {calibration.by_chance:.2%} on so many images)."
+        f"perfectly calibrated predictor would be about {calibration.by_chance:.2%} on this many images)."
     )
 
 

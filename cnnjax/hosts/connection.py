@@ -125,9 +125,9 @@ def connect(
 
 
 def end_process(code: int) -> None:
-    """Ends this process at once if the others wait for its end; else returns. Call it after the last message.
+    """Ends this process at once if it has told the others why it ends; else returns. Call it after the last message.
 
-    They do not wait long: they might be gone before Python has cleaned up here, and jax would fill the terminal.
+    While Python cleans up, process 0 might end, and jax would fill the terminal of this process.
     """
     if _hosts is not None and _hosts._watch is not None:
         _hosts._watch.exit(code)

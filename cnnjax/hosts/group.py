@@ -134,10 +134,16 @@ class Hosts:
         elif self._owned:
             jax.distributed.shutdown()
 
-    def before_end(self, clean_up: Callable[[], object]) -> None:
-        """Calls a function, in place of an earlier one, if this process is ended because of another."""
+    @contextmanager
+    def before_end(self, clean_up: Callable[[], object]) -> Iterator[None]:
+        """Calls a function if this process is ended because of another inside the context."""
         if self._watch is not None:
             self._watch.clean_up = clean_up
+        try:
+            yield
+        finally:
+            if self._watch is not None:
+                self._watch.clean_up = lambda: None
 
     @contextmanager
     def telling(self) -> Iterator[None]:

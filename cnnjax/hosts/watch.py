@@ -85,14 +85,14 @@ class Watch:
         if self._index == 0:
             self._wait_for_others()
         elif self._answered.wait(min(_FAREWELL, self._timeout)):
-            atexit.register(_try, self._say_goodbye)
+            atexit.register(self._say_goodbye)
             self.has_told = True
         self.close()
 
     def exit(self, code: int) -> None:
         """Ends this process at once if it has told the others why it ends; see `end_process`."""
         if self.has_told:
-            _try(self._say_goodbye)
+            self._say_goodbye()
             exit_now("", code)
 
     def explain(self) -> None:
@@ -150,7 +150,8 @@ class Watch:
             self._answered.set()
             if word.get("ended"):
                 self._end(**word["ended"])
-            self.left.set()
+            else:
+                self.left.set()
 
     def _lead(self) -> None:
         listed = self._client.key_value_dir_get(f"{self._prefix}process/")
@@ -165,12 +166,14 @@ class Watch:
             self._requests.update(entries)
         self.agreement.see(self._requests.number, self._requests.decision)
         first = next((entry["ended"] for entry in entries if entry["ended"]), None)
+        ended = self._word.get("ended") or first
+        all_left = not ended and everyone and all(entry["phase"] for entry in entries)
         word = {
             "beat": self._beat,
             "request": self._requests.number,
             "decision": self._requests.decision,
-            "ended": self._word.get("ended") or first,
-            "left": self._word.get("left") or (everyone and all(entry["phase"] for entry in entries)),
+            "ended": ended,
+            "left": self._word.get("left") or all_left,
         }
         self._word = word
         self._set("word/0", word)
@@ -233,7 +236,7 @@ class Watch:
             if self.ending:
                 return
             if self._index and not (lost and process == 0):
-                _try(self._say_goodbye)
+                self._say_goodbye()
             if process == self._index:  # It was stopped, by SIGSTOP or with its host, and continued.
                 message = f"This process was silent, and the others have stopped: {message}"
             elif not lost:
@@ -255,8 +258,12 @@ class Watch:
             time.sleep(self._tick / 10)
 
     def _say_goodbye(self) -> None:
+        """Tells process 0 that this process ends. The call would not return if process 0 has ended before."""
         self._phase = _ENDING
-        self._set(f"process/{self._index}", self._entry())
+        entry = f"process/{self._index}", self._entry()
+        thread = threading.Thread(target=_try, args=(lambda: self._set(*entry),), daemon=True)
+        thread.start()
+        thread.join(1)
 
 
 def exit_now(message: str, code: int) -> None:

@@ -1,8 +1,6 @@
 """Computes the content of a report: examples, signs of over-fitting, and the differences between runs."""
 
-import math
 from collections.abc import Mapping, Sequence
-from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +11,6 @@ from cnnjax.class_scores import DIGITS
 RISE, MARGIN = 1.05, 0.005  # A validation loss above its minimum by 5%, and by 0.005, has risen.
 FALL = 0.01  # A training loss that falls by less has not learned.
 GAP = 0.03  # A smaller difference between the accuracies in training and validation is not worth a warning.
-MAX_IMAGES = 1_000_000  # Of a validation set; the accuracies of more are as good as exact.
 
 
 class Shown(NamedTuple):
@@ -64,7 +61,6 @@ class Fit(NamedTuple):
       over_fitted: whether it rises, while the training loss has fallen since.
       flat: whether the training loss has hardly fallen since the first epoch.
       gap: the accuracy in training minus that in validation at the end; None if one is missing.
-      large: a gap above this is worth a warning: `GAP`, or two standard errors of the accuracy in validation.
     """
 
     lowest: int | None
@@ -73,22 +69,19 @@ class Fit(NamedTuple):
     over_fitted: bool
     flat: bool
     gap: float | None
-    large: float
 
 
 def judge_fit(history: Mapping[str, np.ndarray]) -> Fit:
     """Returns what the learning curves in the history of a run say about over-fitting."""
-    gap, large = None, GAP
+    gap = None
     if {"train_accuracy", "validation_accuracy"} <= history.keys():
         difference = history["train_accuracy"][-1] - history["validation_accuracy"][-1]
         gap = None if np.isnan(difference) else float(difference)
-        accuracy = history["validation_accuracy"]
-        large = max(GAP, 2 * math.sqrt(accuracy[-1] * (1 - accuracy[-1]) / _num_images(accuracy)))
     train_loss = history["train_loss"]
     flat = len(train_loss) > 1 and bool(train_loss[0] - np.nanmin(train_loss[1:]) < FALL * abs(train_loss[0]))
     loss = history.get("validation_loss", np.array([]))
     if not np.isfinite(loss).any():
-        return Fit(None, False, False, False, flat, gap, large)
+        return Fit(None, False, False, False, flat, gap)
     best = int(np.nanargmin(loss))
     bound = max(RISE * loss[best], loss[best] + MARGIN)
     last = loss[-3:]
@@ -96,13 +89,7 @@ def judge_fit(history: Mapping[str, np.ndarray]) -> Fit:
     recovers = bool((np.diff(last) < 0).all() and 2 * last[-1] - last[-2] <= bound) if len(last) > 1 else False
     rises = above and len(loss) - best > 2 and bool(np.median(last) > bound) and not recovers
     learns = bool(train_loss[-1] < train_loss[best])
-    return Fit(int(history["epoch"][best]), above, rises, rises and learns and not flat, flat, gap, large)
-
-
-def _num_images(accuracy: Float[np.ndarray, " E"]) -> int:
-    """Returns the common denominator of accuracies: the number of images they were measured on, or a divisor of it."""
-    finite = accuracy[np.isfinite(accuracy)].tolist()
-    return min(math.lcm(*(Fraction(x).limit_denominator(MAX_IMAGES).denominator for x in finite)), MAX_IMAGES)
+    return Fit(int(history["epoch"][best]), above, rises, rises and learns and not flat, flat, gap)
 
 
 class Band(NamedTuple):

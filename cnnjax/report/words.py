@@ -12,7 +12,8 @@ from cnnjax.report.analysis import GAP, Fit
 from cnnjax.runs.statistics import wilson_interval
 
 CALIBRATED = 0.02  # A calibration that is off by less than 2 points needs no warning.
-NORMAL = 1.96  # So many standard deviations on both sides of the mean hold 95% of a normal distribution.
+NORMAL = 1.96  # 95% of a normal distribution lies within this many standard deviations.
+MIN_VARIANCE = 5.0  # Of a number of correct predictions that is nearly normal.
 
 # What an operation does, by a word in its name; the first that fits.
 OPERATIONS = {
@@ -72,7 +73,7 @@ def explain_fit(fit: Fit, history: Mapping[str, np.ndarray], config: Config) -> 
             f"{last['validation_loss']:.4f}. As the training loss has not fallen since, this is not over-fitting; "
             "perhaps the learning rate is too high."
         ]
-    elif (gap := fit.gap or 0.0) > fit.large:
+    elif (gap := fit.gap or 0.0) > GAP:
         where = f"it is lowest at the end ({lowest:.4f})" if fit.lowest == epoch else ends
         lines = [
             f"The validation loss has not risen clearly yet: {where}. But training accuracy is {100 * gap:.1f} points "
@@ -114,16 +115,13 @@ def _explain_start(fit: Fit, history: Mapping[str, np.ndarray]) -> list[str]:
 
 def _explain_gap(fit: Fit) -> str:
     gap = 100 * (fit.gap or 0.0)
-    if gap > 100 * fit.large:
+    if gap > 100 * GAP:
         return f"The network is {gap:.1f} points better on the images that it was trained on: the shaded gap."
     if gap < 0:
         return (
             "Validation accuracy is often higher: it is measured after the epoch without dropout and augmentation, "
             "training accuracy during the epoch with both."
         )
-    if fit.large > GAP:
-        known = f"the accuracy on so few validation images is known to ±{100 * fit.large:.1f} points only"
-        return f"A gap of {gap:.1f} points may be chance: {known}."
     return f"A gap of {gap:.1f} points is small."
 
 
@@ -141,7 +139,7 @@ def _scale_of_loss(history: Mapping[str, np.ndarray], config: Config) -> list[st
     if not reasons:
         return []
     return [
-        f"The training loss is computed with {' and '.join(reasons)}, the validation loss is the plain cross-entropy: "
+        f"The training loss is computed with {', '.join(reasons)}, the validation loss is the plain cross-entropy: "
         "compare their shapes, not their heights."
     ]
 
@@ -149,22 +147,26 @@ def _scale_of_loss(history: Mapping[str, np.ndarray], config: Config) -> list[st
 def explain_calibration(calibration: Calibration, config: Config) -> list[str]:
     """Returns whether the confidence of a network can be trusted."""
     confidence, accuracy = calibration.mean_confidence, calibration.mean_accuracy
-    # The bins above the diagonal, and those below, each add at least half of excess - difference to the error.
     difference, excess = abs(confidence - accuracy), calibration.error - calibration.by_chance
+    opposite = (
+        calibration.error - difference
+    ) / 2  # What the bins with the smaller sum, of one sign, add to the error.
     bound, n = max(CALIBRATED, NORMAL * calibration.deviation), int(calibration.num_examples.sum())
+    too_few = not (n * calibration.deviation) ** 2 >= MIN_VARIANCE
     low, high = wilson_interval(accuracy, n)
     lines = [
         "A network is calibrated if, of all predictions that it makes with a confidence of 80%, it gets 80% right. "
         f"This one is {confidence:.1%} confident on average, and right in {accuracy:.1%} of the cases."
     ]
-    if max(difference, excess) <= bound and high - low <= 2 * CALIBRATED:
+    agrees = max(difference, excess) <= bound
+    if agrees and high - low <= 2 * CALIBRATED:
         lines.append("Its probabilities can be taken at face value.")
-    elif max(difference, excess) <= bound:
+    elif agrees or too_few:
         lines.append(
             f"The {n:,} test images show neither over-confidence nor under-confidence, but they are too few to show "
             f"that it is calibrated: the 95% interval of its accuracy is {low:.1%} to {high:.1%}."
         )
-    elif difference <= bound or excess - difference > bound:
+    elif opposite > max(CALIBRATED / 2, calibration.by_chance):
         lines.append(
             "It is over-confident in some bins of confidence, and under-confident in others: the diagram shows which. "
             "No single temperature corrects both."

@@ -192,7 +192,6 @@ def open_run(
     is_new = not (run_dir / LOCK).exists()
     with ExitStack() as stack:
         stack.callback(_remove_empty, new)
-        hosts.before_end(lambda: (_release(lock, run_dir, is_new), _remove_empty(new)))
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             lock.acquire()
@@ -201,6 +200,7 @@ def open_run(
                 f"`run_dir` {run_dir} {_why_not(error)}. Choose another: {option('run_dir', 'DIR')}."
             ) from error
         stack.callback(_release, lock, run_dir, is_new)
+        stack.enter_context(hosts.before_end(lambda: (_release(lock, run_dir, is_new), _remove_empty(new))))
         stop = stop or stack.enter_context(stop_signals())
         check_run(run_dir, config, resume)
         hosts.barrier("the run directory is open")
