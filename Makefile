@@ -11,10 +11,17 @@ ARGS ?=
 PYTHON ?= python3
 BIN := .venv/bin
 
-# A misspelt name would train something else. A name with an underscore is passed on, such as CUDA_VISIBLE_DEVICES=0.
-VARIABLES := DATASET MODEL SEED EXPERIMENT ARGS PYTHON BIN NVIDIA PROCESSES RUN IMAGES DIR SHELL
-$(foreach name,$(.VARIABLES),$(if $(and $(findstring command,$(origin $(name))),$(if $(findstring _,$(name)),,yes)),\
-	$(if $(filter $(name),$(VARIABLES)),,$(error make has no variable $(name). There are $(VARIABLES)))))
+# What is often written in place of our variables; it would train something else.
+WRONG := dataset model seed experiment args run images dir DATASETS DATSET DATA DATA_DIR MODELS SEEDS EXPERIMENTS RUNS \
+	RUN_DIR EPOCHS NUM_EPOCHS LR BATCH_SIZE
+$(foreach name,$(WRONG),$(if $(findstring command,$(origin $(name))),\
+	$(error make has no variable $(name), but DATASET, MODEL, EXPERIMENT, SEED, RUN, IMAGES and DIR. Options go into ARGS)))
+ifneq ($(filter eval predict report export,$(MAKECMDGOALS)),)
+$(if $(RUN),,$(error RUN must name a run, got none: make $(MAKECMDGOALS) RUN=runs/cifar10_fast-seed0))
+endif
+ifneq ($(filter export,$(MAKECMDGOALS)),)
+$(if $(DIR),,$(error DIR must name a new folder, got none: make export RUN=$(RUN) DIR=exported))
+endif
 
 # The processes of train-distributed.
 PROCESSES ?= 2
@@ -73,9 +80,7 @@ else
 	@exec $(BIN)/cnnjax train --dataset $(QUOTED_DATASET) --model '$(subst ','\'',$(MODEL))' --seed $(SEED) $(ARGS)
 endif
 
-# The value of a variable that must be given: $(call given,RUN,runs/cifar10_fast-seed0)
-given = '$(subst ','\'',$(or $($1),$(error Name it: make $@ $1=$2)))'
-QUOTED_RUN = $(call given,RUN,runs/cifar10_fast-seed0)
+QUOTED_RUN = '$(subst ','\'',$(RUN))'
 
 eval: setup
 	@$(BIN)/cnnjax eval $(QUOTED_RUN) $(ARGS)
@@ -87,7 +92,7 @@ report: setup
 	@$(BIN)/cnnjax report $(QUOTED_RUN) $(ARGS)
 
 export: setup
-	@$(BIN)/cnnjax export $(QUOTED_RUN) $(call given,DIR,exported) $(ARGS)
+	@$(BIN)/cnnjax export $(QUOTED_RUN) '$(subst ','\'',$(DIR))' $(ARGS)
 
 data: setup
 	@$(BIN)/cnnjax data $(QUOTED_DATASET) $(ARGS)

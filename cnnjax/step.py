@@ -130,7 +130,7 @@ def abstract_state(image_shape: tuple[int, ...], *, model: Network, tx: optax.Gr
 def abstract_init_from_data(
     state: TrainState, image: jax.ShapeDtypeStruct, *, model: Network, tx: optax.GradientTransformation
 ) -> TrainState:
-    """Returns the shapes and dtypes of a state after `init_from_data`; the same ones if the network has no such method."""
+    """Returns the shapes and dtypes of a state after `init_from_data`, if the network has this method."""
     if hasattr(model, "init_from_data"):
         with suppress(jax.errors.JAXTypeError):  # It needs values, so that shapes stay as they are.
             return jax.eval_shape(partial(init_from_data, model=model, tx=tx), state, image)

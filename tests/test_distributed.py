@@ -168,7 +168,7 @@ def test_ten_kills_in_a_row_lose_nothing(tmp_path):
         ({"OTHER_DATA": "1"}, "`data_dir` must be the same data in all processes, but `sha256.train` is "),
         (
             {"OTHER_CONFIG": "1"},
-            "`config` must be the same in all processes, but `seed` is 0 in process 0, and 1 in process 1 on ",
+            "`config` must be the same in all processes, but `seed` is 0 in process 0, and 1 in ",
         ),
         # The same path, but each process has its own working directory.
         ({"NOT_SHARED": "1"}, "`run_dir` must be on a file system that all processes share, got /proc/self/cwd/run"),

@@ -236,9 +236,9 @@ def test_make_quotes_paths(repository):
 def test_make_refuses_a_variable_that_is_misspelt_or_missing(repository):
     folder = repository('echo "$VISIBLE_DEVICES"')
     for command, message in {
-        "train dataset=mnist": "make has no variable dataset. There are DATASET MODEL ",
-        "eval": "Name it: make eval RUN=runs/cifar10_fast-seed0.",
-        "export RUN=runs/a": "Name it: make export DIR=exported.",
+        "train dataset=mnist": "make has no variable dataset, but DATASET, MODEL, ",
+        "eval": "RUN must name a run, got none: make eval RUN=runs/cifar10_fast-seed0.",
+        "export RUN=runs/a": "DIR must name a new folder, got none: make export RUN=runs/a DIR=exported.",
     }.items():
         done = shell(f"make -C {folder} {command}")
         assert done.returncode == 2 and message in done.stderr, done.stderr

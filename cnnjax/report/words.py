@@ -148,9 +148,7 @@ def explain_calibration(calibration: Calibration, config: Config) -> list[str]:
     """Returns whether the confidence of a network can be trusted."""
     confidence, accuracy = calibration.mean_confidence, calibration.mean_accuracy
     difference, excess = abs(confidence - accuracy), calibration.error - calibration.by_chance
-    opposite = (
-        calibration.error - difference
-    ) / 2  # What the bins with the smaller sum, of one sign, add to the error.
+    opposite = (calibration.error - difference) / 2  # What the bins of the rarer direction add to the error.
     bound, n = max(CALIBRATED, NORMAL * calibration.deviation), int(calibration.num_examples.sum())
     too_few = not (n * calibration.deviation) ** 2 >= MIN_VARIANCE
     low, high = wilson_interval(accuracy, n)

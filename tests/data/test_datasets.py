@@ -746,9 +746,7 @@ def test_training_images_of_one_class_are_an_error(tmp_path):
     rule = "`dataset` must be a set with training images of at least two classes, got only 'yes'. Add images of an"
     with pytest.raises(UserError, match=rule):
         train_and_evaluate(config, run_dir=tmp_path / "run", data_dir=tmp_path)
-    with pytest.raises(
-        UserError, match="`dataset` must be a set with training images of at least two classes, got onl"
-    ):
+    with pytest.raises(UserError, match="`dataset` must be a set with training images of at least two classes, got o"):
         train_and_evaluate(Config(dataset=(X, 0 * Y, X, Y)), run_dir=tmp_path / "run")
 
 
