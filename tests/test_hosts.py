@@ -151,7 +151,9 @@ def test_a_stopped_process_is_lost_and_ends_when_it_continues(scenario, index):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("scenario", "index"), [("share_error", 0), ("user_error", 1)])
+@pytest.mark.parametrize(
+    ("scenario", "index"), [("share_error", 0), ("user_error", 1), ("slow_end", 1), ("late_error", 1)]
+)
 def test_an_error_of_one_process_ends_all(scenario, index):
     with processes(scenario, 3) as group:
         results = group.finish()

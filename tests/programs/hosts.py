@@ -66,10 +66,14 @@ def run(hosts):
         report(value=value, names=hosts.names, count=hosts.count, leads=hosts.leads, total=int(total))
     elif scenario == "share_error":
         hosts.share(refuse)
-    elif scenario == "user_error":
+    elif scenario in ("user_error", "slow_end"):
         if index == 1:
             refuse()
         hosts.barrier("never")
+    elif scenario == "late_error":  # The others have called `leave` before.
+        if index == 1:
+            time.sleep(1)
+            refuse()
     elif scenario == "crash":
         if index == 0:
             raise ZeroDivisionError("a bug")
@@ -112,6 +116,8 @@ if __name__ == "__main__":
                 run(hosts)
     except UserError as error:
         print(f"UserError: {error}", file=sys.stderr)
+        if scenario == "slow_end":  # Process 0 does not wait that long.
+            time.sleep(2 * float(host_timeout))
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(75)
