@@ -723,11 +723,11 @@ class Crop(Augment):
         ({"model": ThreeClasses(), "optim": SGD()}, "`model` must return logits of shape (16, 4), got float32[16, 3]"),
         (
             {"loss": column_loss},
-            "`loss_fn` must return floating-point values of shape (16,), one per example, got float32[16, 1]",
+            "`loss` must return floating-point values of shape (16,), one per example, got float32[16, 1]",
         ),
         (
             {"loss": mean_loss},
-            "`loss_fn` must return floating-point values of shape (16,), one per example, got float32[]",
+            "`loss` must return floating-point values of shape (16,), one per example, got float32[]",
         ),
         (
             {"augment": Crop()},
