@@ -273,6 +273,10 @@ def test_connect_comes_first():
     for seconds in (0.0, math.inf, math.nan):
         with pytest.raises(UserError, match=rf"`host_timeout` must be from 1 to 1e6 seconds, got {seconds}"):
             connect(host_timeout=seconds)
+        with pytest.raises(
+            UserError, match=rf"`connect_timeout` must be positive, and at most 1e6 seconds, got {seconds}"
+        ):
+            connect(connect_timeout=seconds)
 
 
 def test_a_single_process_agrees_with_itself():

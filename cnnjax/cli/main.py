@@ -187,11 +187,10 @@ def _run(parse: Callable[[], Any], resumable: bool, process_ends: bool = False) 
 
         status, flushed = _status(run, resumable), _status(sys.stdout.flush, resumable)
         write_exit_code(status or flushed or 0)
-    if status or flushed:
-        code = status or flushed
+    if code := status or flushed:
         if process_ends and isinstance(code, int) and "cnnjax.hosts" in sys.modules:
             sys.modules["cnnjax.hosts"].end_process(code)
-        raise SystemExit(status or flushed)
+        raise SystemExit(code)
 
 
 def _status(run: Callable[[], Any], resumable: bool) -> Any:

@@ -62,7 +62,8 @@ class Hosts:
         """Raises a `UserError` that names a parameter, unless process 0 has the same value.
 
         Args:
-          value: what JSON can represent, perhaps with tuples; of nested dicts, the message names what differs.
+          value: anything that JSON can represent; tuples count as lists. If it is a dict, the message names the items
+            that differ.
         """
         if self._watch is None:
             return

@@ -49,7 +49,7 @@ class Watch:
         self._said: dict[int, dict[str, Any]] = {}  # What each process said last.
         self._heard = dict.fromkeys(range(len(names)), time.monotonic())  # When it said something new.
         self._word: dict[str, Any] = {}  # What process 0 said last.
-        self._phase = 0  # Or one of those above.
+        self._phase = 0  # Or one of the constants above.
         self._ended: dict[str, Any] | None = None  # Why this process ends.
         self._suspects = False
         self._beat = 0
