@@ -14,6 +14,7 @@ from flax.errors import InvalidRngError
 from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float, Key, PyTree
 
+from cnnjax.compiler import jit
 from cnnjax.errors import ArgumentError, describe_shapes
 from cnnjax.typing import AnyArray
 
@@ -80,8 +81,11 @@ def check_network(model: Any) -> None:
         )
 
 
-def init_variables(model: Network, key: Key[Array, ""], image: AnyArray) -> dict[str, PyTree]:
+@jit(static_argnames=("model",), runs_once=True)
+def init_variables(key: Key[Array, ""], image: AnyArray, *, model: Network) -> dict[str, PyTree]:
     """Returns the initial variables of a network: "params", and its other collections.
+
+    Programs that contain it share one trace, which takes a second for a deep network.
 
     Args:
       key: the stream "params", of which Flax derives any other stream that `init` requests.

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Key
+from jaxtyping import Array, Float, Key
 
 from cnnjax.checks import check_augment, check_shape, check_training
 from cnnjax.cli.process import num_cores
 from cnnjax.config import Config, word
-from cnnjax.data.batches import Pixels, pixel_statistics, standardize
+from cnnjax.data.batches import Pixels, Standardization, pixel_statistics, standardize
 from cnnjax.data.datasets import ImageDataset, load_dataset
 from cnnjax.data.feed import StreamedSet, pixels_of
 from cnnjax.data.order import plain_plan, steps_per_epoch
@@ -26,14 +26,14 @@ from cnnjax.losses import ClassWeighted, CrossEntropy, balanced_weights
 from cnnjax.memory import device_memory, explain_out_of_memory, gib, largest_result, num_bytes
 from cnnjax.network import apply_in_evaluation, init_variables, logits_of
 from cnnjax.onednn.library import kernels
-from cnnjax.pretrained import Weights
-from cnnjax.program import Program, evaluation_batch_size, init_run, train_steps
+from cnnjax.pretrained import Weights, replacements
+from cnnjax.program import Program, evaluation_batch_size, init_run, init_run_from_weights, train_steps
 from cnnjax.runs.checkpoints import all_finite
 from cnnjax.runs.files import changes
 from cnnjax.runs.records import make_facts
 from cnnjax.runs.schema import DataFacts
 from cnnjax.sharding import Placement, place, put
-from cnnjax.step import TrainState, abstract_init_from_data, init_from_data, init_from_weights, init_optimizer
+from cnnjax.step import TrainState, abstract_init_from_data, init_from_data, init_optimizer
 
 INIT_IMAGES = 5000  # Number of training images that a network may be initialized from.
 
@@ -206,25 +206,47 @@ def set_up(
         f"{device_name(device)}{kernels_used}{shared}"
     )
     check_step(setup, shapes)
-    state = init_run(init_key, jnp.zeros((1, *image_shape)), program=program)
-    if weights is not None:
-        with user_code("`model.variables_from_torch`"):
-            state = init_from_weights(state, weights, model=config.model, tx=program.make_tx())
-    if hasattr(config.model, "init_from_data"):
-        images = standardize(jnp.asarray(_init_images(train)), standardization)
-        with user_code("`model.init_from_data`"), explain_out_of_memory():
-            state = init_from_data(state, images, model=config.model, tx=program.make_tx())
-    check("model", "initialized with finite parameters", all_finite(state.params), "an infinite one or nan")
+    state = _initial_state(setup, init_key, shapes, weights, partial(_init_images, train, standardization))
     return setup, put(state, placement.of_state(state))
 
 
-def _init_images(examples: Examples | Streamed) -> np.ndarray:
-    """Returns the first images, or evenly spaced ones if each class is one block."""
+def _initial_state(
+    setup: Setup,
+    key: Key[Array, ""],
+    shapes: TrainState,
+    weights: Weights | None,
+    images: Callable[[], Float[Array, "N H W C"]],
+) -> TrainState:
+    """Returns the initial state, from a key, pretrained weights and training images.
+
+    Args:
+      shapes: of the state.
+      images: returns standardized training images.
+    """
+    program, image = setup.program, jnp.zeros((1, *setup.facts.image_shape))
+    model = program.model
+    if weights is None:
+        state = init_run(key, image, program=program)
+    else:
+        with user_code("`model.variables_from_torch`"):
+            loaded = replacements({"params": shapes.params, **shapes.model_state}, weights, model)
+            state = init_run_from_weights(key, image, loaded, program=program)
+    if hasattr(model, "init_from_data"):
+        standardized = images()
+        with user_code("`model.init_from_data`"), explain_out_of_memory():
+            state = init_from_data(state, standardized, model=model, tx=program.make_tx())
+    check("model", "initialized with finite parameters", all_finite(state.params), "an infinite one or nan")
+    return state
+
+
+def _init_images(examples: Examples | Streamed, standardization: Standardization) -> Float[Array, "N H W C"]:
+    """Returns the first images, or evenly spaced ones if each class is one block; standardized."""
     label, index = examples.label, np.arange(min(len(examples.label), INIT_IMAGES))
     if len(label) > INIT_IMAGES and np.count_nonzero(np.diff(label)) < len(np.unique(label)):
         index = np.linspace(0, len(label) - 1, INIT_IMAGES).round().astype(int)
     images = examples.image[index]
-    return images.read() if isinstance(images, StreamedImages) else images
+    images = images.read() if isinstance(images, StreamedImages) else images
+    return standardize(jnp.asarray(images), standardization)
 
 
 def oddities(examples: Examples | Streamed, num_classes: int) -> Iterator[str]:
@@ -255,7 +277,7 @@ def check_parts(setup: Setup) -> TrainState:
     ]
     with user_code("`model`"):
         image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-        variables = jax.eval_shape(lambda image: init_variables(config.model, key, image), image)
+        variables = jax.eval_shape(partial(init_variables, model=config.model), key, image)
     params = variables.pop("params")
     with user_code("`optim`"):
         tx = setup.program.make_tx()

@@ -5,10 +5,13 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array
 
 from cnnjax.data.batches import Standardization
 from cnnjax.errors import UserError, option
 from cnnjax.typing import Preprocessing
+
+VariablePath = tuple[str, ...]  # Of an array in the variables of a network.
 
 
 class Weights(NamedTuple):
@@ -36,9 +39,18 @@ class Weights(NamedTuple):
 
 
 def insert_weights(variables: dict[str, Any], loaded: Weights, model: Any) -> dict[str, Any]:
-    """Returns the initial variables of a network with the loaded weights in their place.
+    """Returns the initial variables of a network with the loaded weights in their place, see `replacements`."""
+    own: Any = flatten_dict(variables)
+    return unflatten_dict({**own, **replacements(variables, loaded, model)})
 
-    The head, the last of `model.depths()`, stays as it is if the weights have another number of classes.
+
+def replacements(variables: dict[str, Any], loaded: Weights, model: Any) -> dict[VariablePath, Array]:
+    """Returns the loaded weights by their paths in the variables of a network.
+
+    The head, the last of `model.depths()`, is left out if the weights have another number of classes.
+
+    Args:
+      variables: arrays or their shapes.
 
     Raises:
       UserError: another array has another shape than the network's.
@@ -58,5 +70,4 @@ def insert_weights(variables: dict[str, Any], loaded: Weights, model: Any) -> di
             fix += f" Choose {option('channels', '3')}." if channels[0] == 3 else ""
         got = f"{'/'.join(path[1:])} of shape {list(new[path].shape)} instead of {expected}"
         raise UserError(f"`model.weights` must have the shapes of the network, got {got}.{fix}")
-    new = {path: jnp.asarray(leaf) for path, leaf in new.items() if not (wrong and path[1] == head)}
-    return unflatten_dict({**own, **new})
+    return {path: jnp.asarray(leaf) for path, leaf in new.items() if not (wrong and path[1] == head)}

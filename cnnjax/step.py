@@ -68,7 +68,7 @@ def init_state(
 def _init_state(
     key: Key[Array, ""], image: Float[AnyArray, "B H W C"], *, model: Network, tx: optax.GradientTransformation
 ) -> TrainState:
-    variables = init_variables(model, key, image)
+    variables = init_variables(key, image, model=model)
     params = variables.pop("params")
     return TrainState(jnp.zeros((), jnp.int32), params, variables, init_optimizer(tx, params))
 

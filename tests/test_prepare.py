@@ -354,7 +354,7 @@ def test_an_out_of_memory_error_is_one_line(tmp_path):
 # --- What fits --------------------------------------------------------------------------------------------------------
 
 
-TRACES: list[bool] = []
+TRACES: list[bool | str] = []
 
 
 class Counted(nn.Module):
@@ -364,16 +364,17 @@ class Counted(nn.Module):
 
     @nn.compact
     def __call__(self, image, *, train):
-        TRACES.append(train)
+        TRACES.append("init" if self.is_initializing() else train)
         x = nn.BatchNorm(use_running_average=not train)(image.reshape(len(image), -1))
         return nn.Dense(self.num_classes)(x)
 
 
-def test_the_first_step_uses_the_trace_of_the_check(tmp_path):
+def test_the_first_step_and_the_initial_state_use_the_traces_of_the_checks(tmp_path):
     """In training the network is traced once by itself, and once in the step. Labels may be class probabilities."""
     config = replace(CONFIG, model=Counted(), augment=Mixup(), num_epochs=2)
     train_and_evaluate(config, run_dir=tmp_path / "run")
     assert TRACES.count(True) == 2
+    assert TRACES.count("init") == 1
 
 
 class Centered(nn.Module):

@@ -72,7 +72,7 @@ def variables_from_torch(model: nn.Module, tensors: dict[str, np.ndarray], names
     first, last = found[next(iter(names))], found[list(names)[-1]]
     own = model.clone(num_classes=last.shape[0])
     image = jax.ShapeDtypeStruct((1, 32, 32, first.shape[1]), np.float32)
-    shapes: Any = flatten_dict(jax.eval_shape(partial(init_variables, own, jax.random.key(0)), image))
+    shapes: Any = flatten_dict(jax.eval_shape(partial(init_variables, model=own), jax.random.key(0), image))
     variables = {}
     for name, (path, axes) in names.items():
         expected = tuple(shapes[path].shape[axes.index(axis)] for axis in range(len(axes)))

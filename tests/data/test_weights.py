@@ -16,11 +16,12 @@ import pytest
 from flax import linen as nn
 from safetensors.numpy import save
 
-from cnnjax import UserError
+from cnnjax import Adam, Augment, UserError, init_from_weights, softmax_cross_entropy
 from cnnjax.data import weights
 from cnnjax.data.weights import load_weights
 from cnnjax.models.torch_names import Place, head_names, variables_from_torch
-from cnnjax.pretrained import insert_weights
+from cnnjax.pretrained import insert_weights, replacements
+from cnnjax.program import Program, init_run, init_run_from_weights
 from cnnjax.typing import Preprocessing, PublishedWeights
 
 RNG = np.random.default_rng(0)
@@ -120,6 +121,22 @@ def test_the_head_stays_if_the_number_of_classes_differs(tmp_path):
     assert lines[1] == "its layer 'fc' starts from random values: the weights have 5 classes"
     jax.tree.map(np.testing.assert_array_equal, after["fc"], before["params"]["fc"])
     np.testing.assert_array_equal(after["conv"]["kernel"], TENSORS["conv.weight"].transpose(2, 3, 1, 0))
+
+
+@pytest.mark.parametrize("num_classes", [2, 5])
+def test_a_run_draws_only_what_the_weights_do_not_replace(num_classes, tmp_path):
+    (tmp_path / "w.safetensors").write_bytes(FILE)
+    model = Tiny(num_classes, str(tmp_path / "w.safetensors"))
+    program = Program(model, Adam(ema=0.9), Augment(), softmax_cross_entropy, 10, 1)
+    loaded, key, image = load_weights(model, say=print), jax.random.key(3), jnp.zeros((1, 4, 4, 3))
+    before = init_run(key, image, program=program)
+    expected = init_from_weights(before, loaded, model=model, tx=program.make_tx())
+    new = replacements({"params": before.params}, loaded, model)
+    state = init_run_from_weights(key, image, new, program=program)
+    assert jax.tree.structure(state) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, state, expected)
+    text = init_run_from_weights.lower(key, image, new, program=program).compile().as_text()
+    assert ("xor" in text) == (num_classes == 2)  # Random bits, of the head.
 
 
 def test_images_of_other_channels(tmp_path):
