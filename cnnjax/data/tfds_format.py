@@ -21,7 +21,7 @@ import numpy as np
 from cnnjax.cli.console import track
 from cnnjax.cli.process import raise_file_limit
 from cnnjax.cli.streams import Output
-from cnnjax.data.image_files import decode_image, fit_array
+from cnnjax.data.image_files import decode_image, fit_array, on_all_cores
 from cnnjax.data.sources import NamedSet, RawSet
 from cnnjax.data.stored import Examples, Fit
 from cnnjax.errors import UserError, option
@@ -35,6 +35,8 @@ _NO_DAMAGE = {
     errno.EPERM: "Fix its permissions.",
     errno.EIO: "Check the disk.",
 }
+
+_LARGE = 10_000  # Bytes of a record.
 
 # The functions import tfds, which takes 1.1 s: a set whose arrays are cached does not need it.
 
@@ -82,8 +84,7 @@ def decode(
     image_name, label_name, num_classes = found.image_name, found.label_name, found.num_classes
     count = builder.info.splits[split].num_examples
     image, label, read = None, _empty(folder, (count,), np.int32), 0
-    for row in track(_rows(found, split), f"decoding {split}", total=count):
-        row[image_name] = fit_row(row[image_name], fit, found.channels)
+    for row in track(_rows(found, split, fit), f"decoding {split}", total=count):
         if files is not None and isinstance(row.get("file"), bytes):
             files.append(row["file"].decode())
         if image is None:
@@ -228,21 +229,29 @@ def parse_row(found: SplitFeatures, row: bytes) -> dict[str, Any]:
     return {**example, found.image_name: decode_image(example[found.image_name], found.channels)}
 
 
-def _rows(found: SplitFeatures, split: str) -> Iterator[dict[str, Any]]:
-    """Yields the decoded examples of a split, in record order."""
+def _rows(found: SplitFeatures, split: str, fit: Fit) -> Iterator[dict[str, Any]]:
+    """Yields the examples of a split, in record order, with images that are decoded and brought to one shape."""
     folder, info = found.builder.data_dir, found.builder.info
+    stated = info.splits[split]
+
+    def read(record: bytes) -> dict[str, Any]:
+        row = parse_row(found, record)
+        return {**row, found.image_name: fit_row(row[found.image_name], fit, found.channels)}
+
+    # Of small images the records take longer to parse than to decode, which threads cannot do at the same time.
+    read_all: Any = on_all_cores if stated.num_bytes > _LARGE * stated.num_examples else map
     with _damage_as_user_error(Path(folder), f"its split {split!r}"):
         match info.file_format.value:
             case "tfrecord":
-                yield from (parse_row(found, row) for row in _tfrecords(info.splits[split].filepaths))
+                yield from read_all(read, _tfrecords(stated.filepaths))
             case "array_record":
                 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
                 raise_file_limit()
-                with ArrayRecordDataSource(list(map(str, info.splits[split].filepaths))) as shards:
-                    if len(shards) != info.splits[split].num_examples:  # tfds would ignore the rest.
-                        raise ValueError(f"{len(shards)} examples in place of {info.splits[split].num_examples}")
-                    yield from (parse_row(found, row) for row in shards)
+                with ArrayRecordDataSource(list(map(str, stated.filepaths))) as shards:
+                    if len(shards) != stated.num_examples:  # tfds would ignore the rest.
+                        raise ValueError(f"{len(shards)} examples in place of {stated.num_examples}")
+                    yield from read_all(read, shards)
             case other:
                 raise UserError(f"{folder} must be in the format tfrecord or array_record, got {other}.")
 

@@ -20,6 +20,7 @@ from PIL import Image
 
 from cnnjax import Config, UserError, train_and_evaluate
 from cnnjax.data import prepared as data
+from cnnjax.data import tfds_format
 from cnnjax.data.cache import CACHE
 from cnnjax.data.datasets import load_dataset
 from cnnjax.data.folders import default_data_dir, prepared_folder
@@ -633,6 +634,32 @@ def test_images_of_several_sizes_are_brought_to_one(tmp_path):
             assert dataset.image_shape == shape
             assert rows_of(dataset.load("train")) == sorted(bytes(expected[i]) for i in range(4))
             assert rows_of(dataset.load("test")) == sorted(bytes(expected[i]) for i in range(4, 6))
+
+
+def test_large_images_are_decoded_by_threads_in_the_order_of_their_records(tmp_path, monkeypatch):
+    prepare_images(tmp_path, make_images(150, shape=(64, 64, 3)), {"train": slice(0, 140), "test": slice(140, 150)})
+    folder, threads = tmp_path / "odd" / "1.0.0", set()
+
+    def decode(*arguments):
+        threads.add(threading.current_thread())
+        return decode_image(*arguments)
+
+    monkeypatch.setattr(tfds_format, "decode_image", decode)
+    found = tfds_format.decode(folder, "train")
+    assert threading.current_thread() not in threads
+    threads.clear()
+    monkeypatch.setattr(tfds_format, "_LARGE", 10**9)
+    assert_equal(found, tfds_format.decode(folder, "train"))
+    assert threads == {threading.current_thread()}
+
+
+def test_a_large_image_that_cannot_be_decoded_is_an_error(tmp_path):
+    content = encoded(make_images(1, shape=(64, 64, 3))[0]).getvalue()
+    examples = [{"image": io.BytesIO(content), "label": i % 2} for i in range(9)]
+    examples[4]["image"] = io.BytesIO(content[:6000] + bytes(len(content) - 6000))
+    prepare_odd(tmp_path, {"image": IMAGE, "label": LABEL}, {"train": examples, "test": examples[:1]})
+    with pytest.raises(UserError, match=r"1\.0\.0 is damaged: its split 'train' cannot be read"):
+        load_dataset("odd", tmp_path)
 
 
 @pytest.mark.parametrize("stream", [False, True])
