@@ -34,6 +34,7 @@ from cnnjax.runs.records import make_facts
 from cnnjax.runs.schema import DataFacts
 from cnnjax.sharding import Placement, place, put
 from cnnjax.step import TrainState, abstract_init_from_data, init_from_data, init_optimizer
+from cnnjax.typing import AnyArray
 
 INIT_IMAGES = 5000  # Number of training images that a network may be initialized from.
 
@@ -215,7 +216,7 @@ def _initial_state(
     key: Key[Array, ""],
     shapes: TrainState,
     weights: Weights | None,
-    images: Callable[[], Float[Array, "N H W C"]],
+    images: Callable[[], Float[AnyArray, "N H W C"]],
 ) -> TrainState:
     """Returns the initial state, from a key, pretrained weights and training images.
 
@@ -239,7 +240,7 @@ def _initial_state(
     return state
 
 
-def _init_images(examples: Examples | Streamed, standardization: Standardization) -> Float[Array, "N H W C"]:
+def _init_images(examples: Examples | Streamed, standardization: Standardization) -> Float[AnyArray, "N H W C"]:
     """Returns the first images, or evenly spaced ones if each class is one block; standardized."""
     label, index = examples.label, np.arange(min(len(examples.label), INIT_IMAGES))
     if len(label) > INIT_IMAGES and np.count_nonzero(np.diff(label)) < len(np.unique(label)):

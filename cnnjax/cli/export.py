@@ -25,7 +25,10 @@ class Export:
     """The run directory."""
     folder: Positional[Annotated[Path, arg(metavar="DIR")]]
     """The folder to write, absent or empty."""
-    formats: tuple[Literal["safetensors", "stablehlo", "onnx"], ...] | None = None
+    formats: Annotated[
+        tuple[Literal["safetensors", "stablehlo", "onnx"], ...] | None,
+        arg(metavar="safetensors|stablehlo|onnx ...", help_behavior_hint=""),
+    ] = None
     """The formats; all by default, except ONNX if it is not installed (pip install 'cnnjax[onnx]') or cannot express
     the network."""
     tta: Literal["none", "flip", "flip_translate"] | None = None

@@ -19,6 +19,7 @@ from tyro.conf import Positional
 
 from cnnjax import __version__
 from cnnjax.cli.export import Export
+from cnnjax.cli.help_text import make_registry
 from cnnjax.cli.inspection import Compare, Diff, Reproduce, Runs, Verify
 from cnnjax.cli.predict import Eval, Predict
 from cnnjax.cli.process import keep_memory, write_exit_code
@@ -134,7 +135,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments[:1] in (["train"], ["lr-find"], ["summary"]):  # Their options depend on the network: Flax.
             return _parse_experiment(*arguments)
         about = "Train image classifiers with JAX and Flax. --version prints the version."
-        return tyro.extras.subcommand_cli_from_dict(commands, args=arguments, prog="cnnjax", description=about)
+        options: Any = {"prog": "cnnjax", "description": about, "registry": make_registry()}
+        return tyro.extras.subcommand_cli_from_dict(commands, args=arguments, **options)
 
     resumable = arguments[:1] in (["train"], ["reproduce"])
     _run(parse, resumable, process_ends=argv is None)
@@ -149,7 +151,7 @@ def _parse_experiment(name: str, *arguments: str) -> Any:
     from cnnjax.config import Config
 
     if name == "summary" and not is_of_experiment(arguments):
-        return tyro.cli(Summary, args=arguments, prog="cnnjax summary")
+        return tyro.cli(Summary, args=arguments, prog="cnnjax summary", registry=make_registry())
     named = bool(arguments) and not arguments[0].startswith("-")
     experiment = load_experiment(arguments[0]) if named else Experiment(Config(), {})
     prog = " ".join(["cnnjax", name, *arguments[:named]])

@@ -21,7 +21,7 @@ from cnnjax.errors import UserError, check
 class Summary:
     """Print the layers of a network with output shapes, parameters and floating-point operations (FLOPs) per image.
 
-    `cnnjax summary EXPERIMENT` takes the options of `cnnjax train` that determine the configuration.
+    With an experiment in place of RUN, the options are those of `cnnjax train` that determine the configuration.
     """
 
     run: Positional[Annotated[Path, arg(metavar="RUN")]]

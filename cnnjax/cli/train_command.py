@@ -13,9 +13,10 @@ from typing import Annotated, Any
 
 import tyro
 from tyro.conf import arg
-from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, StructConstructorSpec
+from tyro.constructors import PrimitiveConstructorSpec, StructConstructorSpec
 
 from cnnjax.cli.experiment import PARTS, Experiment
+from cnnjax.cli.help_text import make_registry
 from cnnjax.cli.launch import follow_launcher, is_launched, launch
 from cnnjax.cli.process import use_compilation_cache
 from cnnjax.cli.signals import REQUEUE, Interrupted
@@ -30,7 +31,7 @@ _ABBREVIATIONS = {"lr": "learning-rate", "bs": "batch-size", "wd": "weight-decay
 class Train:
     """Train a network, validate each epoch, and score it on the test set once at the end.
 
-    `cnnjax train EXPERIMENT` takes the defaults from experiments/EXPERIMENT.py, or from a file EXPERIMENT.py. Ctrl-C,
+    The defaults of `cnnjax train EXPERIMENT` come from experiments/EXPERIMENT.py, or from a file EXPERIMENT.py. Ctrl-C,
     SIGTERM and a closed terminal (SIGHUP) save, print the command that resumes, and exit with 75.
     """
 
@@ -157,7 +158,7 @@ def parse_train(experiment: Experiment, arguments: Sequence[str], prog: str | No
     words = "\n".join(f"--{part} {'|'.join(experiment.words(part))}" for part in PARTS)
     classes = f"The classes of network, optimizer and augmentation, whose options follow:\n{words}"
     description = f"{inspect.getdoc(command)}\n\n{classes}"
-    registry = ConstructorRegistry()
+    registry = make_registry()
     registry.struct_rule(_opaque)
     registry.primitive_rule(_dataset)
     registry.primitive_rule(_image_size)

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,20 @@ def test_help_does_not_import_jax_and_help_of_train_does_not_start_it():
     assert "score it on the test set once" in re.sub(r"[│\s]+", " ", before)
     assert "--optim.learning-rate" in after
     assert after.endswith("\n3 devices\n")
+
+
+@pytest.mark.parametrize("command", ["train", "lr-find", "eval", "export", "data", "predict", "summary mnist_mlp"])
+def test_help_fills_the_width_of_the_terminal(command, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    main([*command.split(), "--help"])
+    out = capsys.readouterr().out
+    assert "\n\n\n" not in out
+    rows = [re.fullmatch(r"[│ ]( +)(.*?) *│?", line) for line in out.splitlines()]
+    for row, following in pairwise(rows):
+        if row is None or following is None or not (len(row[1]) == len(following[1]) > 10):
+            continue
+        word = re.split(r"(?<=\w-)|\s", following[2])[0]
+        assert len(row[1]) + len(row[2]) + 1 + len(word) > 77 or not row[2], (row[2], following[2])
 
 
 def test_output_that_is_not_a_terminal_has_no_progress_bar(train, tmp_path, capsys):
