@@ -5,7 +5,8 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from tyro.conf import arg
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
@@ -38,10 +39,18 @@ class _Readable:
 
 def _readable(field: StructFieldSpec) -> StructFieldSpec:
     kind: Any = field.type
-    metavar = next((name for plain, name in _METAVARS.items() if kind == plain | None), None)
+    metavar = _metavar(kind)
     if field.default is None and metavar is not None:
         kind = Annotated[kind, arg(metavar=metavar, help_behavior_hint="")]
     return dataclasses.replace(field, type=kind, helptext=partial(_join, field.helptext))
+
+
+def _metavar(kind: Any) -> str | None:
+    """Returns the values of a type that allows None and strings, numbers, a path, or one of several words."""
+    if get_origin(kind) not in (Union, UnionType) or len(get_args(kind)) != 2 or get_args(kind)[1] is not type(None):
+        return None
+    value = get_args(kind)[0]
+    return "{" + ",".join(map(str, get_args(value))) + "}" if get_origin(value) is Literal else _METAVARS.get(value)
 
 
 def _join(text: str | Callable[[], str | None] | None) -> str | None:
