@@ -139,6 +139,20 @@ def test_help_fills_the_width_of_the_terminal(command, monkeypatch, capsys):
         assert len(row[1]) + len(row[2]) + 1 + len(word) > 77 or not row[2], (row[2], following[2])
 
 
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("predict", ["--tta {none,flip,flip_translate,uncertain} ", "--experiment STR "]),
+        ("train", ["--batch-size INT ", "--run-dir PATH ", "--num-epochs INT "]),
+        ("summary mnist_mlp", ["--batch-size {None}|INT "]),  # The experiment has a value.
+    ],
+)
+def test_help_mentions_none_only_in_place_of_a_value(command, options, capsys):
+    main([*command.split(), "--help"])
+    out = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
+    assert [option for option in options if option not in out] == []
+
+
 def test_output_that_is_not_a_terminal_has_no_progress_bar(train, tmp_path, capsys):
     train(tmp_path / "run")
     captured = capsys.readouterr()
