@@ -231,7 +231,7 @@ def _initial_state(
     else:
         with user_code("`model.variables_from_torch`"):
             loaded = replacements({"params": shapes.params, **shapes.model_state}, weights, model)
-            state = init_run_from_weights(key, image, loaded, program=program)
+        state = init_run_from_weights(key, image, loaded, program=program)
     if hasattr(model, "init_from_data"):
         standardized = images()
         with user_code("`model.init_from_data`"), explain_out_of_memory():

@@ -22,8 +22,8 @@ _ROW, _WIDTH = 8, 40  # Updates per line of the table, characters of its longest
 class LrFind:
     """Find a learning rate: raise it from step to step until the loss diverges, and plot the loss.
 
-    The options are those of `cnnjax train`, and EXPERIMENT may precede them. The plot is written, but no run is made,
-    and a later one does not change.
+    The options are those of `cnnjax train`, and EXPERIMENT may precede them. It writes the plot, but makes no run, and
+    later runs do not change.
     """
 
     config: Annotated[Config, arg(name="")] = field(default_factory=Config)

@@ -238,7 +238,7 @@ def _rows(found: SplitFeatures, split: str, fit: Fit) -> Iterator[dict[str, Any]
         row = parse_row(found, record)
         return {**row, found.image_name: fit_row(row[found.image_name], fit, found.channels)}
 
-    # Of small images the records take longer to parse than to decode, which threads cannot do at the same time.
+    # A small image takes longer to parse than to decode, and only one thread at a time can parse.
     read_all: Any = on_all_cores if stated.num_bytes > _LARGE * stated.num_examples else map
     with _damage_as_user_error(Path(folder), f"its split {split!r}"):
         match info.file_format.value:
