@@ -14,7 +14,6 @@ from flax.errors import InvalidRngError
 from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float, Key, PyTree
 
-from cnnjax.compiler import jit
 from cnnjax.errors import ArgumentError, describe_shapes
 from cnnjax.typing import AnyArray
 
@@ -81,11 +80,8 @@ def check_network(model: Any) -> None:
         )
 
 
-@jit(static_argnames=("model",), runs_once=True)
 def init_variables(key: Key[Array, ""], image: AnyArray, *, model: Network) -> dict[str, PyTree]:
     """Returns the initial variables of a network: "params", and its other collections.
-
-    Programs that contain it share one trace, which takes a second for a deep network.
 
     Args:
       key: the stream "params", of which Flax derives any other stream that `init` requests.

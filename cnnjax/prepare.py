@@ -197,7 +197,7 @@ def set_up(
         augment_key=augment_key,
         placement=placement,
     )
-    shapes = check_parts(setup)
+    shapes, variables = check_parts(setup)
     device = placement.device
     shared = f" ({placement.num_devices} share a batch: {placement})" if placement.num_devices > 1 else ""
     kernels_used = f", {kernels()}" if device.platform == "cpu" else ""
@@ -207,30 +207,30 @@ def set_up(
         f"{device_name(device)}{kernels_used}{shared}"
     )
     check_step(setup, shapes)
-    state = _initial_state(setup, init_key, shapes, weights, partial(_init_images, train, standardization))
+    state = _initial_state(setup, init_key, variables, weights, partial(_init_images, train, standardization))
     return setup, put(state, placement.of_state(state))
 
 
 def _initial_state(
     setup: Setup,
     key: Key[Array, ""],
-    shapes: TrainState,
+    variables: dict[str, Any],
     weights: Weights | None,
     images: Callable[[], Float[AnyArray, "N H W C"]],
 ) -> TrainState:
     """Returns the initial state, from a key, pretrained weights and training images.
 
     Args:
-      shapes: of the state.
+      variables: the shapes of what `init_variables` returns.
       images: returns standardized training images.
     """
-    program, image = setup.program, jnp.zeros((1, *setup.facts.image_shape))
+    program, image = setup.program, jnp.zeros((1, *setup.facts.image_shape), jnp.float32)
     model = program.model
     if weights is None:
         state = init_run(key, image, program=program)
     else:
         with user_code("`model.variables_from_torch`"):
-            loaded = replacements({"params": shapes.params, **shapes.model_state}, weights, model)
+            loaded = replacements(variables, weights, model)
         state = init_run_from_weights(key, image, loaded, program=program)
     if hasattr(model, "init_from_data"):
         standardized = images()
@@ -261,11 +261,11 @@ def oddities(examples: Examples | Streamed, num_classes: int) -> Iterator[str]:
         yield f"No training image has the label {shown}, of 0 to {num_classes - 1}."
 
 
-def check_parts(setup: Setup) -> TrainState:
+def check_parts(setup: Setup) -> tuple[TrainState, dict[str, Any]]:
     """Checks what network, optimizer, augmentation and loss return, without computing anything.
 
     Returns:
-      The shapes of the state.
+      The shapes of the state, and those of the variables before `init_from_data`.
 
     Raises:
       UserError: a shape is wrong, or a part raised an exception.
@@ -279,12 +279,13 @@ def check_parts(setup: Setup) -> TrainState:
     with user_code("`model`"):
         image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
         variables = jax.eval_shape(partial(init_variables, model=config.model), key, image)
-    params = variables.pop("params")
+    params = variables["params"]
     with user_code("`optim`"):
         tx = setup.program.make_tx()
         opt_state = jax.eval_shape(partial(init_optimizer, tx), params)
     step: Any = jax.ShapeDtypeStruct((), jnp.int32)
-    state = TrainState(step, params, variables, opt_state)
+    model_state = {name: value for name, value in variables.items() if name != "params"}
+    state = TrainState(step, params, model_state, opt_state)
     with user_code("`model.init_from_data`"):
         state = abstract_init_from_data(state, image, model=config.model, tx=tx)
     image = jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.float32)
@@ -295,7 +296,7 @@ def check_parts(setup: Setup) -> TrainState:
     for batch in batches:
         loss_fn = setup.program.loss_fn
         check_training(state, batch, key, model=config.model, loss_fn=loss_fn, num_classes=num_classes)
-    return state
+    return state, variables
 
 
 def check_step(setup: Setup, state: TrainState) -> None:

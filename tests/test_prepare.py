@@ -120,6 +120,10 @@ def mean_loss(logits, batch):
     return (logits**2).mean()
 
 
+def arrays_of_two_classes():
+    return arrays(num_classes=2)
+
+
 def failing_data():
     return np.load("no-such-file.npy")
 
@@ -369,12 +373,34 @@ class Counted(nn.Module):
         return nn.Dense(self.num_classes)(x)
 
 
-def test_the_first_step_and_the_initial_state_use_the_traces_of_the_checks(tmp_path):
+def test_the_first_step_uses_the_trace_of_the_check(tmp_path):
     """In training the network is traced once by itself, and once in the step. Labels may be class probabilities."""
     config = replace(CONFIG, model=Counted(), augment=Mixup(), num_epochs=2)
     train_and_evaluate(config, run_dir=tmp_path / "run")
     assert TRACES.count(True) == 2
-    assert TRACES.count("init") == 1
+    assert TRACES.count("init") == 2  # For the checks, and for the initial state.
+
+
+LAYERS = [nn.Dense(3)]
+
+
+class Edited(nn.Module):
+    """Calls code that its class does not contain, as a cell of a notebook does."""
+
+    @nn.compact
+    def __call__(self, image):
+        x = image.reshape(len(image), -1)
+        for layer in LAYERS:
+            x = layer.copy()(x)
+        return x
+
+
+def test_code_that_is_corrected_after_a_refusal_is_traced_again(tmp_path, monkeypatch):
+    config = replace(CONFIG, model=Edited(), dataset=arrays_of_two_classes)
+    with pytest.raises(UserError, match=r"`model` must return logits of shape \(16, 2\)"):
+        train_and_evaluate(config, run_dir=tmp_path / "run")
+    monkeypatch.setattr(f"{__name__}.LAYERS", [nn.Dense(5), nn.Dense(2)])
+    train_and_evaluate(config, run_dir=tmp_path / "run")
 
 
 class Centered(nn.Module):

@@ -27,9 +27,9 @@ class Export:
     """The folder to write, absent or empty."""
     formats: Annotated[
         tuple[Literal["safetensors", "stablehlo", "onnx"], ...] | None,
-        arg(metavar="safetensors|stablehlo|onnx ...", help_behavior_hint=""),
+        arg(metavar="{safetensors,stablehlo,onnx} ...", help_behavior_hint="(default: all)"),
     ] = None
-    """The formats; all by default, except ONNX if it is not installed (pip install 'cnnjax[onnx]') or cannot express
+    """The formats; of all, ONNX is left out if it is not installed (pip install 'cnnjax[onnx]') or cannot express
     the network."""
     tta: Literal["none", "flip", "flip_translate"] | None = None
     """The test-time augmentation of the predictors; by default that of the run (for uncertain: flip_translate)."""

@@ -11,14 +11,15 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from tyro.conf import arg
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
-_METAVARS: dict[Any, str] = {str: "STR", int: "INT", float: "FLOAT", Path: "PATH"}
+_METAVARS: dict[Any, str] = {str: "STR", int: "INT", float: "FLOAT", Path: "PATH", bool: "{True,False}"}
+_ITEM = re.compile(r"\s*([-*•]|\d+\.)\s")  # Begins an item of a list.
 
 
 class _Readable:
     """A rule of tyro for the help on the fields of a dataclass.
 
-    The lines of a paragraph are joined, which tyro itself keeps apart if they are indented. If None is the default, it
-    is not mentioned.
+    Joins the lines of a paragraph, except the items of a list: tyro keeps indented lines apart. Of the types that
+    `_metavar` knows, a default of None is shown only if the field has no docstring.
     """
 
     def __init__(self) -> None:
@@ -38,24 +39,44 @@ class _Readable:
 
 
 def _readable(field: StructFieldSpec) -> StructFieldSpec:
-    kind: Any = field.type
+    kind, text = field.type, partial(_join, field.helptext)
     metavar = _metavar(kind)
-    if field.default is None and metavar is not None:
-        kind = Annotated[kind, arg(metavar=metavar, help_behavior_hint="")]
-    return dataclasses.replace(field, type=kind, helptext=partial(_join, field.helptext))
+    if field.default is not None or metavar is None:
+        return dataclasses.replace(field, helptext=text)
+
+    # tyro appends a hint to the text, here its last word: after an empty one the space might wrap into a blank row.
+    def last_word(default: str) -> str:
+        return (text() or "").rpartition(" ")[2] or f"(default: {default})"
+
+    kind = Annotated[kind, arg(metavar=metavar, help_behavior_hint=last_word)]
+    return dataclasses.replace(field, type=kind, helptext=lambda: (text() or "").rpartition(" ")[0])
 
 
 def _metavar(kind: Any) -> str | None:
-    """Returns the values of a type that allows None and strings, numbers, a path, or one of several words."""
-    if get_origin(kind) not in (Union, UnionType) or len(get_args(kind)) != 2 or get_args(kind)[1] is not type(None):
+    """Returns the values of a type that allows None, and a type of `_METAVARS` or words; None for any other type."""
+    if get_origin(kind) not in (Union, UnionType):
         return None
-    value = get_args(kind)[0]
-    return "{" + ",".join(map(str, get_args(value))) + "}" if get_origin(value) is Literal else _METAVARS.get(value)
+    others = [part for part in get_args(kind) if part is not type(None)]
+    if len(others) != 1 or len(get_args(kind)) != 2:
+        return None
+    if get_origin(others[0]) is Literal:
+        return "{" + ",".join(map(str, get_args(others[0]))) + "}"
+    return _METAVARS.get(others[0])
 
 
 def _join(text: str | Callable[[], str | None] | None) -> str | None:
     text = text() if callable(text) else text
-    return text and "\n\n".join(" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text))
+    return text and "\n\n".join(map(_join_paragraph, re.split(r"\n\s*\n", text)))
+
+
+def _join_paragraph(paragraph: str) -> str:
+    lines: list[str] = []
+    for line in paragraph.splitlines():
+        if lines and not _ITEM.match(line):
+            lines[-1] += f" {line.strip()}"
+        else:
+            lines.append(line.strip())
+    return "\n".join(lines)
 
 
 def make_registry() -> ConstructorRegistry:

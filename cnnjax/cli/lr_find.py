@@ -22,8 +22,8 @@ _ROW, _WIDTH = 8, 40  # Updates per line of the table, characters of its longest
 class LrFind:
     """Find a learning rate: raise it from step to step until the loss diverges, and plot the loss.
 
-    The options are those of `cnnjax train`, and EXPERIMENT may precede them. It writes the plot, but makes no run, and
-    later runs do not change.
+    The options are those of `cnnjax train` that determine the configuration, and an experiment may precede them. The
+    command writes the plot, makes no run, and does not affect later ones.
     """
 
     config: Annotated[Config, arg(name="")] = field(default_factory=Config)

@@ -135,8 +135,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments[:1] in (["train"], ["lr-find"], ["summary"]):  # Their options depend on the network: Flax.
             return _parse_experiment(*arguments)
         about = "Train image classifiers with JAX and Flax. --version prints the version."
-        options: Any = {"prog": "cnnjax", "description": about, "registry": make_registry()}
-        return tyro.extras.subcommand_cli_from_dict(commands, args=arguments, **options)
+        return tyro.extras.subcommand_cli_from_dict(
+            commands, args=arguments, prog="cnnjax", description=about, registry=make_registry()
+        )
 
     resumable = arguments[:1] in (["train"], ["reproduce"])
     _run(parse, resumable, process_ends=argv is None)

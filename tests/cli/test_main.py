@@ -4,14 +4,17 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import tyro
 
 import cnnjax
 from cnnjax.cli.console import Report
+from cnnjax.cli.help_text import make_registry
 from cnnjax.cli.main import main
 from cnnjax.data.datasets import load_dataset
 from cnnjax.metrics import Scores
@@ -125,18 +128,22 @@ def test_help_does_not_import_jax_and_help_of_train_does_not_start_it():
     assert after.endswith("\n3 devices\n")
 
 
-@pytest.mark.parametrize("command", ["train", "lr-find", "eval", "export", "data", "predict", "summary mnist_mlp"])
-def test_help_fills_the_width_of_the_terminal(command, monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "80")
+@pytest.mark.parametrize(
+    "command", ["train", "lr-find", "eval", "export", "data", "predict", "report", "reproduce", "summary mnist_mlp"]
+)
+@pytest.mark.parametrize("width", [60, 80, 93])  # Some texts fill their last line at 60 and 93.
+def test_help_fills_the_width_of_the_terminal(command, width, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(width))
     main([*command.split(), "--help"])
     out = capsys.readouterr().out
     assert "\n\n\n" not in out
+    assert not re.search(r"^[│ ] +[│ ]?\n[│ ] --", out, re.MULTILINE)  # A blank row before the next option.
     rows = [re.fullmatch(r"[│ ]( +)(.*?) *│?", line) for line in out.splitlines()]
     for row, following in pairwise(rows):
         if row is None or following is None or not (len(row[1]) == len(following[1]) > 10):
             continue
-        word = re.split(r"(?<=\w-)|\s", following[2])[0]
-        assert len(row[1]) + len(row[2]) + 1 + len(word) > 77 or not row[2], (row[2], following[2])
+        word = following[2].partition(" ")[0]
+        assert len(row[1]) + len(row[2]) + 1 + len(word) > width - 3 or not row[2], (row[2], following[2])
 
 
 @pytest.mark.parametrize(
@@ -151,6 +158,29 @@ def test_help_mentions_none_only_in_place_of_a_value(command, options, capsys):
     main([*command.split(), "--help"])
     out = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
     assert [option for option in options if option not in out] == []
+    assert out.count("(default: None)") == ("--image-size" in out)  # Its text explains None.
+
+
+@dataclass
+class Listed:
+    mode: int | None = None
+    """Modes of
+    the list:
+
+    - first: one
+      of two
+    - second"""
+    none: int | None = None
+
+
+def test_help_keeps_lists_and_shows_a_default_without_a_docstring(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        tyro.cli(Listed, args=["--help"], registry=make_registry())
+    rows = [line.strip("│ ") for line in capsys.readouterr().out.splitlines()]
+    start = next(i for i, row in enumerate(rows) if row.endswith("Modes of the list:"))
+    assert rows[start + 1 : start + 4] == ["", "- first: one of two", "- second"]
+    assert re.fullmatch(r"--none INT +\(default: None\)", rows[start + 4])
 
 
 def test_output_that_is_not_a_terminal_has_no_progress_bar(train, tmp_path, capsys):

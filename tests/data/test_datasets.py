@@ -653,7 +653,8 @@ def test_large_images_are_decoded_by_threads_in_the_order_of_their_records(tmp_p
     assert threads == {threading.current_thread()}
 
 
-def test_a_large_image_that_cannot_be_decoded_is_an_error(tmp_path):
+def test_an_image_that_a_thread_cannot_decode_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(tfds_format, "_LARGE", 0)
     content = encoded(make_images(1, shape=(64, 64, 3))[0]).getvalue()
     examples = [{"image": io.BytesIO(content), "label": i % 2} for i in range(9)]
     examples[4]["image"] = io.BytesIO(content[:6000] + bytes(len(content) - 6000))

@@ -18,7 +18,7 @@ import pytest
 from flax import linen as nn
 from safetensors.numpy import save
 
-from cnnjax import Adam, Augment, UserError, init_from_weights, softmax_cross_entropy
+from cnnjax import Adam, Augment, Config, UserError, init_from_weights, softmax_cross_entropy, train_and_evaluate
 from cnnjax.data import weights
 from cnnjax.data.weights import load_weights
 from cnnjax.models.torch_names import Place, head_names, variables_from_torch
@@ -139,6 +139,41 @@ def test_a_run_draws_only_what_the_weights_do_not_replace(num_classes, tmp_path)
     jax.tree.map(np.testing.assert_array_equal, state, expected)
     text = init_run_from_weights.lower(key, image, new, program=program).compile().as_text()
     assert ("xor" in text) == (num_classes == 2)  # Random bits, of the head.
+
+
+class Fixed(Tiny):
+    """Is initialized from data, too: its kernel becomes a constant."""
+
+    @nn.compact
+    def __call__(self, image):
+        if self.has_variable("constants", "kernel"):
+            kernel = self.get_variable("constants", "kernel")
+        else:
+            kernel = self.param("kernel", nn.initializers.lecun_normal(), (2, 2, 3, 4))
+        dimensions = ("NHWC", "HWIO", "NHWC")
+        x = jax.lax.conv_general_dilated(image, kernel, (1, 1), "SAME", dimension_numbers=dimensions)
+        return nn.Dense(self.num_classes, name="fc")(x.mean((1, 2)))
+
+    def depths(self):
+        return "kernel", "fc"
+
+    def variables_from_torch(self, tensors):
+        names = {"conv.weight": Place(("params", "kernel"), (2, 3, 1, 0)), **head_names(("fc",), "fc")}
+        return variables_from_torch(self, tensors, names)
+
+    def init_from_data(self, variables, image):
+        params = {**variables["params"]}
+        return {"constants": {"kernel": params.pop("kernel")}, "params": params}
+
+
+def test_a_network_may_be_initialized_from_weights_and_then_from_data(tmp_path):
+    (tmp_path / "w.safetensors").write_bytes(FILE)
+    image = np.random.default_rng(1).integers(0, 256, (40, 4, 4, 3), np.uint8)
+    label = np.arange(40) % 5
+    config = Config(dataset=(image, label, image, label), model=Fixed(5, str(tmp_path / "w.safetensors")), num_epochs=1)
+    run = train_and_evaluate(config, run_dir=tmp_path / "run")
+    kernel = run.state.model_state["constants"]["kernel"]
+    np.testing.assert_array_equal(kernel, TENSORS["conv.weight"].transpose(2, 3, 1, 0))
 
 
 def test_images_of_other_channels(tmp_path):
