@@ -27,7 +27,7 @@ from cnnjax.memory import device_memory, explain_out_of_memory, gib, largest_res
 from cnnjax.network import apply_in_evaluation, init_variables, logits_of
 from cnnjax.onednn.library import kernels
 from cnnjax.pretrained import Weights, replacements
-from cnnjax.program import Program, evaluation_batch_size, init_run, init_run_from_weights, train_steps
+from cnnjax.program import Program, evaluation_batch_size, init_run, train_steps
 from cnnjax.runs.checkpoints import all_finite
 from cnnjax.runs.files import changes
 from cnnjax.runs.records import make_facts
@@ -226,12 +226,9 @@ def _initial_state(
     """
     program, image = setup.program, jnp.zeros((1, *setup.facts.image_shape), jnp.float32)
     model = program.model
-    if weights is None:
-        state = init_run(key, image, program=program)
-    else:
-        with user_code("`model.variables_from_torch`"):
-            loaded = replacements(variables, weights, model)
-        state = init_run_from_weights(key, image, loaded, program=program)
+    with user_code("`model.variables_from_torch`"):
+        loaded = None if weights is None else replacements(variables, weights, model)
+    state = init_run(key, image, loaded, program=program)
     if hasattr(model, "init_from_data"):
         standardized = images()
         with user_code("`model.init_from_data`"), explain_out_of_memory():

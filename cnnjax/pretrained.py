@@ -38,10 +38,10 @@ class Weights(NamedTuple):
         return Standardization(np.array(mean, np.float32), np.array(std, np.float32))
 
 
-def insert_weights(variables: dict[str, Any], loaded: Weights, model: Any) -> dict[str, Any]:
-    """Returns the initial variables of a network with the loaded weights in their place, see `replacements`."""
+def insert_weights(variables: dict[str, Any], loaded: dict[VariablePath, Array]) -> dict[str, Any]:
+    """Returns the initial variables of a network with those of `replacements` in their place."""
     own: Any = flatten_dict(variables)
-    return unflatten_dict({**own, **replacements(variables, loaded, model)})
+    return unflatten_dict({**own, **loaded})
 
 
 def replacements(variables: dict[str, Any], loaded: Weights, model: Any) -> dict[VariablePath, Array]:

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
@@ -21,11 +20,11 @@ from cnnjax.data.feed import StreamedSet
 from cnnjax.data.order import Plan, plain_plan
 from cnnjax.losses import softmax_cross_entropy
 from cnnjax.metrics import Metrics, Scores, Totals, sum_metrics
-from cnnjax.network import Network, init_variables, logits_of
+from cnnjax.network import Network, logits_of
 from cnnjax.optim.optimizer import Optimizer
 from cnnjax.pretrained import VariablePath
 from cnnjax.sharding import Placement, fetch, place, put
-from cnnjax.step import TrainState, apply_views, init_optimizer, init_state, train_step
+from cnnjax.step import TrainState, apply_views, init_state, replace_variables, train_step
 from cnnjax.typing import AnyArray, LossFn
 
 # Examples; divisors of the usual test sets. The larger one is for images of up to 32 by 32 on an accelerator.
@@ -64,30 +63,22 @@ class Program(NamedTuple):
 
 
 @jit(static_argnames=("program",), runs_once=True)
-def init_run(key: Key[Array, ""], image: Float[AnyArray, "B H W C"], *, program: Program) -> TrainState:
-    """Returns the initial state, see `init_state`. Equal programs share one compilation, unlike equal optimizers."""
-    return init_state(key, image, model=program.model, tx=program.make_tx())
-
-
-@jit(static_argnames=("program",), runs_once=True)
-def init_run_from_weights(
+def init_run(
     key: Key[Array, ""],
     image: Float[AnyArray, "B H W C"],
-    loaded: dict[VariablePath, Array],
+    loaded: dict[VariablePath, Array] | None = None,
     *,
     program: Program,
 ) -> TrainState:
-    """Returns the initial state with pretrained weights, as `init_from_weights` does with the state of `init_run`.
-
-    The variables in `loaded` are not initialized, because compiling that takes many seconds for a deep network.
+    """Returns the initial state, see `init_state`. Equal programs share one compilation, unlike equal optimizers.
 
     Args:
-      loaded: see `replacements`.
+      loaded: pretrained weights, of `replacements`. XLA removes the initialization of the parameters that they replace,
+        whose compilation takes many seconds for a deep network.
     """
-    own: Any = flatten_dict(init_variables(key, image, model=program.model))
-    variables = unflatten_dict({**own, **loaded})
-    params = variables.pop("params")
-    return TrainState(jnp.zeros((), jnp.int32), params, variables, init_optimizer(program.make_tx(), params))
+    tx = program.make_tx()
+    state = init_state(key, image, model=program.model, tx=tx)
+    return state if loaded is None else replace_variables(state, loaded, tx=tx)
 
 
 @jit(static_argnames=("program", "frozen"), donate_argnames=("state",))

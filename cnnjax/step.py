@@ -20,7 +20,7 @@ from cnnjax.losses import softmax_cross_entropy
 from cnnjax.metrics import Metrics, sum_metrics
 from cnnjax.network import Network, apply_in_evaluation, apply_in_training, check_network, init_variables, logits_of
 from cnnjax.optim.transforms import AverageState
-from cnnjax.pretrained import Weights, insert_weights
+from cnnjax.pretrained import VariablePath, Weights, insert_weights, replacements
 from cnnjax.sharding import Placement
 from cnnjax.typing import AnyArray, BatchLike, LossFn
 
@@ -111,7 +111,14 @@ def init_from_weights(
     Raises:
       UserError: an array has another shape than the network's.
     """
-    variables = insert_weights({"params": state.params, **state.model_state}, weights, model)
+    return replace_variables(state, replacements({"params": state.params, **state.model_state}, weights, model), tx=tx)
+
+
+def replace_variables(
+    state: TrainState, loaded: dict[VariablePath, Array], *, tx: optax.GradientTransformation
+) -> TrainState:
+    """Returns a state with other variables at some paths, and a new optimizer state."""
+    variables = insert_weights({"params": state.params, **state.model_state}, loaded)
     params = variables.pop("params")
     return TrainState(state.step, params, variables, init_optimizer(tx, params))
 

@@ -23,7 +23,7 @@ from cnnjax.data import weights
 from cnnjax.data.weights import load_weights
 from cnnjax.models.torch_names import Place, head_names, variables_from_torch
 from cnnjax.pretrained import insert_weights, replacements
-from cnnjax.program import Program, init_run, init_run_from_weights
+from cnnjax.program import Program, init_run
 from cnnjax.typing import Preprocessing, PublishedWeights
 
 RNG = np.random.default_rng(0)
@@ -91,7 +91,8 @@ def test_a_network_starts_from_a_file(tmp_path):
     assert loaded.preprocessing == Tiny.preprocessing
     np.testing.assert_array_equal(loaded.standardization.mean, np.float32([127.5, 127.5, 127.5]))
     np.testing.assert_array_equal(loaded.standardization.std, np.float32([63.75, 63.75, 63.75]))
-    variables = insert_weights({**initial(model), "batch_stats": {"kept": jnp.ones(2)}}, loaded, model)
+    variables = {**initial(model), "batch_stats": {"kept": jnp.ones(2)}}
+    variables = insert_weights(variables, replacements(variables, loaded, model))
     params = variables["params"]
     np.testing.assert_array_equal(params["conv"]["kernel"], TENSORS["conv.weight"].transpose(2, 3, 1, 0))
     np.testing.assert_array_equal(params["fc"]["kernel"], TENSORS["fc.weight"].T)
@@ -119,7 +120,7 @@ def test_the_head_stays_if_the_number_of_classes_differs(tmp_path):
     (tmp_path / "w.safetensors").write_bytes(FILE)
     lines, model = [], Tiny(2, str(tmp_path / "w.safetensors"))
     before = initial(model)
-    after = insert_weights(before, load_weights(model, lines.append), model)["params"]
+    after = insert_weights(before, replacements(before, load_weights(model, lines.append), model))["params"]
     assert lines[1] == "its layer 'fc' starts from random values: the weights have 5 classes"
     jax.tree.map(np.testing.assert_array_equal, after["fc"], before["params"]["fc"])
     np.testing.assert_array_equal(after["conv"]["kernel"], TENSORS["conv.weight"].transpose(2, 3, 1, 0))
@@ -134,10 +135,10 @@ def test_a_run_draws_only_what_the_weights_do_not_replace(num_classes, tmp_path)
     before = init_run(key, image, program=program)
     expected = init_from_weights(before, loaded, model=model, tx=program.make_tx())
     new = replacements({"params": before.params}, loaded, model)
-    state = init_run_from_weights(key, image, new, program=program)
+    state = init_run(key, image, new, program=program)
     assert jax.tree.structure(state) == jax.tree.structure(expected)
     jax.tree.map(np.testing.assert_array_equal, state, expected)
-    text = init_run_from_weights.lower(key, image, new, program=program).compile().as_text()
+    text = init_run.lower(key, image, new, program=program).compile().as_text()
     assert ("xor" in text) == (num_classes == 2)  # Random bits, of the head.
 
 
@@ -185,7 +186,7 @@ def test_images_of_other_channels(tmp_path):
         r"They are for images with 3 channels, not 1\. Choose channels=3\."
     )
     with pytest.raises(UserError, match=message):
-        insert_weights(initial(model, channels=1), loaded, model)
+        replacements(initial(model, channels=1), loaded, model)
 
 
 @pytest.mark.parametrize(
