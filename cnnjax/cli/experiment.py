@@ -52,7 +52,10 @@ class Experiment(NamedTuple):
         for x in (*known, *self.classes):
             if isinstance(x, type) and issubclass(x, base) and x is not Logger and not isabstract(x):
                 if (other := found.get(word(x), x)) is not x and other in self.classes:
-                    raise UserError(f"The classes of an experiment must have distinct words, got {word(x)!r} twice.")
+                    raise UserError(
+                        f"The classes of an experiment must have distinct names in lower case, got {other.__name__} "
+                        f"and {x.__name__} of {x.__module__}. Rename one of them."
+                    )
                 found[word(x)] = x
         return found
 

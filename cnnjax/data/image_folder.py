@@ -80,9 +80,14 @@ def prepare_folder(
     check_channels(image_shape)
     is_version = re.fullmatch("[0-9a-f]{12}", version or "")
     if is_version and (sources := sorted(data_dir.glob(f"*_{version}/{_VERSION}/{SOURCE}"))):
-        if not _is_unchanged(path, sources[0]):
-            say(f"{path} is not as it was when {sources[0].parent.parent.name} was prepared, which is used")
-        return sources[0].parent
+        own = data_dir / f"{_slug(path)}_{version}" / _VERSION / SOURCE
+        source = own if own in sources else sources[0]  # Of another folder with the same content.
+        name = source.parent.parent.name
+        if not path.exists():
+            say(f"{path} does not exist here; {name} is used, which was prepared from its images")
+        elif not _is_unchanged(path, source):
+            say(f"{path} is not as it was when {name} was prepared, which is used")
+        return source.parent
     listing, settings = scan(path), _Settings(image_shape, resize, interpolation)
     work = f"{_slug(path)}_{_digits(os.path.realpath(path), settings)}"
     try:

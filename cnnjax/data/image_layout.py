@@ -314,6 +314,6 @@ def _stat(root: Path, names: list[str], path: Path) -> list[os.stat_result]:
             missing.append(f"{name!r} ({reason(error)})")
     fix = "Copy the files into it instead of linking them."
     refuse(outside, "hold no links to files outside of its folder", path, fix)
-    refuse(missing, "name existing files", path, "Restore them, or remove their entries.")
+    refuse(missing, "name existing files", path, "Restore them, or remove the links or entries that name them.")
     refuse(special, "hold regular files", path, "Remove pipes, devices and folders from the classes.")
     return found

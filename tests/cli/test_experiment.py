@@ -275,6 +275,13 @@ def test_a_file_that_fails_is_one_line(lines, message, experiments, no_type_chec
     assert captured.err.startswith(f"experiments/{message}") and captured.err.count("\n") == 1
 
 
+def test_two_classes_that_have_one_word(experiments, capsys):
+    code = "from cnnjax import Config, Logger\nclass L(Logger): pass\nclass l(Logger): pass\nCONFIG = Config()\n"
+    (experiments / "mine.py").write_text(code)
+    message = fails(capsys, "train", "mine")
+    assert message.startswith("The classes of an experiment must have distinct names in lower case, got L and l of ")
+
+
 def test_a_file_that_trains_itself_when_it_is_imported(experiments, capsys):
     (experiments / "mine.py").write_text("from cnnjax import Config, run_experiment\nrun_experiment(Config())\n")
     message = fails(capsys, "train", "mine")

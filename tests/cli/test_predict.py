@@ -90,16 +90,21 @@ def test_predict_prints_the_most_probable_classes_of_each_file(run_dir, prepared
 def test_predict_hints_at_images_of_reversed_brightness(run_dir, prepared_dir, tmp_path, capsys):
     dataset = load_dataset("generated", prepared_dir)
     examples = dataset.load("test")
-    Image.new("L", (28, 28), "white").save(tmp_path / "white.png")
-    main(["predict", str(run_dir), *[str(tmp_path / "white.png")] * 2])
-    hint, count = capsys.readouterr().err.splitlines()
-    assert hint.endswith("white.png is much brighter than the training images; try --invert")
-    assert count == "2 files are that bright"
     Image.fromarray(255 - examples.image[1, ..., 0]).save(tmp_path / "negative.png")
+    main(["predict", str(run_dir), *[str(tmp_path / "negative.png")] * 2])
+    hint, count = capsys.readouterr().err.splitlines()
+    assert hint.endswith("negative.png is much brighter than the training images; try --invert")
+    assert count == "2 files are that bright"
     main(["predict", str(run_dir), str(tmp_path / "negative.png"), "--invert"])
     captured = capsys.readouterr()
     assert f"negative.png: {dataset.class_names[examples.label[1]]} " in captured.out
     assert captured.err == ""
+    facts = load_run(run_dir).facts
+    mean, std = np.mean(facts.mean), np.mean(facts.std)
+    Image.new("L", (28, 28), round(mean + 0.9 * std)).save(tmp_path / "bright.png")  # As some training images are.
+    Image.new("L", (28, 28), round(min(255, 255 - mean + 0.6 * std))).save(tmp_path / "other.png")
+    main(["predict", str(run_dir), *[str(tmp_path / name) for name in ("bright.png", "other.png")]])
+    assert capsys.readouterr().err == ""
 
 
 def test_predict_reads_the_other_files_if_one_is_bad(run_dir, tmp_path, capsys, caplog, monkeypatch):

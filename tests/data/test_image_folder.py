@@ -161,14 +161,24 @@ def test_the_version_of_a_run_is_used_even_if_the_folder_is_gone(folder):
     assert said == []
     (folder / "a" / "0.png").unlink()
     assert prepare(folder) != first
-    for _ in range(2):
-        assert prepare(folder, said := [], version=digits) == first
-        assert said == [f"{folder} is not as it was when {first.parent.name} was prepared, which is used"]
-        shutil.rmtree(folder, ignore_errors=True)
+    assert prepare(folder, said := [], version=digits) == first
+    assert said == [f"{folder} is not as it was when {first.parent.name} was prepared, which is used"]
+    shutil.rmtree(folder)
+    assert prepare(folder, said := [], version=digits) == first
+    assert said == [f"{folder} does not exist here; {first.parent.name} is used, which was prepared from its images"]
     with pytest.raises(UserError, match="must be an existing folder"):
         prepare(folder, version="0123456789ab")
     with pytest.raises(UserError, match="must be an existing folder"):
         prepare(folder, version="*")
+
+
+def test_of_two_folders_with_the_same_content_a_run_uses_its_own(folder):
+    copy = folder.with_name("zz_copy")
+    shutil.copytree(folder, copy)
+    first, second = prepare(folder), prepare(copy)
+    digits = second.parent.name.rpartition("_")[2]
+    assert first.parent.name.endswith(digits) and second != first
+    assert [prepare(path, version=digits) for path in (folder, copy)] == [first, second]
 
 
 # --- Processes ------------------------------------------------------------------------------------------------------
