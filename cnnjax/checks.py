@@ -1,20 +1,49 @@
 """Checks of what the parts of a run return for the shapes of its batches, without computing anything."""
 
+import re
+from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Key
 
 from cnnjax.data.augment import Augment
 from cnnjax.data.batches import Pixels, StreamedPixels, make_batch
 from cnnjax.data.order import plain_plan
 from cnnjax.errors import UserError, describe, describe_shapes, user_code
+from cnnjax.jaxprs import constants_of
 from cnnjax.metrics import sum_metrics
 from cnnjax.network import Network, apply_in_training, logits_of
+from cnnjax.runs.files import tree_sha256
 from cnnjax.step import TrainState
 from cnnjax.typing import BatchLike, LossFn
+
+_TRACES: dict[Hashable, str] = {}  # As jax keeps them: what each function computed when it was traced last.
+
+
+def eval_shape(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Returns the shapes that a function returns like `jax.eval_shape`, and notices edited code.
+
+    JAX traces a jitted function once for equal arguments. A function that it calls may be edited later, as in a cell of
+    a notebook, and would not be used. So this function is always traced anew. If it does not compute what it computed
+    before in this process, the caches of JAX are cleared, and every other function is traced again, too.
+
+    Args:
+      function: of a module, or a `partial` of one, whose arguments are compared by value.
+    """
+    function = partial(function)
+    jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*args, **kwargs)
+    key = (function.func, function.args, *sorted(function.keywords.items()), f"{jaxpr.in_avals}")
+    text = re.sub("0x[0-9a-f]+", "", f"{jaxpr}")  # Without the addresses of functions.
+    trace = tree_sha256([np.frombuffer(text.encode(), np.uint8), *constants_of(jaxpr)])
+    if _TRACES.setdefault(key, trace) != trace:
+        jax.clear_caches()
+        _TRACES.clear()
+        _TRACES[key] = trace
+    return shapes
 
 
 def check_augment(
@@ -44,10 +73,10 @@ def check_augment(
         keys = jax.eval_shape(partial(jax.random.split, num=batch_size), key)
         image = jax.ShapeDtypeStruct((batch_size, *pixels.image.shape[1:]), jnp.uint8)
         with user_code("`augment.transform_pixels`"):
-            transformed = jax.eval_shape(augment.transform_pixels, keys, image)
+            transformed = eval_shape(augment.transform_pixels, keys, image)
         check_shape("augment.transform_pixels", "images", shape, transformed)
     with user_code("`augment.transform`"):
-        batch: Any = jax.eval_shape(partial(make_batch, augment=augment, key=key), pixels, plan)
+        batch: Any = eval_shape(partial(make_batch, augment=augment), pixels, plan, key=key)
     if not isinstance(batch, BatchLike):
         raise UserError(f"`augment.transform` must return a Batch, got {type(batch).__name__}. Use batch._replace.")
     check_shape("augment.transform", "images", shape, batch.image)
@@ -67,10 +96,10 @@ def check_training(
     """
     with user_code("`model`"):
         apply = partial(apply_in_training, model)
-        trained = jax.eval_shape(apply, state.params, state.model_state, batch.image, key).output
+        trained = eval_shape(apply, state.params, state.model_state, batch.image, key).output
     check_shape("model", "logits", (len(batch.mask), num_classes), logits_of(trained))
     try:
-        jax.eval_shape(lambda output, batch: sum_metrics(output, batch, loss_fn), trained, batch)
+        eval_shape(partial(sum_metrics, loss_fn=loss_fn), trained, batch)
     except UserError as error:
         raise UserError(str(error).replace("`loss_fn`", "`loss`")) from error
     except Exception as error:

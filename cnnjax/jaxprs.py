@@ -18,6 +18,15 @@ def programs_in(equation: Any) -> Iterator[Any]:
             yield inner
 
 
+def constants_of(program: ClosedJaxpr) -> Iterator[Any]:
+    """Yields the arrays that a program does not compute or receive, with those of the programs that it calls."""
+    yield from program.consts
+    for equation in program.jaxpr.eqns:
+        for parameter in jax.tree.leaves([*equation.params.values()], is_leaf=lambda x: isinstance(x, ClosedJaxpr)):
+            if isinstance(parameter, ClosedJaxpr):
+                yield from constants_of(parameter)
+
+
 def called_program(equation: Any) -> Any:
     """Returns the program that an equation calls, with its constants.
 

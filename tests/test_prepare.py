@@ -16,6 +16,7 @@ from cnnjax import prepare as prepare_module
 from cnnjax.data.stored import Examples
 from cnnjax.memory import explain_out_of_memory, largest_result
 from cnnjax.prepare import oddities
+from cnnjax.runs.files import tree_sha256
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -401,6 +402,70 @@ def test_code_that_is_corrected_after_a_refusal_is_traced_again(tmp_path, monkey
         train_and_evaluate(config, run_dir=tmp_path / "run")
     monkeypatch.setattr(f"{__name__}.LAYERS", [nn.Dense(5), nn.Dense(2)])
     train_and_evaluate(config, run_dir=tmp_path / "run")
+
+
+FACTORS = {"model": 1.0, "array": np.ones((1, 2), np.float32), "augment": 1.0, "loss": 1.0, "optim": 1.0}
+
+
+class Scaled(nn.Module):
+    """Multiplies its logits by numbers that its class does not contain."""
+
+    @nn.compact
+    def __call__(self, image):
+        return jax.jit(lambda x: x * FACTORS["array"])(nn.Dense(2)(image.reshape(len(image), -1))) * FACTORS["model"]
+
+
+@dataclass(frozen=True)
+class ScaledImages(Augment):
+    def transform(self, keys, batch):
+        return batch._replace(image=batch.image * FACTORS["augment"])
+
+
+@dataclass(frozen=True)
+class ScaledSGD(Optimizer):
+    def transform(self, learning_rate):
+        return optax.sgd(lambda step: 0.1 * FACTORS["optim"])
+
+
+def scaled_loss(logits, batch):
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch.label) * FACTORS["loss"]
+
+
+@pytest.mark.parametrize("part", FACTORS)
+def test_edited_code_is_traced_again_in_the_next_run(part, tmp_path, monkeypatch):
+    parts = {"model": Scaled(), "optim": ScaledSGD(), "augment": ScaledImages(), "loss": scaled_loss}
+    config = replace(CONFIG, dataset=arrays(num_classes=2), **parts)
+
+    def outcome(name):
+        run = train_and_evaluate(config, run_dir=tmp_path / name)
+        probabilities = run.predict(config.dataset[2])
+        return tree_sha256(run.state.params), run.history["validation_loss"].tolist(), probabilities.tolist()
+
+    before = outcome("before")
+    assert outcome("again") == before
+    monkeypatch.setitem(FACTORS, part, FACTORS[part] * 0.5)
+    edited = outcome("edited")
+    assert edited[0] != before[0]
+    jax.clear_caches()
+    assert outcome("afresh") == edited
+
+
+def test_an_edited_network_is_evaluated_anew_beside_another_optimizer(tmp_path, monkeypatch):
+    """Then the steps are another program, but the evaluation is not."""
+    config = replace(CONFIG, dataset=arrays(num_classes=2), model=Scaled(), num_epochs=1)
+    train_and_evaluate(config, run_dir=tmp_path / "before")
+    monkeypatch.setitem(FACTORS, "model", 0.0)
+    run = train_and_evaluate(replace(config, optim=SGD(learning_rate=0.01)), run_dir=tmp_path / "edited")
+    assert run.history["validation_loss"] == pytest.approx(np.log(2))
+
+
+def test_equal_code_is_not_traced_again(tmp_path):
+    config = replace(CONFIG, dataset=arrays(num_classes=2), model=Counted(), optim=SGD())
+    TRACES.clear()
+    train_and_evaluate(config, run_dir=tmp_path / "first")
+    num_traces = len(TRACES)
+    train_and_evaluate(config, run_dir=tmp_path / "second")
+    assert len(TRACES) == num_traces + 3  # Of the checks: initialization, evaluation and training.
 
 
 class Centered(nn.Module):
