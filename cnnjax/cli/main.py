@@ -21,10 +21,11 @@ from cnnjax import __version__
 from cnnjax.cli.export import Export
 from cnnjax.cli.help_text import make_registry
 from cnnjax.cli.inspection import Compare, Diff, Reproduce, Runs, Verify
+from cnnjax.cli.launch import is_launched
 from cnnjax.cli.predict import Eval, Predict
 from cnnjax.cli.process import keep_memory, write_exit_code
 from cnnjax.cli.report import WriteReport
-from cnnjax.cli.signals import REQUEUE, Interrupted, ignore_signals, stop_signals
+from cnnjax.cli.signals import REQUEUE, Interrupted, acknowledged_ctrl_c, ignore_signals, stop_signals
 from cnnjax.cli.streams import OutputError, guarded_streams, quote
 from cnnjax.errors import MissingProcessError, UserError, messages_for_shell
 
@@ -183,10 +184,12 @@ def _run(parse: Callable[[], Any], resumable: bool, process_ends: bool = False) 
         def run() -> Any:
             if stop is None:
                 return parse()()
-            with stop.held():  # An exception while an extension module is imported can crash the process.
-                command = parse()
-                import_module("cnnjax.train")
-            return command()
+            # Ctrl-C reaches the processes that this one launches, too; one of them says so.
+            with nullcontext() if is_launched() else acknowledged_ctrl_c():
+                with stop.held():  # An exception while an extension module is imported can crash the process.
+                    command = parse()
+                    import_module("cnnjax.train")
+                return command()
 
         status, flushed = _status(run, resumable), _status(sys.stdout.flush, resumable)
         write_exit_code(status or flushed or 0)

@@ -1,9 +1,11 @@
 """Turns SIGINT, SIGTERM and SIGHUP into an exception, or into a flag that the training loop checks."""
 
 import signal
+import socket
+import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -102,6 +104,41 @@ def stop_signals(process_ends: bool = False) -> Iterator[Stop]:
         ignored = process_ends and (stop.finished or stop.signum is not None)
         for signum, handler in before.items():
             signal.signal(signum, signal.SIG_IGN if ignored else handler)
+
+
+@contextmanager
+def acknowledged_ctrl_c(seconds: float = 1) -> Iterator[None]:
+    """Says that Ctrl-C was received if the context does not end within `seconds` after it.
+
+    Python handles a signal when the function in progress returns, such as XLA's compiler after many seconds.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    ended = threading.Event()
+
+    def watch() -> None:
+        while (received := reader.recv(1)) and not ended.is_set():
+            # Processes that this one forks write into the same socket, and are ended by other signals.
+            if received[0] == signal.SIGINT and not ended.wait(seconds):
+                print("Ctrl-C was received: stopping when the computation in progress has ended.", file=sys.stderr)
+                return
+
+    previous = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    thread = threading.Thread(target=watch, daemon=True, name="Ctrl-C")
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(previous)
+        ended.set()
+        with suppress(BlockingIOError):  # Then the thread has enough to read.
+            writer.send(b"\0")
+        thread.join()
+        writer.close()
+        reader.close()
 
 
 def ignore_signals() -> None:

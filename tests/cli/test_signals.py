@@ -1,8 +1,14 @@
+import hashlib
+import io
+import os
 import signal
+import sys
+import threading
+import time
 
 import pytest
 
-from cnnjax.cli.signals import Interrupted, stop_signals
+from cnnjax.cli.signals import Interrupted, acknowledged_ctrl_c, stop_signals
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -44,3 +50,33 @@ def test_a_finished_run_ignores_signals_also_one_that_was_held():
         assert stop is outer
     with pytest.raises(Interrupted), stop_signals():  # Of another run.
         signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize(("signum", "is_said"), [(signal.SIGINT, True), (signal.SIGTERM, False)])
+def test_ctrl_c_is_acknowledged_before_python_can_handle_it(signum, is_said, monkeypatch):
+    written = []  # The signal that was handled before, and the text.
+
+    class Recorded(io.StringIO):
+        def write(self, text):
+            written.append((stop.signum, text))
+            return len(text)
+
+    monkeypatch.setattr(sys, "stderr", Recorded())
+    start = time.perf_counter()
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 100_000)
+    iterations = round(100_000 / (time.perf_counter() - start))  # One second, in C, without looking at signals.
+    with pytest.raises(Interrupted), stop_signals() as stop, acknowledged_ctrl_c(seconds=0.1), stop.held():
+        threading.Timer(0.1, os.kill, (os.getpid(), signum)).start()
+        hashlib.pbkdf2_hmac("sha256", b"", b"", iterations)
+    assert [signum for signum, _ in written] == [None] * len(written)
+    said = "Ctrl-C was received: stopping when the computation in progress has ended.\n" if is_said else ""
+    assert "".join(text for _, text in written) == said
+
+
+def test_a_quick_ctrl_c_is_not_acknowledged(capsys):
+    before = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(before)
+    with pytest.raises(Interrupted), stop_signals(), acknowledged_ctrl_c():
+        signal.raise_signal(signal.SIGINT)
+    assert capsys.readouterr().err == ""
+    assert signal.set_wakeup_fd(before) == before
