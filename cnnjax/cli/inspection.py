@@ -199,9 +199,9 @@ class Compare:
     Uses Student's paired t test if their seeds are the same, Welch's t test otherwise.
     """
 
-    a: Positional[str]
-    """An experiment: the name before -seed<k> in runs/, or a folder of runs."""
-    b: Positional[str]
+    a: Positional[Annotated[str, arg(metavar="EXPERIMENT")]]
+    """The name before -seed<k> in runs/, or a folder of runs."""
+    b: Positional[Annotated[str, arg(metavar="EXPERIMENT")]]
     """Another."""
     metric: str = "test_accuracy"
     """The metric to compare: test_accuracy, test_balanced_accuracy (the mean recall of the classes), test_loss,

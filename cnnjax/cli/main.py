@@ -12,10 +12,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from cnnjax import __version__
 from cnnjax.cli.export import Export
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 class Data:
     """Download, check and prepare a data set, and describe it; or check a folder of images, and report on it."""
 
-    dataset: Positional[str]
+    dataset: Positional[Annotated[str, arg(metavar="DATASET")]]
     """mnist, fashion_mnist, cifar10, cifar100, or any image classification set of TensorFlow Datasets; or the path of a
     folder of images, or of a .csv or .jsonl file with the columns path and label."""
     data_dir: Path | None = None
@@ -135,6 +135,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             return lambda: print(f"cnnjax {__version__}")
         if arguments[:1] in (["train"], ["lr-find"], ["summary"]):  # Their options depend on the network: Flax.
             return _parse_experiment(*arguments)
+        if arguments[:1] in (["-h"], ["--help"]):
+            for name, command in commands.items():  # The rest is in the help on each command.
+                commands[name] = dataclass(type(name, (), {"__doc__": command.__doc__.partition("\n\n")[0]}))
         about = "Train image classifiers with JAX and Flax. --version prints the version."
         return tyro.extras.subcommand_cli_from_dict(
             commands, args=arguments, prog="cnnjax", description=about, registry=make_registry()

@@ -146,6 +146,16 @@ def test_help_fills_the_width_of_the_terminal(command, width, monkeypatch, capsy
         assert len(row[1]) + len(row[2]) + 1 + len(word) > width - 3 or not row[2], (row[2], following[2])
 
 
+def test_help_introduces_each_command_in_one_paragraph(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    main(["--help"])
+    out = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
+    assert "• predict Print the most probable classes of image files of any size" in out
+    assert "Files that cannot be read" not in out
+    main(["predict", "--help"])
+    assert "Files that cannot be read" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("command", "options"),
     [
