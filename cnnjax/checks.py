@@ -1,48 +1,22 @@
 """Checks of what the parts of a run return for the shapes of its batches, without computing anything."""
 
-import re
-from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Key
+from jaxtyping import Array, Key, PyTree
 
 from cnnjax.data.augment import Augment
 from cnnjax.data.batches import Pixels, StreamedPixels, make_batch
 from cnnjax.data.order import plain_plan
+from cnnjax.edits import notice_edits
 from cnnjax.errors import UserError, describe, describe_shapes, user_code
-from cnnjax.jaxprs import constants_of
 from cnnjax.metrics import sum_metrics
 from cnnjax.network import Network, apply_in_training, logits_of
-from cnnjax.runs.files import tree_sha256
-from cnnjax.step import TrainState
+from cnnjax.program import Program
+from cnnjax.step import TrainState, init_optimizer, update
 from cnnjax.typing import BatchLike, LossFn
-
-_TRACES: dict[Hashable, str] = {}  # As jax keeps them: what each function computed when it was traced last.
-
-
-def eval_shape(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Returns the shapes that a function returns like `jax.eval_shape`, and notices edited code.
-
-    JAX traces a jitted function once for equal arguments. A function that it calls may be edited later, as in a cell of
-    a notebook, and would not be used. So this function is always traced anew. If it does not compute what it computed
-    before in this process, the caches of JAX are cleared, and every other function is traced again, too.
-
-    Args:
-      function: of a module, or a `partial` of one, whose arguments are compared by value.
-    """
-    function = partial(function)
-    jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*args, **kwargs)
-    key = (function.func, function.args, *sorted(function.keywords.items()), f"{jaxpr.in_avals}")
-    text = re.sub("0x[0-9a-f]+", "", f"{jaxpr}")  # Without the addresses of functions.
-    trace = tree_sha256([np.frombuffer(text.encode(), np.uint8), *constants_of(jaxpr)])
-    if _TRACES.setdefault(key, trace) != trace:
-        jax.clear_caches()
-        _TRACES[key] = trace
-    return shapes
 
 
 def check_augment(
@@ -72,10 +46,10 @@ def check_augment(
         keys = jax.eval_shape(partial(jax.random.split, num=batch_size), key)
         image = jax.ShapeDtypeStruct((batch_size, *pixels.image.shape[1:]), jnp.uint8)
         with user_code("`augment.transform_pixels`"):
-            transformed = eval_shape(augment.transform_pixels, keys, image)
+            transformed = jax.eval_shape(partial(augment.transform_pixels), keys, image)
         check_shape("augment.transform_pixels", "images", shape, transformed)
     with user_code("`augment.transform`"):
-        batch: Any = eval_shape(partial(make_batch, augment=augment), pixels, plan, key=key)
+        batch: Any = notice_edits(partial(make_batch, augment=augment), pixels, plan, key=key)
     if not isinstance(batch, BatchLike):
         raise UserError(f"`augment.transform` must return a Batch, got {type(batch).__name__}. Use batch._replace.")
     check_shape("augment.transform", "images", shape, batch.image)
@@ -83,6 +57,29 @@ def check_augment(
     for leaf in jax.tree.leaves(batch.label):
         check_shape("augment.transform", "labels", (batch_size, *leaf.shape[1:]), leaf)
     return batch
+
+
+def check_optimizer(program: Program, params: PyTree) -> Any:
+    """Checks that the optimizer of a program accepts parameters of these shapes.
+
+    Returns:
+      The shapes of its state.
+
+    Raises:
+      UserError: it raised an exception.
+    """
+    with user_code("`optim`"):
+        opt_state, _ = notice_edits(partial(_first_update, program), params)
+    return opt_state
+
+
+def _first_update(program: Program, params: PyTree) -> tuple[Any, PyTree]:
+    """Returns the initial state of the optimizer, and its update if the gradients are the parameters."""
+    tx, loss = program.make_tx(), jnp.zeros(())
+    state = TrainState(jnp.zeros((), jnp.int32), params, {}, init_optimizer(tx, params))
+    with jax.numpy_dtype_promotion("standard"):  # As in `train_step`.
+        updates, _ = update(tx, params, state, {"value": loss, "grad": params, "value_fn": lambda params: loss})
+    return state.opt_state, updates
 
 
 def check_training(
@@ -95,10 +92,10 @@ def check_training(
     """
     with user_code("`model`"):
         apply = partial(apply_in_training, model)
-        trained = eval_shape(apply, state.params, state.model_state, batch.image, key).output
+        trained = notice_edits(apply, state.params, state.model_state, batch.image, key).output
     check_shape("model", "logits", (len(batch.mask), num_classes), logits_of(trained))
     try:
-        eval_shape(partial(sum_metrics, loss_fn=loss_fn), trained, batch)
+        notice_edits(partial(sum_metrics, loss_fn=loss_fn), trained, batch)
     except UserError as error:
         raise UserError(str(error).replace("`loss_fn`", "`loss`")) from error
     except Exception as error:

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Float, Key
 
-from cnnjax.checks import check_augment, check_shape, check_training, eval_shape
+from cnnjax.checks import check_augment, check_optimizer, check_shape, check_training
 from cnnjax.cli.process import num_cores
 from cnnjax.config import Config, word
 from cnnjax.data.batches import Pixels, Standardization, pixel_statistics, standardize
@@ -21,6 +21,7 @@ from cnnjax.data.order import plain_plan, steps_per_epoch
 from cnnjax.data.stored import Examples
 from cnnjax.data.stream import Streamed, StreamedImages
 from cnnjax.data.weights import load_weights
+from cnnjax.edits import notice_edits, tracing_anew
 from cnnjax.errors import UserError, check, option, user_code
 from cnnjax.losses import ClassWeighted, CrossEntropy, balanced_weights
 from cnnjax.memory import device_memory, explain_out_of_memory, gib, largest_result, num_bytes
@@ -33,7 +34,7 @@ from cnnjax.runs.files import changes
 from cnnjax.runs.records import make_facts
 from cnnjax.runs.schema import DataFacts
 from cnnjax.sharding import Placement, place, put
-from cnnjax.step import TrainState, abstract_init_from_data, init_from_data, init_optimizer, update
+from cnnjax.step import TrainState, abstract_init_from_data, init_from_data
 from cnnjax.typing import AnyArray
 
 INIT_IMAGES = 5000  # Number of training images that a network may be initialized from.
@@ -197,7 +198,8 @@ def set_up(
         augment_key=augment_key,
         placement=placement,
     )
-    shapes, variables = check_parts(setup)
+    with tracing_anew():
+        shapes, variables = check_parts(setup)
     device = placement.device
     shared = f" ({placement.num_devices} share a batch: {placement})" if placement.num_devices > 1 else ""
     kernels_used = f", {kernels()}" if device.platform == "cpu" else ""
@@ -275,11 +277,11 @@ def check_parts(setup: Setup) -> tuple[TrainState, dict[str, Any]]:
     ]
     with user_code("`model`"):
         image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-        variables = eval_shape(partial(init_variables, model=config.model), key, image)
+        variables = notice_edits(partial(init_variables, model=config.model), key, image)
     params = variables["params"]
     with user_code("`optim`"):
         tx = setup.program.make_tx()
-        opt_state, _ = eval_shape(partial(_first_update, setup.program), params)
+    opt_state = check_optimizer(setup.program, params)
     step: Any = jax.ShapeDtypeStruct((), jnp.int32)
     model_state = {name: value for name, value in variables.items() if name != "params"}
     state = TrainState(step, params, model_state, opt_state)
@@ -288,21 +290,12 @@ def check_parts(setup: Setup) -> tuple[TrainState, dict[str, Any]]:
     image = jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.float32)
     with user_code("`model`"):
         apply = partial(apply_in_evaluation, config.model)
-        output = eval_shape(apply, state.params, state.model_state, image)
+        output = notice_edits(apply, state.params, state.model_state, image)
     check_shape("model", "logits", (batch_size, num_classes), logits_of(output))
     for batch in batches:
         loss_fn = setup.program.loss_fn
         check_training(state, batch, key, model=config.model, loss_fn=loss_fn, num_classes=num_classes)
     return state, variables
-
-
-def _first_update(program: Program, params: PyTree) -> tuple[Any, PyTree]:
-    """Returns the initial state of the optimizer, and an update with the parameters as gradients."""
-    tx = program.make_tx()
-    loss = jnp.zeros(())
-    state = TrainState(jnp.zeros((), jnp.int32), params, {}, init_optimizer(tx, params))
-    updates, _ = update(tx, params, state, {"value": loss, "grad": params, "value_fn": lambda params: loss})
-    return state.opt_state, updates
 
 
 def check_step(setup: Setup, state: TrainState) -> None:

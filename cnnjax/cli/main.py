@@ -188,7 +188,7 @@ def _run(parse: Callable[[], Any], resumable: bool, process_ends: bool = False) 
             if stop is None:
                 return parse()()
             # Ctrl-C reaches the processes that this one launches, too; one of them says so.
-            with nullcontext() if is_launched() else acknowledged_ctrl_c():
+            with nullcontext() if is_launched() else acknowledged_ctrl_c(stop):
                 with stop.held():  # An exception while an extension module is imported can crash the process.
                     command = parse()
                     import_module("cnnjax.train")

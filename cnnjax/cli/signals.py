@@ -107,8 +107,8 @@ def stop_signals(process_ends: bool = False) -> Iterator[Stop]:
 
 
 @contextmanager
-def acknowledged_ctrl_c(seconds: float = 1) -> Iterator[None]:
-    """Says that Ctrl-C was received if the context does not end within `seconds` after it.
+def acknowledged_ctrl_c(stop: Stop, seconds: float = 1) -> Iterator[None]:
+    """Says that Ctrl-C was received if the context does not end within `seconds` after it, unless `stop` ignores it.
 
     Python handles a signal when the function in progress returns, such as XLA's compiler after many seconds.
     """
@@ -122,14 +122,15 @@ def acknowledged_ctrl_c(seconds: float = 1) -> Iterator[None]:
     def watch() -> None:
         while (received := reader.recv(1)) and not ended.is_set():
             # Processes that this one forks write into the same socket, and are ended by other signals.
-            if received[0] == signal.SIGINT and not ended.wait(seconds):
+            if received[0] == signal.SIGINT and not stop.finished and not ended.wait(seconds):
                 print("Ctrl-C was received: stopping when the computation in progress has ended.", file=sys.stderr)
                 return
 
-    previous = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     thread = threading.Thread(target=watch, daemon=True, name="Ctrl-C")
     thread.start()
+    previous = -1
     try:
+        previous = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         yield
     finally:
         signal.set_wakeup_fd(previous)

@@ -83,8 +83,8 @@ def prepare_folder(
         own = data_dir / f"{_slug(path)}_{version}" / _VERSION / SOURCE
         source = own if own in sources else sources[0]  # Of another folder with the same content.
         name = source.parent.parent.name
-        if not path.exists():
-            say(f"{path} does not exist here; {name} is used, which was prepared from its images")
+        if not os.path.exists(path):
+            say(f"{path} does not exist here; {name} is used, which was prepared from the same images")
         elif not _is_unchanged(path, source):
             say(f"{path} is not as it was when {name} was prepared, which is used")
         return source.parent

@@ -65,7 +65,7 @@ def test_ctrl_c_is_acknowledged_before_python_can_handle_it(signum, is_said, mon
     start = time.perf_counter()
     hashlib.pbkdf2_hmac("sha256", b"", b"", 100_000)
     iterations = round(100_000 / (time.perf_counter() - start))  # One second, in C, without looking at signals.
-    with pytest.raises(Interrupted), stop_signals() as stop, acknowledged_ctrl_c(seconds=0.1), stop.held():
+    with pytest.raises(Interrupted), stop_signals() as stop, acknowledged_ctrl_c(stop, seconds=0.1), stop.held():
         threading.Timer(0.1, os.kill, (os.getpid(), signum)).start()
         hashlib.pbkdf2_hmac("sha256", b"", b"", iterations)
     assert [signum for signum, _ in written] == [None] * len(written)
@@ -76,7 +76,15 @@ def test_ctrl_c_is_acknowledged_before_python_can_handle_it(signum, is_said, mon
 def test_a_quick_ctrl_c_is_not_acknowledged(capsys):
     before = signal.set_wakeup_fd(-1)
     signal.set_wakeup_fd(before)
-    with pytest.raises(Interrupted), stop_signals(), acknowledged_ctrl_c():
+    with pytest.raises(Interrupted), stop_signals() as stop, acknowledged_ctrl_c(stop):
         signal.raise_signal(signal.SIGINT)
     assert capsys.readouterr().err == ""
     assert signal.set_wakeup_fd(before) == before
+
+
+def test_a_ctrl_c_that_is_ignored_is_not_acknowledged(capsys):
+    with stop_signals() as stop, acknowledged_ctrl_c(stop, seconds=0.0):
+        stop.finished = True
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(0.2)
+    assert capsys.readouterr().err == ""

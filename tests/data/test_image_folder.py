@@ -165,7 +165,9 @@ def test_the_version_of_a_run_is_used_even_if_the_folder_is_gone(folder):
     assert said == [f"{folder} is not as it was when {first.parent.name} was prepared, which is used"]
     shutil.rmtree(folder)
     assert prepare(folder, said := [], version=digits) == first
-    assert said == [f"{folder} does not exist here; {first.parent.name} is used, which was prepared from its images"]
+    assert said == [
+        f"{folder} does not exist here; {first.parent.name} is used, which was prepared from the same images"
+    ]
     with pytest.raises(UserError, match="must be an existing folder"):
         prepare(folder, version="0123456789ab")
     with pytest.raises(UserError, match="must be an existing folder"):
