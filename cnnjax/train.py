@@ -154,7 +154,7 @@ def train_and_evaluate(
                 report.say(f"There is nothing to resume in {run_dir}: starting from scratch.")
             begun, num_steps = Run(run_dir, setup.config, setup.facts, None), setup.program.num_steps
             with (
-                callbacks.loggers.started(begun, int(state.step), num_steps),
+                callbacks.loggers.started(begun, int(state.step), num_steps, run.stop),
                 prepared_ahead(setup, state, progress) as ahead,
             ):
                 run.write_config(setup.facts)

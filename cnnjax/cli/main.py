@@ -195,8 +195,11 @@ def _run(parse: Callable[[], Any], resumable: bool, process_ends: bool = False) 
                 return command()
 
         status, flushed = _status(run, resumable), _status(sys.stdout.flush, resumable)
-        write_exit_code(status or flushed or 0)
-    if code := status or flushed:
+        code = status or flushed or 0
+        write_exit_code(code)
+        if stop is not None and isinstance(code, int):
+            stop.exit_code = code
+    if code:
         if process_ends and isinstance(code, int) and "cnnjax.hosts" in sys.modules:
             sys.modules["cnnjax.hosts"].end_process(code)
         raise SystemExit(code)

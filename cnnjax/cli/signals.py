@@ -1,5 +1,6 @@
 """Turns SIGINT, SIGTERM and SIGHUP into an exception, or into a flag that the training loop checks."""
 
+import os
 import signal
 import socket
 import sys
@@ -46,6 +47,7 @@ class Stop:
         self.signum: int | None = None
         self._held = False
         self.finished = False
+        self.exit_code = 0  # Of the process, see `leave`.
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -57,6 +59,24 @@ class Stop:
             self._held = before
         if self.signum is not None and not self._held and not self.finished:
             raise Interrupted(self.signum)
+
+    @contextmanager
+    def released(self) -> Iterator[None]:
+        """Lets a signal raise `Interrupted` immediately, also inside `held`, in code of the main thread."""
+        if threading.current_thread() is not threading.main_thread():  # The main thread may be inside `held`.
+            yield
+            return
+        before, self._held = self._held, False
+        try:
+            if self.signum is not None and not self.finished:
+                raise Interrupted(self.signum)
+            yield
+        finally:
+            self._held = before
+
+    def leave(self, signum: int, frame: object) -> None:
+        """Handles Ctrl-C after the end: what still runs, such as a library's `atexit` function, is not waited for."""
+        os._exit(self.exit_code)
 
     def receive(self, signum: int, frame: object) -> None:
         """Handles a signal. A second one raises `KeyboardInterrupt` immediately if it is Ctrl-C.
@@ -83,7 +103,7 @@ def stop_signals(process_ends: bool = False) -> Iterator[Stop]:
 
     Args:
       process_ends: whether signals are ignored after the context if the run is finished or stopped, so that the exit
-        code says so.
+        code says so. Ctrl-C then ends the process at once with the same code, see `Stop.leave`.
     """
     if threading.current_thread() is not threading.main_thread():  # Only it can handle signals.
         yield Stop()
@@ -103,7 +123,8 @@ def stop_signals(process_ends: bool = False) -> Iterator[Stop]:
     finally:
         ignored = process_ends and (stop.finished or stop.signum is not None)
         for signum, handler in before.items():
-            signal.signal(signum, signal.SIG_IGN if ignored else handler)
+            after = stop.leave if signum == signal.SIGINT else signal.SIG_IGN
+            signal.signal(signum, after if ignored else handler)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from cnnjax.cli.signals import Stop
 from cnnjax.compiler import jit
 from cnnjax.config import Config, word
 from cnnjax.errors import UserError, check, describe, for_reader, option
@@ -87,11 +88,12 @@ class Loggers:
         self._accumulate_steps = 1
 
     @contextmanager
-    def started(self, run: "Run", step: int, num_steps: int) -> Iterator[None]:
+    def started(self, run: "Run", step: int, num_steps: int, stop: Stop) -> Iterator[None]:
         """Starts the loggers, and finishes them at the end of the context.
 
         Args:
           num_steps: of the whole run.
+          stop: receives signals, which interrupt a start, such as the search for a server.
 
         Raises:
           UserError: one could not start.
@@ -104,7 +106,8 @@ class Loggers:
         try:
             for logger in self._loggers:
                 try:
-                    logger.start(run, step)
+                    with stop.released():
+                        logger.start(run, step)
                 except (Exception, SystemExit) as error:
                     raise UserError(
                         f"The logger {word(type(logger))} could not start: {describe(error)} Correct this, or leave it "

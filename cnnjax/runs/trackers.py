@@ -1,6 +1,7 @@
 """The loggers that send a run to an experiment tracker: Weights & Biases and MLflow."""
 
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from cnnjax.errors import UserError
+from cnnjax.errors import UserError, check
 from cnnjax.runs.files import write_file
 from cnnjax.runs.loggers import Logger, config_values, epoch_values, step_values, test_values
 from cnnjax.step import TrainState
@@ -26,26 +27,29 @@ class WandB(Logger):
 
     Args:
       options: of `wandb.init`. Without them the project is $WANDB_PROJECT, or else cnnjax, and the name is that of the
-        run directory.
+        run directory. A `config` is added to that of the run; `id`, `dir`, `resume` and `reinit` cannot be given.
 
     Raises:
-      UserError: wandb is not installed.
+      UserError: wandb is not installed, or an option cannot be given.
     """
 
     def __init__(self, **options: Any):
         _check_installed("wandb")
+        own = [name for name in ("id", "dir", "resume", "reinit") if name in options]
+        rule = "without the options id, dir, resume and reinit, which a resumed run needs"
+        check("WandB", rule, not own, ", ".join(own))
         self._options = options
 
     def start(self, run: "Run", step: int) -> None:
         """Starts or resumes the run of W&B whose id is in RUN/wandb/id."""
         wandb = self._wandb = import_module("wandb")
-        options: dict[str, Any] = {"project": os.environ.get("WANDB_PROJECT", "cnnjax"), "name": run.run_dir.name}
+        options: dict[str, Any] = {"project": os.environ.get("WANDB_PROJECT", "cnnjax"), "name": _name(run)}
         options |= {"settings": wandb.Settings(console="off"), **self._options}
+        options["config"] = config_values(run.config) | dict(options.get("config", {}))
         self._config = run.config
         self._run = wandb.init(
             id=_kept(run.run_dir / "wandb" / "id", lambda: uuid4().hex),
             dir=run.run_dir,
-            config=config_values(run.config),
             resume="allow",
             reinit="create_new",  # --seeds trains several at a time.
             **options,
@@ -98,7 +102,14 @@ class MLflow(Logger):
         self._buffer: list[Any] = []
         self._written_at = time.monotonic()
         self._id = _kept(run.run_dir / "mlflow" / "id", lambda: self._create(run))
-        self._client.update_run(self._id, status="RUNNING")
+        try:
+            self._client.update_run(self._id, status="RUNNING")
+        except self._mlflow.MlflowException as error:
+            store = self._mlflow.get_tracking_uri()
+            raise UserError(
+                f"`MLFLOW_TRACKING_URI` must name the store that holds this run, {self._id}, got {store} ({error}). "
+                "MLflow's default is a store in the current folder."
+            ) from error
         self._logged = {
             name: max((point.step for point in self._client.get_metric_history(self._id, name)), default=0)
             for name in ("batch/loss", "train/loss")
@@ -130,7 +141,7 @@ class MLflow(Logger):
         with _CREATING:
             found = self._client.get_experiment_by_name(self._experiment)
             number = found.experiment_id if found else self._client.create_experiment(self._experiment)
-        created = self._client.create_run(number, run_name=run.run_dir.name).info.run_id
+        created = self._client.create_run(number, run_name=_name(run)).info.run_id
         values, param = config_values(run.config), self._mlflow.entities.Param
         self._client.log_batch(created, params=[param(name, str(value)[:6000]) for name, value in values.items()])
         return created
@@ -143,6 +154,12 @@ class MLflow(Logger):
         for i in range(0, len(self._buffer), 1000):  # MLflow's limit.
             self._client.log_batch(self._id, metrics=self._buffer[i : i + 1000])
         self._buffer, self._written_at = [], time.monotonic()
+
+
+def _name(run: "Run") -> str:
+    """Returns the name of the run directory, for one of several seeds with that of the folder in which it is."""
+    path = run.run_dir.absolute()
+    return f"{path.parent.name}/{path.name}" if re.fullmatch(r"seed\d+", path.name) else path.name
 
 
 def _kept(path: Path, make: Callable[[], str]) -> str:

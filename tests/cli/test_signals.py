@@ -2,6 +2,7 @@ import hashlib
 import io
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -88,3 +89,35 @@ def test_a_ctrl_c_that_is_ignored_is_not_acknowledged(capsys):
         signal.raise_signal(signal.SIGINT)
         time.sleep(0.2)
     assert capsys.readouterr().err == ""
+
+
+def test_ctrl_c_interrupts_what_is_released_inside_held():
+    with pytest.raises(Interrupted), stop_signals() as stop, stop.held():
+        signal.raise_signal(signal.SIGTERM)
+        with stop.released():
+            raise AssertionError("a signal that was held before has no effect")
+    with pytest.raises(Interrupted), stop_signals() as stop, stop.held():
+        with stop.released():
+            signal.raise_signal(signal.SIGTERM)
+            raise AssertionError("a signal has no effect")
+
+
+END = """
+import atexit, contextlib, signal, time
+from cnnjax.cli.signals import Interrupted, stop_signals
+atexit.register(lambda: (print("waiting", flush=True), time.sleep(60)))
+with contextlib.suppress(Interrupted), stop_signals(process_ends=True) as stop:
+    stop.exit_code = 75
+    signal.raise_signal(signal.SIGTERM)
+raise SystemExit(75)
+"""
+
+
+def test_ctrl_c_does_not_wait_for_what_libraries_do_at_the_end_of_a_process():
+    with subprocess.Popen([sys.executable, "-c", END], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "waiting\n"
+        process.send_signal(signal.SIGTERM)  # Often a second one.
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.3)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 75

@@ -31,6 +31,7 @@ from tensorboard.plugins.hparams.list_session_groups import Handler as ListSessi
 
 from cnnjax import SGD, Interrupted, Logger, MLflow, Run, TensorBoard, UserError, WandB, train_and_evaluate
 from cnnjax.cli.main import main
+from cnnjax.cli.signals import Stop
 from cnnjax.runs.inspection import verify
 from cnnjax.runs.loggers import Loggers
 from cnnjax.runs.manifest import read_manifest
@@ -176,7 +177,7 @@ def test_the_learning_rate_is_that_of_the_last_update(research_run, tmp_path):
     np.testing.assert_allclose(rates, [(6, 0.2), (12, 0.6), (18, 0.2)], rtol=1e-6)  # Updates 1, 3 and 5.
     record = Record()
     loggers = Loggers([record])
-    with loggers.started(logger_run, 0, 18):
+    with loggers.started(logger_run, 0, 18, Stop()):
         for step in (1, 3, 4, 6, 12, 18):
             loggers.on_step(step, {})
     rates = [call[1]["learning_rate"] for call in record.calls[1:-1]]
@@ -262,7 +263,7 @@ def test_ctrl_c_in_finish_finishes_the_other_loggers(research_run):
         record = Record()
         loggers = Loggers([Interrupted(), record])
         run = Run(research_run.run_dir, CONFIG, research_run.facts, None)
-        with pytest.raises(KeyboardInterrupt, match=message), loggers.started(run, 0, 18):
+        with pytest.raises(KeyboardInterrupt, match=message), loggers.started(run, 0, 18, Stop()):
             if result is not None:
                 loggers.result(result)
         assert record.calls[-1] == ("finish", result)
@@ -274,6 +275,23 @@ def test_a_logger_that_cannot_start_ends_the_run_before_its_first_step(research_
         train_and_evaluate(CONFIG, run_dir=tmp_path, loggers=[record, Failing("start")])
     assert [call[0] for call in record.calls] == ["start", "finish"]
     assert read_manifest(tmp_path)["sessions"][-1]["state"] == "failed"
+    assert train_and_evaluate(CONFIG, run_dir=tmp_path, resume=True).result["sha256"] == research_run.result["sha256"]
+
+
+class Waiting(Logger):
+    """Receives Ctrl-C while it searches for a server."""
+
+    def start(self, run, step):
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("the signal has no effect")
+
+
+def test_ctrl_c_interrupts_the_start_of_a_logger(research_run, tmp_path):
+    record = Record()
+    with pytest.raises(Interrupted, match="nothing is lost"):
+        train_and_evaluate(CONFIG, run_dir=tmp_path, loggers=[record, Waiting()])
+    assert [call[0] for call in record.calls] == ["start", "finish"]
+    assert read_manifest(tmp_path)["sessions"][-1]["state"] == "interrupted"
     assert train_and_evaluate(CONFIG, run_dir=tmp_path, resume=True).result["sha256"] == research_run.result["sha256"]
 
 
@@ -386,6 +404,12 @@ def test_a_missing_library_is_an_error_with_the_command(logger, monkeypatch):
     name = logger.__name__.lower()
     with pytest.raises(UserError, match=rf"got {name}\. Install it: pip install 'cnnjax\[{name}\]'$"):
         logger()
+
+
+def test_options_of_wandb_that_a_resumed_run_needs_are_refused(monkeypatch):
+    monkeypatch.setattr("cnnjax.runs.trackers.find_spec", lambda name: name)
+    with pytest.raises(UserError, match=r"`WandB` must be without the options .*, got id, resume\."):
+        WandB(resume="must", id="1", tags=["a"])
 
 
 # --- Weights & Biases, MLflow ---------------------------------------------------------------------------------------
