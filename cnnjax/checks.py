@@ -1,5 +1,6 @@
 """Checks of what the parts of a run return for the shapes of its batches, without computing anything."""
 
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -15,8 +16,8 @@ from cnnjax.errors import UserError, describe, describe_shapes, user_code
 from cnnjax.metrics import sum_metrics
 from cnnjax.network import Network, apply_in_training, logits_of
 from cnnjax.program import Program
-from cnnjax.step import TrainState, init_optimizer, update
-from cnnjax.typing import BatchLike, LossFn
+from cnnjax.step import TrainState, init_from_data, init_optimizer, update
+from cnnjax.typing import AnyArray, BatchLike, LossFn
 
 
 def check_augment(
@@ -80,6 +81,25 @@ def _first_update(program: Program, params: PyTree) -> tuple[Any, PyTree]:
     with jax.numpy_dtype_promotion("standard"):  # As in `train_step`.
         updates, _ = update(tx, params, state, {"value": loss, "grad": params, "value_fn": lambda params: loss})
     return state.opt_state, updates
+
+
+def check_init_from_data(program: Program, state: TrainState, image: jax.ShapeDtypeStruct) -> TrainState:
+    """Checks that a network that is initialized from data accepts images of these shapes.
+
+    Returns:
+      The shapes of the state after that.
+
+    Raises:
+      UserError: it raised an exception.
+    """
+    if hasattr(program.model, "init_from_data"):
+        with user_code("`model.init_from_data`"), suppress(jax.errors.JAXTypeError):  # It needs values.
+            return notice_edits(partial(_init_from_data, program), state, image)
+    return state
+
+
+def _init_from_data(program: Program, state: TrainState, image: AnyArray) -> TrainState:
+    return init_from_data(state, image, model=program.model, tx=program.make_tx())
 
 
 def check_training(

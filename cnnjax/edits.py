@@ -14,6 +14,7 @@ from cnnjax.jaxprs import constants_of
 from cnnjax.runs.files import tree_sha256
 
 _TRACES: dict[Hashable, str] = {}  # The SHA-256 of the last trace of each function. Of a process, as JAX's caches are.
+# Made here, because no other thread may use JAX meanwhile. JAX then traces once more what was traced before the import.
 _ANEW, _NUMBERS = jax.make_user_context(0), itertools.count()
 # They change what a function computes, but not its code. JAX keeps its programs for each of their values.
 _OPTIONS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_numpy_dtype_promotion", "jax_default_prng_impl")

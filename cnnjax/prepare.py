@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from cnnjax.checks import check_augment, check_optimizer, check_shape, check_training
+from cnnjax.checks import check_augment, check_init_from_data, check_optimizer, check_shape, check_training
 from cnnjax.cli.process import num_cores
 from cnnjax.config import Config, word
 from cnnjax.data.batches import Pixels, Standardization, pixel_statistics, standardize
@@ -34,7 +34,7 @@ from cnnjax.runs.files import changes
 from cnnjax.runs.records import make_facts
 from cnnjax.runs.schema import DataFacts
 from cnnjax.sharding import Placement, place, put
-from cnnjax.step import TrainState, abstract_init_from_data, init_from_data
+from cnnjax.step import TrainState, init_from_data
 from cnnjax.typing import AnyArray
 
 INIT_IMAGES = 5000  # Number of training images that a network may be initialized from.
@@ -279,14 +279,11 @@ def check_parts(setup: Setup) -> tuple[TrainState, dict[str, Any]]:
         image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
         variables = notice_edits(partial(init_variables, model=config.model), key, image)
     params = variables["params"]
-    with user_code("`optim`"):
-        tx = setup.program.make_tx()
     opt_state = check_optimizer(setup.program, params)
     step: Any = jax.ShapeDtypeStruct((), jnp.int32)
     model_state = {name: value for name, value in variables.items() if name != "params"}
     state = TrainState(step, params, model_state, opt_state)
-    with user_code("`model.init_from_data`"):
-        state = abstract_init_from_data(state, image, model=config.model, tx=tx)
+    state = check_init_from_data(setup.program, state, image)
     image = jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.float32)
     with user_code("`model`"):
         apply = partial(apply_in_evaluation, config.model)

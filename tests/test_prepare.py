@@ -404,7 +404,14 @@ def test_code_that_is_corrected_after_a_refusal_is_traced_again(tmp_path, monkey
     train_and_evaluate(config, run_dir=tmp_path / "run")
 
 
-FACTORS = {"model": 1.0, "array": np.ones((1, 2), np.float32), "augment": 1.0, "loss": 1.0, "optim": 1.0}
+FACTORS = {
+    "initial": 1.0,
+    "model": 1.0,
+    "array": np.ones((1, 2), np.float32),
+    "augment": 1.0,
+    "loss": 1.0,
+    "optim": 1.0,
+}
 
 
 class Scaled(nn.Module):
@@ -413,6 +420,14 @@ class Scaled(nn.Module):
     @nn.compact
     def __call__(self, image):
         return jax.jit(lambda x: x * FACTORS["array"])(nn.Dense(2)(image.reshape(len(image), -1))) * FACTORS["model"]
+
+    def init_from_data(self, variables, image):
+        return jax.tree.map(initial, variables)
+
+
+@jax.jit
+def initial(x):
+    return x * FACTORS["initial"]
 
 
 @dataclass(frozen=True)

@@ -197,8 +197,8 @@ def _run(parse: Callable[[], Any], resumable: bool, process_ends: bool = False) 
         status, flushed = _status(run, resumable), _status(sys.stdout.flush, resumable)
         code = status or flushed or 0
         write_exit_code(code)
-        if stop is not None and isinstance(code, int):
-            stop.exit_code = code
+        if stop is not None:
+            stop.exit_code = code if isinstance(code, int) else 1
     if code:
         if process_ends and isinstance(code, int) and "cnnjax.hosts" in sys.modules:
             sys.modules["cnnjax.hosts"].end_process(code)

@@ -1,5 +1,6 @@
 """Turns SIGINT, SIGTERM and SIGHUP into an exception, or into a flag that the training loop checks."""
 
+import atexit
 import os
 import signal
 import socket
@@ -47,7 +48,7 @@ class Stop:
         self.signum: int | None = None
         self._held = False
         self.finished = False
-        self.exit_code = 0  # Of the process, see `leave`.
+        self.exit_code = 1  # Of the process, see `leave`.
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -62,7 +63,10 @@ class Stop:
 
     @contextmanager
     def released(self) -> Iterator[None]:
-        """Lets a signal raise `Interrupted` immediately, also inside `held`, in code of the main thread."""
+        """Lets a signal raise `Interrupted` immediately, also inside `held`, in code of the main thread.
+
+        So does another exception by which the code ends after a signal.
+        """
         if threading.current_thread() is not threading.main_thread():  # The main thread may be inside `held`.
             yield
             return
@@ -71,11 +75,15 @@ class Stop:
             if self.signum is not None and not self.finished:
                 raise Interrupted(self.signum)
             yield
+        except (Exception, SystemExit) as error:
+            if self.signum is None or self.finished:
+                raise
+            raise Interrupted(self.signum) from error
         finally:
             self._held = before
 
     def leave(self, signum: int, frame: object) -> None:
-        """Handles Ctrl-C after the end: what still runs, such as a library's `atexit` function, is not waited for."""
+        """Handles Ctrl-C at the end of the process: `atexit` functions of libraries are not waited for."""
         os._exit(self.exit_code)
 
     def receive(self, signum: int, frame: object) -> None:
@@ -103,7 +111,7 @@ def stop_signals(process_ends: bool = False) -> Iterator[Stop]:
 
     Args:
       process_ends: whether signals are ignored after the context if the run is finished or stopped, so that the exit
-        code says so. Ctrl-C then ends the process at once with the same code, see `Stop.leave`.
+        code says so. At the end of the process Ctrl-C ends it with the same code, see `Stop.leave`.
     """
     if threading.current_thread() is not threading.main_thread():  # Only it can handle signals.
         yield Stop()
@@ -123,8 +131,9 @@ def stop_signals(process_ends: bool = False) -> Iterator[Stop]:
     finally:
         ignored = process_ends and (stop.finished or stop.signum is not None)
         for signum, handler in before.items():
-            after = stop.leave if signum == signal.SIGINT else signal.SIG_IGN
-            signal.signal(signum, after if ignored else handler)
+            signal.signal(signum, signal.SIG_IGN if ignored else handler)
+        if ignored and signal.SIGINT in before:
+            atexit.register(signal.signal, signal.SIGINT, stop.leave)  # Called before those of libraries.
 
 
 @contextmanager

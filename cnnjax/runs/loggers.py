@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -44,7 +45,12 @@ class Logger:
       ...     def finish(self, result):
       ...         self.file.close()
       >>> train_and_evaluate(config, loggers=[Csv()])
+
+    Attributes:
+      libraries: names of modules that are imported before `start`, which a signal interrupts, unlike an import.
     """
+
+    libraries: tuple[str, ...] = ()
 
     def start(self, run: "Run", step: int) -> None:
         """Begins a session of a run.
@@ -106,6 +112,8 @@ class Loggers:
         try:
             for logger in self._loggers:
                 try:
+                    for name in logger.libraries:
+                        import_module(name)
                     with stop.released():
                         logger.start(run, step)
                 except (Exception, SystemExit) as error:

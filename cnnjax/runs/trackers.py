@@ -27,14 +27,18 @@ class WandB(Logger):
 
     Args:
       options: of `wandb.init`. Without them the project is $WANDB_PROJECT, or else cnnjax, and the name is that of the
-        run directory. A `config` is added to that of the run; `id`, `dir`, `resume` and `reinit` cannot be given.
+        run directory. A dict `config` is added to that of the run; `id`, `dir`, `resume` and `reinit` cannot be given.
 
     Raises:
       UserError: wandb is not installed, or an option cannot be given.
     """
 
+    libraries = ("wandb",)
+
     def __init__(self, **options: Any):
         _check_installed("wandb")
+        config = options.get("config") or {}
+        check("config", "a dict", isinstance(config, Mapping), repr(config))
         own = [name for name in ("id", "dir", "resume", "reinit") if name in options]
         rule = "without the options id, dir, resume and reinit, which a resumed run needs"
         check("WandB", rule, not own, ", ".join(own))
@@ -45,7 +49,7 @@ class WandB(Logger):
         wandb = self._wandb = import_module("wandb")
         options: dict[str, Any] = {"project": os.environ.get("WANDB_PROJECT", "cnnjax"), "name": _name(run)}
         options |= {"settings": wandb.Settings(console="off"), **self._options}
-        options["config"] = config_values(run.config) | dict(options.get("config", {}))
+        options["config"] = {**(options.get("config") or {}), **config_values(run.config)}
         self._config = run.config
         self._run = wandb.init(
             id=_kept(run.run_dir / "wandb" / "id", lambda: uuid4().hex),
@@ -93,6 +97,9 @@ class MLflow(Logger):
 
     def __init__(self, experiment: str | None = None):
         _check_installed("mlflow")
+        # MLflow imports its default store later. mlflow-skinny, for servers, comes without SQLAlchemy.
+        store = ("mlflow.store.tracking.sqlalchemy_store",) if find_spec("sqlalchemy") else ()
+        self.libraries = ("mlflow", *store)
         self._experiment = experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME", "cnnjax")
 
     def start(self, run: "Run", step: int) -> None:
@@ -103,17 +110,17 @@ class MLflow(Logger):
         self._written_at = time.monotonic()
         self._id = _kept(run.run_dir / "mlflow" / "id", lambda: self._create(run))
         try:
-            self._client.update_run(self._id, status="RUNNING")
+            self._logged = {
+                name: max((point.step for point in self._client.get_metric_history(self._id, name)), default=0)
+                for name in ("batch/loss", "train/loss")
+            }
+            self._client.update_run(self._id, status="RUNNING")  # Last: a start that is interrupted is not finished.
         except self._mlflow.MlflowException as error:
             store = self._mlflow.get_tracking_uri()
             raise UserError(
                 f"`MLFLOW_TRACKING_URI` must name the store that holds this run, {self._id}, got {store} ({error}). "
                 "MLflow's default is a store in the current folder."
             ) from error
-        self._logged = {
-            name: max((point.step for point in self._client.get_metric_history(self._id, name)), default=0)
-            for name in ("batch/loss", "train/loss")
-        }
 
     def on_step(self, step: int, metrics: dict[str, float]) -> None:
         """Logs the metrics, some seconds later."""

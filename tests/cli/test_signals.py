@@ -100,6 +100,13 @@ def test_ctrl_c_interrupts_what_is_released_inside_held():
         with stop.released():
             signal.raise_signal(signal.SIGTERM)
             raise AssertionError("a signal has no effect")
+    with pytest.raises(Interrupted), stop_signals() as stop, stop.held(), stop.released():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt as error:
+            raise RuntimeError("no server") from error
+    with pytest.raises(RuntimeError), stop_signals() as stop, stop.held(), stop.released():
+        raise RuntimeError("no server")
 
 
 END = """

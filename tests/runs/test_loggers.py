@@ -279,9 +279,12 @@ def test_a_logger_that_cannot_start_ends_the_run_before_its_first_step(research_
 
 
 class Waiting(Logger):
-    """Receives Ctrl-C while it searches for a server."""
+    """Receives Ctrl-C while it searches for a server, which needs a library."""
+
+    libraries = ("xml.dom.minicompat",)
 
     def start(self, run, step):
+        assert {*self.libraries} <= {*sys.modules}
         signal.raise_signal(signal.SIGINT)
         raise AssertionError("the signal has no effect")
 
@@ -410,6 +413,9 @@ def test_options_of_wandb_that_a_resumed_run_needs_are_refused(monkeypatch):
     monkeypatch.setattr("cnnjax.runs.trackers.find_spec", lambda name: name)
     with pytest.raises(UserError, match=r"`WandB` must be without the options .*, got id, resume\."):
         WandB(resume="must", id="1", tags=["a"])
+    with pytest.raises(UserError, match=r"`config` must be a dict, got 'config.yaml'\."):
+        WandB(config="config.yaml")
+    assert WandB(config=None).libraries == ("wandb",)
 
 
 # --- Weights & Biases, MLflow ---------------------------------------------------------------------------------------
