@@ -21,7 +21,7 @@ _OPTIONS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_numpy_dtype_p
 
 
 def tracing_anew() -> AbstractContextManager[None]:
-    """Returns a context in which JAX uses no trace from before it. The first one of a process costs nothing: it may."""
+    """Returns a context in which JAX uses no earlier trace, except the first such context of a process: it is free."""
     return _ANEW(next(_NUMBERS))
 
 
