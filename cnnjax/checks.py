@@ -93,7 +93,7 @@ def check_init_from_data(program: Program, state: TrainState, image: jax.ShapeDt
       UserError: it raised an exception.
     """
     if hasattr(program.model, "init_from_data"):
-        with user_code("`model.init_from_data`"), suppress(jax.errors.JAXTypeError):  # It needs values.
+        with user_code("`model.init_from_data`"), suppress(jax.errors.JAXTypeError):  # As in `abstract_state`.
             return notice_edits(partial(_init_from_data, program), state, image)
     return state
 

@@ -14,7 +14,6 @@ from cnnjax.jaxprs import constants_of
 from cnnjax.runs.files import tree_sha256
 
 _TRACES: dict[Hashable, str] = {}  # The SHA-256 of the last trace of each function. Of a process, as JAX's caches are.
-# Made here, because no other thread may use JAX meanwhile. JAX then traces once more what was traced before the import.
 _ANEW, _NUMBERS = jax.make_user_context(0), itertools.count()
 # They change what a function computes, but not its code. JAX keeps its programs for each of their values.
 _OPTIONS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_numpy_dtype_promotion", "jax_default_prng_impl")
@@ -26,11 +25,11 @@ def tracing_anew() -> AbstractContextManager[None]:
 
 
 def notice_edits(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Returns the shapes that a function returns, like `jax.eval_shape`, and makes JAX forget old code. Traces it.
+    """Returns the shapes that a function returns, like `jax.eval_shape`, and makes JAX forget programs of old code.
 
     JAX traces a function once for equal arguments. What the function calls may be edited later, as in a cell of a
-    notebook, and would not be used. If the function does not compute what it computed when it was passed last, the
-    caches of JAX are cleared, so that every program of the process is traced and compiled again.
+    notebook, and would not be used. This traces the function each time. If it does not compute what it computed the
+    last time, the caches of JAX are cleared, so that every program of the process is traced and compiled again.
 
     The rules of a `jax.custom_jvp` or `jax.custom_vjp`, and what a callback calls on the host, are not noticed; nor is,
     outside of `tracing_anew`, what functions call that JAX traces on their own, such as the body of a `lax.scan`.

@@ -131,13 +131,6 @@ def abstract_state(image_shape: tuple[int, ...], *, model: Network, tx: optax.Gr
     """
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     state = jax.eval_shape(partial(init_state, model=model, tx=tx), jax.random.key(0), image)
-    return abstract_init_from_data(state, image, model=model, tx=tx)
-
-
-def abstract_init_from_data(
-    state: TrainState, image: jax.ShapeDtypeStruct, *, model: Network, tx: optax.GradientTransformation
-) -> TrainState:
-    """Returns the shapes and dtypes of a state after `init_from_data`, if the network has this method."""
     if hasattr(model, "init_from_data"):
         with suppress(jax.errors.JAXTypeError):  # It needs values, so that shapes stay as they are.
             return jax.eval_shape(partial(init_from_data, model=model, tx=tx), state, image)

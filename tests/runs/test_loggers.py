@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -32,6 +33,7 @@ from tensorboard.plugins.hparams.list_session_groups import Handler as ListSessi
 from cnnjax import SGD, Interrupted, Logger, MLflow, Run, TensorBoard, UserError, WandB, train_and_evaluate
 from cnnjax.cli.main import main
 from cnnjax.cli.signals import Stop
+from cnnjax.runs import trackers
 from cnnjax.runs.inspection import verify
 from cnnjax.runs.loggers import Loggers
 from cnnjax.runs.manifest import read_manifest
@@ -418,6 +420,12 @@ def test_options_of_wandb_that_a_resumed_run_needs_are_refused(monkeypatch):
     assert WandB(config=None).libraries == ("wandb",)
 
 
+@pytest.mark.usefixtures("no_type_checks")
+def test_trackers_name_one_of_several_seeds_with_its_folder():
+    names = [trackers._name(SimpleNamespace(run_dir=Path(path))) for path in ("a/seed0", "a/mnist-seed0", "a/seeds")]
+    assert names == ["a/seed0", "mnist-seed0", "seeds"]
+
+
 # --- Weights & Biases, MLflow ---------------------------------------------------------------------------------------
 
 
@@ -464,6 +472,19 @@ def test_mlflow_has_one_run_with_every_step_once(research_run, tmp_path, monkeyp
     assert {p.step: p.value for p in rows} == dict(zip([6, 12, 18], run.history["train_loss"].tolist(), strict=True))
     artifact = client.download_artifacts(found.info.run_id, "result.json", str(tmp_path))
     assert json.loads(Path(artifact).read_text())["confusion_matrix"] == run.result["confusion_matrix"]
+
+
+@pytest.mark.slow
+@has("mlflow")
+@pytest.mark.filterwarnings("default")
+def test_mlflow_names_a_store_that_lacks_the_run(research_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run" / "mlflow").mkdir(parents=True)
+    (tmp_path / "run" / "mlflow" / "id").write_text("0" * 32)  # Of a run in another store.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/store.db")
+    with pytest.raises(UserError, match=r"`MLFLOW_TRACKING_URI` must name the store .*store\.db \(.*not found\)\."):
+        MLflow().start(Run(tmp_path / "run", CONFIG, research_run.facts, None), 0)
 
 
 @pytest.mark.slow
