@@ -94,8 +94,9 @@ def kernel_grad(
 ) -> list[Array]:
     """Returns the float32 gradient of the kernel of `convolution`, [I J C2 K], and with `bias` that of the bias, [K].
 
-    On a processor with AVX2 but without AVX-512, kernel_grad.c computes it instead of oneDNN, unless there are groups,
-    or J * C2 is below 6.
+    kernel_grad.c computes it instead of oneDNN if there are no groups, and
+    - on a processor with AVX2 but without AVX-512: J * C2 is at least 6;
+    - on a processor with AMX, for bfloat16: rows of the output have at most 24 pixels, C is at least 32, `stride` is 1.
 
     Args:
       image, g: of one dtype.

@@ -1,5 +1,5 @@
-// The gradient of a kernel on processors with AVX2 but without AVX-512, for which oneDNN's is slow (see BENCHMARKS.md).
-// Included by kernels.c.
+// The gradient of a kernel on processors for which oneDNN's is slow (see BENCHMARKS.md): those with AMX, see
+// kernel_grad_amx.c, and here those with AVX2 but without AVX-512. Included by kernels.c.
 //
 // In a padded image, the values that a row of the kernel meets are contiguous: [J C]. So each row of the kernel's
 // gradient is a matrix product over the pixels of the output: [P J*C]^T · [P K]. Tiles of it stay in registers.
@@ -28,20 +28,12 @@ static Band largest_band(const Site* site) {
                 (shape[2] - 1) * site->config.stride + site->kernel_shape[1]};
 }
 
-// Returns whether the gradient is computed here. Otherwise it is oneDNN's, or oneDNN says what is wrong with the
-// shapes.
-static bool is_tiled(const Site* site, const Buffers* buffers) {
+// Returns whether this function is the faster one for these shapes, and is possible.
+static bool is_for_avx2(const Buffers* buffers) {
   unsigned isa = dnnl_get_effective_cpu_isa(), avx2 = dnnl_cpu_isa_avx2, avx512 = dnnl_cpu_isa_avx512_core;
-  if (site->config.kind != KERNEL_GRAD || (isa & avx2) != avx2 || (isa & avx512) == avx512) return false;
-  if (dtype(buffers->image) != dnnl_f32 || dtype(buffers->result) != dnnl_f32 || site->config.groups != 1) return false;
-  const int64_t *image = buffers->image->dims, *kernel = buffers->kernel->dims, *result = buffers->result->dims;
-  const int64_t padding[] = {site->config.top, site->config.bottom, site->config.left, site->config.right};
-  for (int i = 0; i < 2; i++) {
-    int64_t low = padding[2 * i], high = padding[2 * i + 1], rest = image[i + 1] + low + high - kernel[i];
-    if (low < 0 || high < 0 || low >= kernel[i] || high >= kernel[i] || rest < 0) return false;
-    if (result[i + 1] != rest / site->config.stride + 1) return false;
-  }
-  return result[0] == image[0] && kernel[2] == image[3] && kernel[3] == result[3] && kernel[1] * kernel[2] >= TILE_ROWS;
+  bool float32 = dtype(buffers->image) == dnnl_f32 && dtype(buffers->result) == dnnl_f32;
+  bool fills_tile = buffers->kernel->dims[1] * buffers->kernel->dims[2] >= TILE_ROWS;
+  return float32 && fills_tile && (isa & avx2) == avx2 && (isa & avx512) != avx512;
 }
 
 // Adds the product of [n 6]^T and [n 16] to `sum`: row r, column k is the sum of x[offset[p] + r] * g[16 * p + k] over
@@ -102,7 +94,7 @@ static void copy_panels(int64_t pixels, int64_t k, const float* g, float* panels
 }
 
 // Computes the gradients of the kernel, [I J C K], and the bias for the images of a part.
-static dnnl_status_t tiled_kernel_grad(const void* pointer, int64_t part) {
+static dnnl_status_t avx2_kernel_grad(const void* pointer, int64_t part) {
   const Call* call = pointer;
   const Site* site = call->site;
   const Band whole = largest_band(site);
@@ -151,8 +143,37 @@ static dnnl_status_t tiled_kernel_grad(const void* pointer, int64_t part) {
   }
   return dnnl_success;
 }
-#else
-static bool is_tiled(const Site* site, const Buffers* buffers) { return false; }
-
-static dnnl_status_t tiled_kernel_grad(const void* call, int64_t part) { return dnnl_unimplemented; }
 #endif
+
+#include "kernel_grad_amx.c"
+
+// Returns whether the shapes and the padding agree. Otherwise oneDNN says what is wrong with them.
+static bool shapes_agree(const Site* site, const Buffers* buffers) {
+  const int64_t *image = buffers->image->dims, *kernel = buffers->kernel->dims, *result = buffers->result->dims;
+  const int64_t padding[] = {site->config.top, site->config.bottom, site->config.left, site->config.right};
+  for (int i = 0; i < 2; i++) {
+    int64_t low = padding[2 * i], high = padding[2 * i + 1], rest = image[i + 1] + low + high - kernel[i];
+    if (low < 0 || high < 0 || low >= kernel[i] || high >= kernel[i] || rest < 0) return false;
+    if (result[i + 1] != rest / site->config.stride + 1) return false;
+  }
+  return result[0] == image[0] && kernel[2] == image[3] && kernel[3] == result[3];
+}
+
+// Finds the function that computes the gradient of a kernel; NULL if it is oneDNN's. Each part of the batch has sums of
+// the shape [I J C K], with C and K rounded up to `multiple`.
+static Work* find_kernel_grad(const Site* site, const Buffers* buffers, int64_t* multiple) {
+  if (site->config.kind != KERNEL_GRAD || site->config.groups != 1 || !shapes_agree(site, buffers)) return NULL;
+#ifdef BLOCK
+  if (is_for_amx(site, buffers)) {
+    *multiple = BLOCK;
+    return amx_kernel_grad;
+  }
+#endif
+#ifdef TILE_ROWS
+  if (is_for_avx2(buffers)) {
+    *multiple = 1;
+    return avx2_kernel_grad;
+  }
+#endif
+  return NULL;
+}

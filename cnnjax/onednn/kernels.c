@@ -181,8 +181,8 @@ typedef struct {
   const_dnnl_memory_desc_t inner_kernel;  // In the layout that oneDNN prefers; owned by parts[0].
   size_t kernel_size, bias_size;          // Bytes.
   dnnl_primitive_t reorder;               // Between the layouts of the kernel.
-  bool tiled;                             // Whether it is a gradient that kernel_grad.c computes, of these shapes:
-  int64_t image_shape[4], kernel_shape[4], result_shape[4];
+  Work* kernel_grad;                      // If it is not oneDNN's; then there is no reorder, but these shapes:
+  int64_t image_shape[4], kernel_shape[4], result_shape[4], sum_shape[4];
 } Site;
 
 typedef struct {
@@ -299,13 +299,18 @@ static dnnl_status_t create_convolution(Site* site, const Buffers* buffers) {
     TRY(dnnl_memory_desc_create_with_strides(&site->bias, 1, dims, dtype(buffers->bias), strides));
     site->bias_size = dnnl_memory_desc_get_size(site->bias);
   }
-  site->tiled = is_tiled(site, buffers);
-  if (site->tiled) {
+  int64_t multiple;
+  site->kernel_grad = find_kernel_grad(site, buffers, &multiple);
+  if (site->kernel_grad) {
     memcpy(site->image_shape, buffers->image->dims, sizeof site->image_shape);
     memcpy(site->kernel_shape, buffers->kernel->dims, sizeof site->kernel_shape);
     memcpy(site->result_shape, buffers->result->dims, sizeof site->result_shape);
     site->kernel_size = sizeof(float);
-    for (int i = 0; i < 4; i++) site->kernel_size *= site->kernel_shape[i];
+    for (int i = 0; i < 4; i++) {
+      int64_t unit = i < 2 ? 1 : multiple;
+      site->sum_shape[i] = (site->kernel_shape[i] + unit - 1) / unit * unit;
+      site->kernel_size *= site->sum_shape[i];
+    }
     return dnnl_success;
   }
   TRY(create_part(site, &site->parts[0], buffers, site->part_size));
@@ -479,6 +484,14 @@ static dnnl_status_t reorder(const Site* site, void* inner, void* outer) {
   return execute(site->reorder, 2, arguments);
 }
 
+// Copies the sum of all parts, without the channels that only fill blocks.
+static void copy_sum(const Site* site, const float* sum, float* kernel) {
+  const int64_t *shape = site->kernel_shape, *from = site->sum_shape;
+  for (int64_t tap = 0; tap < shape[0] * shape[1]; tap++)
+    for (int64_t c = 0; c < shape[2]; c++)
+      memcpy(kernel + (tap * shape[2] + c) * shape[3], sum + (tap * from[2] + c) * from[3], shape[3] * sizeof(float));
+}
+
 static dnnl_status_t compute(const XLA_FFI_CallFrame* frame, const Site* site, const Buffers* buffers) {
   if (site->config.kind == MATMUL) {
     Call call = {site, buffers->image->data, buffers->kernel->data, NULL, buffers->result->data};
@@ -495,7 +508,7 @@ static dnnl_status_t compute(const XLA_FFI_CallFrame* frame, const Site* site, c
     return in_parts(frame, site->num_parts, compute_part, &call);
   }
   if (buffers->bias) call.bias = kernel + copies * site->kernel_size;
-  TRY(in_parts(frame, site->num_parts, site->tiled ? tiled_kernel_grad : compute_part, &call));
+  TRY(in_parts(frame, site->num_parts, site->kernel_grad ? site->kernel_grad : compute_part, &call));
   TRY(in_parts(frame, NUM_RANGES, add_range, &call));
   if (buffers->bias) {
     float* sum = buffers->bias->data;
@@ -503,8 +516,8 @@ static dnnl_status_t compute(const XLA_FFI_CallFrame* frame, const Site* site, c
     for (int64_t part = 0; part < copies; part++)
       for (int64_t i = 0; i < buffers->bias->dims[0]; i++) sum[i] += ((float*)(call.bias + part * site->bias_size))[i];
   }
-  if (!site->tiled) return reorder(site, kernel, buffers->kernel->data);
-  memcpy(buffers->kernel->data, kernel, site->kernel_size);
+  if (!site->kernel_grad) return reorder(site, kernel, buffers->kernel->data);
+  copy_sum(site, (float*)kernel, buffers->kernel->data);
   return dnnl_success;
 }
 

@@ -59,15 +59,28 @@ KERNEL_GRADS = [
     ((17, 5, 5, 12), (1, 1), 33, ((0, 0), (0, 0)), 3),
     ((2, 4, 4, 1), (3, 3), 8, SAME, 1),
 ]
+# Chunks of many images and of parts of one; channels that fill blocks, that do not, and one more than a block.
+BFLOAT16_KERNEL_GRADS = [
+    ((61, 3, 3, 128), (3, 3), 32, SAME, 1),
+    ((9, 90, 21, 40), (3, 3), 17, ((1, 0), (1, 0)), 1),
+    ((3, 500, 22, 33), (2, 3), 33, ((1, 0), (2, 1)), 1),
+    ((10, 19, 17, 32), (7, 5), 3, ((3, 2), (4, 0)), 1),
+    ((17, 5, 5, 72), (1, 1), 64, ((0, 0), (0, 0)), 1),
+    ((1, 4, 4, 48), (4, 4), 16, ((0, 0), (0, 0)), 1),
+    ((6, 9, 9, 64), (3, 3), 40, SAME, 2),
+]
 
 
-@pytest.mark.parametrize(("shape", "size", "channels", "padding", "stride"), KERNEL_GRADS)
-def test_gradients_of_kernels_and_biases_match_numpy(shape, size, channels, padding, stride):
+@pytest.mark.parametrize(
+    ("dtype", "shape", "size", "channels", "padding", "stride"),
+    [("float32", *case) for case in KERNEL_GRADS] + [("bfloat16", *case) for case in BFLOAT16_KERNEL_GRADS],
+)
+def test_gradients_of_kernels_and_biases_match_numpy(dtype, shape, size, channels, padding, stride):
     rng = np.random.default_rng(0)
-    image = jnp.asarray(rng.normal(size=shape), jnp.float32)
+    image = jnp.asarray(rng.normal(size=shape), dtype)
     padded = np.pad(np.asarray(image, np.float64), ((0, 0), *padding, (0, 0)))
     height, width = ((n - k) // stride + 1 for n, k in zip(padded.shape[1:3], size, strict=True))
-    g = jnp.asarray(rng.normal(size=(shape[0], height, width, channels)), jnp.float32)
+    g = jnp.asarray(rng.normal(size=(shape[0], height, width, channels)), dtype)
     expected = np.empty((*size, shape[3], channels))
     for i, j in np.ndindex(*size):
         met = padded[:, i : i + stride * height : stride, j : j + stride * width : stride][:, :height, :width]
@@ -82,7 +95,7 @@ def test_gradients_of_kernels_and_biases_match_numpy(shape, size, channels, padd
 
 @pytest.mark.skipif("avx512f" not in library.processor_flags(), reason="those tests ran without AVX-512")
 def test_gradients_of_kernels_match_numpy_without_avx512():
-    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "match_numpy and not avx512"]
+    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "match_numpy and float32"]
     done = subprocess.run(command, env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}, check=False, capture_output=True)
     assert f"{len(KERNEL_GRADS)} passed" in done.stdout.decode()
 
@@ -168,9 +181,9 @@ def test_memory_is_freed_with_the_programs():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE"])
+@pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE", "AVX512_CORE_BF16"])
 def test_the_layers_are_right_with_the_kernels_of_older_processors(isa):
-    """Those without AVX-512, and without bfloat16."""
+    """Those without AVX-512, without bfloat16, and without AMX."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "test_conv.py", "test_depthwise.py"]
     folder, environment = Path(__file__).parents[1] / "layers", {**os.environ, "ONEDNN_MAX_CPU_ISA": isa}
     done = subprocess.run(command, cwd=folder, env=environment, check=False, capture_output=True, text=True)
