@@ -5,6 +5,7 @@ import difflib
 import inspect
 import math
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -167,7 +168,7 @@ def parse_train(experiment: Experiment, arguments: Sequence[str], prog: str | No
     default = command(config)
     train, unknown = tyro.cli(command, default=default, args=arguments, return_unknown_args=True, **options)
     if unknown:
-        raise _unknown_option(unknown, [*_options(default)])
+        raise _unknown_option(unknown, arguments, [*_options(default)])
     has_name = any(argument.partition("=")[0] == "--name" for argument in arguments)
     if config.name and not has_name and train.config.dataset != config.dataset:
         named = dataclasses.replace(train.config, name=f"{config.name}_{train.config.dataset_word}")
@@ -186,9 +187,16 @@ def _options(x: Any, prefix: str = "--") -> Iterator[str]:
             yield name
 
 
-def _unknown_option(unknown: Sequence[str], known: Sequence[str]) -> UserError:
-    """Returns the error for arguments that belong to no option. It suggests options whose last words are near."""
-    given = next((x for x in unknown if x.startswith("-")), unknown[0]).partition("=")[0]
+def _unknown_option(unknown: Sequence[str], arguments: Sequence[str], known: Sequence[str]) -> UserError:
+    """Returns the error for those of the arguments that belong to no option. It suggests options with near words."""
+    options = [x for x in unknown if x.startswith("-")]
+    if not options:
+        last = max((i for i, x in enumerate(arguments) if x == unknown[0]), default=0)
+        before = arguments[:last]
+        start = max((i for i, x in enumerate(before) if x.startswith("-")), default=len(before))
+        got = repr(unknown[0]) + (f" after {shlex.join(before[start:])}" if before[start:] else "")
+        return UserError(f"An argument must be an option or its value, got {got}. --help shows the form of each value.")
+    given = options[0].partition("=")[0]
     names: dict[str, list[str]] = {}
     for option in known:
         names.setdefault(re.split(r"--|\.", option)[-1], []).append(option)

@@ -94,9 +94,10 @@ def kernel_grad(
 ) -> list[Array]:
     """Returns the float32 gradient of the kernel of `convolution`, [I J C2 K], and with `bias` that of the bias, [K].
 
-    kernel_grad.c computes it instead of oneDNN if there are no groups, and
-    - on a processor with AVX2 but without AVX-512: J * C2 is at least 6;
-    - on a processor with AMX, for bfloat16: rows of the output have at most 24 pixels, C is at least 32, `stride` is 1.
+    Without groups, kernel_grad.c computes it instead of oneDNN in two cases:
+    - on a processor with AVX2 but without AVX-512, if J * C2 is at least 6;
+    - on a processor with AMX, for bfloat16 and a stride of 1, if C is at least 32, K at least 16, and the output has rows
+      of at most 24 pixels, and at least a quarter of the image's pixels.
 
     Args:
       image, g: of one dtype.

@@ -1,10 +1,11 @@
-// The gradient of a kernel on processors for which oneDNN's is slow (see BENCHMARKS.md): those with AMX, see
-// kernel_grad_amx.c, and here those with AVX2 but without AVX-512. Included by kernels.c.
+// The gradient of a kernel on processors with AVX2 but without AVX-512, for which oneDNN's is slow (see BENCHMARKS.md);
+// and the choice between it, kernel_grad_amx.c and oneDNN. Included by kernels.c.
 //
 // In a padded image, the values that a row of the kernel meets are contiguous: [J C]. So each row of the kernel's
 // gradient is a matrix product over the pixels of the output: [P J*C]^T · [P K]. Tiles of it stay in registers.
 
 #if defined(__AVX2__) && defined(__FMA__)
+#define HAS_AVX2_KERNEL_GRAD
 #include <immintrin.h>
 
 #define TILE_ROWS 6      // With 12 sums of 8 columns, the 16 registers are almost full.
@@ -28,7 +29,7 @@ static Band largest_band(const Site* site) {
                 (shape[2] - 1) * site->config.stride + site->kernel_shape[1]};
 }
 
-// Returns whether this function is the faster one for these shapes, and is possible.
+// Returns whether `avx2_kernel_grad` can compute this gradient, and fills its tiles.
 static bool is_for_avx2(const Buffers* buffers) {
   unsigned isa = dnnl_get_effective_cpu_isa(), avx2 = dnnl_cpu_isa_avx2, avx512 = dnnl_cpu_isa_avx512_core;
   bool float32 = dtype(buffers->image) == dnnl_f32 && dtype(buffers->result) == dnnl_f32;
@@ -159,21 +160,19 @@ static bool shapes_agree(const Site* site, const Buffers* buffers) {
   return result[0] == image[0] && kernel[2] == image[3] && kernel[3] == result[3];
 }
 
-// Finds the function that computes the gradient of a kernel; NULL if it is oneDNN's. Each part of the batch has sums of
-// the shape [I J C K], with C and K rounded up to `multiple`.
+// Returns the function that computes the gradient of a kernel; NULL if it is oneDNN's. It computes sums of the shape
+// [I J C K] for each part of the batch, with C and K rounded up to `multiple`.
 static Work* find_kernel_grad(const Site* site, const Buffers* buffers, int64_t* multiple) {
+  *multiple = 1;
   if (site->config.kind != KERNEL_GRAD || site->config.groups != 1 || !shapes_agree(site, buffers)) return NULL;
-#ifdef BLOCK
+#ifdef HAS_AMX_KERNEL_GRAD
   if (is_for_amx(site, buffers)) {
     *multiple = BLOCK;
     return amx_kernel_grad;
   }
 #endif
-#ifdef TILE_ROWS
-  if (is_for_avx2(buffers)) {
-    *multiple = 1;
-    return avx2_kernel_grad;
-  }
+#ifdef HAS_AVX2_KERNEL_GRAD
+  if (is_for_avx2(buffers)) return avx2_kernel_grad;
 #endif
   return NULL;
 }

@@ -1,12 +1,15 @@
 // The gradient of a bfloat16 kernel on processors with AMX, if rows are short: there oneDNN's is slow, because it
 // multiplies each row alone (see BENCHMARKS.md). Included by kernel_grad.c.
 //
-// The padded images of a part form one stream of pixels, the grid: rows share their padding on the left and right,
-// images that at the top and bottom. So the pixel that an output meets at a row and column of the kernel has a fixed
-// distance from it, and the gradient there is a matrix product over the grid: [C P] · [P K]. Outputs have zeros where
-// the grid has more pixels than they.
+// The padded images of a part form one stream of pixels, the grid. Neighboring rows share a border of zeros, and so do
+// neighboring images. So the pixel that an output meets at a row and column of the kernel has a fixed distance from it,
+// and the gradient there is a matrix product over the grid: [C P] · [P K]. Where the grid has no output, the gradient
+// of the output is zero. (These zeros make the whole gradient of a channel nan if one of its values is infinite or
+// nan.)
 
 #if defined(__AMX_BF16__) && defined(__AVX512BW__)
+#define HAS_AMX_KERNEL_GRAD
+#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -41,11 +44,15 @@ static bool has_tiles(void) {
   return (dnnl_get_effective_cpu_isa() & amx) == amx && syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
 }
 
-// Returns whether this function is the faster one for these shapes, and is possible.
+// Returns whether `amx_kernel_grad` can compute this gradient, and wastes little: on channels that only fill blocks,
+// and on pixels of the grid without an output.
 static bool is_for_amx(const Site* site, const Buffers* buffers) {
-  bool bfloat16 = dtype(buffers->image) == dnnl_bf16 && dtype(buffers->result) == dnnl_bf16;
-  bool short_rows = buffers->result->dims[2] <= LONGEST_ROW, fills_block = buffers->image->dims[3] >= BLOCK;
-  return bfloat16 && short_rows && fills_block && site->config.stride == 1 && has_tiles();
+  const int64_t *image = buffers->image->dims, *result = buffers->result->dims;
+  if (dtype(buffers->image) != dnnl_bf16 || dtype(buffers->result) != dnnl_bf16 || site->config.stride != 1)
+    return false;
+  bool fills_blocks = image[3] >= BLOCK && result[3] >= BLOCK / 2;
+  bool fills_grid = 4 * result[1] * result[2] >= image[1] * image[2];
+  return result[2] <= LONGEST_ROW && fills_blocks && fills_grid && has_tiles();
 }
 
 // Finds the pixels of the grid from `first` on, in `count` images; `zeros` where there is none. The first pixel of an
@@ -171,6 +178,8 @@ typedef struct {
 static int64_t set_tiles(int64_t rows) {
   uint8_t half = (rows + 1) / 2, rest = rows > 1 ? rows / 2 : 1;
   Tiles tiles = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {half, half, rest, rest, half, rest, 16, 16}};
+  // GCC 12 does not know that tiles are loaded from memory, and may omit or delay the stores.
+  __asm__ volatile("" : : "r"(&tiles) : "memory");
   _tile_loadconfig(&tiles);
   return half;
 }
@@ -229,9 +238,10 @@ static dnnl_status_t amx_kernel_grad(const void* pointer, int64_t part) {
   int64_t end = ((count - 1) * grid.height + site->result_shape[1] - 1) * grid.width + site->result_shape[2];
   for (int64_t from = 0; from < end; from += CHUNK) {
     int64_t length = end - from < CHUNK ? (end - from + BLOCK - 1) / BLOCK * BLOCK : CHUNK;
-    int64_t met = (length + grid.reach + BLOCK - 1) / BLOCK * BLOCK;
-    find_pixels(&grid, from, met, images, count, site->image_shape, site->config.top, site->config.left, zeros, pixels);
-    copy_transposed(pixels, met, c, grid.row, transposed);
+    int64_t reached = (length + grid.reach + BLOCK - 1) / BLOCK * BLOCK;
+    find_pixels(&grid, from, reached, images, count, site->image_shape, site->config.top, site->config.left, zeros,
+                pixels);
+    copy_transposed(pixels, reached, c, grid.row, transposed);
     find_pixels(&grid, from, length, results, count, site->result_shape, 0, 0, zeros, pixels);
     copy_pairs(pixels, length, k, panels, bias);
     for (int64_t m = 0; m < grid.c_blocks; m++) {

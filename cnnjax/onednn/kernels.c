@@ -181,7 +181,7 @@ typedef struct {
   const_dnnl_memory_desc_t inner_kernel;  // In the layout that oneDNN prefers; owned by parts[0].
   size_t kernel_size, bias_size;          // Bytes.
   dnnl_primitive_t reorder;               // Between the layouts of the kernel.
-  Work* kernel_grad;                      // If it is not oneDNN's; then there is no reorder, but these shapes:
+  Work* kernel_grad;                      // A function of kernel_grad.c, or NULL: the gradient is oneDNN's.
   int64_t image_shape[4], kernel_shape[4], result_shape[4], sum_shape[4];
 } Site;
 
@@ -299,20 +299,7 @@ static dnnl_status_t create_convolution(Site* site, const Buffers* buffers) {
     TRY(dnnl_memory_desc_create_with_strides(&site->bias, 1, dims, dtype(buffers->bias), strides));
     site->bias_size = dnnl_memory_desc_get_size(site->bias);
   }
-  int64_t multiple;
-  site->kernel_grad = find_kernel_grad(site, buffers, &multiple);
-  if (site->kernel_grad) {
-    memcpy(site->image_shape, buffers->image->dims, sizeof site->image_shape);
-    memcpy(site->kernel_shape, buffers->kernel->dims, sizeof site->kernel_shape);
-    memcpy(site->result_shape, buffers->result->dims, sizeof site->result_shape);
-    site->kernel_size = sizeof(float);
-    for (int i = 0; i < 4; i++) {
-      int64_t unit = i < 2 ? 1 : multiple;
-      site->sum_shape[i] = (site->kernel_shape[i] + unit - 1) / unit * unit;
-      site->kernel_size *= site->sum_shape[i];
-    }
-    return dnnl_success;
-  }
+  if (site->kernel_grad) return dnnl_success;
   TRY(create_part(site, &site->parts[0], buffers, site->part_size));
   if (site->rest != site->part_size) TRY(create_part(site, &site->parts[1], buffers, site->rest));
   site->kernel_size = (dnnl_memory_desc_get_size(site->inner_kernel) + 63) / 64 * 64;  // So that each copy is aligned.
@@ -366,6 +353,21 @@ static dnnl_status_t create_matmul(Site* site, const Buffers* buffers) {
   return dnnl_success;
 }
 
+// Chooses who computes the gradient of a kernel, and the size of a part's sums.
+static void choose_kernel_grad(Site* site, const Buffers* buffers) {
+  int64_t multiple;
+  site->kernel_grad = find_kernel_grad(site, buffers, &multiple);
+  memcpy(site->image_shape, buffers->image->dims, sizeof site->image_shape);
+  memcpy(site->kernel_shape, buffers->kernel->dims, sizeof site->kernel_shape);
+  memcpy(site->result_shape, buffers->result->dims, sizeof site->result_shape);
+  site->kernel_size = sizeof(float);
+  for (int i = 0; i < 4; i++) {
+    int64_t unit = i < 2 ? 1 : multiple;
+    site->sum_shape[i] = (site->kernel_shape[i] + unit - 1) / unit * unit;
+    site->kernel_size *= site->sum_shape[i];
+  }
+}
+
 static dnnl_status_t create(Site* site, const Buffers* buffers, int64_t threads) {
   int64_t parts = threads > MIN_PARTS ? threads : MIN_PARTS, multiple = 1;
   site->length = buffers->image->dims[0];
@@ -376,9 +378,8 @@ static dnnl_status_t create(Site* site, const Buffers* buffers, int64_t threads)
     multiple = 16;  // Values of a vector register.
   }
   if (site->config.kind == KERNEL_GRAD) {
-    int64_t size = sizeof(float), most;
-    for (int i = 0; i < 4; i++) size *= buffers->kernel->dims[i];
-    most = size > MAX_COPIES ? 1 : MAX_COPIES / size;
+    choose_kernel_grad(site, buffers);
+    int64_t size = site->kernel_size, most = size > MAX_COPIES ? 1 : MAX_COPIES / size;
     if (parts > most) parts = most;
   }
   if (site->length < 1) return dnnl_invalid_arguments;

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float, Int, Integer
 
 from cnnjax.class_scores import DIGITS
+from cnnjax.runs.statistics import wilson_interval
 
 RISE, MARGIN = 1.05, 0.005  # A validation loss above its minimum by 5%, and by 0.005, has risen.
 FALL = 0.01  # A training loss that falls by less has not learned.
@@ -61,6 +62,8 @@ class Fit(NamedTuple):
       over_fitted: whether it rises, while the training loss has fallen since.
       flat: whether the training loss has hardly fallen since the first epoch.
       gap: the accuracy in training minus that in validation at the end; None if one is missing.
+      chance: the 95% interval of the accuracy in validation, if that in training is within it; else None. Then there
+        are too few validation images to tell the gap from chance.
     """
 
     lowest: int | None
@@ -69,19 +72,27 @@ class Fit(NamedTuple):
     over_fitted: bool
     flat: bool
     gap: float | None
+    chance: tuple[float, float] | None
 
 
-def judge_fit(history: Mapping[str, np.ndarray]) -> Fit:
-    """Returns what the learning curves in the history of a run say about over-fitting."""
-    gap = None
+def judge_fit(history: Mapping[str, np.ndarray], num_validation: int | None = None) -> Fit:
+    """Returns what the learning curves in the history of a run say about over-fitting.
+
+    Args:
+      num_validation: number of validation images; None if it is not known.
+    """
+    gap = chance = None
     if {"train_accuracy", "validation_accuracy"} <= history.keys():
-        difference = history["train_accuracy"][-1] - history["validation_accuracy"][-1]
-        gap = None if np.isnan(difference) else float(difference)
+        train, validation = (float(history[f"{part}_accuracy"][-1]) for part in ("train", "validation"))
+        gap = None if np.isnan(train - validation) else train - validation
+        if gap is not None and num_validation:
+            low, high = wilson_interval(validation, num_validation)
+            chance = (low, high) if low <= train <= high else None
     train_loss = history["train_loss"]
     flat = len(train_loss) > 1 and bool(train_loss[0] - np.nanmin(train_loss[1:]) < FALL * abs(train_loss[0]))
     loss = history.get("validation_loss", np.array([]))
     if not np.isfinite(loss).any():
-        return Fit(None, False, False, False, flat, gap)
+        return Fit(None, False, False, False, flat, gap, chance)
     best = int(np.nanargmin(loss))
     bound = max(RISE * loss[best], loss[best] + MARGIN)
     last = loss[-3:]
@@ -89,7 +100,7 @@ def judge_fit(history: Mapping[str, np.ndarray]) -> Fit:
     recovers = bool((np.diff(last) < 0).all() and 2 * last[-1] - last[-2] <= bound) if len(last) > 1 else False
     rises = above and len(loss) - best > 2 and bool(np.median(last) > bound) and not recovers
     learns = bool(train_loss[-1] < train_loss[best])
-    return Fit(int(history["epoch"][best]), above, rises, rises and learns and not flat, flat, gap)
+    return Fit(int(history["epoch"][best]), above, rises, rises and learns and not flat, flat, gap, chance)
 
 
 class Band(NamedTuple):

@@ -136,7 +136,7 @@ def _training(run: Run, files: dict[str, Any]) -> dict[str, Any]:
     history = run.history
     if "epoch" not in history:
         return {"curves": [], "fit": [], "seconds": None, "speed": None}
-    fit = judge_fit(history)
+    fit = judge_fit(history, (run.result or {}).get("num_validation_examples"))
     found = figures.learning_curves(history, fit)
     drawn = [figure.draw(380) for figure in found]
     files["learning_curves"] = alt.hconcat(*drawn).resolve_scale(color="independent")

@@ -75,9 +75,16 @@ def explain_fit(fit: Fit, history: Mapping[str, np.ndarray], config: Config) -> 
         ]
     elif (gap := fit.gap or 0.0) > GAP:
         where = f"it is lowest at the end ({lowest:.4f})" if fit.lowest == epoch else ends
+        meaning = ": the network begins to memorize its training images."
+        if fit.chance:
+            low, high = fit.chance
+            meaning = (
+                ". With so few validation images this may be chance: the 95% interval of validation accuracy is "
+                f"{low:.1%} to {high:.1%}."
+            )
         lines = [
             f"The validation loss has not risen clearly yet: {where}. But training accuracy is {100 * gap:.1f} points "
-            "higher than validation accuracy: the network begins to memorize its training images."
+            f"higher than validation accuracy{meaning}"
         ]
     elif fit.above:
         lines = [

@@ -334,7 +334,7 @@ def _score(result: Result, metric: str) -> float | None:
 
 def _outcome(run_dir: Path) -> dict[str, Any]:
     info = read_info(run_dir)
-    left_out = ("training_seconds", "device", "seed", "classes", "confusion_matrix")
+    left_out = ("training_seconds", "device", "seed", "classes", "confusion_matrix", "num_validation_examples")
     result = {k: v for k, v in (info.result or {}).items() if k not in left_out}
     return {"state": info.state, **result}
 

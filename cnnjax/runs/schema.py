@@ -167,6 +167,7 @@ class Result(TypedDict):
     Keys:
       test_balanced_accuracy, test_macro_recall: the same number under both of its names.
       test_macro_precision, test_macro_recall, test_macro_f1: the means over the classes that have test images.
+      num_validation_examples: 0 without validation; earlier versions did not record it.
       best_validation_*: at the best epoch, which is the best by the `best_by` of the configuration.
       num_epochs: of the configuration.
       stopped_epoch: the epoch after which `on_epoch` stopped the run, or None.
@@ -182,6 +183,7 @@ class Result(TypedDict):
     test_macro_f1: Fraction
     test_loss: FiniteFloat
     num_test_examples: Positive
+    num_validation_examples: NotRequired[Count]
     best_validation_accuracy: Fraction | None
     best_validation_balanced_accuracy: Fraction | None
     best_epoch: Positive

@@ -186,6 +186,13 @@ def test_values_out_of_range(option, value, rule, capsys):
     assert rule in fails(capsys, option, value)
 
 
+def test_a_value_that_belongs_to_no_option(capsys):
+    message = "An argument must be an option or its value, got '46' after --profile 40. --help shows the form of each v"
+    assert message in fails(capsys, "--profile", "40", "46")
+    assert "got 'photos' after --dataset 'my holiday'." in fails(capsys, "--dataset", "my holiday", "photos")
+    assert "got '40' after --profile 40." in fails(capsys, "--profile", "40", "40")
+
+
 def test_a_word_without_a_value(capsys):
     assert "`model` must be a known name, got ''" in fails(capsys, "--seed", "1", "--model")
 

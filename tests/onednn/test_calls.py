@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -59,16 +60,27 @@ KERNEL_GRADS = [
     ((17, 5, 5, 12), (1, 1), 33, ((0, 0), (0, 0)), 3),
     ((2, 4, 4, 1), (3, 3), 8, SAME, 1),
 ]
-# Chunks of many images and of parts of one; channels that fill blocks, that do not, and one more than a block.
-BFLOAT16_KERNEL_GRADS = [
+# Chunks of many images and of parts of one; channels that fill blocks, that do not, and one more than a block; padding
+# on any side.
+AMX_KERNEL_GRADS = [
     ((61, 3, 3, 128), (3, 3), 32, SAME, 1),
     ((9, 90, 21, 40), (3, 3), 17, ((1, 0), (1, 0)), 1),
-    ((3, 500, 22, 33), (2, 3), 33, ((1, 0), (2, 1)), 1),
-    ((10, 19, 17, 32), (7, 5), 3, ((3, 2), (4, 0)), 1),
+    ((3, 150, 23, 33), (2, 3), 33, ((1, 0), (2, 1)), 1),
+    ((10, 19, 17, 32), (7, 5), 16, ((3, 2), (4, 0)), 1),
+    ((8, 6, 6, 34), (2, 2), 18, ((0, 1), (0, 1)), 1),
+    ((5, 9, 8, 35), (3, 4), 24, ((0, 2), (1, 3)), 1),
+    ((20, 5, 5, 36), (3, 3), 19, ((0, 0), (0, 0)), 1),
     ((17, 5, 5, 72), (1, 1), 64, ((0, 0), (0, 0)), 1),
-    ((1, 4, 4, 48), (4, 4), 16, ((0, 0), (0, 0)), 1),
+]
+# Too few channels, an output that is long, or small, a stride.
+OTHER_BFLOAT16_KERNEL_GRADS = [
+    ((4, 5, 5, 31), (3, 3), 32, SAME, 1),
+    ((4, 5, 5, 37), (3, 3), 15, SAME, 1),
+    ((2, 3, 25, 38), (3, 3), 16, SAME, 1),
+    ((8, 4, 4, 48), (4, 4), 16, ((0, 0), (0, 0)), 1),
     ((6, 9, 9, 64), (3, 3), 40, SAME, 2),
 ]
+BFLOAT16_KERNEL_GRADS = AMX_KERNEL_GRADS + OTHER_BFLOAT16_KERNEL_GRADS
 
 
 @pytest.mark.parametrize(
@@ -98,6 +110,24 @@ def test_gradients_of_kernels_match_numpy_without_avx512():
     command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "match_numpy and float32"]
     done = subprocess.run(command, env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}, check=False, capture_output=True)
     assert f"{len(KERNEL_GRADS)} passed" in done.stdout.decode()
+
+
+@pytest.mark.skipif("amx_bf16" not in library.processor_flags(), reason="the processor has no AMX")
+def test_gradients_of_kernels_are_those_of_amx_where_these_are_faster():
+    """oneDNN lists what it computes."""
+    code = f"""if True:
+        import jax.numpy as jnp
+        from cnnjax.onednn import calls
+        for shape, size, channels, padding, stride in {BFLOAT16_KERNEL_GRADS}:
+            sides = zip(shape[1:3], padding, size)
+            g = jnp.ones((shape[0], *((n + sum(p) - k) // stride + 1 for n, p, k in sides), channels), jnp.bfloat16)
+            calls.kernel_grad(jnp.ones(shape, jnp.bfloat16), g, size=size, padding=padding, stride=stride)
+    """
+    environment = {**os.environ, "ONEDNN_VERBOSE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if "backward_weights" in line]
+    found = {(int(ic), int(oc)) for line in lines for ic, oc in re.findall(r"_ic(\d+)oc(\d+)_", line)}
+    assert found == {(case[0][3], case[2]) for case in OTHER_BFLOAT16_KERNEL_GRADS}
 
 
 def test_gradients_of_wrong_shapes_are_errors():
@@ -146,7 +176,7 @@ def test_the_bits_are_the_same_on_one_and_two_cores_in_many_threads_and_in_child
     ways = [("1", "here"), ("2", "fork", "here", "threads", "spawn")]
     processes = [subprocess.Popen([*command, *way], stdout=subprocess.PIPE, text=True) for way in ways]
     (on_one_core,), on_two_cores = (process.communicate(timeout=120)[0].splitlines() for process in processes)
-    assert len(on_one_core.split()) == 7
+    assert len(on_one_core.split()) == 11
     assert on_two_cores == 4 * [on_one_core]
 
 

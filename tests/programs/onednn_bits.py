@@ -1,4 +1,4 @@
-"""Prints digests of a convolution, a batch normalization and their gradients, computed on a number of cores.
+"""Prints digests of two convolutions, a batch normalization and their gradients, computed on a number of cores.
 
     python onednn_bits.py CORES WAY ...
 
@@ -22,19 +22,25 @@ def digest(_=0):
     from cnnjax.layers.norm import batch_norm_gelu
 
     rng = np.random.default_rng(0)
-    image, g = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((61, 9, 8, 40), (61, 9, 8, 32)))
-    kernel, bias = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((3, 3, 40, 32), (32,)))
+    g = jnp.asarray(rng.normal(size=(61, 9, 8, 32)), jnp.bfloat16)
+    bias = jnp.asarray(rng.normal(size=32), jnp.float32)
+    # With AMX, the gradients of their kernels are computed by oneDNN and by kernel_grad_amx.c.
+    images = [jnp.asarray(rng.normal(size=(61, 9, 8, channels)), jnp.bfloat16) for channels in (24, 40)]
+    kernels = [jnp.asarray(rng.normal(size=(3, 3, channels, 32)), jnp.float32) for channels in (24, 40)]
 
     @jax.jit
-    def f(image, kernel, bias, g):
-        y, pullback = jax.vjp(lambda *x: conv2d(*x, ((1, 1), (1, 1)), True), image, kernel, bias)
+    def f(images, kernels, bias, g):
+        results = []
+        for image, kernel in zip(images, kernels, strict=True):
+            y, pullback = jax.vjp(lambda *x: conv2d(*x, ((1, 1), (1, 1)), True), image, kernel, bias)
+            results += [y, *pullback(g)]
         z, pullback_of_norm = jax.vjp(lambda *x: batch_norm_gelu(*x)[0], g, bias)
-        return y, *pullback(g), z, *pullback_of_norm(g)
+        return *results, z, *pullback_of_norm(g)
 
     def digests(results):
         return tuple(hashlib.sha256(np.asarray(x.astype(jnp.float32))).hexdigest()[:8] for x in results)
 
-    (found,) = {digests(f(image, kernel, bias, g)) for _ in range(4)}
+    (found,) = {digests(f(images, kernels, bias, g)) for _ in range(4)}
     return found
 
 

@@ -146,6 +146,20 @@ def test_a_large_gap_is_not_called_no_over_fitting(loss, words):
     assert "37.0 points better on the images that it was trained on" in lines[1]
 
 
+def test_a_gap_that_may_be_chance_is_called_so():
+    curves = history([0.5, 0.8, 0.85], [0.5, 0.7, 0.75], [0.9, 0.5, 0.4])
+    few, many = (judge_fit(curves, number) for number in (40, 4000))
+    assert few.gap == many.gap == judge_fit(curves).gap == pytest.approx(0.1)
+    assert few.chance == pytest.approx((0.598, 0.858), abs=1e-3)  # The Wilson interval of 30 of 40.
+    assert many.chance is judge_fit(curves).chance is None
+    assert explain_fit(few, curves, Config())[0].endswith(
+        "But training accuracy is 10.0 points higher than validation accuracy. With so few validation images this may be "
+        "chance: the 95% interval of validation accuracy is 59.8% to 85.8%."
+    )
+    assert "begins to memorize" in explain_fit(many, curves, Config())[0]
+    assert judge_fit(history([0.9], [0.5], [0.9]), 0).chance is None
+
+
 def test_a_network_that_learns_nothing_has_a_sentence_of_its_own():
     curves = history([0.1, 0.1, 0.1], [0.1, 0.1, 0.1], [2.30, 2.34, 2.5], train_loss=(2.303, 2.302, 2.30))
     fit = judge_fit(curves)
