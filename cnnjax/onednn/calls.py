@@ -96,8 +96,8 @@ def kernel_grad(
 
     Without groups, kernel_grad.c computes it instead of oneDNN in two cases:
     - on a processor with AVX2 but without AVX-512, if J * C2 is at least 6;
-    - on a processor with AMX, for bfloat16 and a stride of 1, if C is at least 32, K at least 16, and the output has rows
-      of at most 24 pixels, and at least a quarter of the image's pixels.
+    - on a processor with AMX, for bfloat16 and a stride of 1, if C is at least 32, K at least 16, and the output has
+      rows of at most 24 pixels, and at least a quarter of the image's pixels.
 
     Args:
       image, g: of one dtype.

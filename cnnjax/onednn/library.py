@@ -133,7 +133,8 @@ def _open(library: Path, headers: Path) -> ctypes.CDLL:
       OSError: there is no compiler, or the result cannot be loaded.
       subprocess.CalledProcessError: the compiler failed.
     """
-    # Without contraction, the bits do not depend on the compiler, if it knows the processor's instructions. GCC prefers vectors of 256 bits, which are slower.
+    # Without contraction, the bits do not depend on the compiler, if it knows the processor's instructions. GCC prefers
+    # vectors of 256 bits, which are slower.
     options = ["-O3", "-ffp-contract=off", "-shared", "-fPIC", "-std=gnu11"]
     options += [f"-I{headers}", f"-I{jax.ffi.include_dir()}"]
     native = ["-march=native", "-mprefer-vector-width=512"]

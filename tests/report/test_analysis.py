@@ -153,8 +153,8 @@ def test_a_gap_that_may_be_chance_is_called_so():
     assert few.chance == pytest.approx((0.598, 0.858), abs=1e-3)  # The Wilson interval of 30 of 40.
     assert many.chance is judge_fit(curves).chance is None
     assert explain_fit(few, curves, Config())[0].endswith(
-        "But training accuracy is 10.0 points higher than validation accuracy. With so few validation images this may be "
-        "chance: the 95% interval of validation accuracy is 59.8% to 85.8%."
+        "But training accuracy is 10.0 points higher than validation accuracy. With so few validation images this may "
+        "be chance: the 95% interval of validation accuracy is 59.8% to 85.8%."
     )
     assert "begins to memorize" in explain_fit(many, curves, Config())[0]
     assert judge_fit(history([0.9], [0.5], [0.9]), 0).chance is None
