@@ -4,8 +4,7 @@
 // The padded images of a part form one stream of pixels, the grid. Neighboring rows share a border of zeros, and so do
 // neighboring images. So the pixel that an output meets at a row and column of the kernel has a fixed distance from it,
 // and the gradient there is a matrix product over the grid: [C P] · [P K]. Where the grid has no output, the gradient
-// of the output is zero. (These zeros make the whole gradient of a channel nan if one of its values is infinite or
-// nan.)
+// of the output is zero. So one infinite or nan value of a channel makes its whole gradient nan.
 
 #if defined(__AMX_BF16__) && defined(__AVX512BW__)
 #define HAS_AMX_KERNEL_GRAD

@@ -162,6 +162,11 @@ typedef struct {
   dnnl_primitive_t primitive;
   dnnl_primitive_desc_t desc;
   dnnl_memory_desc_t image, kernel, result;  // Of a matmul: a, b and their product. A convolution has no `kernel`.
+  // Of a convolution: the layout of its kernel that oneDNN prefers, which depends on the number of images; owned by
+  // `desc`. The reorder is between this layout and that of the program. For the gradient of a kernel, that of the
+  // second part is to the layout of the first. It is NULL for the second part if the layouts are the same.
+  const_dnnl_memory_desc_t inner_kernel;
+  dnnl_primitive_t reorder;
   const_dnnl_memory_desc_t scratch;
   size_t scratch_size;
 } Part;
@@ -178,9 +183,7 @@ typedef struct {
   size_t image_step, kernel_step, result_step;  // Bytes from one image, row or column to the next.
   // Of a convolution:
   dnnl_memory_desc_t outer_kernel, bias;  // [I J C K] of the program.
-  const_dnnl_memory_desc_t inner_kernel;  // In the layout that oneDNN prefers; owned by parts[0].
-  size_t kernel_size, bias_size;          // Bytes.
-  dnnl_primitive_t reorder;               // Between the layouts of the kernel.
+  size_t kernel_size, bias_size;          // Bytes of each copy of a kernel, and of its bias.
   Work* kernel_grad;                      // A function of kernel_grad.c, or NULL: the gradient is oneDNN's.
   int64_t image_shape[4], kernel_shape[4], result_shape[4], sum_shape[4];
 } Site;
@@ -275,19 +278,25 @@ static dnnl_status_t create_part(Site* site, Part* part, const Buffers* buffers,
   if (!status) status = describe_kernel(&forward_kernel, buffers->kernel, groups, dtype(buffers->image));
   if (!status)
     status = describe_kernel(&any, buffers->kernel, groups, kind == KERNEL_GRAD ? dnnl_f32 : dtype(buffers->image));
-  if (!status) {  // Both parts use one layout.
-    const_dnnl_memory_desc_t kernel = site->inner_kernel ? site->inner_kernel : any;
-    status = create_desc(site, part, kernel, kind == FORWARD ? kernel : forward_kernel, attr);
-  }
+  if (!status) status = create_desc(site, part, any, kind == FORWARD ? any : forward_kernel, attr);
   dnnl_memory_desc_destroy(forward_kernel);
   dnnl_memory_desc_destroy(any);
   dnnl_primitive_attr_destroy(attr);
   TRY(status);
-  if (!site->inner_kernel) {
-    dnnl_query_t query = kind == KERNEL_GRAD ? dnnl_query_diff_weights_md : dnnl_query_weights_md;
-    site->inner_kernel = dnnl_primitive_desc_query_md(part->desc, query, 0);
-  }
+  dnnl_query_t query = kind == KERNEL_GRAD ? dnnl_query_diff_weights_md : dnnl_query_weights_md;
+  part->inner_kernel = dnnl_primitive_desc_query_md(part->desc, query, 0);
+  size_t size = (dnnl_memory_desc_get_size(part->inner_kernel) + 63) / 64 * 64;  // So that each copy is aligned.
+  if (site->kernel_size < size) site->kernel_size = size;
   return create_primitive(part);
+}
+
+static dnnl_status_t create_reorder(dnnl_primitive_t* primitive, const_dnnl_memory_desc_t from,
+                                    const_dnnl_memory_desc_t to) {
+  dnnl_primitive_desc_t desc;
+  TRY(dnnl_reorder_primitive_desc_create(&desc, from, engine, to, engine, NULL));
+  dnnl_status_t status = dnnl_primitive_create(primitive, desc);
+  dnnl_primitive_desc_destroy(desc);
+  return status;
 }
 
 static dnnl_status_t create_convolution(Site* site, const Buffers* buffers) {
@@ -300,16 +309,17 @@ static dnnl_status_t create_convolution(Site* site, const Buffers* buffers) {
     site->bias_size = dnnl_memory_desc_get_size(site->bias);
   }
   if (site->kernel_grad) return dnnl_success;
-  TRY(create_part(site, &site->parts[0], buffers, site->part_size));
-  if (site->rest != site->part_size) TRY(create_part(site, &site->parts[1], buffers, site->rest));
-  site->kernel_size = (dnnl_memory_desc_get_size(site->inner_kernel) + 63) / 64 * 64;  // So that each copy is aligned.
+  site->kernel_size = 0;
+  Part *first = &site->parts[0], *second = &site->parts[1];
+  TRY(create_part(site, first, buffers, site->part_size));
   TRY(describe_kernel(&site->outer_kernel, buffers->kernel, site->config.groups, dnnl_data_type_undef));
-  dnnl_primitive_desc_t reorder;
-  TRY(dnnl_reorder_primitive_desc_create(&reorder, out ? site->inner_kernel : site->outer_kernel, engine,
-                                         out ? site->outer_kernel : site->inner_kernel, engine, NULL));
-  dnnl_status_t status = dnnl_primitive_create(&site->reorder, reorder);
-  dnnl_primitive_desc_destroy(reorder);
-  return status;
+  TRY(create_reorder(&first->reorder, out ? first->inner_kernel : site->outer_kernel,
+                     out ? site->outer_kernel : first->inner_kernel));
+  if (site->rest == site->part_size) return dnnl_success;
+  TRY(create_part(site, second, buffers, site->rest));
+  if (dnnl_memory_desc_equal(second->inner_kernel, first->inner_kernel)) return dnnl_success;
+  return create_reorder(&second->reorder, out ? second->inner_kernel : site->outer_kernel,
+                        out ? first->inner_kernel : second->inner_kernel);
 }
 
 // Describes m × n values of a matrix that has `rows` rows and `columns` columns, or as many columns and rows if it is
@@ -398,14 +408,12 @@ static void destroy_contents(Site* site) {
     dnnl_memory_desc_destroy(part->image);
     dnnl_memory_desc_destroy(part->kernel);
     dnnl_memory_desc_destroy(part->result);
+    dnnl_primitive_destroy(part->reorder);
     *part = (Part){0};
   }
-  dnnl_primitive_destroy(site->reorder);
   dnnl_memory_desc_destroy(site->outer_kernel);
   dnnl_memory_desc_destroy(site->bias);
-  site->reorder = NULL;
   site->outer_kernel = site->bias = NULL;
-  site->inner_kernel = NULL;
 }
 
 static void destroy(void* pointer) {
@@ -437,27 +445,40 @@ static dnnl_status_t execute(dnnl_primitive_t primitive, int count, const Argume
   return status;
 }
 
+static dnnl_status_t reorder(dnnl_primitive_t primitive, const_dnnl_memory_desc_t from, void* in,
+                             const_dnnl_memory_desc_t to, void* out) {
+  Argument arguments[] = {{DNNL_ARG_FROM, from, in}, {DNNL_ARG_TO, to, out}};
+  return execute(primitive, 2, arguments);
+}
+
 static dnnl_status_t compute_part(const void* pointer, int64_t i) {
   const Call* call = pointer;
   const Site* site = call->site;
   const Part* part = &site->parts[(i + 1) * site->part_size > site->length];
   int64_t kind = site->config.kind, first = i * site->part_size, own = kind == KERNEL_GRAD ? i : 0;
-  bool forward = kind == FORWARD || kind == MATMUL;
+  bool forward = kind == FORWARD || kind == MATMUL, is_other = part != site->parts && part->reorder;
   Workspace* space = workspace();
-  void* scratch = space && part->scratch_size ? reserve(&space->scratch, part->scratch_size) : NULL;
-  if (!space || (part->scratch_size && !scratch)) return dnnl_out_of_memory;
+  size_t sum_size = is_other && kind == KERNEL_GRAD ? site->kernel_size : 0, scratch_size = part->scratch_size;
+  char* scratch = space && sum_size + scratch_size ? reserve(&space->scratch, sum_size + scratch_size) : NULL;
+  if (!space || (sum_size + scratch_size && !scratch)) return dnnl_out_of_memory;
+  char* kernel = call->kernel + first * site->kernel_step + own * site->kernel_size;
+  char* used = kernel;
+  if (is_other) used = kind == KERNEL_GRAD ? scratch : call->kernel + site->kernel_size;
+  scratch = scratch_size ? scratch + sum_size : NULL;
   // oneDNN 3.2 reads bfloat16 scratch memory that it never wrote, if the stride is larger than the image.
-  if (scratch && kind == KERNEL_GRAD && site->config.stride > 1) memset(scratch, 0, part->scratch_size);
+  if (scratch && kind == KERNEL_GRAD && site->config.stride > 1) memset(scratch, 0, scratch_size);
   Argument arguments[MAX_ARGUMENTS] = {
       {kind == IMAGE_GRAD ? DNNL_ARG_DIFF_SRC : DNNL_ARG_SRC, part->image, call->image + first * site->image_step},
       {forward ? DNNL_ARG_DST : DNNL_ARG_DIFF_DST, part->result, call->result + first * site->result_step},
-      {kind == KERNEL_GRAD ? DNNL_ARG_DIFF_WEIGHTS : DNNL_ARG_WEIGHTS, part->kernel ? part->kernel : site->inner_kernel,
-       call->kernel + first * site->kernel_step + own * site->kernel_size},
+      {kind == KERNEL_GRAD ? DNNL_ARG_DIFF_WEIGHTS : DNNL_ARG_WEIGHTS, part->kernel ? part->kernel : part->inner_kernel,
+       used},
       {forward ? DNNL_ARG_BIAS : DNNL_ARG_DIFF_BIAS, site->bias,
        call->bias ? call->bias + own * site->bias_size : NULL},
       {DNNL_ARG_SCRATCHPAD, part->scratch, scratch},
   };
-  return execute(part->primitive, MAX_ARGUMENTS, arguments);
+  TRY(execute(part->primitive, MAX_ARGUMENTS, arguments));
+  if (!sum_size) return dnnl_success;
+  return reorder(part->reorder, part->inner_kernel, used, site->parts[0].inner_kernel, kernel);
 }
 
 #define NUM_RANGES 8
@@ -476,15 +497,6 @@ static dnnl_status_t add_range(const void* pointer, int64_t range) {
   return dnnl_success;
 }
 
-static dnnl_status_t reorder(const Site* site, void* inner, void* outer) {
-  bool out = site->config.kind == KERNEL_GRAD;
-  Argument arguments[] = {
-      {out ? DNNL_ARG_FROM : DNNL_ARG_TO, site->inner_kernel, inner},
-      {out ? DNNL_ARG_TO : DNNL_ARG_FROM, site->outer_kernel, outer},
-  };
-  return execute(site->reorder, 2, arguments);
-}
-
 // Copies the sum of all parts, without the channels that only fill blocks.
 static void copy_sum(const Site* site, const float* sum, float* kernel) {
   const int64_t *shape = site->kernel_shape, *from = site->sum_shape;
@@ -498,14 +510,18 @@ static dnnl_status_t compute(const XLA_FFI_CallFrame* frame, const Site* site, c
     Call call = {site, buffers->image->data, buffers->kernel->data, NULL, buffers->result->data};
     return in_parts(frame, site->num_parts, compute_part, &call);
   }
-  int64_t kind = site->config.kind, copies = kind == KERNEL_GRAD ? site->num_parts : 1;
+  const Part *first = &site->parts[0], *second = &site->parts[1];
+  int64_t kind = site->config.kind, copies = kind == KERNEL_GRAD ? site->num_parts : second->reorder ? 2 : 1;
   size_t biases = kind == KERNEL_GRAD ? copies * site->bias_size : 0;
   Workspace* space = workspace();
   char* kernel = space ? reserve(&space->kernel, copies * site->kernel_size + biases) : NULL;
   if (!kernel) return dnnl_out_of_memory;
   Call call = {site, buffers->image->data, kernel, buffers->bias ? buffers->bias->data : NULL, buffers->result->data};
   if (kind != KERNEL_GRAD) {
-    TRY(reorder(site, kernel, buffers->kernel->data));
+    void* outer = buffers->kernel->data;
+    TRY(reorder(first->reorder, site->outer_kernel, outer, first->inner_kernel, kernel));
+    if (second->reorder)
+      TRY(reorder(second->reorder, site->outer_kernel, outer, second->inner_kernel, kernel + site->kernel_size));
     return in_parts(frame, site->num_parts, compute_part, &call);
   }
   if (buffers->bias) call.bias = kernel + copies * site->kernel_size;
@@ -517,7 +533,8 @@ static dnnl_status_t compute(const XLA_FFI_CallFrame* frame, const Site* site, c
     for (int64_t part = 0; part < copies; part++)
       for (int64_t i = 0; i < buffers->bias->dims[0]; i++) sum[i] += ((float*)(call.bias + part * site->bias_size))[i];
   }
-  if (!site->kernel_grad) return reorder(site, kernel, buffers->kernel->data);
+  if (!site->kernel_grad)
+    return reorder(first->reorder, first->inner_kernel, kernel, site->outer_kernel, buffers->kernel->data);
   copy_sum(site, (float*)kernel, buffers->kernel->data);
   return dnnl_success;
 }

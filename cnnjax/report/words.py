@@ -58,13 +58,21 @@ def explain_fit(fit: Fit, history: Mapping[str, np.ndarray], config: Config) -> 
         ]
     lowest = float(np.nanmin(history["validation_loss"]))
     ends = f"it ends at {last['validation_loss']:.4f}, and is lowest ({lowest:.4f}) after epoch {fit.lowest}"
+    doubt = ""
+    if fit.chance:
+        low, high = fit.chance
+        doubt = (
+            ", which may be chance with so few validation images (the 95% interval of validation accuracy is "
+            f"{low:.1%} to {high:.1%})"
+        )
     if start := _explain_start(fit, history):
         lines = start
     elif fit.over_fitted:
+        over_fits = "seems to over-fit" if doubt else "over-fits"
         lines = [
-            f"This run over-fits from epoch {fit.lowest + 1} on. Its validation loss is lowest after epoch "
+            f"This run {over_fits} from epoch {fit.lowest + 1} on. Its validation loss is lowest after epoch "
             f"{fit.lowest} ({lowest:.4f}) and ends at {last['validation_loss']:.4f}, while the network keeps improving "
-            "on its training images: it memorizes them. Dropout, augmentation, weight decay, more images, or "
+            f"on its training images: it memorizes them{doubt}. Dropout, augmentation, weight decay, more images, or "
             "fewer epochs reduce this."
         ]
     elif fit.rises:
@@ -75,16 +83,10 @@ def explain_fit(fit: Fit, history: Mapping[str, np.ndarray], config: Config) -> 
         ]
     elif (gap := fit.gap or 0.0) > GAP:
         where = f"it is lowest at the end ({lowest:.4f})" if fit.lowest == epoch else ends
-        meaning = ": the network begins to memorize its training images."
-        if fit.chance:
-            low, high = fit.chance
-            meaning = (
-                ". With so few validation images this may be chance: the 95% interval of validation accuracy is "
-                f"{low:.1%} to {high:.1%}."
-            )
+        meaning = doubt or ": the network begins to memorize its training images"
         lines = [
             f"The validation loss has not risen clearly yet: {where}. But training accuracy is {100 * gap:.1f} points "
-            f"higher than validation accuracy{meaning}"
+            f"higher than validation accuracy{meaning}."
         ]
     elif fit.above:
         lines = [

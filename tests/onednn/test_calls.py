@@ -130,6 +130,37 @@ def test_gradients_of_kernels_are_those_of_amx_where_these_are_faster():
     assert found == {(case[0][3], case[2]) for case in OTHER_BFLOAT16_KERNEL_GRADS}
 
 
+@pytest.mark.skipif(not library.kernels().bfloat16, reason="the processor has no bfloat16")
+def test_a_last_part_of_another_size_has_fast_kernels_and_the_right_values():
+    """Its preferred layout may be another one: oneDNN has only reference kernels for that of the other parts."""
+    code = """if True:
+        import jax.numpy as jnp
+        import numpy as np
+        from cnnjax.onednn import calls
+        rng = np.random.default_rng(0)
+        for size, channels, stride in ((15, 256, 1), (15, 256, 2), (32, 48, 1)):
+            image = jnp.asarray(rng.normal(size=(27, size, size, 64)), jnp.bfloat16)
+            kernel = jnp.asarray(rng.normal(size=(3, 3, 64, channels)), jnp.bfloat16)
+            options = {"padding": ((1, 1), (1, 1)), "stride": stride}
+            y = calls.convolution(image, kernel, **options)
+            grads = [calls.image_grad(g, kernel, size=(size, size), **options) for g in (y, y[24:])]
+            kernel_grad = [calls.kernel_grad(image[i], y[i], size=(3, 3), **options)[0] for i in np.s_[:, :24, 24:]]
+            for found, expected in (
+                (y[24:], calls.convolution(image[24:], kernel, **options)),
+                (grads[0][24:], grads[1]),
+                (kernel_grad[0], kernel_grad[1] + kernel_grad[2]),
+            ):
+                found, expected = (np.asarray(x, np.float32) for x in (found, expected))
+                np.testing.assert_allclose(found, expected, rtol=0.02, atol=2e-3 * np.abs(expected).max())
+    """
+    environment = {**os.environ, "ONEDNN_VERBOSE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if ",convolution," in line]
+    assert {re.search(r"mb(\d+)_", line)[1] for line in lines} >= {"4", "3"}
+    assert not [line for line in lines if ",ref" in line]
+
+
 def test_gradients_of_wrong_shapes_are_errors():
     image, kernel_grad = jnp.ones((2, 5, 4, 8)), partial(calls.kernel_grad, size=(3, 3))
     for g, padding in ((jnp.ones((2, 5, 5, 8)), SAME), (jnp.ones((2, 1, 2, 8)), ((-1, -1), (0, 0)))):

@@ -153,9 +153,13 @@ def test_a_gap_that_may_be_chance_is_called_so():
     assert few.chance == pytest.approx((0.598, 0.858), abs=1e-3)  # The Wilson interval of 30 of 40.
     assert many.chance is judge_fit(curves).chance is None
     assert explain_fit(few, curves, Config())[0].endswith(
-        "But training accuracy is 10.0 points higher than validation accuracy. With so few validation images this may "
-        "be chance: the 95% interval of validation accuracy is 59.8% to 85.8%."
+        "But training accuracy is 10.0 points higher than validation accuracy, which may be chance with so few "
+        "validation images (the 95% interval of validation accuracy is 59.8% to 85.8%)."
     )
+    rises = history([0.5, 0.8, 0.8, 0.85], [0.5, 0.7, 0.7, 0.75], [0.9, 0.5, 0.8, 0.8], train_loss=(0.9, 0.5, 0.3, 0.1))
+    first = explain_fit(judge_fit(rises, 40), rises, Config())[0]
+    assert first.startswith("This run seems to over-fit from epoch 3 on. ")
+    assert "it memorizes them, which may be chance with so few validation images (the 95% interval" in first
     assert "begins to memorize" in explain_fit(many, curves, Config())[0]
     assert judge_fit(history([0.9], [0.5], [0.9]), 0).chance is None
 
