@@ -149,7 +149,11 @@ def parse_train(experiment: Experiment, arguments: Sequence[str], prog: str | No
     """
     config, arguments = experiment.config, list(arguments)
     flags = {"--stream": "--stream=True", "--no-stream": "--stream=False"}  # tyro makes flags of plain booleans only.
-    arguments = [flags.get(argument, argument) for argument in arguments]
+    following = [*arguments, "-"][1:]  # It may also have a value, as --help shows.
+    arguments = [
+        flags.get(argument, argument) if after.startswith("-") else argument
+        for argument, after in zip(arguments, following, strict=True)
+    ]
     for part in PARTS:
         config = _choose(config, part, experiment.words(part), arguments)
     logs = sum(argument.partition("=")[0] == "--log" for argument in arguments)

@@ -186,6 +186,12 @@ def test_values_out_of_range(option, value, rule, capsys):
     assert rule in fails(capsys, option, value)
 
 
+def test_stream_is_a_flag_and_an_option_as_help_shows_it():
+    given = (["--stream"], ["--stream", "True"], ["--no-stream"], ["--stream", "False"], ["--stream", "None"], [])
+    streams = [parse_train(DEFAULTS, words).stream for words in given]
+    assert streams == [True, True, False, False, None, None]
+
+
 def test_a_value_that_belongs_to_no_option(capsys):
     message = "An argument must be an option or its value, got '46' after --profile 40. --help shows the form of each v"
     assert message in fails(capsys, "--profile", "40", "46")
