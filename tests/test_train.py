@@ -504,9 +504,7 @@ def test_a_speed_recipe_without_validation_is_resumed_to_the_bit_and_scored_with
     assert whole["best_epoch"] == 3 and whole["best_validation_accuracy"] is None
     assert whole["num_validation_examples"] == 0
     assert whole["sha256"]["params"] == whole["sha256"]["best_params"]
-    assert (
-        whole["test_loss"] < np.log(4) - 0.02
-    )  # Better than chance; 1.30 to 1.34, depending on the processor's rounding.
+    assert whole["test_loss"] < np.log(4) - 0.05  # Better than chance.
     with pytest.raises(Interrupted, match="the checkpoint of step 23 is saved"):
         # Within the second epoch, between the two batches of an update, between two lookaheads.
         train(config, run_dir=tmp_path / "run", report=Watch(stop_at=23))

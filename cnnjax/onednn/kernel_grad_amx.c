@@ -16,7 +16,7 @@
 #define TILE_DATA 18               // XFEATURE_XTILEDATA
 #define BLOCK 32                   // Channels, and pixels of one instruction.
 #define CHUNK 1024                 // Pixels of the grid that are copied at a time.
-#define LONGEST_ROW 24             // Of the output. For longer rows, oneDNN's is as fast.
+#define LONGEST_ROW 24             // Of the output. oneDNN computes those of longer rows.
 
 typedef struct {
   int64_t height, width;  // Of one image in the grid.

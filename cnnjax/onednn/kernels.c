@@ -162,9 +162,8 @@ typedef struct {
   dnnl_primitive_t primitive;
   dnnl_primitive_desc_t desc;
   dnnl_memory_desc_t image, kernel, result;  // Of a matmul: a, b and their product. A convolution has no `kernel`.
-  // Of a convolution: the layout of its kernel that oneDNN prefers, which depends on the number of images; owned by
-  // `desc`. The reorder is between this layout and that of the program. For the gradient of a kernel, that of the
-  // second part is to the layout of the first. It is NULL for the second part if the layouts are the same.
+  // Of a convolution: the layout of its kernel that oneDNN prefers, which depends on the number of images, owned by
+  // `desc`; and the reorder between it and the layout of the program, NULL if the first part has the same.
   const_dnnl_memory_desc_t inner_kernel;
   dnnl_primitive_t reorder;
   const_dnnl_memory_desc_t scratch;
@@ -278,7 +277,10 @@ static dnnl_status_t create_part(Site* site, Part* part, const Buffers* buffers,
   if (!status) status = describe_kernel(&forward_kernel, buffers->kernel, groups, dtype(buffers->image));
   if (!status)
     status = describe_kernel(&any, buffers->kernel, groups, kind == KERNEL_GRAD ? dnnl_f32 : dtype(buffers->image));
-  if (!status) status = create_desc(site, part, any, kind == FORWARD ? any : forward_kernel, attr);
+  if (!status) {  // All gradients of a kernel have one layout, because they are added.
+    const_dnnl_memory_desc_t first = site->parts[0].inner_kernel, kernel = kind == KERNEL_GRAD && first ? first : any;
+    status = create_desc(site, part, kernel, kind == FORWARD ? kernel : forward_kernel, attr);
+  }
   dnnl_memory_desc_destroy(forward_kernel);
   dnnl_memory_desc_destroy(any);
   dnnl_primitive_attr_destroy(attr);
@@ -318,8 +320,7 @@ static dnnl_status_t create_convolution(Site* site, const Buffers* buffers) {
   if (site->rest == site->part_size) return dnnl_success;
   TRY(create_part(site, second, buffers, site->rest));
   if (dnnl_memory_desc_equal(second->inner_kernel, first->inner_kernel)) return dnnl_success;
-  return create_reorder(&second->reorder, out ? second->inner_kernel : site->outer_kernel,
-                        out ? first->inner_kernel : second->inner_kernel);
+  return create_reorder(&second->reorder, site->outer_kernel, second->inner_kernel);
 }
 
 // Describes m × n values of a matrix that has `rows` rows and `columns` columns, or as many columns and rows if it is
@@ -456,29 +457,23 @@ static dnnl_status_t compute_part(const void* pointer, int64_t i) {
   const Site* site = call->site;
   const Part* part = &site->parts[(i + 1) * site->part_size > site->length];
   int64_t kind = site->config.kind, first = i * site->part_size, own = kind == KERNEL_GRAD ? i : 0;
-  bool forward = kind == FORWARD || kind == MATMUL, is_other = part != site->parts && part->reorder;
+  int64_t copy = part == &site->parts[1] && part->reorder ? 1 : own;
+  bool forward = kind == FORWARD || kind == MATMUL;
   Workspace* space = workspace();
-  size_t sum_size = is_other && kind == KERNEL_GRAD ? site->kernel_size : 0, scratch_size = part->scratch_size;
-  char* scratch = space && sum_size + scratch_size ? reserve(&space->scratch, sum_size + scratch_size) : NULL;
-  if (!space || (sum_size + scratch_size && !scratch)) return dnnl_out_of_memory;
-  char* kernel = call->kernel + first * site->kernel_step + own * site->kernel_size;
-  char* used = kernel;
-  if (is_other) used = kind == KERNEL_GRAD ? scratch : call->kernel + site->kernel_size;
-  scratch = scratch_size ? scratch + sum_size : NULL;
+  void* scratch = space && part->scratch_size ? reserve(&space->scratch, part->scratch_size) : NULL;
+  if (!space || (part->scratch_size && !scratch)) return dnnl_out_of_memory;
   // oneDNN 3.2 reads bfloat16 scratch memory that it never wrote, if the stride is larger than the image.
-  if (scratch && kind == KERNEL_GRAD && site->config.stride > 1) memset(scratch, 0, scratch_size);
+  if (scratch && kind == KERNEL_GRAD && site->config.stride > 1) memset(scratch, 0, part->scratch_size);
   Argument arguments[MAX_ARGUMENTS] = {
       {kind == IMAGE_GRAD ? DNNL_ARG_DIFF_SRC : DNNL_ARG_SRC, part->image, call->image + first * site->image_step},
       {forward ? DNNL_ARG_DST : DNNL_ARG_DIFF_DST, part->result, call->result + first * site->result_step},
       {kind == KERNEL_GRAD ? DNNL_ARG_DIFF_WEIGHTS : DNNL_ARG_WEIGHTS, part->kernel ? part->kernel : part->inner_kernel,
-       used},
+       call->kernel + first * site->kernel_step + copy * site->kernel_size},
       {forward ? DNNL_ARG_BIAS : DNNL_ARG_DIFF_BIAS, site->bias,
        call->bias ? call->bias + own * site->bias_size : NULL},
       {DNNL_ARG_SCRATCHPAD, part->scratch, scratch},
   };
-  TRY(execute(part->primitive, MAX_ARGUMENTS, arguments));
-  if (!sum_size) return dnnl_success;
-  return reorder(part->reorder, part->inner_kernel, used, site->parts[0].inner_kernel, kernel);
+  return execute(part->primitive, MAX_ARGUMENTS, arguments);
 }
 
 #define NUM_RANGES 8
