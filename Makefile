@@ -69,15 +69,17 @@ QUOTED_DATASET = '$(subst ','\'',$(DATASET))'
 QUOTED_EXPERIMENT = '$(subst ','\'',$(EXPERIMENT))'
 GIVEN_DATASET = $(if $(or $(filter file,$(origin DATASET)),$(filter file,$(origin EXPERIMENT))),,--dataset $(QUOTED_DATASET))
 train-distributed: override export ARGS := --processes $(PROCESSES) $(ARGS)
+# The default seed is none of --seeds; a seed that is given, too, is an error.
+GIVEN_SEED = $(if $(and $(findstring --seeds,$(ARGS)),$(filter file,$(origin SEED))),,--seed $(SEED))
 train train-distributed: export CNNJAX_MAKE = $(OWN)$(if $(filter-out $(CURDIR),$(realpath $(PWD))), -C)
 
 # An experiment file if there is one, else the defaults with the network that MODEL names. With `exec` a signal
 # to make reaches the training from any shell.
 train train-distributed: setup
 ifneq ($(if $(filter file,$(origin EXPERIMENT)),$(wildcard experiments/$(subst $() ,\ ,$(EXPERIMENT)).py),named),)
-	@exec $(BIN)/cnnjax train $(QUOTED_EXPERIMENT) $(GIVEN_DATASET) --seed $(SEED) $(ARGS)
+	@exec $(BIN)/cnnjax train $(QUOTED_EXPERIMENT) $(GIVEN_DATASET) $(GIVEN_SEED) $(ARGS)
 else
-	@exec $(BIN)/cnnjax train --dataset $(QUOTED_DATASET) --model '$(subst ','\'',$(MODEL))' --seed $(SEED) $(ARGS)
+	@exec $(BIN)/cnnjax train --dataset $(QUOTED_DATASET) --model '$(subst ','\'',$(MODEL))' $(GIVEN_SEED) $(ARGS)
 endif
 
 QUOTED_RUN = '$(subst ','\'',$(RUN))'

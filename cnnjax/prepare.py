@@ -186,7 +186,13 @@ def set_up(
     setup = Setup(
         config=config,
         dataset=dataset,
-        facts=make_facts(dataset, standardization, None if weights is None else weights.sha256),
+        facts=make_facts(
+            dataset,
+            standardization,
+            None if weights is None else weights.sha256,
+            num_examples,
+            len(validation.label),
+        ),
         batch_size=batch_size,
         balanced_label=train.label if config.sampling == "balanced" else None,
         train=train_pixels,

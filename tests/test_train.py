@@ -190,7 +190,7 @@ def test_a_run_equals_a_loop_by_hand(whole_research):
     # Three epochs, three kinds of best: otherwise a wrong choice would not show.
     assert np.argmax([row[3] for row in rows]) == 0 and np.argmax([row[1] for row in rows]) == 1
     assert result["best_epoch"] == 1 and result["best_validation_accuracy"] == rows[0][3]
-    assert result["num_validation_examples"] == len(y_train[held_out])
+    assert read_record(run_dir).data.num_validation_examples == len(y_train[held_out])
     mirrored = (logits_of(states[0], test) + logits_of(states[0], test[:, :, ::-1])) / 2
     assert (result["test_loss"], result["test_accuracy"]) == scores(mirrored, y_test)
     assert result["test_loss"] != scores(logits_of(states[0], test), y_test)[0]
@@ -502,7 +502,7 @@ def test_a_speed_recipe_without_validation_is_resumed_to_the_bit_and_scored_with
     whole = train(config, run_dir=tmp_path / "whole")
     assert steps._cache_size() == compiled + 1  # On a CPU, frozen parameters are not worth another program.
     assert whole["best_epoch"] == 3 and whole["best_validation_accuracy"] is None
-    assert whole["num_validation_examples"] == 0
+    assert read_record(tmp_path / "whole").data.num_validation_examples == 0
     assert whole["sha256"]["params"] == whole["sha256"]["best_params"]
     assert whole["test_loss"] < np.log(4) - 0.05  # Better than chance.
     with pytest.raises(Interrupted, match="the checkpoint of step 23 is saved"):

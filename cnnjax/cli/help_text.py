@@ -18,8 +18,8 @@ _ITEM = re.compile(r"\s*([-*•]|\d+\.)\s")  # Begins an item of a list.
 class _Readable:
     """A rule of tyro for the help on the fields of a dataclass.
 
-    Joins the lines of a paragraph, except the items of a list: tyro keeps indented lines apart. Of the types that
-    `_metavar` knows, a default of None is shown only if the field has no docstring.
+    Joins the lines of a paragraph, except the items of a list: tyro keeps indented lines apart. A default of (), or of
+    None if `_metavar` knows the type, is shown only if the field has no docstring.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class _Readable:
 def _readable(field: StructFieldSpec) -> StructFieldSpec:
     kind, text = field.type, partial(_join, field.helptext)
     metavar = _metavar(kind)
-    if field.default is not None or metavar is None:
+    if field.default != () and (field.default is not None or metavar is None):
         return dataclasses.replace(field, helptext=text)
 
     # tyro appends a hint to the text, here its last word: after an empty one the space might wrap into a blank row.

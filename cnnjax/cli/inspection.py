@@ -135,7 +135,7 @@ class Reproduce:
     run: Positional[RunDir]
     """The run directory."""
     run_dir: Path | None = None
-    """The run directory of the new run; RUN-reproduced by default."""
+    """The run directory of the new run; reproduced-RUN next to it by default."""
     data_dir: Path | None = None
     """The tfds directory; $TFDS_DATA_DIR or ~/tensorflow_datasets by default."""
     resume: bool = False
@@ -152,7 +152,7 @@ class Reproduce:
         take_cores(self.run)
         use_compilation_cache(Report().say)
         run = self.run if self.run.name not in ("", "..") else self.run.resolve()
-        into = expand(self.run_dir) or run.parent / f"{run.name}-reproduced"
+        into = expand(self.run_dir) or run.parent / f"reproduced-{run.name}"
         config = config_of(self.run, self.experiment)
         found = reproduce(self.run, config, into=into, data_dir=self.data_dir, resume=self.resume, report=Report())
         verdict = "the same, bit for bit" if found.same else "not the same"

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -47,6 +48,8 @@ class Eval:
     """The test-time augmentation; by default that of each run, and none for validation."""
     ensemble: tuple[Path, ...] = ()
     """More run directories: score the mean of the probabilities of all runs."""
+    json: bool = False
+    """Print a JSON object instead: the scores, those of each class, and the confusion matrix (up to 300 classes)."""
     data_dir: Path | None = None
     """The tfds directory; $TFDS_DATA_DIR or ~/tensorflow_datasets by default."""
     experiment: str | None = None
@@ -81,7 +84,7 @@ class Eval:
         names = runs[0].facts.class_names
         files = find_labelled(data, names)
         if files.split is not None:
-            print(f"Scoring the {files.split} split of {data}.")
+            print(f"Scoring the {files.split} split of {data}.", file=sys.stderr if self.json else sys.stdout)
         missing = [printable(name) for k, name in enumerate(names) if k not in {*files.labels}]
         if missing:
             more = f" and {len(missing) - 10:,} more" if missing[10:] else ""
@@ -108,12 +111,25 @@ class Eval:
 
         names = runs[0].facts.class_names
         classes, matrix = class_scores(scores.confusion, len(names)), confusion_matrix(scores.confusion, len(names))
+        low, high = wilson_interval(scores.accuracy, scores.num_examples)
+        if self.json:
+            values = {
+                "runs": [str(run.run_dir) for run in runs],
+                "images": what,
+                "num_examples": scores.num_examples,
+                "accuracy": scores.accuracy,
+                "accuracy_interval": [low, high],
+                "balanced_accuracy": scores.balanced_accuracy,
+                "loss": scores.loss if math.isfinite(scores.loss) else None,
+                "classes": classes.rows(names),
+                "confusion_matrix": matrix,
+            }
+            return print(json.dumps(values))
         for line in class_lines(classes.rows(names), matrix, classes.means(), rest):
             print(line)
         uneven = is_uneven(classes.num_examples.tolist())
         of_runs = ", ".join(f"{run.run_dir}{'' if run.result else ', which is not finished'}" for run in runs)
         score = accuracies(scores.accuracy, scores.balanced_accuracy, uneven)
-        low, high = wilson_interval(scores.accuracy, scores.num_examples)
         print(
             f"{printable(what)} {score}, loss {scores.loss:z.4f}, on {images}; 95% interval of the accuracy {low:.2%} "
             f"to {high:.2%} ({of_runs})"
@@ -130,7 +146,7 @@ class Predict:
 
     run: Positional[RunDir]
     """The run directory."""
-    images: Positional[Annotated[tuple[str, ...], arg(metavar="IMAGE ...")]]
+    images: Positional[Annotated[tuple[str, ...], arg(metavar="IMAGE ...", help_behavior_hint="(required)")]]
     """Image files; folders, which are searched at any depth; quoted patterns, such as "photos/**/*.jpg"; - reads names
     of files from standard input, one per line or each ended by NUL. Put -- before a name that begins with a hyphen."""
     top: int = 3

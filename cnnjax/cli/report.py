@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from cnnjax.cli.tables import printable
 from cnnjax.errors import UserError
@@ -24,7 +24,7 @@ class WriteReport:
     Runs that differ only in their seed are shown as one group. Prints the path of the file.
     """
 
-    runs: Positional[tuple[Path, ...]]
+    runs: Positional[Annotated[tuple[Path, ...], arg(metavar="RUN ...", help_behavior_hint="(required)")]]
     """The run directories."""
     path: Path | None = None
     """The file; RUN/report.html for one run, report.html in the working directory for several, by default."""

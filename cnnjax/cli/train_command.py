@@ -160,6 +160,8 @@ def parse_train(experiment: Experiment, arguments: Sequence[str], prog: str | No
     check("--log", "given once, with all names", logs < 2, f"{logs} times")
     if several := re.search(r"(?<!\S)--seed[= ](\d+[:,]\S*)", " ".join(arguments)):
         check("seed", "one number", False, f"{several[1]}. Several seeds are --seeds {several[1]}")
+    given = {argument.partition("=")[0] for argument in arguments}
+    check("seed", "left out with --seeds", not {"--seed", "--seeds"} <= given, "both")
     words = "\n".join(f"--{part} {'|'.join(experiment.words(part))}" for part in PARTS)
     classes = f"The classes of network, optimizer and augmentation, whose options follow:\n{words}"
     description = f"{inspect.getdoc(command)}\n\n{classes}"
@@ -173,8 +175,7 @@ def parse_train(experiment: Experiment, arguments: Sequence[str], prog: str | No
     train, unknown = tyro.cli(command, default=default, args=arguments, return_unknown_args=True, **options)
     if unknown:
         raise _unknown_option(unknown, arguments, [*_options(default)])
-    has_name = any(argument.partition("=")[0] == "--name" for argument in arguments)
-    if config.name and not has_name and train.config.dataset != config.dataset:
+    if config.name and "--name" not in given and train.config.dataset != config.dataset:
         named = dataclasses.replace(train.config, name=f"{config.name}_{train.config.dataset_word}")
         train = dataclasses.replace(train, config=named)
     return train
@@ -199,7 +200,8 @@ def _unknown_option(unknown: Sequence[str], arguments: Sequence[str], known: Seq
         before = arguments[:last]
         start = max((i for i, x in enumerate(before) if x.startswith("-")), default=len(before))
         got = repr(unknown[0]) + (f" after {shlex.join(before[start:])}" if before[start:] else "")
-        return UserError(f"An argument must be an option or its value, got {got}. --help shows the form of each value.")
+        fix = "--help shows the form of each value; quote one that contains spaces."
+        return UserError(f"An argument must be an option or its value, got {got}. {fix}")
     given = options[0].partition("=")[0]
     names: dict[str, list[str]] = {}
     for option in known:
@@ -309,7 +311,7 @@ def _image_size(info: Any) -> PrimitiveConstructorSpec[Any] | None:
 
     return PrimitiveConstructorSpec(
         nargs=(1, 2),
-        metavar="SIZE|HEIGHT WIDTH",
+        metavar="SIZE|HEIGHT WIDTH|HEIGHTxWIDTH",
         instance_from_str=make,
         is_instance=lambda x: x is None or isinstance(x, (int, tuple)),
         str_from_instance=lambda x: [*map(str, x)] if isinstance(x, tuple) else [str(x)],

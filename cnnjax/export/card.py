@@ -189,10 +189,16 @@ def _image_lines(run: Run, shape: str) -> list[str]:
 
 def _data(run: Run) -> Iterator[str]:
     facts, (height, width, channels) = run.facts, run.facts.image_shape
+    counts = {
+        "training": facts.num_train_examples,
+        "validation": facts.num_validation_examples,
+        "test": run.finished_result()["num_test_examples"],
+    }
+    parts = [f"{count:,} {name} images" for name, count in counts.items() if count]
     color = {1: "gray", 3: "color", 4: "color with alpha"}.get(channels, f"{channels} channels")
     yield _text(
         f"`{run.config.dataset_word}`, version {facts.version}: {height}×{width} pixels, {color}; "
-        f"{run.finished_result()['num_test_examples']:,} test images. SHA-256 of the pixels and labels:"
+        f"{', '.join(parts)}. SHA-256 of the pixels and labels:"
     )
     yield ""
     yield from (f"- {split}: `{sha256}`" for split, sha256 in facts.sha256.items())

@@ -7,7 +7,8 @@ import numpy as np
 from jaxtyping import Float, Int, Integer
 
 from cnnjax.class_scores import DIGITS
-from cnnjax.runs.statistics import wilson_interval
+from cnnjax.runs.schema import DataFacts
+from cnnjax.runs.statistics import difference_interval
 
 RISE, MARGIN = 1.05, 0.005  # A validation loss above its minimum by 5%, and by 0.005, has risen.
 FALL = 0.01  # A training loss that falls by less has not learned.
@@ -62,8 +63,8 @@ class Fit(NamedTuple):
       over_fitted: whether it rises, while the training loss has fallen since.
       flat: whether the training loss has hardly fallen since the first epoch.
       gap: the accuracy in training minus that in validation at the end; None if one is missing.
-      chance: the 95% interval of the accuracy in validation, if that in training is within it; else None. Then there
-        are too few validation images to tell the gap from chance.
+      chance: the 95% interval of the gap, if it includes 0; else None. Then there are too few images to tell the gap
+        from chance.
     """
 
     lowest: int | None
@@ -75,19 +76,20 @@ class Fit(NamedTuple):
     chance: tuple[float, float] | None
 
 
-def judge_fit(history: Mapping[str, np.ndarray], num_validation: int | None = None) -> Fit:
+def judge_fit(history: Mapping[str, np.ndarray], facts: DataFacts | None = None) -> Fit:
     """Returns what the learning curves in the history of a run say about over-fitting.
 
     Args:
-      num_validation: number of validation images; None if it is not known.
+      history: of at least one epoch.
+      facts: the numbers of images, which tell a gap from chance.
     """
     gap = chance = None
     if {"train_accuracy", "validation_accuracy"} <= history.keys():
         train, validation = (float(history[f"{part}_accuracy"][-1]) for part in ("train", "validation"))
         gap = None if np.isnan(train - validation) else train - validation
-        if gap is not None and num_validation:
-            low, high = wilson_interval(validation, num_validation)
-            chance = (low, high) if low <= train <= high else None
+        if gap is not None and facts and facts.num_train_examples and facts.num_validation_examples:
+            low, high = difference_interval(train, facts.num_train_examples, validation, facts.num_validation_examples)
+            chance = (low, high) if low <= 0 <= high else None
     train_loss = history["train_loss"]
     flat = len(train_loss) > 1 and bool(train_loss[0] - np.nanmin(train_loss[1:]) < FALL * abs(train_loss[0]))
     loss = history.get("validation_loss", np.array([]))

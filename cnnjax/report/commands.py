@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from cnnjax.cli.experiment import has_config
@@ -23,6 +24,18 @@ def command_for(run: Run, name: str, data_dir: Path | None = None) -> str:
     options = {"--experiment": experiment, "--data-dir": str(data_dir) if data_dir else _option(command, "--data-dir")}
     words = [word for option, value in options.items() if value is not None for word in (option, value)]
     return shlex.join(["cnnjax", name, str(run.run_dir), *words])
+
+
+def resume_command(command: Sequence[str]) -> str | None:
+    """Returns the command that resumes a run, or None if it was not trained by the command line.
+
+    Args:
+      command: of its last session.
+    """
+    for i, (program, name) in enumerate(pairwise(command)):
+        if Path(program).stem == "cnnjax" and name in ("train", "reproduce"):
+            return shlex.join(["cnnjax", *command[i + 1 :], *([] if "--resume" in command else ["--resume"])])
+    return None
 
 
 def _experiment(command: Sequence[str], files: Sequence[str]) -> str:

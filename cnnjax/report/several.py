@@ -2,14 +2,13 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from itertools import combinations
 from typing import Any, NamedTuple
 
 import altair as alt
 
 from cnnjax.report import figures, words
-from cnnjax.report.analysis import differing
+from cnnjax.report.analysis import Fit, differing, judge_fit
 from cnnjax.runs.files import flatten, show
 from cnnjax.runs.inspection import read_info
 from cnnjax.runs.manifest import DECISIVE, read_manifest
@@ -51,7 +50,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
             same[0].runs.append(run)
             continue
         session = read_manifest(run.run_dir)["sessions"][-1]
-        facts = {**config, "data": asdict(record.data), **{name: session.get(name) for name in DECISIVE}}
+        facts = {**config, "data": record.data.decisive(), **{name: session.get(name) for name in DECISIVE}}
         label = run.config.run_name.removesuffix(f"-seed{seed}")
         groups.append(Group(label, [run], flatten(facts)))
         keys.append(key)
@@ -86,6 +85,7 @@ def several_content(runs: Sequence[Run]) -> tuple[dict[str, Any], dict[str, Any]
         "runs": rows,
         "unfinished": [row["folder"] for row in rows if row["accuracy"] is None],
         "curves": found,
+        "fits": {label: text for label, group in of_label.items() if (text := words.explain_fits(_fits(group)))},
         "has_bands": any(len(group.runs) > 1 for group in groups),
         "scores": dots,
         "labels": [*of_label],
@@ -94,6 +94,10 @@ def several_content(runs: Sequence[Run]) -> tuple[dict[str, Any], dict[str, Any]
         "num_pairs": len(groups) * (len(groups) - 1) // 2,
     }
     return content, files
+
+
+def _fits(group: Group) -> list[Fit]:
+    return [judge_fit(run.history, run.facts) for run in group.runs if len(run.history.get("epoch", ()))]
 
 
 def _show(value: Any) -> str:

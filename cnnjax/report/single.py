@@ -21,7 +21,7 @@ from cnnjax.errors import UserError
 from cnnjax.report import charts, figures, images, words
 from cnnjax.report.activations import FeatureMap, feature_maps, first_filters
 from cnnjax.report.analysis import Shown, judge_fit, most_confident
-from cnnjax.report.commands import command_for
+from cnnjax.report.commands import command_for, resume_command
 from cnnjax.runs.files import flatten, show
 from cnnjax.runs.inspection import read_info
 from cnnjax.runs.manifest import read_manifest
@@ -81,7 +81,8 @@ def run_content(run: Run, data_dir: Path | None, warn: Say) -> tuple[dict[str, A
         "seed": run.config.seed,
         "tta": run.config.tta,
         "notes": [],
-        "reproduce": command_for(run, "reproduce"),
+        "reproduce": command_for(run, "reproduce") if run.result else None,
+        "resume": None if run.result else resume_command(manifest["sessions"][-1]["command"]),
         "sessions": [_session(session) for session in manifest["sessions"]],
         "config": _rows(record.config),
         "data": _rows(asdict(record.data)),
@@ -136,7 +137,7 @@ def _training(run: Run, files: dict[str, Any]) -> dict[str, Any]:
     history = run.history
     if "epoch" not in history:
         return {"curves": [], "fit": [], "seconds": None, "speed": None}
-    fit = judge_fit(history, (run.result or {}).get("num_validation_examples"))
+    fit = judge_fit(history, run.facts)
     found = figures.learning_curves(history, fit)
     drawn = [figure.draw(380) for figure in found]
     files["learning_curves"] = alt.hconcat(*drawn).resolve_scale(color="independent")

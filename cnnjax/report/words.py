@@ -1,6 +1,7 @@
 """The sentences of the report: what the numbers of a run mean."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import numpy as np
 from cnnjax.class_scores import Calibration
 from cnnjax.config import Config
 from cnnjax.losses import CrossEntropy
-from cnnjax.report.analysis import GAP, Fit
+from cnnjax.report.analysis import FALL, GAP, Fit
 from cnnjax.runs.statistics import wilson_interval
 
 CALIBRATED = 0.02  # A calibration that is off by less than 2 points needs no warning.
@@ -62,8 +63,8 @@ def explain_fit(fit: Fit, history: Mapping[str, np.ndarray], config: Config) -> 
     if fit.chance:
         low, high = fit.chance
         doubt = (
-            ", which may be chance with so few validation images (the 95% interval of validation accuracy is "
-            f"{low:.1%} to {high:.1%})"
+            ", which may be chance with so few images (the 95% interval of the difference between training and "
+            f"validation accuracy is {100 * low:.1f} to {100 * high:.1f} points)"
         )
     if start := _explain_start(fit, history):
         lines = start
@@ -109,11 +110,35 @@ def explain_fit(fit: Fit, history: Mapping[str, np.ndarray], config: Config) -> 
     return [*lines, *_scale_of_loss(history, config)]
 
 
+def explain_fits(fits: Sequence[Fit]) -> str:
+    """Returns what the learning curves of several runs say about over-fitting, or "" if none has validation."""
+    judged = [fit for fit in fits if fit.lowest is not None]
+    if not judged:
+        return ""
+    over_fitted = [fit for fit in judged if fit.over_fitted]
+    lines = ["No run clearly over-fits."]
+    if over_fitted:
+        doubt = ", which may be chance with so few images" if all(fit.chance for fit in over_fitted) else ""
+        lines = [
+            f"{len(over_fitted)} of {len(judged)} over-fit: the validation loss rises while the training loss "
+            f"falls{doubt}."
+        ]
+    gaps = [fit.gap for fit in judged if fit.gap is not None]
+    if gaps and (gap := fmean(gaps)) > GAP:
+        lines.append(f"Training accuracy ends {100 * gap:.1f} points above validation accuracy, on average.")
+    return " ".join(lines)
+
+
 def _explain_start(fit: Fit, history: Mapping[str, np.ndarray]) -> list[str]:
     """Returns why the curves say nothing about over-fitting, or []."""
     loss = history["train_loss"]
     if len(loss) == 1:
         return ["One epoch shows no trend."]
+    if fit.flat and loss[-1] > (1 + FALL) * loss[0]:
+        return [
+            f"The loss has risen since the first epoch (training loss {loss[0]:.4f} to {loss[-1]:.4f}): the network "
+            "has not learned anything since then. Perhaps the learning rate is too high."
+        ]
     if fit.flat:
         return [
             f"The loss has hardly fallen since the first epoch (training loss {loss[0]:.4f} to {loss[-1]:.4f}): the "

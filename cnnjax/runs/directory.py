@@ -305,7 +305,7 @@ def check_data(run_dir: Path, facts: DataFacts) -> None:
     """
     if (run_dir / "config.json").exists():
         ours = {"version": "", "source": ""}  # The same data may come from elsewhere.
-        if changed := changes(asdict(read_record(run_dir).data) | ours, asdict(facts) | ours):
+        if changed := changes(read_record(run_dir).data.decisive() | ours, facts.decisive() | ours):
             if changed.keys() == {"weights_sha256"}:
                 old, new = changed["weights_sha256"]
                 raise UserError(

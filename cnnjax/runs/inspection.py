@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -160,7 +159,7 @@ def diff(a: Path, b: Path) -> dict[str, dict[str, tuple[Any, Any]]]:
     last_a, last_b = (manifest.read_manifest(run_dir)["sessions"][-1] for run_dir in (a, b))
     return {
         "configuration": changes(x.config, y.config),
-        "data": changes(asdict(x.data), asdict(y.data)),
+        "data": changes(x.data.decisive(), y.data.decisive()),
         "environment": manifest.differences(last_a, last_b),
         "outcome": changes(_outcome(a), _outcome(b)),
     }
@@ -334,7 +333,7 @@ def _score(result: Result, metric: str) -> float | None:
 
 def _outcome(run_dir: Path) -> dict[str, Any]:
     info = read_info(run_dir)
-    left_out = ("training_seconds", "device", "seed", "classes", "confusion_matrix", "num_validation_examples")
+    left_out = ("training_seconds", "device", "seed", "classes", "confusion_matrix")
     result = {k: v for k, v in (info.result or {}).items() if k not in left_out}
     return {"state": info.state, **result}
 

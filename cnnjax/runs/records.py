@@ -84,7 +84,13 @@ def hint_at_runs(run_dir: Path) -> str:
     return f" {suggest(str(run_dir), runs, 'Runs')}" if runs else ""
 
 
-def make_facts(dataset: ImageDataset, standardization: Standardization, weights_sha256: str | None) -> DataFacts:
+def make_facts(
+    dataset: ImageDataset,
+    standardization: Standardization,
+    weights_sha256: str | None,
+    num_train_examples: int,
+    num_validation_examples: int,
+) -> DataFacts:
     """Returns the facts of a data set, of the standardization of its images, and of the pretrained weights."""
     return DataFacts(
         image_shape=dataset.image_shape,
@@ -97,6 +103,8 @@ def make_facts(dataset: ImageDataset, standardization: Standardization, weights_
         resize=dataset.fit.resize,
         interpolation=dataset.fit.interpolation,
         weights_sha256=weights_sha256,
+        num_train_examples=num_train_examples,
+        num_validation_examples=num_validation_examples,
     )
 
 

@@ -50,7 +50,6 @@ def score_test_set(
         "test_macro_f1": means["f1"],
         "test_loss": scores.loss,
         "num_test_examples": scores.num_examples,
-        "num_validation_examples": len(setup.validation.label),
         "best_validation_accuracy": best.get("validation_accuracy"),
         "best_validation_balanced_accuracy": best.get("validation_balanced_accuracy"),
         "best_epoch": best["epoch"],

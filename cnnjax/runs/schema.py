@@ -1,6 +1,6 @@
 """The content of the JSON files of a run directory: keys, types and bounds, which `files.read_json` checks."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal, NotRequired
 
 import numpy as np
@@ -38,6 +38,8 @@ class DataFacts:
       resize: how images were brought to `image_shape`, see `data.image_files.fit_image`.
       interpolation: see `resize`.
       weights_sha256: of the file of pretrained weights, or None.
+      num_train_examples, num_validation_examples: the images of each part of the training split; the validation split
+        of the data if it has one. None: an earlier version did not record them.
     """
 
     image_shape: ImageShape
@@ -50,6 +52,8 @@ class DataFacts:
     resize: Annotated[str, Field(pattern=f"^({'|'.join(RESIZE)})$")]
     interpolation: Annotated[str, Field(pattern=f"^({'|'.join(INTERPOLATIONS)})$")]
     weights_sha256: Sha256 | None
+    num_train_examples: Positive | None = None
+    num_validation_examples: Count | None = None
 
     def __post_init__(self) -> None:
         for name, values in (("mean", self.mean), ("std", self.std)):
@@ -59,6 +63,10 @@ class DataFacts:
                 len(values) == self.image_shape[-1],
                 values,
             )
+
+    def decisive(self) -> dict[str, Any]:
+        """Returns all but the numbers of images, which follow from the rest and the configuration."""
+        return {k: v for k, v in asdict(self).items() if k not in ("num_train_examples", "num_validation_examples")}
 
     @property
     def standardization(self) -> Standardization:
@@ -167,7 +175,6 @@ class Result(TypedDict):
     Keys:
       test_balanced_accuracy, test_macro_recall: the same number under both of its names.
       test_macro_precision, test_macro_recall, test_macro_f1: the means over the classes that have test images.
-      num_validation_examples: 0 without validation; earlier versions did not record it.
       best_validation_*: at the best epoch, which is the best by the `best_by` of the configuration.
       num_epochs: of the configuration.
       stopped_epoch: the epoch after which `on_epoch` stopped the run, or None.
@@ -183,7 +190,6 @@ class Result(TypedDict):
     test_macro_f1: Fraction
     test_loss: FiniteFloat
     num_test_examples: Positive
-    num_validation_examples: NotRequired[Count]
     best_validation_accuracy: Fraction | None
     best_validation_balanced_accuracy: Fraction | None
     best_epoch: Positive

@@ -159,6 +159,15 @@ def wilson_interval(accuracy: float, num_examples: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
+def difference_interval(a: float, num_a: int, b: float, num_b: int) -> tuple[float, float]:
+    """Returns the 95% interval of `a` minus `b`, two accuracies that were measured on `num_a` and on `num_b` images.
+
+    Source: Newcombe, "Interval estimation for the difference between independent proportions" (1998), method 10.
+    """
+    (low_a, high_a), (low_b, high_b) = wilson_interval(a, num_a), wilson_interval(b, num_b)
+    return a - b - math.hypot(a - low_a, high_b - b), a - b + math.hypot(high_a - a, b - low_b)
+
+
 def verdict(
     names: tuple[str, str], scores: tuple[Mapping[int, float], Mapping[int, float]], metric: str = "test_accuracy"
 ) -> list[str]:

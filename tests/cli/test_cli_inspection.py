@@ -146,7 +146,7 @@ def test_every_command_takes_every_kind_of_path(runs, prepared_dir, capsys, monk
             assert status(name, run, *more) == expected
         for run in ("/", "nope", "~/nope", Path(__file__)):
             assert "`run` must be the directory of a run" in fails(capsys, name, run, *more)
-    new = Path(f"{runs[0].absolute()}-reproduced")
+    new = runs[0].absolute().with_name(f"reproduced-{runs[0].name}")
     for folder, run in ((runs[0], "."), (runs[0] / "checkpoints", "..")):
         with monkeypatch.context() as patch:
             patch.chdir(folder)
@@ -155,7 +155,7 @@ def test_every_command_takes_every_kind_of_path(runs, prepared_dir, capsys, monk
             assert f"{run} and {new} are the same" in capsys.readouterr().out
             shutil.rmtree(new)
     assert status("reproduce", "link", *data) == 0
-    assert Path("link-reproduced/result.json").exists()
+    assert Path("reproduced-link/result.json").exists()
     monkeypatch.setenv("HOME", str(Path.cwd() / "home"))
     assert status("reproduce", f"{runs[0]}/", "--run-dir=~/new", *data) == 0
     assert Path("home/new/result.json").exists() and not Path("~").exists()

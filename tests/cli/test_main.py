@@ -168,6 +168,7 @@ def test_help_mentions_none_only_in_place_of_a_value(command, options, capsys):
     main([*command.split(), "--help"])
     out = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
     assert [option for option in options if option not in out] == []
+    assert "(default: )" not in out  # Of --ensemble and --log.
     assert out.count("(default: None)") == ("--image-size" in out)  # Its text explains None.
 
 

@@ -55,11 +55,20 @@ def test_eval_prints_the_score_of_every_image_of_a_split(run_dir, prepared_dir, 
         percents = (f"{scores[name]:.2%}" for name in ("precision", "recall", "f1"))
         assert lines[1 + k].split() == [str(k), *scores["name"].split(), str(scores["count"]), *percents]
     assert [int(count) for count in lines[14].split()[-10:]] == result["confusion_matrix"][0]
+    main(["eval", str(run_dir), "--data-dir", str(prepared_dir), "--json"])
+    values = json.loads(capsys.readouterr().out)
+    for name in ("accuracy", "balanced_accuracy", "loss"):
+        assert values.pop(name) == result[f"test_{name}"]
+    for name in ("classes", "confusion_matrix"):
+        assert values.pop(name) == result[name]
+    low, high = values.pop("accuracy_interval")
+    assert values == {"runs": [str(run_dir)], "images": "test", "num_examples": 170}
     test, validation = lines[24], lines[49]
     assert test == (
         f"test accuracy {result['test_accuracy']:.2%}, loss {result['test_loss']:.4f}, on all 170 images; 95% interval "
         f"of the accuracy 97.79% to 100.00% ({run_dir})"  # Wilson's: 170 / (170 + 1.96²).
     )
+    assert f"{low:.2%} to {high:.2%}" in test
     assert validation.startswith(
         f"validation accuracy {row['validation_accuracy']:.2%}, loss {row['validation_loss']:.4f}, on all 40 images"
     )

@@ -178,6 +178,7 @@ def test_the_size_of_images():
         ("--epochs", "3", "An option must be a known name, got --epochs. Did you mean --num-epochs or --optim.freeze"),
         ("--gpu", "1", "An option must be a known name, got --gpu. --help lists those of the chosen network"),
         ("--image-size", "96xx", "`image_size` must be one number, or height and width, such as 96 128, got 96xx."),
+        ("--seeds=0:2", "--seed=3", "`seed` must be left out with --seeds, got both."),
         ("--seed", "0:3", "`seed` must be one number, got 0:3. Several seeds are --seeds 0:3."),
         ("--seeds", "x", "`seeds` must be a range such as 0:10 (0 to 9) or a list such as 0,3,7, of 1 to 10,000"),
     ],
@@ -194,6 +195,7 @@ def test_stream_is_a_flag_and_an_option_as_help_shows_it():
 
 def test_a_value_that_belongs_to_no_option(capsys):
     message = "An argument must be an option or its value, got '46' after --profile 40. --help shows the form of each v"
+    message += "alue; quote one that contains spaces."
     assert message in fails(capsys, "--profile", "40", "46")
     assert "got 'photos' after --dataset 'my holiday'." in fails(capsys, "--dataset", "my holiday", "photos")
     assert "got '40' after --profile 40." in fails(capsys, "--profile", "40", "40")

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from sklearn.calibration import calibration_curve
@@ -5,8 +7,9 @@ from sklearn.calibration import calibration_curve
 from cnnjax import Config, CrossEntropy
 from cnnjax.class_scores import Confused, calibrate, top_confusions
 from cnnjax.report.analysis import band, differing, judge_fit, most_confident
-from cnnjax.report.words import duration, explain_calibration, explain_fit, explain_operation
-from cnnjax.runs.statistics import wilson_interval
+from cnnjax.report.words import duration, explain_calibration, explain_fit, explain_fits, explain_operation
+from cnnjax.runs.schema import DataFacts
+from cnnjax.runs.statistics import difference_interval, wilson_interval
 
 
 def predictions(seed=0, n=400, k=5):
@@ -22,6 +25,12 @@ def test_wilsons_interval_is_that_of_the_formula():
     np.testing.assert_allclose(wilson_interval(p, n), (center - half, center + half), rtol=1e-12)
     assert wilson_interval(1.0, 10)[1] == 1.0
     assert wilson_interval(1.0, 10)[0] == pytest.approx(10 / (10 + z**2))
+
+
+def test_the_interval_of_a_difference_is_that_of_newcombe():
+    expected = [(56 / 70, 70, 48 / 80, 80, 0.0524, 0.3339), (10 / 10, 10, 0 / 20, 20, 0.6791, 1.0)]  # Table II of 1998.
+    for *measured, low, high in expected:
+        np.testing.assert_allclose(difference_interval(*measured), (low, high), atol=5e-5)
 
 
 def test_calibration_agrees_with_scikit_learn_and_with_a_loop():
@@ -95,6 +104,9 @@ def test_top_confusions_are_the_largest_counts_besides_the_diagonal():
     assert top_confusions(matrix, 9)[-1] == Confused(1, 2, 1)
 
 
+FACTS = DataFacts((8, 8, 1), ("a", "b"), {"train": "0" * 64}, "1", "", (1.0,), (1.0,), "crop", "lanczos", None)
+
+
 def history(training, validation, loss, train_loss=(0.9, 0.5, 0.1)):
     columns = {"train_accuracy": training, "train_loss": train_loss, "validation_accuracy": validation}
     columns |= {"validation_loss": loss, "epoch": range(1, 1 + len(loss))}
@@ -148,20 +160,32 @@ def test_a_large_gap_is_not_called_no_over_fitting(loss, words):
 
 def test_a_gap_that_may_be_chance_is_called_so():
     curves = history([0.5, 0.8, 0.85], [0.5, 0.7, 0.75], [0.9, 0.5, 0.4])
-    few, many = (judge_fit(curves, number) for number in (40, 4000))
+    few, many, few_for_training = (
+        judge_fit(curves, replace(FACTS, num_train_examples=train, num_validation_examples=validation))
+        for train, validation in ((10**6, 40), (4000, 4000), (40, 4000))
+    )
     assert few.gap == many.gap == judge_fit(curves).gap == pytest.approx(0.1)
-    assert few.chance == pytest.approx((0.598, 0.858), abs=1e-3)  # The Wilson interval of 30 of 40.
+    assert few.chance == pytest.approx((0.85 - 0.858, 0.85 - 0.598), abs=1e-3)  # The Wilson interval of 30 of 40.
+    assert few_for_training.chance is not None and judge_fit(curves, FACTS).chance is None  # Of an earlier version.
     assert many.chance is judge_fit(curves).chance is None
     assert explain_fit(few, curves, Config())[0].endswith(
-        "But training accuracy is 10.0 points higher than validation accuracy, which may be chance with so few "
-        "validation images (the 95% interval of validation accuracy is 59.8% to 85.8%)."
+        "But training accuracy is 10.0 points higher than validation accuracy, which may be chance with so few images "
+        "(the 95% interval of the difference between training and validation accuracy is -0.8 to 25.2 points)."
     )
     rises = history([0.5, 0.8, 0.8, 0.85], [0.5, 0.7, 0.7, 0.75], [0.9, 0.5, 0.8, 0.8], train_loss=(0.9, 0.5, 0.3, 0.1))
-    first = explain_fit(judge_fit(rises, 40), rises, Config())[0]
+    small = replace(FACTS, num_train_examples=10**6, num_validation_examples=40)
+    doubted, certain = judge_fit(rises, small), judge_fit(rises)
+    first = explain_fit(doubted, rises, Config())[0]
     assert first.startswith("This run seems to over-fit from epoch 3 on. ")
-    assert "it memorizes them, which may be chance with so few validation images (the 95% interval" in first
+    assert "it memorizes them, which may be chance with so few images (the 95% interval" in first
+    assert explain_fits([doubted, many]) == (
+        "1 of 2 over-fit: the validation loss rises while the training loss falls, which may be chance with so few "
+        "images. Training accuracy ends 10.0 points above validation accuracy, on average."
+    )
+    assert "2 of 2 over-fit: the validation loss rises while the training loss falls. T" in explain_fits([certain] * 2)
     assert "begins to memorize" in explain_fit(many, curves, Config())[0]
-    assert judge_fit(history([0.9], [0.5], [0.9]), 0).chance is None
+    without = replace(FACTS, num_train_examples=10, num_validation_examples=0)
+    assert judge_fit(history([0.9], [0.5], [0.9]), without).chance is None
 
 
 def test_a_network_that_learns_nothing_has_a_sentence_of_its_own():
@@ -171,7 +195,14 @@ def test_a_network_that_learns_nothing_has_a_sentence_of_its_own():
     assert explain_fit(fit, curves, Config())[0].startswith(
         "The loss has hardly fallen since the first epoch (training"
     )
+    diverging = curves | {"train_loss": np.array([2.30, 2.34, 2.5])}
+    assert explain_fit(judge_fit(diverging), diverging, Config())[0] == (
+        "The loss has risen since the first epoch (training loss 2.3000 to 2.5000): the network has not learned "
+        "anything since then. Perhaps the learning rate is too high."
+    )
     without = {name: values for name, values in curves.items() if "validation" not in name}
+    assert explain_fits([judge_fit(without)]) == ""
+    assert explain_fits([fit, judge_fit(without)]) == "No run clearly over-fits."
     lines = explain_fit(judge_fit(without), without, Config())
     assert lines[0].startswith("The loss has hardly fallen") and "cannot show over-fitting" in lines[1]
 

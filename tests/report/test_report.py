@@ -25,7 +25,7 @@ from cnnjax.cli.train_command import Train
 from cnnjax.data.stored import Examples
 from cnnjax.report import single
 from cnnjax.report.activations import FeatureMap, _reduce
-from cnnjax.report.commands import command_for
+from cnnjax.report.commands import command_for, resume_command
 from cnnjax.report.images import filter_pictures, maps_picture
 from cnnjax.report.several import group_runs
 from cnnjax.report.write import write_report
@@ -101,7 +101,8 @@ def test_a_report_without_the_test_images_says_so(trained, tmp_path, capsys, mon
 
 def test_an_unfinished_run_has_a_report_without_scores(trained, copy):
     def interrupt(manifest):
-        manifest["sessions"][-1]["state"] = "interrupted"
+        command = ["python", "bin/cnnjax", "train", "tiny", "--name", "a b"]
+        manifest["sessions"][-1].update(state="interrupted", command=command)
 
     run = copy(manifest=interrupt)
     (run.run_dir / "result.json").unlink()
@@ -110,6 +111,10 @@ def test_an_unfinished_run_has_a_report_without_scores(trained, copy):
     page = path.read_text()
     assert "This run is not finished (interrupted, 3 of 3 epochs), so it has no test score yet." in page
     assert "Learning curves" in page and "Confusion matrix" not in page
+    assert '<code id="resume">cnnjax train tiny --name &#39;a b&#39; --resume</code>' in page
+    assert "trains it again" not in page
+    assert resume_command(["python", "mine.py"]) is None
+    assert resume_command(["bin/cnnjax", "reproduce", "a", "--resume"]) == "cnnjax reproduce a --resume"
 
 
 def test_a_page_of_1000_classes_stays_below_5_mb(trained, copy, monkeypatch):
@@ -144,6 +149,7 @@ def test_runs_that_differ_in_their_seed_are_one_group(trained, copy, tmp_path):
     assert re.sub("&#39;", "'", re.findall(r'class="verdict"><b>.*?</b> (.*?)</p>', page)[0]) == " ".join(lines)
     rows = re.findall(r'<th scope="row">([\w.]+)</th><td>(.*?)</td><td>(.*?)</td></tr>', page)
     assert rows == [("optim.learning_rate", "0.003", "0.5")]
+    assert len(re.findall(r"<p><b>tiny \([12]\):</b> No run clearly over-fits\.", page)) == 2
 
 
 def test_seeds_with_the_same_score_have_no_interval(trained, copy, tmp_path):

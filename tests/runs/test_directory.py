@@ -151,6 +151,8 @@ def test_a_run_is_resumed_with_its_own_data(change, message, tmp_path):
     ):
         begin(tmp_path, resume=True, facts=replace(FACTS, **change))
     begin(tmp_path, resume=True, facts=replace(FACTS, source="another source", version="2.0.0"))
+    begin(tmp_path, resume=True, facts=replace(FACTS, num_train_examples=9))  # Which an earlier version did not record.
+    assert read_record(tmp_path).data.num_train_examples == 9
 
 
 def finish(run_dir):

@@ -175,8 +175,8 @@ def test_diff_shows_configuration_data_environment_and_outcome(seeds, run_dir, c
 
 def test_reproduce_gives_the_same_bits(run_dir, prepared_dir, capsys):
     main(["reproduce", str(run_dir), "--data-dir", str(prepared_dir)])
-    out = capsys.readouterr().out
-    assert f"{run_dir} and {run_dir}-reproduced are the same, bit for bit: parameters," in out
+    out, new = capsys.readouterr().out, run_dir.with_name(f"reproduced-{run_dir.name}")
+    assert f"{run_dir} and {new} are the same, bit for bit: parameters," in out
     with pytest.raises(SystemExit) as stopped:
         main(["reproduce", str(run_dir), "--data-dir", str(prepared_dir)])
     assert stopped.value.code == 2
