@@ -14,7 +14,7 @@ CONFIG = Config(
     batch_size=250,
     validation_fraction=0.0,
     loss=CrossEntropy(label_smoothing=0.2),
-    tta="flip_translate",
+    tta="uncertain",
     model=SpeedNet(widths=(32, 128, 128), dtype="bfloat16"),
     # The multipliers are those of cifar10_airbench94_muon, scaled by the batch size: an eighth of the rate for SGD.
     optim=Muon(
