@@ -69,7 +69,7 @@ QUOTED_DATASET = '$(subst ','\'',$(DATASET))'
 QUOTED_EXPERIMENT = '$(subst ','\'',$(EXPERIMENT))'
 GIVEN_DATASET = $(if $(or $(filter file,$(origin DATASET)),$(filter file,$(origin EXPERIMENT))),,--dataset $(QUOTED_DATASET))
 train-distributed: override export ARGS := --processes $(PROCESSES) $(ARGS)
-# The default seed is none of --seeds; a seed that is given, too, is an error.
+# With --seeds in ARGS the default seed is left out; cnnjax refuses one that the user gives, too.
 GIVEN_SEED = $(if $(and $(findstring --seeds,$(ARGS)),$(filter file,$(origin SEED))),,--seed $(SEED))
 train train-distributed: export CNNJAX_MAKE = $(OWN)$(if $(filter-out $(CURDIR),$(realpath $(PWD))), -C)
 

@@ -18,6 +18,7 @@ CONFIG = replace(
     dataset="data/cifar10_1000",
     num_epochs=100,
     batch_size=100,
+    tta="flip_translate",
     loss=CrossEntropy(),
     augment=Mixup(flip="random", translate=4),
 )

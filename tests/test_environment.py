@@ -233,6 +233,8 @@ def test_make_quotes_paths(repository):
         assert done.stdout == f"train, {arguments}--seed, 0, ", done.stderr
         done = subprocess.run([*command, "ARGS=--seeds 0:3"], capture_output=True, text=True, check=False)
         assert done.stdout == f"train, {arguments}--seeds, 0:3, ", done.stderr
+        done = subprocess.run([*command, "SEED=1", "ARGS=--seeds 0:3"], capture_output=True, text=True, check=False)
+        assert done.stdout == f"train, {arguments}--seed, 1, --seeds, 0:3, ", done.stderr
 
 
 def test_make_refuses_a_variable_that_is_misspelt_or_missing(repository):
@@ -253,7 +255,6 @@ def test_the_command_that_resumes_names_what_is_the_users(repository):
     print_it = "import sys; from cnnjax.cli.main import _resume_command as f; sys.orig_argv = sys.argv; print(f())"
     for script, expected in {
         "make train": "make train ARGS=--resume",
-        "make train SEED=1 ARGS='--seeds 0:3'": "make train SEED=1 ARGS='--seeds 0:3 --resume'",
         "make train DATASET=mnist MODEL=mlp SEED=1": "make train DATASET=mnist MODEL=mlp SEED=1 ARGS=--resume",
         "make train EXPERIMENT=mine ARGS='--seeds 0:3'": "make train EXPERIMENT=mine ARGS='--seeds 0:3 --resume'",
         f"cd / && make -s -C {folder} train ARGS=--resume": f"make -C {folder} train ARGS=--resume",

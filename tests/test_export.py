@@ -171,6 +171,8 @@ def test_the_folder_has_checksums_and_a_card_with_the_scores_and_no_path(exporte
     row = run.result["classes"][2]
     shares = " | ".join(f"{row[name]:.2%}" for name in ("precision", "recall", "f1"))
     assert f"\n| 2 | {row['count']} | {shares} |\n" in card
+    parts = f"{run.facts.num_train_examples} training images, {run.facts.num_validation_examples} validation images"
+    assert f" pixels, color; {parts}, 37 test images. SHA-256 of" in " ".join(card.split())
     here = str(Path(__file__).parents[1]).encode()
     assert not [path.name for path in folder.iterdir() if here in path.read_bytes()]
 
@@ -392,8 +394,10 @@ def test_what_cannot_be_exported_has_a_message(run, tmp_path, monkeypatch):
 
 
 def test_a_prediction_never_depends_on_other_images(run, tmp_path):
-    uncertain, lines = replace(run, config=replace(run.config, tta="uncertain")), []
+    facts = replace(run.facts, num_train_examples=None, num_validation_examples=None)  # Of an earlier version.
+    uncertain, lines = replace(run, config=replace(run.config, tta="uncertain"), facts=facts), []
     export_run(uncertain, tmp_path / "new", formats=["safetensors"], say=lines.append)
     assert lines[0].endswith("the export uses flip_translate, for every image.")
     card = " ".join((tmp_path / "new" / "README.md").read_text().split())
     assert "The exported predictors, with the test-time augmentation 'flip_translate', on 37 of the test" in card
+    assert " pixels, color; 37 test images. SHA-256 of" in card

@@ -190,7 +190,9 @@ def test_a_run_equals_a_loop_by_hand(whole_research):
     # Three epochs, three kinds of best: otherwise a wrong choice would not show.
     assert np.argmax([row[3] for row in rows]) == 0 and np.argmax([row[1] for row in rows]) == 1
     assert result["best_epoch"] == 1 and result["best_validation_accuracy"] == rows[0][3]
-    assert read_record(run_dir).data.num_validation_examples == len(y_train[held_out])
+    facts = read_record(run_dir).data
+    counts = (len(y_train) - len(y_train[held_out]), len(y_train[held_out]))
+    assert (facts.num_train_examples, facts.num_validation_examples) == counts
     mirrored = (logits_of(states[0], test) + logits_of(states[0], test[:, :, ::-1])) / 2
     assert (result["test_loss"], result["test_accuracy"]) == scores(mirrored, y_test)
     assert result["test_loss"] != scores(logits_of(states[0], test), y_test)[0]

@@ -41,7 +41,8 @@ class _Readable:
 def _readable(field: StructFieldSpec) -> StructFieldSpec:
     kind, text = field.type, partial(_join, field.helptext)
     metavar = _metavar(kind)
-    if field.default != () and (field.default is not None or metavar is None):
+    is_empty = isinstance(field.default, tuple) and not field.default
+    if not is_empty and (field.default is not None or metavar is None):
         return dataclasses.replace(field, helptext=text)
 
     # tyro appends a hint to the text, here its last word: after an empty one the space might wrap into a blank row.

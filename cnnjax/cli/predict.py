@@ -6,6 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -49,7 +50,8 @@ class Eval:
     ensemble: tuple[Path, ...] = ()
     """More run directories: score the mean of the probabilities of all runs."""
     json: bool = False
-    """Print a JSON object instead: the scores, those of each class, and the confusion matrix (up to 300 classes)."""
+    """Print a JSON object instead: the accuracy with its 95% interval, balanced accuracy, loss (null if it is not
+    finite), the scores of each class, and the confusion matrix (null above 300 classes)."""
     data_dir: Path | None = None
     """The tfds directory; $TFDS_DATA_DIR or ~/tensorflow_datasets by default."""
     experiment: str | None = None
@@ -63,18 +65,19 @@ class Eval:
         alone = not self.ensemble or self.split == "test"
         check("split", "test for an ensemble: the other runs may have been trained on it", alone, self.split)
         runs = _load([self.run, *self.ensemble], self.experiment)
-        if self.data is not None:
-            return self._score_files(runs, Path(os.path.expanduser(self.data)))
-        if self.ensemble:
-            scores = evaluate_ensemble(runs, tta=self.tta, data_dir=self.data_dir)
-        else:
-            scores = runs[0].evaluate(self.split, tta=self.tta, data_dir=self.data_dir)
-        in_python = f"load_run({str(self.run)!r}).evaluate({self.split!r})"
-        rest = "" if self.ensemble or self.tta else f"In Python, {in_python} counts all of them."
-        self._show(runs, scores, self.split, f"all {scores.num_examples:,} images", rest)
-        return 0
+        unreadable = 0
+        with redirect_stdout(sys.stderr) if self.json else nullcontext():  # Lines about the data.
+            if self.data is not None:
+                scores, unreadable = self._score_files(runs, Path(os.path.expanduser(self.data)))
+            elif self.ensemble:
+                scores = evaluate_ensemble(runs, tta=self.tta, data_dir=self.data_dir)
+            else:
+                scores = runs[0].evaluate(self.split, tta=self.tta, data_dir=self.data_dir)
+        self._show(runs, scores, unreadable)
+        return 2 if unreadable else 0
 
-    def _score_files(self, runs: Sequence["Run"], data: Path) -> int:
+    def _score_files(self, runs: Sequence["Run"], data: Path) -> tuple["Scores", int]:
+        """Returns the scores, and the number of files that cannot be read."""
         import numpy as np
 
         from cnnjax.cli.console import track
@@ -84,7 +87,7 @@ class Eval:
         names = runs[0].facts.class_names
         files = find_labelled(data, names)
         if files.split is not None:
-            print(f"Scoring the {files.split} split of {data}.", file=sys.stderr if self.json else sys.stdout)
+            print(f"Scoring the {files.split} split of {data}.")
         missing = [printable(name) for k, name in enumerate(names) if k not in {*files.labels}]
         if missing:
             more = f" and {len(missing) - 10:,} more" if missing[10:] else ""
@@ -98,25 +101,25 @@ class Eval:
             label.append(k)
             predicted.append(prediction.probabilities.argmax())
             probability.append(prediction.probabilities[k])
-        unreadable = len(files.paths) - len(label)
         check("data", "a folder with an image that can be read", bool(label), f"{data} without one")
         scores = scores_of(np.array(probability), np.array(predicted), np.array(label))
-        images = f"{len(label):,} of {len(files.paths):,} images ({unreadable:,} cannot be read)"
-        self._show(runs, scores, str(data), images if unreadable else f"all {len(label):,} images", "")
-        return 2 if unreadable else 0
+        return scores, len(files.paths) - len(label)
 
-    def _show(self, runs: Sequence["Run"], scores: "Scores", what: str, images: str, rest: str) -> None:
+    def _show(self, runs: Sequence["Run"], scores: "Scores", unreadable: int) -> None:
         from cnnjax.class_scores import class_scores, confusion_matrix, is_uneven
         from cnnjax.runs.statistics import wilson_interval
 
         names = runs[0].facts.class_names
         classes, matrix = class_scores(scores.confusion, len(names)), confusion_matrix(scores.confusion, len(names))
         low, high = wilson_interval(scores.accuracy, scores.num_examples)
+        what = self.split if self.data is None else os.path.expanduser(self.data)
         if self.json:
             values = {
                 "runs": [str(run.run_dir) for run in runs],
-                "images": what,
+                "unfinished": [str(run.run_dir) for run in runs if run.result is None],
+                "data": what,
                 "num_examples": scores.num_examples,
+                "num_unreadable": unreadable,
                 "accuracy": scores.accuracy,
                 "accuracy_interval": [low, high],
                 "balanced_accuracy": scores.balanced_accuracy,
@@ -124,15 +127,21 @@ class Eval:
                 "classes": classes.rows(names),
                 "confusion_matrix": matrix,
             }
-            return print(json.dumps(values))
+            print(json.dumps(values))
+            return
+        in_python = f"load_run({str(self.run)!r}).evaluate({self.split!r})"
+        rest = "" if self.data or self.ensemble or self.tta else f"In Python, {in_python} counts all of them."
         for line in class_lines(classes.rows(names), matrix, classes.means(), rest):
             print(line)
         uneven = is_uneven(classes.num_examples.tolist())
+        total = scores.num_examples + unreadable
+        lost = f"{scores.num_examples:,} of {total:,} images ({unreadable:,} cannot be read)"
+        images = lost if unreadable else f"all {total:,} images"
         of_runs = ", ".join(f"{run.run_dir}{'' if run.result else ', which is not finished'}" for run in runs)
         score = accuracies(scores.accuracy, scores.balanced_accuracy, uneven)
         print(
-            f"{printable(what)} {score}, loss {scores.loss:z.4f}, on {images}; 95% interval of the accuracy {low:.2%} "
-            f"to {high:.2%} ({of_runs})"
+            f"{printable(what)} {score}, loss {scores.loss:z.4f}, on {images}; "
+            f"95% interval of the accuracy {low:.2%} to {high:.2%} ({of_runs})"
         )
 
 

@@ -11,7 +11,7 @@ from cnnjax.runs.schema import DataFacts
 from cnnjax.runs.statistics import difference_interval
 
 RISE, MARGIN = 1.05, 0.005  # A validation loss above its minimum by 5%, and by 0.005, has risen.
-FALL = 0.01  # A training loss that falls by less has not learned.
+FALL = 0.01  # A training loss that changes by a smaller fraction has neither fallen nor risen.
 GAP = 0.03  # A smaller difference between the accuracies in training and validation is not worth a warning.
 
 
@@ -80,8 +80,8 @@ def judge_fit(history: Mapping[str, np.ndarray], facts: DataFacts | None = None)
     """Returns what the learning curves in the history of a run say about over-fitting.
 
     Args:
-      history: of at least one epoch.
-      facts: the numbers of images, which tell a gap from chance.
+      history: the metrics of at least one epoch.
+      facts: the numbers of images, which tell a gap from chance; not with balanced sampling, in which images repeat.
     """
     gap = chance = None
     if {"train_accuracy", "validation_accuracy"} <= history.keys():

@@ -26,16 +26,21 @@ def command_for(run: Run, name: str, data_dir: Path | None = None) -> str:
     return shlex.join(["cnnjax", name, str(run.run_dir), *words])
 
 
-def resume_command(command: Sequence[str]) -> str | None:
-    """Returns the command that resumes a run, or None if it was not trained by the command line.
+def resume_command(run: Run) -> str | None:
+    """Returns the command that resumes a run, or None if neither `cnnjax` nor an experiment file trained it."""
+    command = read_manifest(run.run_dir)["sessions"][-1]["command"]
+    starts = [i for i, (program, name) in enumerate(pairwise(command)) if _trains(program, name)]
+    if starts:
+        command = ["cnnjax", *command[starts[0] + 1 :]]
+    elif not any(word.endswith(".py") and has_config(Path(word)) for word in command[1:2]):
+        return None
+    if _option(command, "--seeds") is None and _option(command, "--run-dir") is None:
+        command = [*command, "--run-dir", str(run.run_dir)]
+    return shlex.join(command if "--resume" in command else [*command, "--resume"])
 
-    Args:
-      command: of its last session.
-    """
-    for i, (program, name) in enumerate(pairwise(command)):
-        if Path(program).stem == "cnnjax" and name in ("train", "reproduce"):
-            return shlex.join(["cnnjax", *command[i + 1 :], *([] if "--resume" in command else ["--resume"])])
-    return None
+
+def _trains(program: str, command: str) -> bool:
+    return Path(program).stem == "cnnjax" and command in ("train", "reproduce")
 
 
 def _experiment(command: Sequence[str], files: Sequence[str]) -> str:

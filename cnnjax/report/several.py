@@ -97,7 +97,8 @@ def several_content(runs: Sequence[Run]) -> tuple[dict[str, Any], dict[str, Any]
 
 
 def _fits(group: Group) -> list[Fit]:
-    return [judge_fit(run.history, run.facts) for run in group.runs if len(run.history.get("epoch", ()))]
+    histories = ((run.history, run.facts) for run in group.runs)
+    return [judge_fit(history, facts) for history, facts in histories if len(history.get("epoch", ())) > 1]
 
 
 def _show(value: Any) -> str:

@@ -82,7 +82,7 @@ def run_content(run: Run, data_dir: Path | None, warn: Say) -> tuple[dict[str, A
         "tta": run.config.tta,
         "notes": [],
         "reproduce": command_for(run, "reproduce") if run.result else None,
-        "resume": None if run.result else resume_command(manifest["sessions"][-1]["command"]),
+        "resume": None if run.result or info.state == "running" else resume_command(run),
         "sessions": [_session(session) for session in manifest["sessions"]],
         "config": _rows(record.config),
         "data": _rows(asdict(record.data)),

@@ -111,21 +111,30 @@ def explain_fit(fit: Fit, history: Mapping[str, np.ndarray], config: Config) -> 
 
 
 def explain_fits(fits: Sequence[Fit]) -> str:
-    """Returns what the learning curves of several runs say about over-fitting, or "" if none has validation."""
-    judged = [fit for fit in fits if fit.lowest is not None]
+    """Returns what the learning curves of several runs say about over-fitting, or "".
+
+    Args:
+      fits: of runs of several epochs. Those without validation, and those that learn nothing, do not count.
+    """
+    judged = [fit for fit in fits if fit.lowest is not None and not fit.flat]
     if not judged:
         return ""
-    over_fitted = [fit for fit in judged if fit.over_fitted]
+
+    def doubt(fits: Sequence[Fit]) -> str:
+        return ", which may be chance with so few images" if all(fit.chance for fit in fits) else ""
+
     lines = ["No run clearly over-fits."]
-    if over_fitted:
-        doubt = ", which may be chance with so few images" if all(fit.chance for fit in over_fitted) else ""
+    if over_fitted := [fit for fit in judged if fit.over_fitted]:
+        over_fit = "over-fits" if len(over_fitted) == 1 else "over-fit"
         lines = [
-            f"{len(over_fitted)} of {len(judged)} over-fit: the validation loss rises while the training loss "
-            f"falls{doubt}."
+            f"{len(over_fitted)} of {len(judged)} runs {over_fit}: the validation loss rises while the training loss "
+            f"falls{doubt(over_fitted)}."
         ]
-    gaps = [fit.gap for fit in judged if fit.gap is not None]
-    if gaps and (gap := fmean(gaps)) > GAP:
-        lines.append(f"Training accuracy ends {100 * gap:.1f} points above validation accuracy, on average.")
+    with_gap = [fit for fit in judged if fit.gap is not None]
+    if with_gap and (gap := fmean(fit.gap or 0.0 for fit in with_gap)) > GAP:
+        lines.append(
+            f"Training accuracy ends {100 * gap:.1f} points above validation accuracy, on average{doubt(with_gap)}."
+        )
     return " ".join(lines)
 
 
@@ -134,7 +143,7 @@ def _explain_start(fit: Fit, history: Mapping[str, np.ndarray]) -> list[str]:
     loss = history["train_loss"]
     if len(loss) == 1:
         return ["One epoch shows no trend."]
-    if fit.flat and loss[-1] > (1 + FALL) * loss[0]:
+    if fit.flat and loss[-1] - loss[0] > FALL * abs(loss[0]):
         return [
             f"The loss has risen since the first epoch (training loss {loss[0]:.4f} to {loss[-1]:.4f}): the network "
             "has not learned anything since then. Perhaps the learning rate is too high."

@@ -88,10 +88,11 @@ def make_facts(
     dataset: ImageDataset,
     standardization: Standardization,
     weights_sha256: str | None,
+    *,
     num_train_examples: int,
     num_validation_examples: int,
 ) -> DataFacts:
-    """Returns the facts of a data set, of the standardization of its images, and of the pretrained weights."""
+    """Returns the facts of a data set, of the standardization and numbers of its images, and of pretrained weights."""
     return DataFacts(
         image_shape=dataset.image_shape,
         class_names=dataset.class_names,

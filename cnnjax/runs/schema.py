@@ -38,8 +38,8 @@ class DataFacts:
       resize: how images were brought to `image_shape`, see `data.image_files.fit_image`.
       interpolation: see `resize`.
       weights_sha256: of the file of pretrained weights, or None.
-      num_train_examples, num_validation_examples: the images of each part of the training split; the validation split
-        of the data if it has one. None: an earlier version did not record them.
+      num_train_examples: the number of images that the network is trained on; None if an earlier version made the run.
+      num_validation_examples: the number of images that are held out, or of the validation split; None as above.
     """
 
     image_shape: ImageShape
@@ -65,7 +65,7 @@ class DataFacts:
             )
 
     def decisive(self) -> dict[str, Any]:
-        """Returns all but the numbers of images, which follow from the rest and the configuration."""
+        """Returns all facts except the numbers of images, which follow from the others and the configuration."""
         return {k: v for k, v in asdict(self).items() if k not in ("num_train_examples", "num_validation_examples")}
 
     @property

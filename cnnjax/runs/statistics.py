@@ -160,7 +160,7 @@ def wilson_interval(accuracy: float, num_examples: int) -> tuple[float, float]:
 
 
 def difference_interval(a: float, num_a: int, b: float, num_b: int) -> tuple[float, float]:
-    """Returns the 95% interval of `a` minus `b`, two accuracies that were measured on `num_a` and on `num_b` images.
+    """Returns the 95% interval of `a` minus `b`, accuracies on independent sets of `num_a` and `num_b` images.
 
     Source: Newcombe, "Interval estimation for the difference between independent proportions" (1998), method 10.
     """

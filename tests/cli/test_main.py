@@ -4,11 +4,12 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tyro
 
@@ -160,6 +161,7 @@ def test_help_introduces_each_command_in_one_paragraph(monkeypatch, capsys):
     ("command", "options"),
     [
         ("predict", ["--tta {none,flip,flip_translate,uncertain} ", "--experiment STR "]),
+        ("eval", ["--ensemble [PATH [PATH ...]] "]),
         ("train", ["--batch-size INT ", "--run-dir PATH ", "--num-epochs INT "]),
         ("summary mnist_mlp", ["--batch-size {None}|INT "]),  # The experiment has a value.
     ],
@@ -182,6 +184,17 @@ class Listed:
       of two
     - second"""
     none: int | None = None
+
+
+@dataclass
+class WithArray:
+    mean: np.ndarray = field(default_factory=lambda: np.ones(3))
+
+
+def test_a_field_may_hold_an_array():
+    assert (
+        tyro.cli(WithArray, default=WithArray(np.zeros(3)), args=[], registry=make_registry()).mean.tolist() == [0] * 3
+    )
 
 
 def test_help_keeps_lists_and_shows_a_default_without_a_docstring(monkeypatch, capsys):

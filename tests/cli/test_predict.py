@@ -62,7 +62,8 @@ def test_eval_prints_the_score_of_every_image_of_a_split(run_dir, prepared_dir, 
     for name in ("classes", "confusion_matrix"):
         assert values.pop(name) == result[name]
     low, high = values.pop("accuracy_interval")
-    assert values == {"runs": [str(run_dir)], "images": "test", "num_examples": 170}
+    counts = {"num_examples": 170, "num_unreadable": 0}
+    assert values == {"runs": [str(run_dir)], "unfinished": [], "data": "test", **counts}
     test, validation = lines[24], lines[49]
     assert test == (
         f"test accuracy {result['test_accuracy']:.2%}, loss {result['test_loss']:.4f}, on all 170 images; 95% interval "
@@ -280,6 +281,11 @@ def test_eval_scores_a_labelled_list_by_the_names_of_its_classes(run_dir, test_i
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
     assert lines[0] == f"Scoring the test split of {tmp_path / 'list.csv'}."
+    assert status("eval", run_dir, "--data", tmp_path / "list.csv", "--json") == 2
+    found, errors = capsys.readouterr()
+    values = json.loads(found)  # Nothing else is printed there.
+    assert lines[0] in errors and values["data"] == str(tmp_path / "list.csv")
+    assert (values["num_examples"], values["num_unreadable"]) == (len(labels), 1)
     probabilities = run.predict(images, tta="flip")
     counts = confusion_matrix(labels, probabilities.argmax(1), labels=range(10))
     matrix = [[int(count) for count in line.split()[-10:]] for line in lines[15:25]]

@@ -104,7 +104,18 @@ def test_top_confusions_are_the_largest_counts_besides_the_diagonal():
     assert top_confusions(matrix, 9)[-1] == Confused(1, 2, 1)
 
 
-FACTS = DataFacts((8, 8, 1), ("a", "b"), {"train": "0" * 64}, "1", "", (1.0,), (1.0,), "crop", "lanczos", None)
+FACTS = DataFacts(
+    image_shape=(8, 8, 1),
+    class_names=("a", "b"),
+    sha256={"train": "0" * 64},
+    version="1.0.0",
+    source="a test",
+    mean=(1.0,),
+    std=(1.0,),
+    resize="crop",
+    interpolation="lanczos",
+    weights_sha256=None,
+)
 
 
 def history(training, validation, loss, train_loss=(0.9, 0.5, 0.1)):
@@ -179,10 +190,16 @@ def test_a_gap_that_may_be_chance_is_called_so():
     assert first.startswith("This run seems to over-fit from epoch 3 on. ")
     assert "it memorizes them, which may be chance with so few images (the 95% interval" in first
     assert explain_fits([doubted, many]) == (
-        "1 of 2 over-fit: the validation loss rises while the training loss falls, which may be chance with so few "
-        "images. Training accuracy ends 10.0 points above validation accuracy, on average."
+        "1 of 2 runs over-fits: the validation loss rises while the training loss falls, which may be chance with so "
+        "few images. Training accuracy ends 10.0 points above validation accuracy, on average."
     )
-    assert "2 of 2 over-fit: the validation loss rises while the training loss falls. T" in explain_fits([certain] * 2)
+    assert "2 of 2 runs over-fit: the validation loss rises while the training loss falls. T" in explain_fits(
+        [certain] * 2
+    )
+    assert explain_fits([few]) == (
+        "No run clearly over-fits. Training accuracy ends 10.0 points above validation accuracy, on average, which may "
+        "be chance with so few images."
+    )
     assert "begins to memorize" in explain_fit(many, curves, Config())[0]
     without = replace(FACTS, num_train_examples=10, num_validation_examples=0)
     assert judge_fit(history([0.9], [0.5], [0.9]), without).chance is None
@@ -201,8 +218,9 @@ def test_a_network_that_learns_nothing_has_a_sentence_of_its_own():
         "anything since then. Perhaps the learning rate is too high."
     )
     without = {name: values for name, values in curves.items() if "validation" not in name}
-    assert explain_fits([judge_fit(without)]) == ""
-    assert explain_fits([fit, judge_fit(without)]) == "No run clearly over-fits."
+    negative = curves | {"train_loss": np.array([-2.0, -2.01, -2.01])}
+    assert "The loss has hardly fallen" in explain_fit(judge_fit(negative), negative, Config())[0]
+    assert explain_fits([judge_fit(without), fit]) == ""
     lines = explain_fit(judge_fit(without), without, Config())
     assert lines[0].startswith("The loss has hardly fallen") and "cannot show over-fitting" in lines[1]
 

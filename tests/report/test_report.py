@@ -1,6 +1,7 @@
 """The report as a file: what it contains, what it says if something is missing, and its figures."""
 
 import base64
+import fcntl
 import io
 import json
 import os
@@ -29,6 +30,7 @@ from cnnjax.report.commands import command_for, resume_command
 from cnnjax.report.images import filter_pictures, maps_picture
 from cnnjax.report.several import group_runs
 from cnnjax.report.write import write_report
+from cnnjax.runs.directory import LOCK
 from cnnjax.runs.statistics import verdict
 
 
@@ -111,10 +113,31 @@ def test_an_unfinished_run_has_a_report_without_scores(trained, copy):
     page = path.read_text()
     assert "This run is not finished (interrupted, 3 of 3 epochs), so it has no test score yet." in page
     assert "Learning curves" in page and "Confusion matrix" not in page
-    assert '<code id="resume">cnnjax train tiny --name &#39;a b&#39; --resume</code>' in page
-    assert "trains it again" not in page
-    assert resume_command(["python", "mine.py"]) is None
-    assert resume_command(["bin/cnnjax", "reproduce", "a", "--resume"]) == "cnnjax reproduce a --resume"
+    resume = f"cnnjax train tiny --name &#39;a b&#39; --run-dir {run.run_dir} --resume"
+    assert f'<code id="resume">{resume}</code>' in page and "trains it again" not in page
+    manifest = run.run_dir / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"interrupted"', '"running"'))
+    with open(run.run_dir / LOCK, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # As in a process that trains.
+        page = write_report(load_run(run.run_dir, trained.run.config), data_dir=trained.data_dir).read_text()
+    assert "not finished (running" in page and 'id="resume"' not in page
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        (["python", "train.py"], None),
+        (["python", "mine.py", "--seed", "1"], "python mine.py --seed 1 --run-dir {} --resume"),
+        (["python", "-m", "cnnjax", "train", "--seeds", "0:3"], "cnnjax train --seeds 0:3 --resume"),
+        (["bin/cnnjax", "reproduce", "a", "--run-dir=b", "--resume"], "cnnjax reproduce a --run-dir=b --resume"),
+    ],
+)
+def test_a_command_resumes_a_run_of_the_command_line(copy, tmp_path, monkeypatch, command, expected):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("CONFIG = 1")
+    (tmp_path / "train.py").write_text("train()")
+    run = copy(manifest=lambda manifest: manifest["sessions"][-1].update(command=command))
+    assert resume_command(run) == (expected and expected.format(run.run_dir))
 
 
 def test_a_page_of_1000_classes_stays_below_5_mb(trained, copy, monkeypatch):
