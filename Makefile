@@ -70,7 +70,7 @@ QUOTED_EXPERIMENT = '$(subst ','\'',$(EXPERIMENT))'
 GIVEN_DATASET = $(if $(or $(filter file,$(origin DATASET)),$(filter file,$(origin EXPERIMENT))),,--dataset $(QUOTED_DATASET))
 train-distributed: override export ARGS := --processes $(PROCESSES) $(ARGS)
 # With --seeds in ARGS the default seed is left out; cnnjax refuses one that the user gives, too.
-GIVEN_SEED = $(if $(and $(findstring --seeds,$(ARGS)),$(filter file,$(origin SEED))),,--seed $(SEED))
+GIVEN_SEED = $(if $(and $(filter --seeds --seeds=%,$(ARGS)),$(filter file,$(origin SEED))),,--seed '$(subst ','\'',$(SEED))')
 train train-distributed: export CNNJAX_MAKE = $(OWN)$(if $(filter-out $(CURDIR),$(realpath $(PWD))), -C)
 
 # An experiment file if there is one, else the defaults with the network that MODEL names. With `exec` a signal
@@ -129,7 +129,7 @@ bench: setup .venv-peers/installed
 	@$(BIN)/python experiments/benchmarks/cpu.py $(ARGS)
 
 # Interpreters that ARGS names with --python or --peers are used as they are.
-GPU_PYTHON = $(shell printf '%s' '$(ARGS)' | sed -n 's/.*--python[= ]*\([^ ]*\).*/\1/p')
+GPU_PYTHON = $(shell printf '%s' '$(subst ','\'',$(ARGS))' | sed -n 's/.*--python[= ]*\([^ ]*\).*/\1/p')
 GPU_PARTS = $(filter ladder bits overhead profile predict to_96 to_94 start agree seeds tutorial,$(ARGS))
 GPU_PEERS = $(if $(findstring --peers,$(ARGS))$(findstring --small,$(ARGS)),,$(if $(GPU_PARTS),$(filter to_9%,$(GPU_PARTS)),all))
 bench-gpu: $(if $(GPU_PYTHON),,setup) $(if $(GPU_PEERS),.venv-peers-gpu/installed)

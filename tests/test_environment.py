@@ -235,6 +235,8 @@ def test_make_quotes_paths(repository):
         assert done.stdout == f"train, {arguments}--seeds, 0:3, ", done.stderr
         done = subprocess.run([*command, "SEED=1", "ARGS=--seeds 0:3"], capture_output=True, text=True, check=False)
         assert done.stdout == f"train, {arguments}--seed, 1, --seeds, 0:3, ", done.stderr
+        done = subprocess.run([*command, 'ARGS=--name "its--seeds\'"'], capture_output=True, text=True, check=False)
+        assert done.stdout == f"train, {arguments}--seed, 0, --name, its--seeds', " and not done.stderr
 
 
 def test_make_refuses_a_variable_that_is_misspelt_or_missing(repository):

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
@@ -42,7 +42,8 @@ class WriteReport:
         from cnnjax.runs.run import load_run
 
         runs = [load_run(run, config_of(run, self.experiment)) for run in self.runs]
-        path = write_report(runs, self.path, figures=self.figures, data_dir=self.data_dir, warn=_warn)
+        options: Any = {"data_dir": self.data_dir, "experiment": self.experiment, "warn": _warn}
+        path = write_report(runs, self.path, figures=self.figures, **options)
         print(f"Report: {printable(path)}")
         if self.figures is not None:
             print(f"Figures: {printable(self.figures)}")

@@ -11,36 +11,58 @@ from cnnjax.runs.records import read_record
 from cnnjax.runs.run import Run
 
 
-def command_for(run: Run, name: str, data_dir: Path | None = None) -> str:
+def command_for(run: Run, name: str, data_dir: Path | None = None, experiment: str | None = None) -> str:
     """Returns the command `cnnjax NAME RUN`, with the options --experiment and --data-dir if the run needs them.
 
     Args:
       name: of a command that has both options.
       data_dir: the tfds directory; that of the command that trained the run if None.
+      experiment: the experiment file, if the run needs one; as far as that command tells if None.
     """
     command = read_manifest(run.run_dir)["sessions"][-1]["command"]
     own = read_record(run.run_dir).files
-    experiment = _experiment(command, [*own]) if own or isinstance(run.config.dataset, tuple) else None
+    is_needed = bool(own) or isinstance(run.config.dataset, tuple)
+    experiment = (experiment or _experiment(command, [*own])) if is_needed else None
     options = {"--experiment": experiment, "--data-dir": str(data_dir) if data_dir else _option(command, "--data-dir")}
     words = [word for option, value in options.items() if value is not None for word in (option, value)]
-    return shlex.join(["cnnjax", name, str(run.run_dir), *words])
+    return shlex.join([*(_program(command) or ["cnnjax"]), name, str(run.run_dir), *words])
 
 
 def resume_command(run: Run) -> str | None:
-    """Returns the command that resumes a run, or None if neither `cnnjax` nor an experiment file trained it."""
+    """Returns the command that resumes a run, or None if neither `cnnjax` nor an experiment file trained it.
+
+    It is meant for the folder in which the run was trained.
+    """
     command = read_manifest(run.run_dir)["sessions"][-1]["command"]
-    starts = [i for i, (program, name) in enumerate(pairwise(command)) if _trains(program, name)]
-    if starts:
-        command = ["cnnjax", *command[starts[0] + 1 :]]
-    elif not any(word.endswith(".py") and has_config(Path(word)) for word in command[1:2]):
-        return None
-    if _option(command, "--seeds") is None and _option(command, "--run-dir") is None:
-        command = [*command, "--run-dir", str(run.run_dir)]
+    if program := _program(command):
+        command = [*program, *command[command.index(program[-1]) + 1 :]]
+    else:
+        script = Path(next((word for word in command[1:] if not word.startswith("-")), ""))
+        if script.suffix != ".py" or (script.exists() and not has_config(script)):
+            return None
+    if _option(command, "--seeds") is None:  # It may have been moved.
+        command = [*_without(command, "--run-dir"), "--run-dir", str(run.run_dir)]
     return shlex.join(command if "--resume" in command else [*command, "--resume"])
 
 
-def _trains(program: str, command: str) -> bool:
-    return Path(program).stem == "cnnjax" and command in ("train", "reproduce")
+def _program(command: Sequence[str]) -> list[str] | None:
+    """Returns how a command that trains starts `cnnjax`, or None if it does not."""
+    for i, (program, name) in enumerate(pairwise(command)):
+        if Path(program).stem == "cnnjax" and name in ("train", "reproduce"):
+            return [*command[i - 2 : i + 1]] if command[i - 1] == "-m" else [program]
+    return None
+
+
+def _without(command: Sequence[str], name: str) -> list[str]:
+    """Returns a command without an option that has a value."""
+    kept, is_value = [], False
+    for word in command:
+        option, equals, _ = word.partition("=")
+        if is_value or option.replace("_", "-") == name:
+            is_value = not is_value and not equals
+        else:
+            kept.append(word)
+    return kept
 
 
 def _experiment(command: Sequence[str], files: Sequence[str]) -> str:

@@ -64,11 +64,14 @@ def score(run: Run, data_dir: Path | None) -> Scored:
     return Scored(examples, np.concatenate(parts))
 
 
-def run_content(run: Run, data_dir: Path | None, warn: Say) -> tuple[dict[str, Any], dict[str, Any]]:
+def run_content(
+    run: Run, data_dir: Path | None, experiment: str | None, warn: Say
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns what the page of a run shows, and its charts for files, {name: chart}.
 
     Args:
       data_dir: the tfds directory; tfds's default if None.
+      experiment: see `command_for`.
       warn: receives what the page lacks, one line each.
     """
     manifest, record, info = read_manifest(run.run_dir), read_record(run.run_dir), read_info(run.run_dir)
@@ -81,7 +84,7 @@ def run_content(run: Run, data_dir: Path | None, warn: Say) -> tuple[dict[str, A
         "seed": run.config.seed,
         "tta": run.config.tta,
         "notes": [],
-        "reproduce": command_for(run, "reproduce") if run.result else None,
+        "reproduce": command_for(run, "reproduce", experiment=experiment) if run.result else None,
         "resume": None if run.result or info.state == "running" else resume_command(run),
         "sessions": [_session(session) for session in manifest["sessions"]],
         "config": _rows(record.config),

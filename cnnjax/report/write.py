@@ -35,6 +35,7 @@ def write_report(
     *,
     figures: str | os.PathLike[str] | None = None,
     data_dir: str | os.PathLike[str] | None = None,
+    experiment: str | None = None,
     warn: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Writes a report on a run, or on several, as one HTML file that loads nothing from the network.
@@ -53,6 +54,8 @@ def write_report(
         otherwise in the working directory, if None.
       figures: a folder that receives every chart as an SVG file.
       data_dir: the tfds directory; tfds's default if None.
+      experiment: the experiment file that the command to reproduce a run names, if the run needs one; that of the
+        command that trained it if None.
       warn: receives a line for each part that is missing.
 
     Returns:
@@ -77,7 +80,7 @@ def write_report(
     if len(runs) == 1:
         from cnnjax.report.single import run_content
 
-        template, (content, charts) = "run.html", run_content(runs[0], data_dir, warn)
+        template, (content, charts) = "run.html", run_content(runs[0], data_dir, experiment, warn)
     else:
         from cnnjax.report.several import several_content
 

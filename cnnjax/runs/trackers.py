@@ -104,6 +104,9 @@ class MLflow(Logger):
 
     def start(self, run: "Run", step: int) -> None:
         """Starts or resumes the run of MLflow whose id is in RUN/mlflow/id."""
+        # By default MLflow waits for minutes, and so would training, until it finds that a server has gone.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         self._mlflow = import_module("mlflow")
         self._client, self._config, self._last_step = self._mlflow.MlflowClient(), run.config, step
         self._buffer: list[Any] = []

@@ -113,7 +113,7 @@ def test_an_unfinished_run_has_a_report_without_scores(trained, copy):
     page = path.read_text()
     assert "This run is not finished (interrupted, 3 of 3 epochs), so it has no test score yet." in page
     assert "Learning curves" in page and "Confusion matrix" not in page
-    resume = f"cnnjax train tiny --name &#39;a b&#39; --run-dir {run.run_dir} --resume"
+    resume = f"bin/cnnjax train tiny --name &#39;a b&#39; --run-dir {run.run_dir} --resume"
     assert f'<code id="resume">{resume}</code>' in page and "trains it again" not in page
     manifest = run.run_dir / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"interrupted"', '"running"'))
@@ -127,9 +127,15 @@ def test_an_unfinished_run_has_a_report_without_scores(trained, copy):
     ("command", "expected"),
     [
         (["python", "train.py"], None),
-        (["python", "mine.py", "--seed", "1"], "python mine.py --seed 1 --run-dir {} --resume"),
-        (["python", "-m", "cnnjax", "train", "--seeds", "0:3"], "cnnjax train --seeds 0:3 --resume"),
-        (["bin/cnnjax", "reproduce", "a", "--run-dir=b", "--resume"], "cnnjax reproduce a --run-dir=b --resume"),
+        (["python", "-m", "pytest", "test.py"], None),
+        (["python", "-u", "mine.py", "--seed", "1"], "python -u mine.py --seed 1 --run-dir {} --resume"),
+        (["python", "elsewhere.py"], "python elsewhere.py --run-dir {} --resume"),
+        (["python", "-m", "cnnjax", "train", "--seeds", "0:3"], "python -m cnnjax train --seeds 0:3 --resume"),
+        (["python", "bin/cnnjax", "train", "--run-dir", "a", "b"], "bin/cnnjax train b --run-dir {} --resume"),
+        (
+            ["bin/cnnjax", "reproduce", "a", "--run-dir=b", "--resume"],
+            "bin/cnnjax reproduce a --resume --run-dir {}",
+        ),
     ],
 )
 def test_a_command_resumes_a_run_of_the_command_line(copy, tmp_path, monkeypatch, command, expected):
@@ -278,19 +284,24 @@ def test_training_writes_a_report_and_an_error_does_not_fail_it(trained, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("command", "options"),
+    ("command", "program", "options"),
     [
-        (["python", "bin/cnnjax", "train", "my net", "--data_dir", "d"], ["--experiment", "my net", "--data-dir", "d"]),
+        (
+            ["python", "bin/cnnjax", "train", "my net", "--data_dir", "d"],
+            "bin/cnnjax",
+            ["--experiment", "my net", "--data-dir", "d"],
+        ),
         (
             ["python", "-m", "cnnjax", "train", "a/b.py", "--data-dir=d/e"],
+            "python -m cnnjax",
             ["--experiment", "a/b.py", "--data-dir", "d/e"],
         ),
-        (["python", "mine.py", "--optim.learning-rate", "1"], ["--experiment", "mine.py"]),
-        (["python", "bin/cnnjax", "reproduce", "run", "--experiment", "x"], ["--experiment", "x"]),
-        (["python", "-m", "pytest", "test.py"], ["--experiment", "EXPERIMENT.py"]),
+        (["python", "mine.py", "--optim.learning-rate", "1"], "cnnjax", ["--experiment", "mine.py"]),
+        (["python", "bin/cnnjax", "reproduce", "run", "--experiment", "x"], "bin/cnnjax", ["--experiment", "x"]),
+        (["python", "-m", "pytest", "test.py"], "cnnjax", ["--experiment", "EXPERIMENT.py"]),
     ],
 )
-def test_a_command_names_the_experiment_and_the_data(copy, tmp_path, monkeypatch, command, options):
+def test_a_command_names_the_experiment_and_the_data(copy, tmp_path, monkeypatch, command, program, options):
     monkeypatch.chdir(tmp_path)
     for name, text in (("mine.py", "from base import Net\nCONFIG = 1"), ("base.py", "class Net:\n"), ("test.py", "")):
         (tmp_path / name).write_text(text)
@@ -298,7 +309,10 @@ def test_a_command_names_the_experiment_and_the_data(copy, tmp_path, monkeypatch
         manifest=lambda manifest: manifest["sessions"][-1].update(command=command),
         config=lambda content: content.update(files={"base.py": "0" * 64}),
     )
-    assert shlex.split(command_for(run, "reproduce")) == ["cnnjax", "reproduce", str(run.run_dir), *options]
+    start = [*program.split(), "reproduce", str(run.run_dir)]
+    assert shlex.split(command_for(run, "reproduce")) == [*start, *options]
+    given = shlex.split(command_for(run, "reproduce", experiment="given.py"))
+    assert given == [*start, "--experiment", "given.py", *options[2:]]
 
 
 def test_seeds_have_one_report_next_to_their_folders(trained):
