@@ -103,10 +103,11 @@ data: setup
 CODE := cnnjax docs experiments tests README.md
 CLANG_FORMAT := $(BIN)/clang-format --style='{BasedOnStyle: Google, ColumnLimit: 120}'
 # Tests run their programs few times, so they are compiled like those that run once, see `compiler_options`; pytest alone
-# compiles as users do. The second flag is one of jaxlib 0.10, which the lock file has; with others a process ends at
-# once. The processes that tests start need not compile Python's modules again.
-QUICKLY := env -u PYTHONDONTWRITEBYTECODE \
-	XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false"
+# compiles as users do. The processes that tests start need not compile Python's modules again.
+# One flag is known to jaxlib 0.10 only; with it, others end at once.
+QUICKLY := env -u PYTHONDONTWRITEBYTECODE XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=1 $$($(BIN)/python -c \
+	'from importlib.metadata import version as v; \
+	print("--xla_cpu_use_fusion_emitters=false" * v("jaxlib").startswith("0.10."))')"
 test: setup
 	$(BIN)/ruff check $(CODE) && $(BIN)/ruff format --check $(CODE) && $(BIN)/pyright --pythonpath $(BIN)/python
 	$(CLANG_FORMAT) --dry-run -Werror cnnjax/onednn/*.c

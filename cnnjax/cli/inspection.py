@@ -11,7 +11,7 @@ from tyro.conf import Positional, arg
 
 from cnnjax.cli.streams import reason
 from cnnjax.cli.tables import printable, table
-from cnnjax.errors import UserError
+from cnnjax.errors import UserError, check
 
 if TYPE_CHECKING:
     from cnnjax.config import Config
@@ -49,7 +49,7 @@ def expand(path: Path | None) -> Path | None:
 
 @dataclass(frozen=True)
 class Runs:
-    """List the runs of a folder: state, seed, epochs, accuracy, time.
+    """List the runs of a folder: state, seed, epochs, accuracy, time of training.
 
     A run that cannot be read has a line on standard error, and does not change the exit code.
     """
@@ -70,7 +70,14 @@ class Runs:
                 f"`folder` must be a folder of runs that can be read, got {self.folder} ({reason(error)})."
             ) from error
         found = [self.folder] if os.path.exists(self.folder / "config.json") else find_runs(self.folder)
-        rows, others = [], [f"{path} cannot be read." for path in folders if not os.access(path, os.R_OK | os.X_OK)]
+        rows, others = (
+            [],
+            [
+                f"{path} cannot be read: Permission denied."
+                for path in folders
+                if not os.access(path, os.R_OK | os.X_OK)
+            ],
+        )
         for run_dir in found:
             name = self.folder.resolve().name if run_dir == self.folder else str(run_dir.relative_to(self.folder))
             try:
@@ -214,6 +221,8 @@ class Compare:
         from cnnjax.runs.records import read_record
         from cnnjax.runs.statistics import describe, verdict
 
+        same = {path.resolve() for path in runs_of(self.a)} & {path.resolve() for path in runs_of(self.b)}
+        check("EXPERIMENT", "two names or folders without a common run", not same, " and ".join((self.a, self.b)))
         found = []
         for target in (self.a, self.b):
             score, unfinished = scores(target, self.metric)

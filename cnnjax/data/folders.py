@@ -166,7 +166,10 @@ def staging(name: str, data_dir: Path, locked: bool) -> Iterator[Path]:
     for left in data_dir.iterdir() if locked else ():
         if re.fullmatch(re.escape(_prefix(name)) + r"[a-z0-9_]{8}", left.name):  # The names of `mkdtemp`.
             shutil.rmtree(left, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix=_prefix(name), dir=data_dir))
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=_prefix(name), dir=data_dir))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(data_dir)) from error  # It names a folder that nobody knows.
     try:
         yield folder
     finally:

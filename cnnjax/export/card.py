@@ -212,8 +212,9 @@ def _training(run: Run) -> Iterator[str]:
             f" Training started from the pretrained weights `{config['model']['weights']}`, SHA-256 "
             f"`{run.facts.weights_sha256}`."
         )
+    num_epochs = result["stopped_epoch"] or result["num_epochs"]
     yield _text(
-        f"{result['num_params']:,} parameters, trained for {result['stopped_epoch'] or result['num_epochs']} epochs in "
+        f"{result['num_params']:,} parameters, trained for {num_epochs} epoch{'s' if num_epochs > 1 else ''} in "
         f"{result['training_seconds']:.0f} s on {result['device']}, with cnnjax {version('cnnjax')}. The exported "
         f"parameters are from epoch {result['best_epoch']}.{start} The configuration:"
     )

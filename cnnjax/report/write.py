@@ -1,7 +1,6 @@
 """Writes reports."""
 
 import base64
-import errno
 import hashlib
 import os
 import re
@@ -10,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from cnnjax.errors import check
+from cnnjax.errors import check, option
 from cnnjax.runs.files import atomic_write
 from cnnjax.runs.run import Run
 
@@ -62,7 +61,8 @@ def write_report(
       The path of the file.
 
     Raises:
-      UserError: there is no run, one is given twice, a file of a run is damaged, or `path` is a folder.
+      UserError: there is no run, one is given twice, a file of a run is damaged, `path` is a folder, or a folder cannot
+        be written.
       OSError: the file cannot be written.
     """
     runs = [runs] if isinstance(runs, Run) else [*runs]
@@ -73,10 +73,13 @@ def write_report(
     check("runs", "different runs", len({*folders}) == len(folders), " and ".join(str(run.run_dir) for run in runs))
     check("path", "a file", not path.is_dir(), f"the folder {path}")
     folder = None if figures is None else Path(os.path.expanduser(figures))
-    for needed in filter(None, (path.parent, folder)):  # Now, and not after minutes of computation.
-        needed.mkdir(parents=True, exist_ok=True)
-        if not os.access(needed, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(needed))
+    for name, needed in (("path", path.parent), ("figures", folder)):  # Now, and not after minutes of computation.
+        if needed is not None:
+            needed.mkdir(parents=True, exist_ok=True)
+            if not os.access(needed, os.W_OK):
+                rule = "a file in a folder" if name == "path" else "a folder"
+                got = f"{path if name == 'path' else needed}. Choose another: {option(name, 'PATH')}"
+                check(name, f"{rule} that can be written", False, got)
     if len(runs) == 1:
         from cnnjax.report.single import run_content
 

@@ -47,7 +47,7 @@ class RunInfo(NamedTuple):
       config: the configuration as JSON.
       rows: of metrics.jsonl.
       result: of result.json, or None.
-      seconds: of all sessions that ended.
+      seconds: of training, in all sessions.
     """
 
     folder: Path
@@ -98,8 +98,8 @@ def read_info(run_dir: Path) -> RunInfo:
     state = sessions[-1]["state"]
     if state == "running" and not directory.is_locked(run_dir):
         state = "killed"
-    seconds = sum(session.get("seconds", 0.0) for session in sessions)
-    rows = records.read_rows(run_dir)
+    timing, rows = records.read_timing(run_dir), records.read_rows(run_dir)
+    seconds = timing[-1]["seconds"] if timing else 0.0
     return RunInfo(run_dir, state, config, rows, records.read_result(run_dir), seconds)
 
 
@@ -117,6 +117,7 @@ def verify(run_dir: Path) -> dict[str, str]:
     names = [name for name in own if os.path.lexists(run_dir / name)]
     if not names:
         check_local("run", run_dir)
+        records.check_readable(run_dir)
         raise UserError(f"`run` must be the directory of a run, got {run_dir}.{records.hint_at_runs(run_dir)}")
     if directory.is_locked(run_dir):
         raise UserError(f"`run` must not be training while it is verified, got {run_dir}. Wait until it ends.")
@@ -282,6 +283,7 @@ def scores(target: str, metric: str) -> tuple[dict[int, float], list[Path]]:
     of_seed: dict[int, Path] = {}
     unfinished = []
     first: EncodedConfig | None = None
+    of_config: Path | None = None
     data: dict[str, str] | None = None
     for folder in runs_of(target):
         record = records.read_record(folder)
@@ -289,12 +291,12 @@ def scores(target: str, metric: str) -> tuple[dict[int, float], list[Path]]:
         if record.data.sha256 != data:
             raise UserError(f"The runs of {target} must be on the same images, got others in {folder}.")
         result = records.read_result(folder)
-        first, seed = first or config, config["seed"]
+        first, of_config, seed = first or config, of_config or folder, config["seed"]
         if changed := changes({**first, "seed": seed}, config):
             name, (x, y) = next(iter(changed.items()))
             raise UserError(
-                f"The runs of {target} must differ only in their seed, got `{name}` {x!r} and {y!r}. Pass a folder or "
-                "a name that only the runs of one configuration share."
+                f"The runs of {target} must differ only in their seed, got `{name}` {x!r} in {of_config} and {y!r} in "
+                f"{folder}. Pass a folder or a name that only the runs of one configuration share."
             )
         if result is None:
             unfinished.append(folder)
@@ -309,9 +311,8 @@ def scores(target: str, metric: str) -> tuple[dict[int, float], list[Path]]:
                 raise UserError(f"`metric` must be one that every run has, got {metric}, which {folder} lacks.")
             found[seed], of_seed[seed] = score, folder
     if not found:
-        lacking = (
-            f" with {len(unfinished)} unfinished runs. Resume them with --resume" if unfinished else " without a run"
-        )
+        listed = ", ".join(map(str, unfinished))
+        lacking = f" without one. Resume with --resume what is not finished: {listed}" if listed else " without a run"
         raise UserError(
             "`experiment` must be a folder of finished runs, or the name before -seed<k> in runs/, got "
             f"{target!r}{lacking}."

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from cnnjax.config import Config
 from cnnjax.data.batches import Standardization
 from cnnjax.data.datasets import ImageDataset
-from cnnjax.errors import UserError, for_reader, option, suggest
+from cnnjax.errors import UserError, check, for_reader, option, suggest
 from cnnjax.runs.codec import decode
 from cnnjax.runs.files import (
     check_listed,
@@ -69,12 +69,23 @@ def read_record(run_dir: Path) -> Record:
     path = run_dir / "config.json"
     if not os.path.lexists(path):
         check_local(run_argument(), run_dir)
+        check_readable(run_dir)
         rule = f"`{run_argument()}` must be the directory of a run, with a config.json"
         raise UserError(f"{rule}, got {run_dir}.{hint_at_runs(run_dir)}")
     check_links(run_dir)
     if os.path.lexists(run_dir / "manifest.json"):
         check_format(run_dir / "manifest.json")  # A run of another version may have other keys.
     return read_json(path, Record)
+
+
+def check_readable(run_dir: Path) -> None:
+    """Checks the permissions of a run directory.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    readable = not os.path.isdir(run_dir) or os.access(run_dir, os.R_OK | os.X_OK)
+    check(run_argument(), "a directory that can be read", readable, f"{run_dir} (Permission denied)")
 
 
 def hint_at_runs(run_dir: Path) -> str:

@@ -178,8 +178,11 @@ def verdict(
       scores: the score of each seed, of both.
 
     Raises:
-      UserError: see `compare`.
+      UserError: one has fewer than two seeds; see also `compare`.
     """
+    for name, of_seed in zip(names, scores, strict=True):
+        if len(of_seed) < 2:
+            raise UserError(f"{name} must have at least two finished seeds, got {len(of_seed)}. Train more: --seeds.")
     c = compare(*scores, bounds=_bounds(metric))
     test = "paired t test, the same seeds" if c.paired else "Welch's t test"
     in_points, digits = metric != "test_loss", 2 if metric != "test_loss" else 4

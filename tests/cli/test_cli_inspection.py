@@ -46,8 +46,9 @@ def test_the_list_shows_state_seed_epochs_accuracy_and_time(runs, capsys):
     rows = [{**row, "validation_accuracy": accuracy} for row, accuracy in zip(rows, (0.5, 0.75, 0.625), strict=True)]
     (first / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (session,) = json.loads((first / "manifest.json").read_text())["sessions"]
-    sessions = [{**session, "state": "interrupted", "seconds": 10.0}, {**session, "seconds": 2.3}]
-    change(first / "manifest.json", sessions=sessions)
+    rows = [json.loads(line) for line in (first / "timing.jsonl").read_text().splitlines()]
+    rows[-1]["seconds"] = 12.3  # Of training, in all sessions.
+    (first / "timing.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     change(first / "result.json", test_accuracy=0.875)
     change(second / "manifest.json", sessions=[{**session, "state": "running"}])  # No process holds its lock.
     (second / "result.json").unlink()
@@ -112,13 +113,17 @@ main(["runs"])  # Imports what the next one needs, perhaps from folders of root.
 if os.getuid() == 0:
     os.setuid(65534)
 main(["runs"])
+main(["verify", os.sys.argv[1]])
 """
     runs[1].chmod(0)
     Path.cwd().chmod(0o755)
-    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", program, runs[1]], check=False, capture_output=True, text=True)
     runs[1].chmod(0o755)
+    assert done.returncode == 2
     assert [line.split()[0] for line in done.stdout.splitlines()[-2:]] == ["run", runs[0].name]
-    assert done.stderr.splitlines()[-1] == f"{runs[1]} cannot be read."
+    listed, verified = done.stderr.splitlines()[-2:]
+    assert listed == f"{runs[1]} cannot be read: Permission denied."
+    assert verified == f"`run` must be a directory that can be read, got {runs[1]} (Permission denied)."
 
 
 def test_the_folder_of_runs_must_exist(runs, capsys, monkeypatch):

@@ -269,8 +269,9 @@ def test_compare_tests_two_experiments_over_their_seeds(seeds, tmp_path, capsys,
         lines[3],
     )
     assert more is not None and int(more[1]) == int(more[2]) - 1  # There are three of good, and two of bad.
-    main(["compare", "good", "good"])
-    assert capsys.readouterr().out.splitlines()[-1] == "The means are equal."
+    with pytest.raises(SystemExit):
+        main(["compare", "good", "runs/good"])
+    assert "without a common run, got good and runs/good." in capsys.readouterr().err
     for record in Path("runs").glob("bad-seed*/config.json"):
         data = json.loads(record.read_text())["data"]
         change(record, data={**data, "sha256": {**data["sha256"], "test": 64 * "0"}})
@@ -322,7 +323,7 @@ def test_compare_names_what_it_misses(seeds, tmp_path, monkeypatch):
     Path("wide_mlp").mkdir()  # A folder without runs does not hide the name.
     assert [*scores("wide_mlp", "test_accuracy")[0]] == [0]
     Path("runs/wide_mlp-seed0/result.json").unlink()
-    with pytest.raises(UserError, match=r"got 'wide_mlp' with 1 unfinished runs. Resume them with --resume\."):
+    with pytest.raises(UserError, match=r"got 'wide_mlp' without one\. Resume with --resume .*: runs/wide_mlp-seed0\."):
         scores("wide_mlp", "test_accuracy")
 
 
@@ -332,7 +333,9 @@ def test_compare_refuses_runs_of_different_experiments(seeds, run_dir, tmp_path)
     with pytest.raises(UserError, match=r"must have different seeds, got seed 0 in .*other and in .*run\."):
         scores(str(tmp_path), "test_accuracy")
     change(other / "config.json", config={**config, "batch_size": 8, "seed": 5})
-    with pytest.raises(UserError, match="must differ only in their seed, got `batch_size` 8 and 32"):
+    with pytest.raises(
+        UserError, match=r"must differ only in their seed, got `batch_size` 8 in .*other and 32 in .*run"
+    ):
         scores(str(tmp_path), "test_accuracy")
     change(run_dir / "result.json", best_validation_accuracy=None)
     with pytest.raises(UserError, match="`metric` must be one that every run has, got best_validation_accuracy, w"):
