@@ -70,14 +70,8 @@ class Runs:
                 f"`folder` must be a folder of runs that can be read, got {self.folder} ({reason(error)})."
             ) from error
         found = [self.folder] if os.path.exists(self.folder / "config.json") else find_runs(self.folder)
-        rows, others = (
-            [],
-            [
-                f"{path} cannot be read: Permission denied."
-                for path in folders
-                if not os.access(path, os.R_OK | os.X_OK)
-            ],
-        )
+        closed = [path for path in folders if not os.access(path, os.R_OK | os.X_OK)]
+        rows, others = [], [f"{path} cannot be read: Permission denied." for path in closed]
         for run_dir in found:
             name = self.folder.resolve().name if run_dir == self.folder else str(run_dir.relative_to(self.folder))
             try:

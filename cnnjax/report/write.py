@@ -73,13 +73,11 @@ def write_report(
     check("runs", "different runs", len({*folders}) == len(folders), " and ".join(str(run.run_dir) for run in runs))
     check("path", "a file", not path.is_dir(), f"the folder {path}")
     folder = None if figures is None else Path(os.path.expanduser(figures))
-    for name, needed in (("path", path.parent), ("figures", folder)):  # Now, and not after minutes of computation.
-        if needed is not None:
-            needed.mkdir(parents=True, exist_ok=True)
-            if not os.access(needed, os.W_OK):
-                rule = "a file in a folder" if name == "path" else "a folder"
-                got = f"{path if name == 'path' else needed}. Choose another: {option(name, 'PATH')}"
-                check(name, f"{rule} that can be written", False, got)
+    needed = {"path": (path, path.parent)} | ({} if folder is None else {"figures": (folder, folder)})
+    for name, (given, parent) in needed.items():  # Now, and not after minutes of computation.
+        parent.mkdir(parents=True, exist_ok=True)
+        fix = f"Choose another: {option(name, 'PATH')}"
+        check(name, "where files can be written", os.access(parent, os.W_OK), f"{given}. {fix}")
     if len(runs) == 1:
         from cnnjax.report.single import run_content
 
