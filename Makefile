@@ -104,7 +104,7 @@ CODE := cnnjax docs experiments tests README.md
 CLANG_FORMAT := $(BIN)/clang-format --style='{BasedOnStyle: Google, ColumnLimit: 120}'
 # Tests run their programs few times, so they are compiled like those that run once, see `compiler_options`; pytest alone
 # compiles as users do. The processes that tests start need not compile Python's modules again.
-# One flag is known to jaxlib 0.10 only; with it, others end at once.
+# Only jaxlib 0.10 knows the last flag; others abort.
 QUICKLY := env -u PYTHONDONTWRITEBYTECODE XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=1 $$($(BIN)/python -c \
 	'from importlib.metadata import version as v; \
 	print("--xla_cpu_use_fusion_emitters=false" * v("jaxlib").startswith("0.10."))')"

@@ -3,7 +3,7 @@
     make train DATASET=cifar10 SEED=0
 
 Test accuracy 90.29% ± 0.11 (sample deviation, 3 seeds),
-in 72 to 103 seconds (4 epochs) on 2 cores of an Intel Xeon with AMX. See RESULTS.md.
+in 63 to 117 seconds (4 epochs) on 2 cores of an Intel Xeon with AMX. See RESULTS.md.
 """
 
 from cnnjax import Augment, Config, CrossEntropy, Muon, ParamGroup, SpeedNet, run_experiment

@@ -49,7 +49,7 @@ def expand(path: Path | None) -> Path | None:
 
 @dataclass(frozen=True)
 class Runs:
-    """List the runs of a folder: state, seed, epochs, accuracy, time of training.
+    """List the runs of a folder: state, seed, epochs, accuracy, time of training up to the last epoch.
 
     A run that cannot be read has a line on standard error, and does not change the exit code.
     """
@@ -216,7 +216,8 @@ class Compare:
         from cnnjax.runs.statistics import describe, verdict
 
         same = {path.resolve() for path in runs_of(self.a)} & {path.resolve() for path in runs_of(self.b)}
-        check("EXPERIMENT", "two names or folders without a common run", not same, " and ".join((self.a, self.b)))
+        shared = f"{self.a} and {self.b}, which share {', '.join(map(str, sorted(same)))}"
+        check("experiment", "two experiments without a common run", not same, shared)
         found = []
         for target in (self.a, self.b):
             score, unfinished = scores(target, self.metric)

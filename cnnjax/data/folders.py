@@ -169,7 +169,7 @@ def staging(name: str, data_dir: Path, locked: bool) -> Iterator[Path]:
     try:
         folder = Path(tempfile.mkdtemp(prefix=_prefix(name), dir=data_dir))
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(data_dir)) from error  # It names a folder that nobody knows.
+        raise OSError(error.errno, error.strerror, str(data_dir)) from error  # mkdtemp's names its own folder.
     try:
         yield folder
     finally:

@@ -14,6 +14,8 @@ from cnnjax.runs.run import Run
 def command_for(run: Run, name: str, data_dir: Path | None = None, experiment: str | None = None) -> str:
     """Returns the command `cnnjax NAME RUN`, with the options --experiment and --data-dir if the run needs them.
 
+    It starts `cnnjax` as the command that trained the run.
+
     Args:
       name: of a command that has both options.
       data_dir: the tfds directory; that of the command that trained the run if None.
@@ -25,32 +27,39 @@ def command_for(run: Run, name: str, data_dir: Path | None = None, experiment: s
     experiment = (experiment or _experiment(command, [*own])) if is_needed else None
     options = {"--experiment": experiment, "--data-dir": str(data_dir) if data_dir else _option(command, "--data-dir")}
     words = [word for option, value in options.items() if value is not None for word in (option, value)]
-    return shlex.join([*(_program(command) or ["cnnjax"]), name, str(run.run_dir), *words])
+    program, _ = _split(command) or (["cnnjax"], [])
+    return shlex.join([*program, name, str(run.run_dir), *words])
 
 
 def resume_command(run: Run) -> str | None:
     """Returns the command that resumes a run, or None if neither `cnnjax` nor an experiment file trained it.
 
-    It is meant for the folder in which the run was trained.
+    A script that is not found here is taken for an experiment file.
     """
     command = read_manifest(run.run_dir)["sessions"][-1]["command"]
-    if program := _program(command):
-        command = [*program, *command[command.index(program[-1]) + 1 :]]
-    else:
-        script = Path(next((word for word in command[1:] if not word.startswith("-")), ""))
-        if script.suffix != ".py" or (script.exists() and not has_config(script)):
-            return None
+    if parts := _split(command):
+        command = [*parts[0], *parts[1]]
+    elif not _is_experiment(command):
+        return None
     if _option(command, "--seeds") is None:  # It may have been moved.
-        command = [*_without(command, "--run-dir"), "--run-dir", str(run.run_dir)]
+        command = [*_without(command, "--run-dir"), "--run-dir", str(run.run_dir.resolve())]
     return shlex.join(command if "--resume" in command else [*command, "--resume"])
 
 
-def _program(command: Sequence[str]) -> list[str] | None:
-    """Returns how a command that trains starts `cnnjax`, or None if it does not."""
+def _split(command: Sequence[str]) -> tuple[list[str], list[str]] | None:
+    """Returns how a command that trains starts `cnnjax`, and the arguments; or None if it does not."""
     for i, (program, name) in enumerate(pairwise(command)):
         if Path(program).stem == "cnnjax" and name in ("train", "reproduce"):
-            return [*command[i - 2 : i + 1]] if command[i - 1] == "-m" else [program]
+            is_module = i > 1 and command[i - 1] == "-m"
+            return [*command[: i + 1]] if is_module else [program], [*command[i + 1 :]]
     return None
+
+
+def _is_experiment(command: Sequence[str]) -> bool:
+    """Returns whether a command of Python may run an experiment file."""
+    number = next((i for i, word in enumerate(command) if word.endswith(".py")), 0)
+    script = Path(command[number])
+    return number > 0 and "-m" not in command[:number] and (not script.exists() or has_config(script))
 
 
 def _without(command: Sequence[str], name: str) -> list[str]:

@@ -84,7 +84,7 @@ def run_content(
         "seed": run.config.seed,
         "tta": run.config.tta,
         "notes": [],
-        "reproduce": command_for(run, "reproduce", experiment=experiment) if run.result else None,
+        "reproduce": command_for(run, "reproduce", data_dir, experiment) if run.result else None,
         "resume": None if run.result or info.state == "running" else resume_command(run),
         "sessions": [_session(session) for session in manifest["sessions"]],
         "config": _rows(record.config),

@@ -5,6 +5,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -75,9 +76,12 @@ def write_report(
     folder = None if figures is None else Path(os.path.expanduser(figures))
     needed = {"path": (path, path.parent)} | ({} if folder is None else {"figures": (folder, folder)})
     for name, (given, parent) in needed.items():  # Now, and not after minutes of computation.
-        parent.mkdir(parents=True, exist_ok=True)
-        fix = f"Choose another: {option(name, 'PATH')}"
-        check(name, "where files can be written", os.access(parent, os.W_OK), f"{given}. {fix}")
+        writable = False
+        with suppress(OSError):
+            parent.mkdir(parents=True, exist_ok=True)
+            writable = os.access(parent, os.W_OK | os.X_OK)
+        rule = "a file in a folder that can be written" if name == "path" else "a folder that can be written"
+        check(name, rule, writable, f"{given}. Choose another: {option(name, 'PATH')}")
     if len(runs) == 1:
         from cnnjax.report.single import run_content
 

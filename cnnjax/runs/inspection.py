@@ -47,7 +47,7 @@ class RunInfo(NamedTuple):
       config: the configuration as JSON.
       rows: of metrics.jsonl.
       result: of result.json, or None.
-      seconds: of training, in all sessions.
+      seconds: of training, up to the last epoch in timing.jsonl.
     """
 
     folder: Path
@@ -312,7 +312,7 @@ def scores(target: str, metric: str) -> tuple[dict[int, float], list[Path]]:
             found[seed], of_seed[seed] = score, folder
     if not found:
         listed = ", ".join(map(str, unfinished))
-        lacking = f" without one. Resume with --resume what is not finished: {listed}" if listed else " without a run"
+        lacking = f" with unfinished runs only: {listed}. Resume them with --resume" if listed else " without a run"
         raise UserError(
             "`experiment` must be a folder of finished runs, or the name before -seed<k> in runs/, got "
             f"{target!r}{lacking}."

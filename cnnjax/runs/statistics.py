@@ -80,19 +80,25 @@ def summarize(values: Sequence[float], bounds: tuple[float, float] = UNBOUNDED) 
     return Summary(mean, deviation, max(mean - half, bounds[0]), min(mean + half, bounds[1]), n)
 
 
-def compare(a: Mapping[int, float], b: Mapping[int, float], bounds: tuple[float, float] = UNBOUNDED) -> Comparison:
+def compare(
+    a: Mapping[int, float],
+    b: Mapping[int, float],
+    bounds: tuple[float, float] = UNBOUNDED,
+    names: tuple[str, str] = ("a", "b"),
+) -> Comparison:
     """Compares two experiments with the paired t test if they have the same seeds, and with Welch's test otherwise.
 
     Args:
       a, b: the score of each seed.
       bounds: the least and the greatest possible score. Their distance limits the interval of the difference.
+      names: of the experiments, for messages.
 
     Raises:
       UserError: if one has fewer than two seeds, or a score is not finite.
     """
     from scipy import stats
 
-    for name, scores in (("a", a), ("b", b)):
+    for name, scores in zip(names, (a, b), strict=True):
         if len(scores) < 2:
             raise UserError(f"`{name}` must have at least two finished seeds, got {len(scores)}. Train more: --seeds.")
         check(name, "finite scores", bool(np.isfinite([*scores.values()]).all()), [*scores.values()])
@@ -178,12 +184,9 @@ def verdict(
       scores: the score of each seed, of both.
 
     Raises:
-      UserError: one has fewer than two seeds; see also `compare`.
+      UserError: see `compare`.
     """
-    for name, of_seed in zip(names, scores, strict=True):
-        if len(of_seed) < 2:
-            raise UserError(f"{name} must have at least two finished seeds, got {len(of_seed)}. Train more: --seeds.")
-    c = compare(*scores, bounds=_bounds(metric))
+    c = compare(*scores, bounds=_bounds(metric), names=names)
     test = "paired t test, the same seeds" if c.paired else "Welch's t test"
     in_points, digits = metric != "test_loss", 2 if metric != "test_loss" else 4
     size, low, high = (f"{value * (100 if in_points else 1):+.{digits}f}" for value in (c.difference, c.low, c.high))

@@ -86,8 +86,9 @@ class WandB(Logger):
 class MLflow(Logger):
     """Logs to the MLflow store of $MLFLOW_TRACKING_URI, or MLflow's default; a resumed run continues its run there.
 
-    A server that is lost stops training for 12 seconds, one that does not answer for 52; then the run continues without
-    it. Set $MLFLOW_HTTP_REQUEST_MAX_RETRIES (3 here) and $MLFLOW_HTTP_REQUEST_TIMEOUT (10 seconds) to change that.
+    If the server refuses connections, training waits for about 12 seconds (4 attempts, with pauses of 0, 4 and 8); if
+    it does not answer, for about 52 (10 more per attempt). Then the run continues without it. `start` sets these limits
+    for the whole process, unless $MLFLOW_HTTP_REQUEST_MAX_RETRIES (3) and $MLFLOW_HTTP_REQUEST_TIMEOUT (10) are set.
 
     Args:
       experiment: the name of the experiment; by default $MLFLOW_EXPERIMENT_NAME, or else cnnjax.

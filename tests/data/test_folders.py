@@ -1,5 +1,6 @@
 """The tfds directory: names, versions and faults; processes that prepare a set at the same time, or are killed."""
 
+import errno
 import functools
 import importlib.util
 import os
@@ -330,6 +331,16 @@ def test_with_a_lock_the_leftovers_of_this_set_alone_are_removed(tmp_path):
     with exclusive("mnist", tmp_path, silent) as locked, staging("mnist", tmp_path, locked):
         assert locked
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == sorted(names[1:])
+
+
+def test_a_folder_that_cannot_be_written_is_named_without_a_temporary_one(tmp_path, monkeypatch):
+    def fail(prefix, **options):
+        raise PermissionError(errno.EACCES, "Permission denied", f"{options['dir']}/{prefix}12345678")
+
+    monkeypatch.setattr("tempfile.mkdtemp", fail)
+    with pytest.raises(PermissionError) as caught, staging("mnist", tmp_path, locked=False):
+        pass
+    assert caught.value.filename == str(tmp_path)
 
 
 @pytest.mark.parametrize("there", ["nothing", "empty", "prepared", "other"])

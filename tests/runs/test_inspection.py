@@ -271,7 +271,7 @@ def test_compare_tests_two_experiments_over_their_seeds(seeds, tmp_path, capsys,
     assert more is not None and int(more[1]) == int(more[2]) - 1  # There are three of good, and two of bad.
     with pytest.raises(SystemExit):
         main(["compare", "good", "runs/good"])
-    assert "without a common run, got good and runs/good." in capsys.readouterr().err
+    assert "without a common run, got good and runs/good, which share " in capsys.readouterr().err
     for record in Path("runs").glob("bad-seed*/config.json"):
         data = json.loads(record.read_text())["data"]
         change(record, data={**data, "sha256": {**data["sha256"], "test": 64 * "0"}})
@@ -323,7 +323,7 @@ def test_compare_names_what_it_misses(seeds, tmp_path, monkeypatch):
     Path("wide_mlp").mkdir()  # A folder without runs does not hide the name.
     assert [*scores("wide_mlp", "test_accuracy")[0]] == [0]
     Path("runs/wide_mlp-seed0/result.json").unlink()
-    with pytest.raises(UserError, match=r"got 'wide_mlp' without one\. Resume with --resume .*: runs/wide_mlp-seed0\."):
+    with pytest.raises(UserError, match=r"got 'wide_mlp' with unfinished runs only: runs/wide_mlp-seed0\. Resume"):
         scores("wide_mlp", "test_accuracy")
 
 

@@ -218,3 +218,5 @@ def test_comparison_needs_two_seeds(few):
         compare(few, two)
     with pytest.raises(UserError, match=rf"`b` must have at least two finished seeds, got {len(few)}.*--seeds"):
         compare(two, few)
+    with pytest.raises(UserError, match=rf"`bad` must have at least two finished seeds, got {len(few)}"):
+        verdict(("good", "bad"), (two, few))
