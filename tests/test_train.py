@@ -495,7 +495,7 @@ def test_a_speed_recipe_without_validation_is_resumed_to_the_bit_and_scored_with
         validation_fraction=0.0,
         tta="flip_translate",
         loss=CrossEntropy(label_smoothing=0.2),
-        model=SpeedNet(widths=(16, 16, 16), dtype="bfloat16"),
+        model=SpeedNet(widths=(64, 64, 64), dtype="bfloat16"),
         optim=Muon(learning_rate=0.3, schedule="one_cycle", groups=groups, lookahead=5, accumulate_steps=2),
         augment=Mixup(flip="alternating", translate=1, cutout=2),  # Its labels are class probabilities.
     )
@@ -506,9 +506,7 @@ def test_a_speed_recipe_without_validation_is_resumed_to_the_bit_and_scored_with
     assert whole["best_epoch"] == 3 and whole["best_validation_accuracy"] is None
     assert read_record(tmp_path / "whole").data.num_validation_examples == 0
     assert whole["sha256"]["params"] == whole["sha256"]["best_params"]
-    # It learns, if little in so few steps: how much depends on the rounding of the processor.
-    first, second, third = (row["train_loss"] for row in read_rows(tmp_path / "whole"))
-    assert third < second < first < np.log(4) and whole["test_loss"] < np.log(4)
+    assert whole["test_loss"] < np.log(4) - 0.05  # Better than chance.
     with pytest.raises(Interrupted, match="the checkpoint of step 23 is saved"):
         # Within the second epoch, between the two batches of an update, between two lookaheads.
         train(config, run_dir=tmp_path / "run", report=Watch(stop_at=23))

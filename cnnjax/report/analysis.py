@@ -7,7 +7,6 @@ import numpy as np
 from jaxtyping import Float, Int, Integer
 
 from cnnjax.class_scores import DIGITS
-from cnnjax.runs.schema import DataFacts
 from cnnjax.runs.statistics import difference_interval
 
 RISE, MARGIN = 1.05, 0.005  # A validation loss above its minimum by 5%, and by 0.005, has risen.
@@ -76,19 +75,22 @@ class Fit(NamedTuple):
     chance: tuple[float, float] | None
 
 
-def judge_fit(history: Mapping[str, np.ndarray], facts: DataFacts | None = None) -> Fit:
+def judge_fit(
+    history: Mapping[str, np.ndarray], num_train_examples: int | None = None, num_validation_examples: int | None = None
+) -> Fit:
     """Returns what the learning curves in the history of a run say about over-fitting.
 
     Args:
       history: the metrics of at least one epoch.
-      facts: the numbers of images, which tell a gap from chance; not with balanced sampling, in which images repeat.
+      num_train_examples, num_validation_examples: tell a gap from chance; None if they are not known. With balanced
+        sampling, in which images repeat, the interval is too narrow.
     """
     gap = chance = None
     if {"train_accuracy", "validation_accuracy"} <= history.keys():
         train, validation = (float(history[f"{part}_accuracy"][-1]) for part in ("train", "validation"))
         gap = None if np.isnan(train - validation) else train - validation
-        if gap is not None and facts and facts.num_train_examples and facts.num_validation_examples:
-            low, high = difference_interval(train, facts.num_train_examples, validation, facts.num_validation_examples)
+        if gap is not None and num_train_examples and num_validation_examples:
+            low, high = difference_interval(train, num_train_examples, validation, num_validation_examples)
             chance = (low, high) if low <= 0 <= high else None
     train_loss = history["train_loss"]
     flat = len(train_loss) > 1 and bool(train_loss[0] - np.nanmin(train_loss[1:]) < FALL * abs(train_loss[0]))

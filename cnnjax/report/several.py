@@ -98,7 +98,11 @@ def several_content(runs: Sequence[Run]) -> tuple[dict[str, Any], dict[str, Any]
 
 def _fits(group: Group) -> list[Fit]:
     histories = ((run.history, run.facts) for run in group.runs)
-    return [judge_fit(history, facts) for history, facts in histories if len(history.get("epoch", ())) > 1]
+    return [
+        judge_fit(history, facts.num_train_examples, facts.num_validation_examples)
+        for history, facts in histories
+        if len(history.get("epoch", ())) > 1
+    ]
 
 
 def _show(value: Any) -> str:

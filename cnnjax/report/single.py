@@ -140,7 +140,7 @@ def _training(run: Run, files: dict[str, Any]) -> dict[str, Any]:
     history = run.history
     if "epoch" not in history:
         return {"curves": [], "fit": [], "seconds": None, "speed": None}
-    fit = judge_fit(history, run.facts)
+    fit = judge_fit(history, run.facts.num_train_examples, run.facts.num_validation_examples)
     found = figures.learning_curves(history, fit)
     drawn = [figure.draw(380) for figure in found]
     files["learning_curves"] = alt.hconcat(*drawn).resolve_scale(color="independent")

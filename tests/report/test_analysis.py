@@ -1,5 +1,3 @@
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from sklearn.calibration import calibration_curve
@@ -8,7 +6,6 @@ from cnnjax import Config, CrossEntropy
 from cnnjax.class_scores import Confused, calibrate, top_confusions
 from cnnjax.report.analysis import band, differing, judge_fit, most_confident
 from cnnjax.report.words import duration, explain_calibration, explain_fit, explain_fits, explain_operation
-from cnnjax.runs.schema import DataFacts
 from cnnjax.runs.statistics import difference_interval, wilson_interval
 
 
@@ -104,20 +101,6 @@ def test_top_confusions_are_the_largest_counts_besides_the_diagonal():
     assert top_confusions(matrix, 9)[-1] == Confused(1, 2, 1)
 
 
-FACTS = DataFacts(
-    image_shape=(8, 8, 1),
-    class_names=("a", "b"),
-    sha256={"train": "0" * 64},
-    version="1.0.0",
-    source="a test",
-    mean=(1.0,),
-    std=(1.0,),
-    resize="crop",
-    interpolation="lanczos",
-    weights_sha256=None,
-)
-
-
 def history(training, validation, loss, train_loss=(0.9, 0.5, 0.1)):
     columns = {"train_accuracy": training, "train_loss": train_loss, "validation_accuracy": validation}
     columns |= {"validation_loss": loss, "epoch": range(1, 1 + len(loss))}
@@ -171,21 +154,19 @@ def test_a_large_gap_is_not_called_no_over_fitting(loss, words):
 
 def test_a_gap_that_may_be_chance_is_called_so():
     curves = history([0.5, 0.8, 0.85], [0.5, 0.7, 0.75], [0.9, 0.5, 0.4])
-    few, many, few_for_training = (
-        judge_fit(curves, replace(FACTS, num_train_examples=train, num_validation_examples=validation))
-        for train, validation in ((10**6, 40), (4000, 4000), (40, 4000))
-    )
+    few, many, few_for_training = (judge_fit(curves, *numbers) for numbers in ((10**6, 40), (4000, 4000), (40, 4000)))
     assert few.gap == many.gap == judge_fit(curves).gap == pytest.approx(0.1)
     assert few.chance == pytest.approx((0.85 - 0.858, 0.85 - 0.598), abs=1e-3)  # The Wilson interval of 30 of 40.
-    assert few_for_training.chance is not None and judge_fit(curves, FACTS).chance is None  # Of an earlier version.
+    assert (
+        few_for_training.chance is not None and judge_fit(curves, None, None).chance is None
+    )  # Of an earlier version.
     assert many.chance is judge_fit(curves).chance is None
     assert explain_fit(few, curves, Config())[0].endswith(
         "But training accuracy is 10.0 points higher than validation accuracy, which may be chance with so few images "
         "(the 95% interval of the difference between training and validation accuracy is -0.8 to 25.2 points)."
     )
     rises = history([0.5, 0.8, 0.8, 0.85], [0.5, 0.7, 0.7, 0.75], [0.9, 0.5, 0.8, 0.8], train_loss=(0.9, 0.5, 0.3, 0.1))
-    small = replace(FACTS, num_train_examples=10**6, num_validation_examples=40)
-    doubted, certain = judge_fit(rises, small), judge_fit(rises)
+    doubted, certain = judge_fit(rises, 10**6, 40), judge_fit(rises)
     first = explain_fit(doubted, rises, Config())[0]
     assert first.startswith("This run seems to over-fit from epoch 3 on. ")
     assert "it memorizes them, which may be chance with so few images (the 95% interval" in first
@@ -201,8 +182,7 @@ def test_a_gap_that_may_be_chance_is_called_so():
         "be chance with so few images."
     )
     assert "begins to memorize" in explain_fit(many, curves, Config())[0]
-    without = replace(FACTS, num_train_examples=10, num_validation_examples=0)
-    assert judge_fit(history([0.9], [0.5], [0.9]), without).chance is None
+    assert judge_fit(history([0.9], [0.5], [0.9]), 10, 0).chance is None
 
 
 def test_a_network_that_learns_nothing_has_a_sentence_of_its_own():
