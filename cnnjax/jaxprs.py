@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr  # pyright: ignore[reportPrivateImportUsage]  From jax 0.12 on Jaxpr, too.
+from jax.extend.core import ClosedJaxpr  # pyright: ignore[reportPrivateImportUsage]  In jax 0.12, another name of Jaxpr.
 
 CALLS = ("jit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "checkpoint")
 LOOPS = ("scan", "while", "cond")  # They execute their programs several times, or one of them.
