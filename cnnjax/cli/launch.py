@@ -11,12 +11,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import IO
 
+from cnnjax.cli.process import num_cores
 from cnnjax.cli.signals import REQUEUE, stop_signals
 from cnnjax.errors import UserError, check
 
 # Set in each process that was started here: descriptor and inode of a pipe that closes when the launcher ends.
 _PIPE = "CNNJAX_LAUNCHER"
 _POLL_SECONDS = 0.05
+_MAX_PROCESSES = 16  # Or one per core if there are more: each takes hundreds of megabytes.
 
 
 def is_launched() -> bool:
@@ -32,14 +34,15 @@ def launch(num_processes: int, *, grace_seconds: float) -> int:
     the lines of the others go to standard error with a prefix, such as [1]. SIGINT, SIGTERM and SIGHUP are passed on.
 
     Args:
-      num_processes: how many, at least 1.
+      num_processes: how many, from 1 to 16 or to the number of cores.
       grace_seconds: once a process has failed, the time in which the others must end before they are killed. They do
         so, too, if this process is killed.
 
     Returns:
       The exit code: 0 if all have finished, 75 if --resume continues the run, else that of the first failure.
     """
-    check("processes", "at least 1", num_processes >= 1, num_processes)
+    limit = max(_MAX_PROCESSES, num_cores())
+    check("processes", f"from 1 to {limit} on this machine", 1 <= num_processes <= limit, num_processes)
     if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
         raise UserError(f"`processes` must be left out if JAX_COORDINATOR_ADDRESS is set, got {address}. Unset it.")
     with stop_signals() as stop, stop.held():

@@ -129,8 +129,9 @@ def test_nothing_is_left_if_the_launcher_is_killed():
 
 
 def test_what_cannot_be_launched(monkeypatch, capsys):
-    assert status("train", "--processes", "0") == 2
-    assert "`processes` must be at least 1, got 0." in capsys.readouterr().err
+    for number in (0, 2**31):
+        assert status("train", "--processes", str(number)) == 2
+        assert re.search(rf"`processes` must be from 1 to \d+ on this machine, got {number}\.", capsys.readouterr().err)
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "node1:1234")
     assert status("train", "--processes", "2") == 2
     assert "must be left out if JAX_COORDINATOR_ADDRESS is set, got node1:1234. Unset it." in capsys.readouterr().err
