@@ -24,7 +24,8 @@ def config_of(run_dir: Path, experiment: str | None) -> "Config":
     """Returns the configuration of a run.
 
     Args:
-      experiment: the experiment file that defines its classes, functions and data; None: they are cnnjax's own.
+      experiment: the experiment file that defines its classes, functions and data; None: they are cnnjax's own, or
+        not needed, see `codec.decode`.
     """
     from cnnjax.cli.experiment import load_experiment
     from cnnjax.runs.codec import source_files
@@ -33,7 +34,7 @@ def config_of(run_dir: Path, experiment: str | None) -> "Config":
 
     record = read_record(run_dir)
     config = record.decode({} if experiment is None else load_experiment(experiment).names)
-    if changed := file_changes(record.files, source_files(config)):
+    if experiment is not None and (changed := file_changes(record.files, source_files(config))):
         names = ", ".join(changed)
         print(
             f"{names} has changed since this run was trained, so that its network may compute something else.",

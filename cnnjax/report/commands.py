@@ -6,6 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from cnnjax.cli.experiment import has_config
+from cnnjax.runs.codec import ARRAYS
 from cnnjax.runs.manifest import read_manifest
 from cnnjax.runs.records import read_record
 from cnnjax.runs.run import Run
@@ -22,8 +23,8 @@ def command_for(run: Run, name: str, data_dir: Path | None = None, experiment: s
       experiment: the experiment file, if the run needs one; as far as that command tells if None.
     """
     command = read_manifest(run.run_dir)["sessions"][-1]["command"]
-    own = read_record(run.run_dir).files
-    is_needed = bool(own) or isinstance(run.config.dataset, tuple)
+    record = read_record(run.run_dir)
+    own, is_needed = record.files, bool(record.files) or record.config["dataset"] == ARRAYS
     experiment = (experiment or _experiment(command, [*own])) if is_needed else None
     options = {"--experiment": experiment, "--data-dir": str(data_dir) if data_dir else _option(command, "--data-dir")}
     words = [word for option, value in options.items() if value is not None for word in (option, value)]

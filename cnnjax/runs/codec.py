@@ -11,6 +11,7 @@ import math
 import sysconfig
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from dataclasses import field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,12 +23,14 @@ from flax.core import FrozenDict
 
 import cnnjax
 from cnnjax.config import Config
+from cnnjax.data.augment import Augment
 from cnnjax.errors import UserError, for_reader
 from cnnjax.fields import show
 from cnnjax.runs.files import changes, file_sha256
 from cnnjax.runs.schema import EncodedConfig
 
 ARRAYS = "(arrays in memory)"
+UNUSED = ("loss", "augment", "dataset")  # By a network that predicts.
 
 
 def built_in() -> dict[str, Any]:
@@ -103,26 +106,30 @@ class _Encoder(NamedTuple):
 def decode(content: Mapping[str, Any], names: Mapping[str, Any], files: Iterable[str] = ()) -> Config:
     """Returns the configuration that `encode` wrote.
 
+    A network predicts without the loss, the augmentation and the data that trained it. If their names are missing,
+    something of the same name replaces them, which raises the error when it is called; see `check_complete`.
+
     Args:
       content: of `encode`.
       names: see `collect_names`.
       files: the files that defined them, for the error message.
 
     Raises:
-      UserError: a name is missing, or the content is of another version.
+      UserError: a name is missing in `model` or `optim`, or the content is of another version.
     """
     try:
         if missing := [f.name for f in dataclasses.fields(Config) if f.name not in content]:
             raise UserError(f"config.json: `{missing[0]}` must be there, got nothing.")
         values = {key: _decode(value, key, names, tuple(files)) for key, value in content.items()}
         if values["dataset"] == ARRAYS:
-            if ARRAYS not in names:
-                raise _missing("dataset", ARRAYS, tuple(files))
-            values["dataset"] = names[ARRAYS]
+            values["dataset"] = names.get(ARRAYS) or _replacement(
+                "function", "arrays", {}, _missing("dataset", ARRAYS, tuple(files))
+            )
         config = _build(Config, values)
-    except (TypeError, KeyError, AttributeError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"`config` must fit this version of cnnjax and its own classes, got {error}.") from error
-    if different := changes(content, encode(config)):  # For example, a field that is missing.
+    again: Mapping[str, Any] = {**encode(config)} | ({"dataset": ARRAYS} if content["dataset"] == ARRAYS else {})
+    if different := changes(content, again):  # For example, a field that is missing.
         raise UserError(
             "`config` must fit this version of cnnjax and its own classes, got other values (recorded, now): "
             f"{different}."
@@ -151,10 +158,43 @@ def _decode(value: Any, path: str, names: Mapping[str, Any], files: tuple[str, .
         return jnp.dtype(name).type
     found = built_in().get(name, names.get(name))
     if found is None or (kind == "class" and not _is_dataclass(found)):
-        raise _missing(path, name, files)
+        missing = _missing(path, name, files)
+        if path.partition(".")[0] not in UNUSED:
+            raise missing
+        found = _replacement(kind, name, arguments, missing, (Augment,) if path == "augment" else ())
     if kind == "class":
         return _build(found, arguments)
     return partial(found, *arguments["args"], **arguments["keywords"]) if kind == "partial" else found
+
+
+def _replacement(
+    kind: str, name: str, values: Mapping[str, Any], error: UserError, bases: tuple[type, ...] = ()
+) -> Any:
+    """Returns a class or function that `encode` calls `name`, and that raises `error` when it is used."""
+
+    def call(*arguments: Any, **keywords: Any) -> None:
+        raise error
+
+    if kind == "class":
+        # The default of `num_classes` is not known; `Config.with_num_classes` sets it from the data.
+        fields = [(k, Any, *([field(default=v)] if k == "num_classes" else [])) for k, v in values.items()]
+        namespace = {"__call__": call, "_missing": error}
+        return dataclasses.make_dataclass(name, fields, bases=bases, namespace=namespace, frozen=True, kw_only=True)
+    call.__name__ = call.__qualname__ = name
+    vars(call)["_missing"] = error
+    return call
+
+
+def check_complete(config: Config) -> None:
+    """Checks that a configuration can be trained: it may have been read from a run, see `decode`.
+
+    Raises:
+      UserError: a class or function is missing.
+    """
+    encode(config, objects := [])
+    for error in (getattr(x, "_missing", None) for x in (*objects, config.dataset)):
+        if isinstance(error, UserError):
+            raise error
 
 
 def _build(cls: Any, values: Mapping[str, Any]) -> Any:
@@ -180,6 +220,8 @@ def source_files(config: Config) -> dict[str, str]:
     found, libraries = {}, [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")]
     encode(config, objects := [])
     for x in objects:
+        if hasattr(x, "_missing"):
+            continue
         try:
             file = inspect.getsourcefile(x)
         except (TypeError, OSError):  # Defined in C, or typed into a notebook or an interpreter.

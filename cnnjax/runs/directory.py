@@ -21,7 +21,7 @@ from cnnjax.errors import UserError, option
 from cnnjax.hosts import Hosts, alone
 from cnnjax.runs import manifest
 from cnnjax.runs.checkpoints import Checkpoints, check_characters
-from cnnjax.runs.codec import encode
+from cnnjax.runs.codec import check_complete, encode
 from cnnjax.runs.files import SUMS, changes, check_local, check_sums, file_changes, move_into, open_regular, read_json
 from cnnjax.runs.records import Record, read_record, write_record
 from cnnjax.runs.recovery import recover, usable_step
@@ -166,9 +166,11 @@ def open_run(
       hosts: the processes that train the run; this one alone if None.
 
     Raises:
-      UserError: another process trains in the directory, it cannot be written, or `check_run` fails.
+      UserError: another process trains in the directory, it cannot be written, or `check_complete` or `check_run`
+        fails.
     """
     check_path(run_dir)
+    check_complete(config)
     hosts, encoded = hosts or alone(), encode(config)  # Nothing is written for a configuration that cannot be.
     for name, value in (("run_dir", str(run_dir.absolute())), ("resume", resume), ("config", encoded)):
         hosts.check_same(name, "the same in all processes", value)

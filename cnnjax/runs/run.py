@@ -288,7 +288,9 @@ def load_run(run_dir: str | os.PathLike[str], config: Config | None = None, *, s
 
     Args:
       run_dir: the run directory.
-      config: a configuration with the classes, functions and arrays of the run; None: they are all cnnjax's own.
+      config: a configuration with the classes, functions and arrays of the run; None: those of the network and the
+        optimizer are cnnjax's own, and others are not needed: the loss and augmentation only train, and the data only
+        score.
       step: of the checkpoint to use; None: the best by validation, or else the last.
 
     Raises:

@@ -16,7 +16,7 @@ import jax
 import pytest
 from PIL import Image
 
-from cnnjax import MLP, Config
+from cnnjax import MLP, Config, UserError, load_run, train_and_evaluate
 from cnnjax.cli.experiment import load_experiment
 from cnnjax.cli.main import main
 from cnnjax.cli.train_command import parse_train
@@ -150,11 +150,51 @@ def test_eval_and_predict_need_the_file(trained, tmp_path, capsys):
     main([*predict, "--experiment", str(FILE)])
     assert re.fullmatch(rf"{tmp_path}/image.png: {label[2]} \d+\.\d%\n", capsys.readouterr().out)
     needed = (
-        r"`dataset` of this run is patterns, which is not part of cnnjax, and a run directory imports no code. Pass "
+        r"`model` of this run is ConvNet, which is not part of cnnjax, and a run directory imports no code. Pass "
         r"the file that defines it: --experiment \S*own_experiment.py"
     )
     for command in (["eval", str(run_dir)], predict, ["reproduce", str(run_dir)]):
         assert re.match(needed, fails(capsys, *command))
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory):
+    """The directory of a run of our network and optimizer with the file's data, augmentation and loss."""
+    run_dir = tmp_path_factory.mktemp("ours") / "run"
+    options = ["--model", "mlp", "--optim", "adam", "--num-epochs", "1", "--run-dir", str(run_dir)]
+    with redirect_stdout(io.StringIO()):
+        main(["train", str(FILE), *options])
+    return run_dir
+
+
+def test_predict_needs_no_file_for_our_network_and_optimizer(ours, tmp_path, capsys):
+    dataset: Any = load_experiment(str(FILE)).config.dataset
+    Image.fromarray(dataset()[2][0, :, :, 0]).save(tmp_path / "image.png")
+    predictions = []
+    for file in ([], ["--experiment", str(FILE)]):
+        main(["predict", str(ours), str(tmp_path / "image.png"), *file])
+        predictions.append(capsys.readouterr().out)
+    assert re.match(rf"{tmp_path}/image.png: \d \d+\.\d%", predictions[0]) and predictions[0] == predictions[1]
+
+
+def test_what_the_file_must_provide_is_named_when_it_is_used(ours, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    needed = "`{}` of this run is {}, which is not part of cnnjax, and a run directory imports no code. Pass the file"
+    for command in (["eval", str(ours)], ["export", str(ours), "exported"]):
+        assert needed.format("dataset", "patterns") in fails(capsys, *command)
+    main(["report", str(ours), "--path", "report.html"])
+    lacks = capsys.readouterr().err
+    assert f"The report lacks calibration and example images: {needed.format('dataset', 'patterns')}" in lacks
+    assert re.search(r"The training loss is computed with focal_loss", Path("report.html").read_text())
+    for run in (ours, load_run(ours)):  # From the command line, and from Python.
+        with pytest.raises((UserError, SystemExit)) as stopped:
+            if isinstance(run, Path):
+                main(["reproduce", str(run), "--run-dir", "new"])
+            else:
+                train_and_evaluate(run.config, run_dir="new")
+        message = f"{stopped.value} {capsys.readouterr().err}"
+        assert re.search(r"`(augment|dataset)` of this run is (Noise|patterns), which is not part of cnnjax", message)
+        assert not Path("new").exists()
 
 
 def test_reproduce_trains_to_the_same_bits(trained, tmp_path, monkeypatch, capsys):
@@ -192,10 +232,9 @@ def test_commands_that_compare_runs_need_no_file(trained, tmp_path, monkeypatch,
     [
         ("model", {"class": "trap.Trap"}),
         ("model", {"class": "system", "command": "touch called"}),
-        ("loss", {"function": "os.system"}),
         ("dataset", {"function": "trap"}),
-        ("dataset", {"partial": "system", "args": ["touch called"]}),
-        ("dataset", {"partial": "remove_all", "args": []}),
+        ("dataset", {"partial": "system", "args": ["touch called"], "keywords": {"dict": {}}}),
+        ("dataset", {"partial": "remove_all", "args": [], "keywords": {"dict": {}}}),
         ("dataset", {"dtype": "save"}),
     ],
     ids=str,

@@ -32,7 +32,7 @@ from cnnjax import (
     softmax_cross_entropy,
 )
 from cnnjax.errors import messages_for_shell
-from cnnjax.runs.codec import ARRAYS, collect_names, decode, encode, source_files
+from cnnjax.runs.codec import ARRAYS, check_complete, collect_names, decode, encode, source_files
 from cnnjax.runs.files import changes, file_changes
 from cnnjax.runs.manifest import differences
 
@@ -186,7 +186,7 @@ def test_a_name_that_is_not_passed_names_the_file_to_pass():
     for part, name in (("model", "Net"), ("optim", "Lion"), ("augment", "Noise"), ("loss", "focal_loss")):
         names = {known: x for known, x in collect_names(OWN[0]).items() if known != name}
         with pytest.raises(UserError) as error:
-            decode(content, names, ["mine.py"])
+            check_complete(decode(content, names, ["mine.py"]))
         assert str(error.value) == (
             f"`{part}` of this run is {name}, which is not part of cnnjax, and a run directory imports no code. Pass a "
             "`config` that has it, such as that of training."
@@ -204,10 +204,45 @@ def test_a_name_that_is_not_passed_names_the_file_to_pass():
     called = {**content, "model": {"class": "focal_loss", "logits": 0, "label": 0}}  # It is no class.
     with pytest.raises(UserError, match="`model` of this run is focal_loss, which is not part of cnnjax"):
         decode(called, collect_names(OWN[0]))
-    with pytest.raises(
-        UserError, match=r"`dataset` of this run is \(arrays in memory\), .* Pass a `config` that has it"
-    ):
-        decode(encode(OWN[3]), {})
+
+
+@dataclass(frozen=True)
+class Weighted:
+    weights: tuple[float, ...]
+    num_classes: int = 10
+    inner: Any = Focal()
+
+    def __call__(self, logits, batch):
+        return softmax_cross_entropy(logits, batch)
+
+
+@pytest.mark.parametrize(
+    ("changed", "part", "name"),
+    [
+        ({"loss": focal_loss}, "loss", "focal_loss"),
+        ({"loss": partial(focal_loss, gamma=1.5)}, "loss", "focal_loss"),
+        ({"loss": Weighted((0.5, 2.0))}, "loss", "Weighted"),
+        ({"augment": Noise(scale=0.2, flip="random", cutout=2)}, "augment", "Noise"),
+        ({"dataset": load_arrays}, "dataset", "load_arrays"),
+        ({"dataset": (ARRAY, ARRAY, ARRAY, ARRAY)}, "dataset", ARRAYS),
+    ],
+    ids=["function", "partial", "class", "augmentation", "data", "arrays"],
+)
+def test_a_network_is_restored_without_what_only_trains_and_scores(changed, part, name):
+    """The configuration keeps the recorded names and values, and an error replaces what they would do."""
+    content = json.loads(json.dumps(encode(Config(**changed))))
+    config = decode(content, {})
+    again: Any = encode(config)
+    assert {**again, "dataset": content["dataset"]} == content
+    assert config.with_num_classes(4).model == CNN(num_classes=4) and isinstance(hash(config.loss), int)
+    assert source_files(config) == {}
+    message = rf"`{part}(\.inner)?` of this run is ({re.escape(name)}|Focal), .* Pass a `config` that has it"
+    with pytest.raises(UserError, match=message):
+        check_complete(config)
+    if part != "augment":
+        with pytest.raises(UserError, match=message):
+            getattr(config, part)()
+    check_complete(Config(**changed))
 
 
 @pytest.mark.parametrize(
