@@ -47,6 +47,7 @@ def check_augment(
         keys = jax.eval_shape(partial(jax.random.split, num=batch_size), key)
         image = jax.ShapeDtypeStruct((batch_size, *pixels.image.shape[1:]), jnp.uint8)
         with user_code("`augment.transform_pixels`"):
+            # jax would reuse the trace of the method itself; a new function is traced anew.
             transformed = jax.eval_shape(partial(augment.transform_pixels), keys, image)
         check_shape("augment.transform_pixels", "images", shape, transformed)
     with user_code("`augment.transform`"):
@@ -69,8 +70,12 @@ def check_optimizer(program: Program, params: PyTree) -> Any:
     Raises:
       UserError: it raised an exception.
     """
-    with user_code("`optim`"):
-        opt_state, _ = notice_edits(partial(_first_update, program), params)
+    try:
+        with user_code("`optim`"):
+            opt_state, _ = notice_edits(partial(_first_update, program), params)
+    except UserError as error:
+        text = str(error).replace("`tx` must be the optimizer of `state`, and accept", "`optim` must accept")
+        raise UserError(text) from error.__cause__
     return opt_state
 
 

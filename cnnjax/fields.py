@@ -124,7 +124,7 @@ def _parts(path: str, value: Any) -> list[tuple[str, Any]]:
 
 def show(value: Any) -> str:
     """Returns a value on one line of at most 100 characters, for messages."""
-    return shorten(hex(value) if isinstance(value, int) and abs(value) >= 2**64 else repr(value))
+    return shorten(hex(value) if isinstance(value, int) and value.bit_length() > 10_000 else repr(value))
 
 
 def shorten(text: str) -> str:

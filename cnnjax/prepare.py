@@ -20,7 +20,7 @@ from cnnjax.data.feed import StreamedSet, pixels_of
 from cnnjax.data.order import plain_plan, steps_per_epoch
 from cnnjax.data.stored import Examples
 from cnnjax.data.stream import Streamed, StreamedImages
-from cnnjax.data.weights import load_weights
+from cnnjax.data.weights import load_weights, weights_of
 from cnnjax.edits import notice_edits, tracing_anew
 from cnnjax.errors import UserError, check, option, user_code
 from cnnjax.losses import ClassWeighted, CrossEntropy, balanced_weights
@@ -122,7 +122,7 @@ def load_data(
 
 def load_network_weights(config: Config, say: Callable[[str], None]) -> Weights | None:
     """Returns the pretrained weights that the network of a configuration names, or None."""
-    if getattr(config.model, "weights", None) is None:
+    if weights_of(config.model) is None:
         return None
     with user_code("`model.weights`"):
         return load_weights(config.model, say)
@@ -169,7 +169,8 @@ def set_up(
         standardization = pixel_statistics(train.image) if isinstance(train, Examples) else train.image.statistics()
     for line in oddities(train, dataset.num_classes):
         say(line)
-    check("num_epochs", "less than 2**31 steps", steps * config.num_epochs < 2**31, f"{config.num_epochs} × {steps}")
+    got = f"{config.num_epochs} epochs of {steps} steps"
+    check("num_epochs", "so few that there are fewer than 2**31 steps", steps * config.num_epochs < 2**31, got)
     loss_fn = config.loss
     if config.class_weights == "balanced":
         loss_fn = ClassWeighted(loss_fn, balanced_weights(train.label, dataset.num_classes))

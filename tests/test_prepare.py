@@ -171,7 +171,7 @@ def refused(tmp_path, **changes):
         ({"optim": Strange(mistake="transform")}, "`optim`", 'ValueError("transform")', "ValueError: transform."),
         (
             {"optim": Strange(mistake="update")},
-            "`tx` must be the optimizer of `state`, and accept gradients, parameters, and any of",
+            "`optim` must accept gradients, parameters, and any of",
             'ValueError("update")',
             "ValueError: update.",
         ),
@@ -238,7 +238,10 @@ def test_an_exception_in_the_users_loss_names_its_arguments(tmp_path):
             {"dataset": three_arrays},
             "`dataset` must be a tuple `(x_train, y_train, x_test, y_test)` of arrays, got a tuple of 3.",
         ),
-        ({"num_epochs": 2**31 - 1}, "`num_epochs` must be less than 2**31 steps, got 2147483647 × 3."),
+        (
+            {"num_epochs": 2**31 - 1},
+            "`num_epochs` must be so few that there are fewer than 2**31 steps, got 2147483647 epochs of 3 steps.",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from cnnjax.data.stored import Examples, StoredSet, digest
-from cnnjax.errors import check
+from cnnjax.errors import UserError, check
 from cnnjax.typing import AnyArray
 
 MAX_CLASSES = 1 << 20  # A label that exceeds this is an identifier, not a class.
@@ -37,14 +37,27 @@ def store_arrays(name: str, arrays: Any) -> StoredSet:
     )
 
 
+def _how_to_convert(name: str, image: np.ndarray) -> str:
+    """Returns the end of a message: the range of an array, and how it becomes uint8."""
+    if image.dtype.kind not in "iufb" or not image.size:
+        return "."
+    low, high = image.min(), image.max()
+    if image.dtype.kind == "b" or (image.dtype.kind == "f" and low >= 0 and high <= 1):
+        return f" between 0 and 1. Convert it with `(255 * {name}).round().astype(np.uint8)`."
+    if low >= 0 and high <= 255:
+        rounded = ".round()" if image.dtype.kind == "f" else ""
+        return f" from {low} to {high}. Convert it with `{name}{rounded}.astype(np.uint8)`."
+    return f" from {low} to {high}. Undo its standardization, so that it is between 0 and 255, and convert it."
+
+
 def _examples(split: str, x: Any, y: Any) -> Examples:
     """Validates the images and labels of a split, and returns them in the layout of a decoded set."""
     x_name, y_name = f"x_{split}", f"y_{split}"
     for name, array in ((x_name, x), (y_name, y)):
         check(name, "a NumPy or JAX array", isinstance(array, AnyArray), type(array).__name__)
     image, label = np.asarray(x), np.asarray(y)
-    fix = f"Convert values between 0 and 1 with `(255 * {x_name}).round().astype(np.uint8)`"
-    check(x_name, "images of dtype uint8", image.dtype == np.uint8, f"{image.dtype}. {fix}")
+    if image.dtype != np.uint8:
+        raise UserError(f"`{x_name}` must be images of dtype uint8, got {image.dtype}{_how_to_convert(x_name, image)}")
     check(x_name, "of shape [N, H, W, C] or [N, H, W]", image.ndim in (3, 4), image.shape)
     check(x_name, "at least one image", image.size > 0, f"the shape {image.shape}")
     fix = f"Use `{y_name}.argmax(-1)` for one-hot labels, `{y_name}.ravel()` for a column"

@@ -85,7 +85,7 @@ def read_torch(data: bytes) -> dict[str, np.ndarray]:
 
 
 def _state_dict(content: Any) -> dict[str, Tensor]:
-    for key in ("state_dict", "model"):
+    for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
             break

@@ -24,7 +24,7 @@ from cnnjax.data.named import run_client
 from cnnjax.data.sources import CONNECT_TIMEOUT, READ_TIMEOUT, Archive, Unavailable, download
 from cnnjax.data.stored import INTERPOLATIONS
 from cnnjax.data.torch_files import Refused, read_torch
-from cnnjax.errors import UserError, option
+from cnnjax.errors import UserError, check, option
 from cnnjax.pretrained import Weights
 from cnnjax.runs.files import cache_dir, file_sha256, open_regular, read_json, write_file, write_json
 from cnnjax.typing import Preprocessing, PublishedWeights
@@ -60,6 +60,15 @@ class _HubFile:
     license: str
     config: dict[str, Any]
     architecture: str
+
+
+def weights_of(model: Any) -> str | None:
+    """Returns the pretrained weights that a network names in its field `weights`, or None.
+
+    A field of that name which is neither a string nor None means something else.
+    """
+    name = getattr(model, "weights", None)
+    return name if isinstance(name, str) else None
 
 
 def load_weights(model: Any, say: Callable[[str], None] = print) -> Weights:
@@ -117,16 +126,32 @@ def load_weights(model: Any, say: Callable[[str], None] = print) -> Weights:
 
 def _parse(path: Path, data: bytes) -> dict[str, np.ndarray]:
     try:
-        if path.suffix != ".safetensors":
-            return read_torch(data)
-        tensors = {}
-        for name, tensor in safetensors.deserialize(data):
-            dtype = jnp.dtype(_DTYPES[tensor["dtype"]])
-            tensors[name] = np.frombuffer(tensor["data"], dtype).reshape(tensor["shape"])
-        return tensors
-    except (Refused, KeyError, ValueError, safetensors.SafetensorError) as error:
+        # A header of JSON after its size; the formats of PyTorch are a zip archive and a pickle.
+        is_safetensors = data[8:9] == b"{" or (
+            path.suffix == ".safetensors" and not data.startswith((b"PK\x03\x04", b"\x80"))
+        )
+        tensors = _read_safetensors(data) if is_safetensors else read_torch(data)
+    except (Refused, ValueError, safetensors.SafetensorError) as error:
         why = str(error) if isinstance(error, Refused) else f"is damaged ({error})"
         raise UserError(f"`model.weights` must be a file of tensors, got {path}, which {why}.") from error
+    for name, tensor in tensors.items():
+        if not jnp.issubdtype(tensor.dtype, jnp.floating):
+            continue
+        with np.errstate(over="ignore"):
+            finite = bool(np.isfinite(tensor.astype(np.float32)).all())
+        rule = "finite float32 numbers" if not finite else "variances of at least 0"
+        valid = finite and not (name.endswith("running_var") and bool((tensor < 0).any()))
+        check("model.weights", rule, valid, f"others in {name} of {path}")
+    return tensors
+
+
+def _read_safetensors(data: bytes) -> dict[str, np.ndarray]:
+    tensors = {}
+    for name, tensor in safetensors.deserialize(data):
+        if (dtype := _DTYPES.get(tensor["dtype"])) is None:
+            raise Refused(f"holds numbers of type {tensor['dtype']} in {name}. Save float32")
+        tensors[name] = np.frombuffer(tensor["data"], jnp.dtype(dtype)).reshape(tensor["shape"])
+    return tensors
 
 
 def _preprocessing(model: Any, file: _File) -> Preprocessing:

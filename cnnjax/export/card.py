@@ -14,6 +14,7 @@ from jaxtyping import Float, Integer, UInt8
 from cnnjax.class_scores import calibrate, is_uneven, top_confusions
 from cnnjax.cli.tables import accuracies, printable
 from cnnjax.data.image_files import MODES
+from cnnjax.data.weights import weights_of
 from cnnjax.runs.codec import encode
 from cnnjax.runs.run import Run
 from cnnjax.runs.statistics import wilson_interval
@@ -59,8 +60,8 @@ class Live(NamedTuple):
 def public_config(run: Run) -> dict[str, Any]:
     """Returns the configuration as JSON, without the paths of this machine."""
     encoded: dict[str, Any] = {**encode(run.config), "dataset": run.config.dataset_word}
-    weights = getattr(run.config.model, "weights", None)
-    if isinstance(weights, str) and not weights.startswith("hf:"):
+    weights = weights_of(run.config.model)
+    if weights is not None and not weights.startswith("hf:"):
         encoded["model"] = {**encoded["model"], "weights": PurePath(weights).name}
     return encoded
 
@@ -68,7 +69,7 @@ def public_config(run: Run) -> dict[str, Any]:
 def weights_license(run: Run) -> str | None:
     """Returns the license of the pretrained weights of a run in words, or None if there are none or it is unknown."""
     model = run.config.model
-    published = getattr(model, "imagenet", None) if getattr(model, "weights", None) == "imagenet" else None
+    published = getattr(model, "imagenet", None) if weights_of(model) == "imagenet" else None
     return published.license if published is not None else None
 
 
@@ -207,7 +208,7 @@ def _data(run: Run) -> Iterator[str]:
 def _training(run: Run) -> Iterator[str]:
     result, config = run.finished_result(), public_config(run)
     start = ""
-    if getattr(run.config.model, "weights", None):
+    if weights_of(run.config.model) is not None:
         start = (
             f" Training started from the pretrained weights `{config['model']['weights']}`, SHA-256 "
             f"`{run.facts.weights_sha256}`."
@@ -282,7 +283,7 @@ def _verification(checks: Iterable[Checked]) -> Iterator[str]:
 def _license(run: Run) -> Iterator[str]:
     if (license_name := weights_license(run)) is not None:
         yield f"The pretrained weights that training started from are under {license_name}."
-    elif getattr(run.config.model, "weights", None):
+    elif weights_of(run.config.model) is not None:
         yield "The license of the pretrained weights that training started from is not recorded: look it up."
     else:
         yield _text(

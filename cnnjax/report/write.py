@@ -50,7 +50,7 @@ def write_report(
 
     Args:
       runs: the runs. Those that differ only in their seed are shown as one group.
-      path: the file, in a folder that is created if it is missing; report.html in the directory of a single run,
+      path: the .html file, in a folder that is created if it is missing; report.html in the directory of a single run,
         otherwise in the working directory, if None.
       figures: a folder that receives every chart as an SVG file.
       data_dir: the tfds directory; tfds's default if None.
@@ -62,8 +62,8 @@ def write_report(
       The path of the file.
 
     Raises:
-      UserError: there is no run, one is given twice, a file of a run is damaged, `path` is a folder, or a folder cannot
-        be written.
+      UserError: there is no run, one is given twice, a file of a run is damaged, `path` is a folder or not .html, or a
+        folder cannot be written.
       OSError: the file cannot be written.
     """
     runs = [runs] if isinstance(runs, Run) else [*runs]
@@ -73,6 +73,7 @@ def write_report(
     folders = [run.run_dir.resolve() for run in runs]
     check("runs", "different runs", len({*folders}) == len(folders), " and ".join(str(run.run_dir) for run in runs))
     check("path", "a file", not path.is_dir(), f"the folder {path}")
+    check("path", "an .html file", path.suffix.lower() in (".html", ".htm"), path)  # It replaces what is there.
     folder = None if figures is None else Path(os.path.expanduser(figures))
     needed = {"path": (path, path.parent)} | ({} if folder is None else {"figures": (folder, folder)})
     for name, (given, parent) in needed.items():  # Now, and not after minutes of computation.

@@ -312,9 +312,25 @@ def test_the_largest_label_of_both_splits_gives_the_number_of_classes(train, tes
         ((X, Y, X, None), "`y_test` must be a NumPy or JAX array, got NoneType."),
         (
             (X / 255, Y, X, Y),
-            "`x_train` must be images of dtype uint8, got float64. Convert values between 0 and 1 with "
+            "`x_train` must be images of dtype uint8, got float64 between 0 and 1. Convert it with "
             "`(255 * x_train).round().astype(np.uint8)`.",
         ),
+        (
+            (X.astype(int), Y, X, Y),
+            f"`x_train` must be images of dtype uint8, got int64 from {X.min()} to {X.max()}. Convert it with "
+            "`x_train.astype(np.uint8)`.",
+        ),
+        (
+            (X, Y, X.astype(np.float32), Y),
+            f"`x_test` must be images of dtype uint8, got float32 from {X.min()}.0 to {X.max()}.0. Convert it with "
+            "`x_test.round().astype(np.uint8)`.",
+        ),
+        (
+            (X / 64 - 1, Y, X, Y),
+            f"`x_train` must be images of dtype uint8, got float64 from {X.min() / 64 - 1} to {X.max() / 64 - 1}. Undo "
+            "its standardization, so that it is between 0 and 255, and convert it.",
+        ),
+        ((X.astype(str), Y, X, Y), "`x_train` must be images of dtype uint8, got <U3."),
         ((X, Y, X[0, 0], Y), "`x_test` must be of shape [N, H, W, C] or [N, H, W], got (4, 1)."),
         ((X, Y, X[:0], Y[:0]), "`x_test` must be at least one image, got the shape (0, 4, 4, 1)."),
         (
@@ -329,7 +345,8 @@ def test_the_largest_label_of_both_splits_gives_the_number_of_classes(train, tes
         ((X, Y, X[:, 1:], Y), "`x_test` must be images of the same shape (4, 4, 1) as `x_train`, got (3, 4, 1)."),
     ],
     ids=[
-        *("count", "no tuple", "no array", "None", "float", "rank", "empty", "one-hot", "label type", "label count"),
+        *("count", "no tuple", "no array", "None", "unit floats", "integers", "floats", "standardized"),
+        *("text", "rank", "empty", "one-hot", "label type", "label count"),
         *("negative label", "large label", "shapes"),
     ],
 )

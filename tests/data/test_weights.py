@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from flax import linen as nn
@@ -22,6 +23,7 @@ from cnnjax import Adam, Augment, Config, UserError, init_from_weights, softmax_
 from cnnjax.data import weights
 from cnnjax.data.weights import load_weights
 from cnnjax.models.torch_names import Place, head_names, variables_from_torch
+from cnnjax.prepare import load_network_weights
 from cnnjax.pretrained import insert_weights, replacements
 from cnnjax.program import Program, init_run
 from cnnjax.typing import Preprocessing, PublishedWeights
@@ -196,7 +198,32 @@ def test_images_of_other_channels(tmp_path):
         ("imagenat", None, r"got imagenat \(No such file.*\)\. Or choose imagenet, or hf:OWNER/NAME\."),
         ("w.safetensors", FILE[:-1], r"must be a file of tensors, got .*w\.safetensors, which is damaged \("),
         ("w.safetensors", b"", r"must be a file of tensors, got .*w\.safetensors, which is damaged \("),
-        ("w.pth", FILE, r"must be a file of tensors, got .*w\.pth, which is neither of PyTorch nor of safetensors\."),
+        ("w.pth", b"no", r"must be a file of tensors, got .*w\.pth, which is neither of PyTorch nor of safetensors\."),
+        (
+            "w.safetensors",
+            FILE.replace(b'"F32"', b'"F16"', 1).replace(b"F32", b"I16"),
+            r"must be a file of tensors, got .*w\.safetensors, which is damaged \(",
+        ),
+        (
+            "w.safetensors",
+            save({"fc.bias": np.zeros(4, ml_dtypes.float8_e4m3fn)}),
+            r"got .*w\.safetensors, which holds numbers of type F8_E4M3 in fc\.bias\. Save float32\.",
+        ),
+        (
+            "w.safetensors",
+            save({**TENSORS, "fc.bias": np.array([0, np.nan])}),
+            r"`model\.weights` must be finite float32 numbers, got others in fc\.bias of w\.safetensors\.",
+        ),
+        (
+            "w.safetensors",
+            save({"fc.bias": np.array([1e300])}),
+            r"`model\.weights` must be finite float32 numbers, got others in fc\.bias of w\.safetensors\.",
+        ),
+        (
+            "w.safetensors",
+            save({"bn.running_var": np.array([1, -1e-3], np.float32)}),
+            r"`model\.weights` must be variances of at least 0, got others in bn\.running_var of w\.safetensors\.",
+        ),
         ("w.safetensors", save({"x": np.zeros(1)}), r"got none named conv\.weight, .*The file has x\."),
     ],
 )
@@ -206,6 +233,19 @@ def test_files_that_are_no_weights(tmp_path, monkeypatch, name, content, message
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         load_weights(Tiny(weights=name), say=print)
+
+
+def test_the_content_decides_the_format_and_not_the_name(tmp_path):
+    (tmp_path / "w.pth").write_bytes(FILE)
+    loaded = load_weights(Tiny(weights=str(tmp_path / "w.pth")), say=lambda line: None)
+    assert loaded.tensors.keys() == TENSORS.keys() and (loaded.tensors["fc.bias"] == TENSORS["fc.bias"]).all()
+
+
+def test_a_field_of_another_meaning_is_not_pretrained_weights():
+    class Weighted(nn.Module):
+        weights: tuple[float, ...] = (1.0, 0.5)
+
+    assert load_network_weights(Config(model=Weighted()), print) is None
 
 
 def test_networks_without_weights():

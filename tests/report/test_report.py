@@ -53,10 +53,11 @@ def copy(trained, tmp_path):
 
 def test_the_same_run_gives_the_same_bytes(trained, tmp_path):
     first, second = (
-        write_report(trained.run, tmp_path / name, data_dir=trained.data_dir).read_bytes() for name in ("a", "b")
+        write_report(trained.run, tmp_path / name, data_dir=trained.data_dir).read_bytes()
+        for name in ("a.html", "b.html")
     )
     assert first == second
-    later = write_report(trained.runs[0], tmp_path / "c", data_dir=trained.data_dir).read_bytes()
+    later = write_report(trained.runs[0], tmp_path / "c.html", data_dir=trained.data_dir).read_bytes()
     assert first == later  # Whose probabilities are computed again, see `score`.
     assert len(first) < 1.5e6
     assert b"<script>alert" not in first
@@ -209,6 +210,8 @@ def test_wrong_arguments_fail_before_anything_is_computed(trained, tmp_path, mon
         write_report([run, again])
     with pytest.raises(UserError, match=f"`path` must be a file, got the folder {tmp_path}"):
         write_report(run, tmp_path)
+    with pytest.raises(UserError, match=r"`path` must be an \.html file, got .*config\.json"):
+        write_report(run, run.run_dir / "config.json")
     (tmp_path / "file").touch()
     for options in ({"path": tmp_path / "file/a.html"}, {"path": tmp_path / "a.html", "figures": tmp_path / "file"}):
         name = [*options][-1]
