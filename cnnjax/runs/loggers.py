@@ -1,8 +1,10 @@
 """Loggers, which record a run elsewhere: their base class, the class that calls them, and the values they record."""
 
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +67,10 @@ class Logger:
         """Receives the means over a batch, see `on_step` of `train_and_evaluate`, and the "learning_rate"."""
 
     def on_epoch(self, row: dict[str, Any], state: TrainState) -> None:
-        """Receives the values of an epoch, see `on_epoch` of `train_and_evaluate`; `state` is a copy."""
+        """Receives the values of an epoch, see `on_epoch` of `train_and_evaluate`, and the last "learning_rate".
+
+        `state` is a copy.
+        """
 
     def finish(self, result: Mapping[str, Any] | None) -> None:
         """Ends the session.
@@ -80,15 +85,15 @@ class Loggers:
 
     Args:
       loggers: are started by `started`.
-      say: receives the reports.
+      say: receives the reports; None: they are warnings of Python.
 
     Attributes:
       active: the loggers that have started and have not failed.
     """
 
-    def __init__(self, loggers: Sequence[Logger] = (), say: Callable[[str], None] = print):
+    def __init__(self, loggers: Sequence[Logger] = (), say: Callable[[str], None] | None = None):
         self.active: list[Logger] = []
-        self._loggers, self._say = loggers, say
+        self._loggers, self._say = loggers, say or partial(warnings.warn, stacklevel=2)
         self._result: Result | None = None
         self._learning_rates = np.zeros(1, np.float32)
         self._accumulate_steps = 1
@@ -135,18 +140,25 @@ class Loggers:
 
     def on_step(self, step: int, metrics: dict[str, float]) -> None:
         """Calls `on_step` of each logger with a copy of `metrics` and the learning rate."""
-        update = min((step - 1) // self._accumulate_steps, len(self._learning_rates) - 1)
-        learning_rate = float(self._learning_rates[update])
+        update = (step - 1) // self._accumulate_steps
         for logger in [*self.active]:
             with self._reported(logger):
-                logger.on_step(step, {"learning_rate": learning_rate, **metrics})
+                logger.on_step(step, {"learning_rate": self._learning_rate(update), **metrics})
+
+    def _learning_rate(self, update: int) -> float:
+        return float(self._learning_rates[min(update, len(self._learning_rates) - 1)])
 
     def on_epoch(self, row: dict[str, Any], state: TrainState) -> None:
-        """Calls `on_epoch` of each logger with a copy of `row`, and of `state` if its method is not one of cnnjax."""
+        """Calls `on_epoch` of each logger with a copy of `row` and the learning rate.
+
+        A logger whose method is not one of cnnjax receives a copy of `state`.
+        """
         for logger in [*self.active]:
             with self._reported(logger):
                 ours = getattr(logger.on_epoch, "__module__", "").startswith("cnnjax.")
-                logger.on_epoch({**row}, state if ours else copy_state(state))
+                update = max(row["step"] // self._accumulate_steps - 1, 0)  # The last one.
+                values = {**row, "learning_rate": self._learning_rate(update)}
+                logger.on_epoch(values, state if ours else copy_state(state))
 
     def result(self, result: Result) -> None:
         """Keeps the result of the run, which `finish` of each logger receives at the end of the context."""
@@ -173,6 +185,10 @@ def check_loggers(loggers: Any) -> None:
     if not several or not all(isinstance(x, Logger) for x in listed):
         raise UserError(f"`loggers` must be a list of loggers, got {names}. Write loggers=[TensorBoard()].")
     parameter, rule = for_reader("log", "loggers"), for_reader("different names", "objects of different classes")
+    methods = ("start", "on_step", "on_epoch", "finish")
+    for x in listed:
+        defines = any(getattr(type(x), method) is not getattr(Logger, method) for method in methods)
+        check(parameter, f"loggers with a method {' or '.join(methods)}", defines, f"{type(x).__name__} without")
     check(parameter, rule, len({*map(type, listed)}) == len(listed), names)
 
 
@@ -201,16 +217,12 @@ def make_learning_rates(*, optim: Optimizer, num_updates: int) -> Float[Array, "
     return jax.vmap(lambda update: jnp.asarray(schedule(update), jnp.float32))(jnp.arange(num_updates))
 
 
-def epoch_values(row: Mapping[str, Any], config: Config) -> dict[str, float]:
+def epoch_values(row: Mapping[str, Any]) -> dict[str, float]:
     """Returns the numbers of an epoch: train/loss, validation/accuracy, images_per_second, learning_rate and so on."""
     others = ("epoch", "best_epoch", "step", "params_sha256")
     numbers = {name: float(value) for name, value in row.items() if name not in others}
     renamed = {name: name.replace("_", "/", 1) for name in row if name.startswith(("train_", "validation_"))}
-    optim, updates = config.optim, row["step"] // config.optim.accumulate_steps
-    of_run = row["step"] // row["epoch"] * config.num_epochs // optim.accumulate_steps
-    schedule: Any = optim.make_schedule(of_run)
-    learning_rate = float(schedule(max(updates - 1, 0)))  # Of the last update.
-    return {renamed.get(name, name): value for name, value in numbers.items()} | {"learning_rate": learning_rate}
+    return {renamed.get(name, name): value for name, value in numbers.items()}
 
 
 def test_values(result: Mapping[str, Any]) -> dict[str, float]:

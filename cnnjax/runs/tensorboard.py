@@ -25,7 +25,7 @@ class TensorBoard(Logger):
         self._crc = masked_crc32c
         self._event: Any = import_module("tensorboardX.proto.event_pb2")
         self._summary: Any = import_module("tensorboardX.proto.summary_pb2")
-        self._config, self._last_step = run.config, step
+        self._last_step = step
         folder = run.run_dir / "tensorboard"
         folder.mkdir(exist_ok=True)
         # TensorBoard reads files by name. Unbuffered: a record that is written survives SIGKILL.
@@ -46,7 +46,7 @@ class TensorBoard(Logger):
     def on_epoch(self, row: dict[str, Any], state: TrainState) -> None:
         """Writes a point per value, at the last step of the epoch."""
         self._last_step = row["step"]
-        self._write_scalars(row["step"], epoch_values(row, self._config))
+        self._write_scalars(row["step"], epoch_values(row))
 
     def finish(self, result: Mapping[str, Any] | None) -> None:
         """Writes the test scores and the confusion matrix, and closes the file."""

@@ -40,7 +40,7 @@ class WandB(Logger):
         config = options.get("config") or {}
         check("config", "a dict", isinstance(config, Mapping), repr(config))
         own = [name for name in ("id", "dir", "resume", "reinit") if name in options]
-        rule = "without the options id, dir, resume and reinit, which a resumed run needs"
+        rule = "without the options id, dir, resume and reinit, which cnnjax sets to resume a run of W&B"
         check("WandB", rule, not own, ", ".join(own))
         self._options = options
 
@@ -50,7 +50,6 @@ class WandB(Logger):
         options: dict[str, Any] = {"project": os.environ.get("WANDB_PROJECT", "cnnjax"), "name": _name(run)}
         options |= {"settings": wandb.Settings(console="off"), **self._options}
         options["config"] = {**(options.get("config") or {}), **config_values(run.config)}
-        self._config = run.config
         self._run = wandb.init(
             id=_kept(run.run_dir / "wandb" / "id", lambda: uuid4().hex),
             dir=run.run_dir,
@@ -66,7 +65,7 @@ class WandB(Logger):
 
     def on_epoch(self, row: dict[str, Any], state: TrainState) -> None:
         """Logs the values, at the last step of the epoch."""
-        self._log(row["step"], epoch_values(row, self._config))
+        self._log(row["step"], epoch_values(row))
 
     def finish(self, result: Mapping[str, Any] | None) -> None:
         """Adds the test scores to the summary, and the confusion matrix as a table; waits until all is sent."""
@@ -112,7 +111,7 @@ class MLflow(Logger):
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         self._mlflow = import_module("mlflow")
-        self._client, self._config, self._last_step = self._mlflow.MlflowClient(), run.config, step
+        self._client, self._last_step = self._mlflow.MlflowClient(), step
         self._buffer: list[Any] = []
         self._written_at = time.monotonic()
         self._id = _kept(run.run_dir / "mlflow" / "id", lambda: self._create(run))
@@ -140,7 +139,7 @@ class MLflow(Logger):
         """Logs the values, at the last step of the epoch."""
         self._last_step = row["step"]
         if row["step"] > self._logged["train/loss"]:
-            self._add(row["step"], epoch_values(row, self._config))
+            self._add(row["step"], epoch_values(row))
         self._flush()
 
     def finish(self, result: Mapping[str, Any] | None) -> None:

@@ -170,20 +170,17 @@ def test_the_hparams_tab_of_tensorboard_has_the_options_and_the_test_accuracy(lo
 def test_the_learning_rate_is_that_of_the_last_update(research_run, tmp_path):
     """One cycle over 3 epochs of 2 updates, of 3 batches each."""
     optim, logger = SGD(learning_rate=0.6, schedule="one_cycle", warmup=0.5, accumulate_steps=3), TensorBoard()
-    logger_run = Run(tmp_path, replace(CONFIG, optim=optim), research_run.facts, None)
-    logger.start(logger_run, 0)
-    for epoch in (1, 2, 3):
-        logger.on_epoch({"epoch": epoch, "step": 6 * epoch}, research_run.state)
-    logger.finish(None)
-    rates = scalars(read_events(tmp_path / "tensorboard"))["learning_rate"]
-    np.testing.assert_allclose(rates, [(6, 0.2), (12, 0.6), (18, 0.2)], rtol=1e-6)  # Updates 1, 3 and 5.
-    record = Record()
-    loggers = Loggers([record])
+    logger_run, record = Run(tmp_path, replace(CONFIG, optim=optim), research_run.facts, None), Record()
+    loggers = Loggers([logger, record])
     with loggers.started(logger_run, 0, 18, Stop()):
+        for epoch in (1, 2, 3):
+            loggers.on_epoch({"epoch": epoch, "step": 6 * epoch}, research_run.state)
         for step in (1, 3, 4, 6, 12, 18):
             loggers.on_step(step, {})
+    rates = scalars(read_events(tmp_path / "tensorboard"))["learning_rate"]
+    np.testing.assert_allclose(rates, [(6, 0.2), (12, 0.6), (18, 0.2)], rtol=1e-6)  # Updates 1, 3 and 5.
     rates = [call[1]["learning_rate"] for call in record.calls[1:-1]]
-    np.testing.assert_allclose(rates, [0, 0, 0.2, 0.2, 0.6, 0.2], rtol=1e-6)
+    np.testing.assert_allclose(rates, [0.2, 0.6, 0.2, 0, 0, 0.2, 0.2, 0.6, 0.2], rtol=1e-6)
 
 
 def test_after_a_kill_every_step_is_there_once(tmp_path):
@@ -254,6 +251,21 @@ def test_a_logger_that_fails_is_reported_once_and_the_run_continues(research_run
     assert re.fullmatch(rf"{where}: KeyError: 'a key'\. The run continues without it\.", line)
     assert re.fullmatch(r"The logger exiting failed: .*: SystemExit: 3\. The run is not affected\.", last)
     assert record.calls[-1] == ("finish", run.result)
+
+
+def test_without_a_report_a_logger_that_fails_is_a_warning(tmp_path):
+    with pytest.warns(UserWarning, match=r"^The logger failing failed: .*KeyError: 'a key'\. The run continues"):
+        train_and_evaluate(replace(CONFIG, num_epochs=1), run_dir=tmp_path, loggers=[Failing("on_step")])
+
+
+def test_a_logger_with_a_misspelled_method_is_refused(tmp_path):
+    class Misspelled(Logger):
+        def log_step(self, step, metrics):
+            pass
+
+    message = "`loggers` must be loggers with a method start or on_step or on_epoch or finish, got Misspelled without."
+    with pytest.raises(UserError, match=re.escape(message)):
+        train_and_evaluate(CONFIG, run_dir=tmp_path, loggers=[Misspelled()])
 
 
 def test_ctrl_c_in_finish_finishes_the_other_loggers(research_run):
