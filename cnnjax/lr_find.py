@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import optax
 from jaxtyping import Float
@@ -126,7 +125,8 @@ def find_learning_rate(
         program = setup.program._replace(num_steps=num_epochs * setup.steps_per_epoch, num_epochs=num_epochs)
         frozen = setup.frozen_names(state, 0)
         setup = setup._replace(program=program.at_epoch(0))
-        return _sweep(setup, state, low * RANGE ** np.linspace(0, 2, NUM_UPDATES), frozen)
+        with training_input(setup, 0) as inputs:
+            return _sweep(inputs, setup, state, low * RANGE ** np.linspace(0, 2, NUM_UPDATES), frozen)
 
 
 def _as_in_first_epoch(config: Config) -> Optimizer:
@@ -146,12 +146,7 @@ def _with_schedule(optim: Optimizer, schedule: Callable[[Any], Any]) -> Optimize
     return type(cls.__name__, (cls,), members)(**values)
 
 
-def _sweep(setup: Setup, state: TrainState, rates: Float[np.ndarray, " U"], frozen: tuple[str, ...]) -> RangeTest:
-    with training_input(setup, 0) as inputs:
-        return _sweep_over(inputs, setup, state, rates, frozen)
-
-
-def _sweep_over(
+def _sweep(
     inputs: Iterator[Any], setup: Setup, state: TrainState, rates: Float[np.ndarray, " U"], frozen: tuple[str, ...]
 ) -> RangeTest:
     dispatches = plan_dispatches(setup._replace(steps_per_dispatch=1), 0)
@@ -164,7 +159,7 @@ def _sweep_over(
             state, metrics = train_steps(
                 state, next(inputs), plan, setup.train_key, augment_key, program=setup.program, frozen=frozen
             )
-            totals = totals.add(jax.device_get(metrics))  # Waits for the device.
+            totals = totals.add(metrics)  # Waits for the device.
         loss = totals.means().loss
         if i == 0:
             if not math.isfinite(loss):

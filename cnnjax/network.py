@@ -25,6 +25,17 @@ class Network(Protocol):
     """A Linen module; or any other hashable object with two pure functions, in a frozen dataclass for example.
 
     A Linen module is called as `model(image)` or `model(image, train=bool)`.
+
+    All of its other attributes are optional.
+
+    Attributes:
+      num_classes: a dataclass field, set from the data, see `Config.with_num_classes`.
+      image_size: the size to which a folder of images is resized by default, see `Config.image_size`.
+      init_from_data: `(variables, image) -> variables`, called with training images, see `step.init_from_data`.
+      depths: `() -> names` of the top-level parameters from input to head, for `Optimizer.depth_decay` and
+        `freeze_epochs`.
+      variables_from_torch: `(tensors) -> variables`, for pretrained weights; see `load_weights`, which lists what else
+        these need.
     """
 
     def init(self, *args: Any, **kwargs: Any) -> Any:

@@ -76,8 +76,8 @@ class Placement(NamedTuple):
     def of_state(self, state: PyTree) -> PyTree:
         """Returns the sharding of each array of a state, by a rule on shapes alone.
 
-        The largest dimension that "model" divides is divided, of equals the first, whose parts are contiguous; an array
-        without such a dimension, or with fewer than `MIN_DIVIDED` numbers, is copied.
+        Divides the largest dimension that is a multiple of the size of "model" (the first one if several are equal: its
+        parts are contiguous). Copies arrays without such a dimension, or with fewer than `MIN_DIVIDED` numbers.
         """
         return jax.tree.map(lambda leaf: NamedSharding(self.mesh, self._spec(leaf.shape)), state)
 

@@ -325,7 +325,7 @@ def _eval_step(state: TrainState, batch: BatchLike, *, model: Network, loss_fn: 
 
 
 def _check_valid(state: TrainState) -> None:
-    """Raises a `ValueError` if `state` was donated. A tracer is not, and takes no time."""
+    """Raises a `ValueError` if `state` was donated. Skips tracers, which never are."""
     step: Any = getattr(state, "step", None)
     if isinstance(step, jax.Array) and not isinstance(step, Tracer) and step.is_deleted():
         raise ArgumentError(

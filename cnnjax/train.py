@@ -20,7 +20,6 @@ from cnnjax.memory import explain_out_of_memory
 from cnnjax.prepare import load_data, load_network_weights, set_up
 from cnnjax.runs import manifest
 from cnnjax.runs.directory import open_run
-from cnnjax.runs.files import write_json
 from cnnjax.runs.loggers import Logger, Loggers, check_loggers
 from cnnjax.runs.profile import FOLDER, Profile, is_range
 from cnnjax.runs.progress import (
@@ -84,7 +83,7 @@ def train_and_evaluate(
         steps come at its end.
       on_epoch: called as `on_epoch(row, state)` after each epoch, before it is saved. `row` contains the values of the
         epoch in metrics.jsonl and timing.jsonl, and "best_epoch", the epoch with the best validation score so far (see
-        `Config.best_by`; of equals, the latest; without validation, the latest). `state` may be kept, but not donated.
+        `Config.best_by`; the latest if several are equal, or without validation). `state` may be kept, but not donated.
         Returning True stops the run, which is then scored; returning False or None continues. The decision should
         depend on the arguments alone: then a run that was killed, and is resumed with the same `on_epoch`, stops after
         the same epoch.
@@ -96,7 +95,8 @@ def train_and_evaluate(
       devices: the devices that share each batch; all if None.
       mesh: how they do: data=4,model=2 divides each batch among eight, and the large arrays of the state between two;
         None: the largest number of devices that divides the batch, with a copy of the state each.
-      report: receives messages and metrics, see `Report`; None: nothing is printed.
+      report: receives messages and metrics, see `Report`; None: nothing is printed, and a logger that fails is a
+        warning of Python.
       stop: receives signals, for a caller that trains in several threads; None: this function handles them.
       stream: read the images from the prepared files while training, instead of keeping them in memory; None: if they
         would take more than half of it, and are in ArrayRecord format. On a CPU no bit depends on it, so a run may be
@@ -116,9 +116,10 @@ def train_and_evaluate(
     _check_options(resume, profile, checkpoint_seconds, devices, on_step=on_step, on_epoch=on_epoch)
     start_jax()
     hosts = current()
+    say = None if report is None else report.say
+    callbacks = Callbacks(on_step, on_epoch, Loggers(loggers if hosts.leads else (), say), hosts)
     report = report if report is not None and hosts.leads else Report(quiet=True)
     run_dir = Path("runs") / config.run_name if run_dir is None else Path(os.path.expanduser(run_dir))
-    callbacks = Callbacks(on_step, on_epoch, Loggers(loggers if hosts.leads else (), report.say), hosts)
     with (
         hosts.telling(),
         explain_out_of_memory(except_for=lambda: callbacks.raised),
@@ -144,7 +145,10 @@ def train_and_evaluate(
             folder = FOLDER if hosts.leads else f"{FOLDER}-{hosts.index}"  # Processes may share a host.
             tracer, placement = Profile(profile, run_dir, report.say, folder), setup.placement
             tracer.check(0, setup.program.num_steps)  # Before anything is written.
-            run.begin(setup.facts, manifest.environment(placement.devices, placement.state_mesh, hosts.names))
+            run.begin(
+                setup.facts,
+                manifest.environment(placement.devices, placement.state_mesh, hosts.names, stream=dataset.streams),
+            )
             state, progress = restore(run, state, placement.of_state(state))
             tracer.check(int(state.step), setup.program.num_steps)
             run.write_config(setup.facts, only_new=True)
@@ -173,8 +177,7 @@ def train_and_evaluate(
                         )
                 result, best, test_logits = score_test_set(setup, state, progress, run, ahead.test_set())
                 run.checkpoints.wait()
-                if hosts.leads:
-                    write_json(run_dir / "result.json", result)
+                run.write_result(result)
                 callbacks.loggers.result(result)
             best = move(best, placement.device)
             trained = Run(

@@ -662,6 +662,29 @@ def test_a_refusal_changes_nothing(tmp_path):
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
 
 
+@pytest.mark.parametrize("happens", ["deleted", "moved", "replaced"])
+def test_a_run_directory_that_disappears_during_training(happens, whole_research, tmp_path):
+    """Nothing is written in its place, and a run that was moved resumes to the same bits."""
+    run_dir, moved = tmp_path / "run", tmp_path / "moved"
+
+    def disappear(row, state):
+        if row["epoch"] == 2:
+            while not any(path.name.isdigit() for path in run_dir.glob("checkpoints/*")):
+                time.sleep(0.01)  # Orbax writes that of the first epoch.
+            run_dir.rename(moved)
+            if happens == "replaced":
+                run_dir.mkdir()
+                (run_dir / "lock").touch()
+            if happens == "deleted":
+                shutil.rmtree(moved)
+
+    with pytest.raises(UserError, match=r"run must stay in place during training, but it was moved, deleted or repl"):
+        train_and_evaluate(RESEARCH, run_dir=run_dir, on_epoch=disappear)
+    assert [path.name for path in run_dir.glob("*")] == (["lock"] if happens == "replaced" else [])
+    if happens == "moved":
+        assert train(RESEARCH, run_dir=moved, resume=True)["sha256"] == whole_research[1]["sha256"]
+
+
 def test_a_run_directory_that_is_locked(whole):
     with FileLock(whole[0] / "lock"):
         with pytest.raises(UserError, match=r"`run_dir` .* is in use by another process"):

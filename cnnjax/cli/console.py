@@ -30,8 +30,8 @@ class Report:
     """Shows the progress and the result of a run, in a terminal, a log or a notebook.
 
     `train_and_evaluate` calls `say`, `progress`, `step`, `epoch` and `result`; a subclass may override some of them. To
-    record a run elsewhere, see `Logger`. If standard output cannot be written, it says so once on standard error, and
-    the run continues.
+    record a run elsewhere, see `Logger`; for an HTML file about it, see `write_report`. If standard output cannot be
+    written, it says so once on standard error, and the run continues.
 
     Example:
       >>> train_and_evaluate(config, report=Report())

@@ -241,8 +241,6 @@ def _status(run: Callable[[], Any], resumable: bool) -> Any:
 
 def _how_to_resume() -> str:
     """Returns the end of a message, with the command that resumes; of several processes, the first one says it."""
-    from cnnjax.cli.launch import is_launched
-
     if is_launched() and os.environ.get("JAX_PROCESS_ID") != "0":
         return ""
     return f"Resume with:\n  {_resume_command()}"

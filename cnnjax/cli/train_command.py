@@ -81,8 +81,7 @@ class Train:
     """Seconds without an answer from a process after which the others stop, with exit code 75."""
 
     def __post_init__(self) -> None:
-        if not self.checkpoint_seconds >= 0:
-            raise UserError(f"`checkpoint_seconds` must be at least 0, got {self.checkpoint_seconds}.")
+        check("checkpoint_seconds", "a number of at least 0", self.checkpoint_seconds >= 0, self.checkpoint_seconds)
         check_loggers(self.log)
 
     def __call__(self) -> None:

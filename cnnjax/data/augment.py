@@ -82,10 +82,10 @@ class Augment:
         """
         output_size = self.output_size(image_size)
         limits = {"translate": (min(image_size) - 1, image_size), "cutout": (min(output_size), output_size)}
-        for name, (limit, of) in limits.items():
+        for name, (limit, size) in limits.items():
             if (value := getattr(self, name)) > limit:
-                size = "×".join(map(str, of))
-                raise UserError(f"`augment.{name}` must be at most {limit} for images of {size} pixels, got {value}.")
+                pixels = "×".join(map(str, size))
+                raise UserError(f"`augment.{name}` must be at most {limit} for images of {pixels} pixels, got {value}.")
 
 
 @dataclass(frozen=True)

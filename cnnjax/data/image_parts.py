@@ -13,7 +13,7 @@ from pathlib import Path
 from cnnjax.data.image_inspection import Record
 from cnnjax.data.image_layout import File
 from cnnjax.errors import UserError
-from cnnjax.runs.files import atomic_write, file_sha256, read_json
+from cnnjax.runs.files import file_sha256, read_json, write_file
 from cnnjax.runs.schema import Sha256
 
 _SIZE, _SECONDS = 32 << 20, 10  # Bytes and time after which a part is saved.
@@ -70,10 +70,8 @@ class Parts:
         number = 1 + max((int(path.stem) for path in self._folder.glob("*.images")), default=0)
         path, content = self._folder / f"{number:06}.images", b"".join(images)
         part = _Part(records, sizes := tuple(map(len, images)), hashlib.sha256(content).hexdigest())
-        with atomic_write(path) as file:
-            file.write(content)
-        with atomic_write(path.with_suffix(".json")) as file:
-            file.write(json.dumps(vars(part)).encode())
+        write_file(path, content)
+        write_file(path.with_suffix(".json"), json.dumps(vars(part)))
         self._place(records, sizes, path)
         self._new, self._bytes, self._saved = [], 0, time.monotonic()
 

@@ -1,7 +1,6 @@
 """What is known about the images of a set that stay on disk: one pass over the records finds it, and it is kept."""
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -21,7 +20,7 @@ from cnnjax.data.records import Records, Shard
 from cnnjax.data.stored import Digest, Fit
 from cnnjax.data.stream import FEW, Streamed, StreamedImages, read_ahead
 from cnnjax.errors import UserError
-from cnnjax.runs.files import atomic_write, open_regular, read_json, write_sums
+from cnnjax.runs.files import atomic_write, file_sha256, open_regular, read_json, write_json, write_sums
 from cnnjax.runs.schema import Sha256
 
 INDEX = "cnnjax_index"  # The name of its folder begins with this.
@@ -77,11 +76,9 @@ def write_index(path: Path, index: Index, found: Mapping[str, IndexedSplit]) -> 
         for name in ("label", "sums"):
             with atomic_write(path / f"{split}_{name}.npy", shared=True) as file:
                 np.save(file, getattr(one, name))
-            with open_regular(path / f"{split}_{name}.npy") as file:
-                arrays[f"{split}_{name}"] = hashlib.file_digest(file, "sha256").hexdigest()
+            arrays[f"{split}_{name}"] = file_sha256(path / f"{split}_{name}.npy")
     index = replace(index, arrays=arrays)
-    with atomic_write(path / "facts.json", shared=True) as file:
-        file.write(json.dumps(asdict(index), indent=2).encode())
+    write_json(path / "facts.json", asdict(index), shared=True)
     write_sums(path, ["facts.json"], shared=True)
     return index
 

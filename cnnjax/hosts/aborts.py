@@ -17,7 +17,7 @@ _handlers: list[object] = []  # C has no references.
 
 
 def on_abort(decide: Callable[[], None]) -> None:
-    """Calls `decide` in a thread that aborts; the abort goes on if it returns."""
+    """Calls `decide` in a thread that aborts; the abort continues if it returns."""
     if os.name != "posix":
         return
     libc = _libc()

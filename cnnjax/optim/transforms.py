@@ -124,11 +124,11 @@ def average(tx: optax.GradientTransformation, decay: float) -> optax.GradientTra
         count = state.step + 1
         kept = jnp.minimum(decay, count / (9 + count))
 
-        def of(a: Array, p: Array, u: Array) -> Array:
+        def next_average(a: Array, p: Array, u: Array) -> Array:
             new = p + u.astype(p.dtype)
             return jnp.where(new == a, a, a + (1 - kept).astype(a.dtype) * (new - a))  # Frozen ones keep their bits.
 
-        return updates, AverageState(count, jax.tree.map(of, state.params, params, updates), inner)
+        return updates, AverageState(count, jax.tree.map(next_average, state.params, params, updates), inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

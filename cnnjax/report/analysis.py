@@ -131,7 +131,8 @@ def band(histories: Sequence[Mapping[str, np.ndarray]], metric: str) -> Band | N
         return None
     epochs = sorted(values)
     rows = [values[epoch] for epoch in epochs]
-    return Band(np.array(epochs), *(np.array([float(of(row)) for row in rows]) for of in (np.mean, np.min, np.max)))
+    bounds = (np.array([float(reduce(row)) for row in rows]) for reduce in (np.mean, np.min, np.max))
+    return Band(np.array(epochs), *bounds)
 
 
 def differing(columns: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:

@@ -15,7 +15,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,8 +43,8 @@ _ORBAX = threading.Lock()
 class Checkpoints:
     """The checkpoints of one run, numbered by step.
 
-    Keeps the latest two and the best two by validation score; of equals, the later ones. If one is damaged, an
-    earlier one remains to resume from, with the best checkpoint of the epochs before it.
+    Keeps the latest two and the best two by validation score (the later ones if several are equal). If one is damaged,
+    an earlier one remains to resume from, with the best checkpoint of the epochs before it.
 
     Several processes write a checkpoint together: each its shards, process 0 everything else. They save at the same
     step, and wait until it is on disk, because Orbax has them communicate.
@@ -52,10 +52,14 @@ class Checkpoints:
     Args:
       directory: contains the checkpoints.
       hosts: the processes; this one alone if None.
+      check_in_place: raises a `UserError` if the run directory was moved or deleted.
     """
 
-    def __init__(self, directory: Path, hosts: Hosts | None = None):
+    def __init__(
+        self, directory: Path, hosts: Hosts | None = None, check_in_place: Callable[[], object] = lambda: None
+    ):
         self._directory, self._hosts = directory.absolute(), hosts or alone()
+        self._check_in_place = check_in_place
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._saved: dict[int, SavedProgress] = {}
         self._damaged: list[int] = []  # After `recover` there are none.
@@ -106,8 +110,10 @@ class Checkpoints:
 
         Raises:
           StorageError: if the previous checkpoint could not be written.
+          UserError: the run directory was moved or deleted.
         """
         self.wait()
+        self._check_in_place()
         self._saved_at = time.perf_counter()
         saved: Any = {**progress, "validation": validation}
         self._pending = self._thread.submit(self._save, int(state.step), state, saved)
@@ -166,6 +172,7 @@ class Checkpoints:
 
         Raises:
           StorageError: if it could not be written, for example because the disk is full. Earlier checkpoints are kept.
+          UserError: the run directory was moved or deleted meanwhile.
         """
         pending, self._pending = self._pending, None
         if pending is not None:
@@ -173,6 +180,7 @@ class Checkpoints:
                 pending.result()
             except Exception as error:  # Orbax raises many types if the disk is full.
                 self._hosts.explain(error)  # Or if another process was killed meanwhile.
+                self._check_in_place()
                 if not isinstance(error, OSError) and not _SYSTEM.search(str(error)):
                     raise
                 raise StorageError(

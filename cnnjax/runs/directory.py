@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,17 @@ from cnnjax.hosts import Hosts, alone
 from cnnjax.runs import manifest
 from cnnjax.runs.checkpoints import Checkpoints, check_characters
 from cnnjax.runs.codec import check_complete, encode
-from cnnjax.runs.files import SUMS, changes, check_local, check_sums, file_changes, move_into, open_regular, read_json
+from cnnjax.runs.files import (
+    SUMS,
+    changes,
+    check_local,
+    check_sums,
+    file_changes,
+    move_into,
+    open_regular,
+    read_json,
+    write_json,
+)
 from cnnjax.runs.records import Record, read_record, write_record
 from cnnjax.runs.recovery import recover, usable_step
 from cnnjax.runs.schema import DataFacts, EncodedConfig, Result
@@ -56,6 +68,22 @@ class OpenRun:
     hosts: Hosts = field(default_factory=alone)
     checkpoints: Checkpoints = field(init=False)
     _stack: ExitStack = field(default_factory=ExitStack)
+    _lock: BufferedReader | None = None  # In process 0.
+
+    def check_in_place(self) -> None:
+        """Checks that the run directory is still the one that this process has locked; process 0 alone does.
+
+        Otherwise a part of the run would be written in a new directory.
+
+        Raises:
+          UserError: it was moved, deleted or replaced.
+        """
+        if self._lock is None or _is_at(self._lock, self.run_dir / LOCK):
+            return
+        raise UserError(
+            f"{self.run_dir} must stay in place during training, but it was moved, deleted or replaced. If it was "
+            f"moved, resume the run there: {option('run_dir', 'DIR')}, {option('resume')}."
+        )
 
     def finished(self) -> Result | None:
         """Returns the content of result.json if nothing is left to do.
@@ -108,7 +136,7 @@ class OpenRun:
         self._stack.enter_context(self.stop.held())
         session = self._begin_session(environment | self.code.facts) if self.hosts.leads else {}
         self.hosts.barrier("the session has begun")
-        self.checkpoints = Checkpoints(self.run_dir / "checkpoints", self.hosts)
+        self.checkpoints = Checkpoints(self.run_dir / "checkpoints", self.hosts, self.check_in_place)
         if self.hosts.leads:
             self._stack.callback(lambda: session.update(checkpoints=self.checkpoints.steps()))
             session["resumed_from"] = self.checkpoints.latest()
@@ -132,7 +160,9 @@ class OpenRun:
         for line in (*manifest.changes_since_last_session(self.run_dir, environment), *self.code.warnings()):
             self.report.say(line)
         about = environment | {"seed": self.config.seed, "resumed_from": None}
-        session = self._stack.enter_context(manifest.session(self.run_dir, about, FILES, self.code.diff))
+        session = self._stack.enter_context(
+            manifest.session(self.run_dir, about, FILES, self.code.diff, self.check_in_place)
+        )
         recover(self.run_dir / "checkpoints", self.report.say)
         return session
 
@@ -143,6 +173,12 @@ class OpenRun:
         """
         if self.hosts.leads and not (only_new and (self.run_dir / "config.json").exists()):
             write_record(self.run_dir, Record(encode(self.config), facts, self.code.facts["files"]))
+
+    def write_result(self, result: Result) -> None:
+        """Writes result.json, in process 0."""
+        if self.hosts.leads:
+            self.check_in_place()
+            write_json(self.run_dir / "result.json", result)
 
 
 @contextmanager
@@ -197,16 +233,20 @@ def open_run(
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             lock.acquire()
+            file = stack.enter_context(open_regular(run_dir / LOCK))
         except (OSError, NotImplementedError) as error:
             raise UserError(
                 f"`run_dir` {run_dir} {_why_not(error)}. Choose another: {option('run_dir', 'DIR')}."
             ) from error
-        stack.callback(_release, lock, run_dir, is_new)
-        stack.enter_context(hosts.before_end(lambda: (_release(lock, run_dir, is_new), _remove_empty(new))))
+        release = partial(_release, lock, file, run_dir, is_new)
+        stack.callback(release)
+        stack.enter_context(hosts.before_end(lambda: (release(), _remove_empty(new))))
         stop = stop or stack.enter_context(stop_signals())
         check_run(run_dir, config, resume)
         hosts.barrier("the run directory is open")
-        yield OpenRun(run_dir, config, report, stop, code or source_of(config, run_dir), hosts, _stack=stack)
+        yield OpenRun(
+            run_dir, config, report, stop, code or source_of(config, run_dir), hosts, _stack=stack, _lock=file
+        )
 
 
 def check_path(run_dir: Path) -> None:
@@ -229,10 +269,17 @@ def _why_not(error: Exception) -> str:
     return f"cannot be written ({error})"
 
 
-def _release(lock: FileLock, run_dir: Path, is_new: bool) -> None:
-    if is_new and not (run_dir / "manifest.json").exists():  # The run has not begun: nothing remains of it.
-        (run_dir / LOCK).unlink(missing_ok=True)
+def _release(lock: FileLock, file: BufferedReader, run_dir: Path, is_new: bool) -> None:
+    if is_new and not (run_dir / "manifest.json").exists() and _is_at(file, run_dir / LOCK):
+        (run_dir / LOCK).unlink(missing_ok=True)  # The run has not begun: nothing remains of it.
     lock.release()
+
+
+def _is_at(file: BufferedReader, path: Path) -> bool:
+    """Returns whether `path` is that of an open file, and not of another one that has replaced it."""
+    with suppress(OSError):
+        return not file.closed and os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    return False
 
 
 def _remove_empty(folders: list[Path]) -> None:

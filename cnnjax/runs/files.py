@@ -261,8 +261,7 @@ def tree_sha256(tree: PyTree) -> str:
 def write_sums(folder: Path, names: Iterable[str], shared: bool = False) -> None:
     """Writes SHA256SUMS for the files `names` of `folder`, which are relative paths; `shared`: see `atomic_write`."""
     lines = [f"{file_sha256(folder / name)}  {name}\n" for name in sorted(names)]
-    with atomic_write(folder / SUMS, shared) as file:
-        file.write("".join(lines).encode())
+    write_file(folder / SUMS, "".join(lines), shared)
 
 
 def check_sums(folder: Path) -> dict[str, str]:

@@ -213,7 +213,8 @@ def reproduce(
     sessions = manifest.read_manifest(run_dir)["sessions"]
     devices = jax.local_devices()[: sessions[-1]["num_devices"]]
     mesh: Any = sessions[-1].get("mesh")  # Of a run that divided its state.
-    now = manifest.environment(devices, mesh) | source_of(config).facts
+    stream = sessions[-1].get("stream")  # Of a run on an accelerator.
+    now = manifest.environment(devices, mesh, stream=stream) | source_of(config).facts
     environment = manifest.environment_changes(sessions, now)
     for name, (there, here) in environment.items():
         report.say(f"{name} is {show(there)} there and {show(here)} here: the bits may differ")
@@ -222,7 +223,7 @@ def reproduce(
     began_with = records.read_record(run_dir).data.weights_sha256
     if weights is not None and weights.sha256 != began_with:
         raise UserError(f"`model.weights` must be the file of {run_dir}, SHA-256 {began_with}, got {weights.sha256}.")
-    dataset = load_data(config, data_dir, report.say, version=version, weights=weights)
+    dataset = load_data(config, data_dir, report.say, version=version, weights=weights, stream=stream)
     last = old["stopped_epoch"]
 
     def on_epoch(row: Mapping[str, Any], state: TrainState) -> bool:

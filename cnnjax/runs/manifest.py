@@ -4,7 +4,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -43,17 +43,20 @@ PACKAGES = (
 ACCELERATOR_PACKAGES = ("jax-cuda13-plugin", "jax-cuda12-plugin", "nvidia-cudnn-cu13", "nvidia-cudnn-cu12", "libtpu")
 # What determines the bits, besides configuration and data.
 CODE = ("commit", "package_commit", "diff_sha256", "files")
-MACHINE = ("versions", "device", "num_devices", "mesh", "processor", "cores", "driver", "kernels")
+MACHINE = ("versions", "device", "num_devices", "mesh", "stream", "processor", "cores", "driver", "kernels")
 DECISIVE = (*CODE, *MACHINE, "flags", "compiler_options")
 
 
-def environment(devices: Sequence[Any], mesh: str | None = None, hosts: Sequence[str] = ()) -> dict[str, Any]:
+def environment(
+    devices: Sequence[Any], mesh: str | None = None, hosts: Sequence[str] = (), *, stream: bool | None = None
+) -> dict[str, Any]:
     """Returns what the bits of a run depend on besides its configuration and data, as JSON.
 
     Args:
       devices: those that share a batch.
       mesh: how they share the state, if they do not hold copies.
       hosts: the host name of each process.
+      stream: whether images are read while training, which decides bits on an accelerator alone.
     """
     first = devices[0]
     nvidia = Path("/proc/driver/nvidia/version")
@@ -73,6 +76,7 @@ def environment(devices: Sequence[Any], mesh: str | None = None, hosts: Sequence
         "device": first.device_kind if first.platform == "cpu" else f"{first.platform}, {first.device_kind}",
         "num_devices": len(devices),
         "mesh": mesh,
+        "stream": (first.platform != "cpu" and stream) or None,
         "hosts": list(hosts) if len(hosts) > 1 else None,
         "processor": processor(),
         "cores": num_cores(),
@@ -87,7 +91,11 @@ def environment(devices: Sequence[Any], mesh: str | None = None, hosts: Sequence
 
 @contextmanager
 def session(
-    run_dir: Path, about: dict[str, Any], files: tuple[str, ...], diff: bytes = b""
+    run_dir: Path,
+    about: dict[str, Any],
+    files: tuple[str, ...],
+    diff: bytes = b"",
+    check_in_place: Callable[[], object] = lambda: None,
 ) -> Iterator[dict[str, Any]]:
     """Records a session in manifest.json: how it began, and how it ended.
 
@@ -98,6 +106,7 @@ def session(
       about: what is known at the start, as JSON.
       files: the other files of the run directory; SHA256SUMS covers those that exist at the end.
       diff: of the source code, see `source.source_code`.
+      check_in_place: raises a `UserError` if the run directory was moved or deleted; nothing is written then.
 
     Yields:
       The session; entries that the caller adds are written at its end.
@@ -126,7 +135,8 @@ def session(
     try:
         yield this
     except BaseException as error:
-        with suppress(OSError):  # On a full disk; the manifest keeps saying "running".
+        with suppress(OSError, UserError):  # On a full disk; the manifest keeps saying "running".
+            check_in_place()
             if "result.json" in finished and finished == _digests(run_dir, files):  # The run stays finished.
                 for name, old in before.items():
                     write_file(run_dir / name, old)
@@ -136,6 +146,7 @@ def session(
                 state = "interrupted" if isinstance(error, Interrupted) else "failed"
                 end(state=state, error=str(error) or type(error).__name__)
         raise
+    check_in_place()
     end(state="finished")
 
 

@@ -36,7 +36,7 @@ class Progress(NamedTuple):
     stopped_within: int | None = None  # See `SavedProgress`.
 
     def best(self, by: str) -> Row | None:
-        """Returns the row with the best validation score, the latest of equals; without validation, the latest.
+        """Returns the row with the best validation score: the latest if several are equal, or without validation.
 
         Args:
           by: "accuracy" or "balanced_accuracy".
@@ -245,5 +245,6 @@ def metrics_row(ended: EndedEpoch) -> Row:
 def write_progress(run: OpenRun, progress: Progress) -> None:
     """Writes metrics.jsonl and timing.jsonl."""
     if run.hosts.leads:
+        run.check_in_place()
         write_rows(run.run_dir / "metrics.jsonl", progress.rows)
         write_rows(run.run_dir / "timing.jsonl", progress.timing)

@@ -12,7 +12,7 @@ from cnnjax.errors import UserError, check
 
 CONFIDENCE = 0.95
 POWER = 0.8  # The probability of detecting a real difference; Cohen 1988, "Statistical Power Analysis", section 2.4.
-MAX_SEEDS = 10_000
+MAX_MORE_SEEDS = 10_000
 UNBOUNDED = (-math.inf, math.inf)
 
 
@@ -130,7 +130,7 @@ def _more_seeds(difference: float, samples: Sequence[np.ndarray], sizes: tuple[i
       sizes: the numbers of seeds.
 
     Returns:
-      The numbers, or None if m would be more than `MAX_SEEDS`.
+      The numbers, or None if m would be more than `MAX_MORE_SEEDS`.
     """
     from scipy import stats
 
@@ -146,7 +146,7 @@ def _more_seeds(difference: float, samples: Sequence[np.ndarray], sizes: tuple[i
         power = float(stats.nct.sf(critical, freedom, noncentrality) + stats.nct.cdf(-critical, freedom, noncentrality))
         return 1.0 if math.isnan(power) else power  # SciPy returns NaN if the effect is huge.
 
-    candidates = range(min(sizes) + 1, MAX_SEEDS + 1)
+    candidates = range(min(sizes) + 1, MAX_MORE_SEEDS + 1)
     index = bisect.bisect_left(candidates, POWER, key=power)  # The power grows with m.
     if index == len(candidates):
         return None
@@ -202,7 +202,7 @@ def verdict(
     if c.difference == 0:
         return [difference, "The means are equal."]
     if c.more is None:
-        rest = "and more than 10,000 seeds of each would not resolve one of its size."
+        rest = f"and more than {MAX_MORE_SEEDS:,} seeds of each would not resolve one of its size."
         return [difference, f"The difference is not resolved, {rest}"]
     counts = [(count, name) for count, name in zip(c.more, names, strict=True) if count]
     more = " and ".join(f"{count} more {'seed' if count == 1 else 'seeds'} of {name}" for count, name in counts)

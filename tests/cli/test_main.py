@@ -78,7 +78,7 @@ def test_mistakes_of_the_user_are_messages(run_dir, train, tmp_path, capsys):
         ("--loss.label-smoothing 1", "`loss.label_smoothing` must be at least 0 and below 1, got 1.0."),
         ("--model speednet --model.widths 1", "`model.widths` must be 3 numbers of at least 1, got (1,)."),
         ("--augment mixup --augment.alpha -1", "`augment.alpha` must be "),
-        ("--checkpoint-seconds nan", "`checkpoint_seconds` must be at least 0, got nan."),
+        ("--checkpoint-seconds nan", "`checkpoint_seconds` must be a number of at least 0, got nan."),
         ("--optim sgd --seed 1 --optim=adam", "`--optim` must be given once, got 2 times."),
         (
             "--model",

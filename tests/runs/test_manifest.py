@@ -2,6 +2,8 @@ import json
 import os
 import subprocess
 from importlib.metadata import version
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import pytest
@@ -101,8 +103,17 @@ def test_the_environment_has_versions_device_and_kernels(monkeypatch):
     assert (found["num_devices"], found["cores"], found["device"]) == (2, num_cores(), device.device_kind)
     assert {"python", "jax", "jaxlib", "flax", "optax", "numpy"} <= {*found["versions"]}
     assert found["versions"]["jax"] == version("jax")
+    assert environment([device], stream=True)["stream"] is None  # A CPU gives the same bits either way.
     monkeypatch.setenv("CNNJAX_ONEDNN", "0")
     assert environment([device])["kernels"] == "XLA"
+
+
+def test_a_streamed_run_on_an_accelerator_is_another_environment():
+    client = SimpleNamespace(platform_version="1")
+    gpu: Any = SimpleNamespace(platform="cuda", device_kind="H200", client=client)
+    streamed, in_memory = environment([gpu], stream=True), environment([gpu], stream=False)
+    assert differences(streamed, in_memory) == {"stream": (True, None)}
+    assert differences(environment([gpu]), in_memory) == {}
 
 
 def test_runs_that_were_compiled_with_other_options_differ(tmp_path, monkeypatch):
