@@ -131,7 +131,7 @@ def test_the_size_of_images():
         ("--batch-size", "0", "`batch_size` must be at least 1, got 0"),
         ("--validation-fraction", "1", "`validation_fraction` must be at least 0 and below 1, got 1"),
         ("--validation-fraction", "-1", "`validation_fraction` must be at least 0 and below 1, got -1"),
-        ("--checkpoint-seconds", "nan", "`checkpoint_seconds` must be at least 0, got nan"),
+        ("--checkpoint-seconds", "nan", "`checkpoint_seconds` must be a number of at least 0, got nan"),
         ("--seed", "-1", "`seed` must be between 0 and 2**32 - 1, got -1"),
         (
             "--name",
