@@ -3,10 +3,7 @@
 from etils import epy as _epy
 
 with _epy.lazy_api_imports(globals()):  # `cnnjax --help` does not wait for jax.
-    from cnnjax.cli.console import Report
     from cnnjax.cli.main import run_experiment
-    from cnnjax.cli.process import keep_memory
-    from cnnjax.cli.signals import Interrupted
     from cnnjax.compiler import compiler_options
     from cnnjax.config import Config
     from cnnjax.data.augment import Augment, CutMix, Mixup
@@ -26,6 +23,9 @@ with _epy.lazy_api_imports(globals()):  # `cnnjax --help` does not wait for jax.
     from cnnjax.network import Functions
     from cnnjax.optim.optimizer import Optimizer, ParamGroup
     from cnnjax.optim.recipes import SGD, Adam, Muon
+    from cnnjax.process.console import Report
+    from cnnjax.process.settings import keep_memory
+    from cnnjax.process.signals import Interrupted
     from cnnjax.report.range_test import write_range_test
     from cnnjax.report.write import write_report
     from cnnjax.runs.loggers import Logger

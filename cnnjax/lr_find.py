@@ -10,8 +10,6 @@ import numpy as np
 import optax
 from jaxtyping import Float
 
-from cnnjax.cli.console import Report, track
-from cnnjax.cli.process import start_jax
 from cnnjax.config import Config, word
 from cnnjax.errors import UserError
 from cnnjax.loop import plan_dispatches, training_input
@@ -19,6 +17,8 @@ from cnnjax.memory import explain_out_of_memory
 from cnnjax.metrics import Totals
 from cnnjax.optim.optimizer import Optimizer
 from cnnjax.prepare import Setup, load_data, load_network_weights, set_up
+from cnnjax.process.console import Report, track
+from cnnjax.process.settings import start_jax
 from cnnjax.program import train_steps
 from cnnjax.step import TrainState
 

@@ -12,7 +12,6 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from cnnjax.checks import check_augment, check_init_from_data, check_optimizer, check_shape, check_training
-from cnnjax.cli.process import num_cores
 from cnnjax.config import Config, word
 from cnnjax.data.batches import Pixels, Standardization, pixel_statistics, standardize
 from cnnjax.data.datasets import ImageDataset, load_dataset
@@ -28,6 +27,7 @@ from cnnjax.memory import device_memory, explain_out_of_memory, gib, largest_res
 from cnnjax.network import apply_in_evaluation, init_variables, logits_of
 from cnnjax.onednn.library import kernels
 from cnnjax.pretrained import Weights, replacements
+from cnnjax.process.settings import num_cores
 from cnnjax.program import Program, evaluation_batch_size, init_run, train_steps
 from cnnjax.runs.checkpoints import all_finite
 from cnnjax.runs.files import changes

@@ -8,9 +8,6 @@ from typing import Any, Literal
 import jax
 
 from cnnjax.ahead import prepared_ahead
-from cnnjax.cli.console import Report
-from cnnjax.cli.process import start_jax
-from cnnjax.cli.signals import Stop
 from cnnjax.config import Config
 from cnnjax.data.datasets import ImageDataset
 from cnnjax.errors import check, option
@@ -18,6 +15,9 @@ from cnnjax.hosts import current
 from cnnjax.loop import fit
 from cnnjax.memory import explain_out_of_memory
 from cnnjax.prepare import load_data, load_network_weights, set_up
+from cnnjax.process.console import Report
+from cnnjax.process.settings import start_jax
+from cnnjax.process.signals import Stop
 from cnnjax.runs import manifest
 from cnnjax.runs.directory import open_run
 from cnnjax.runs.loggers import Logger, Loggers, check_loggers

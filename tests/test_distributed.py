@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cnnjax.cli.signals import REQUEUE
+from cnnjax.process.signals import REQUEUE
 from cnnjax.runs.manifest import read_manifest
 
 PROGRAM = Path(__file__).parent / "programs" / "distributed.py"

@@ -43,9 +43,7 @@ from cnnjax import (
     train_and_evaluate,
     train_step,
 )
-from cnnjax.cli.console import Report
 from cnnjax.cli.main import REQUEUE
-from cnnjax.cli.signals import Interrupted, stop_signals
 from cnnjax.data.batches import make_batch
 from cnnjax.data.named import NAMED_SETS
 from cnnjax.data.order import epoch_plan, split_validation
@@ -53,6 +51,8 @@ from cnnjax.data.sources import RawSet, RawSplit
 from cnnjax.data.tfds_format import write_tfds
 from cnnjax.loop import plan_dispatches
 from cnnjax.prepare import set_up
+from cnnjax.process.console import Report
+from cnnjax.process.signals import Interrupted, stop_signals
 from cnnjax.program import train_steps
 from cnnjax.runs.checkpoints import Checkpoints
 from cnnjax.runs.codec import encode

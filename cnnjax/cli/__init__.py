@@ -1,1 +1,1 @@
-"""The user interface: commands, console output, signals, process settings."""
+"""The user interface: commands."""

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from cnnjax.cli.streams import reason
-from cnnjax.cli.tables import printable, table
 from cnnjax.errors import UserError, check
+from cnnjax.process.streams import reason
+from cnnjax.process.tables import printable, table
 
 if TYPE_CHECKING:
     from cnnjax.config import Config
@@ -147,8 +147,8 @@ class Reproduce:
 
     def __call__(self) -> int:
         """Trains, and prints the verdict."""
-        from cnnjax.cli.console import Report
-        from cnnjax.cli.process import use_compilation_cache
+        from cnnjax.process.console import Report
+        from cnnjax.process.settings import use_compilation_cache
         from cnnjax.runs.inspection import reproduce, take_cores
 
         take_cores(self.run)

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import IO
 
-from cnnjax.cli.process import num_cores
-from cnnjax.cli.signals import REQUEUE, stop_signals
 from cnnjax.errors import UserError, check
+from cnnjax.process.settings import num_cores
+from cnnjax.process.signals import REQUEUE, stop_signals
 
 # Set in each process that was started here: descriptor and inode of a pipe that closes when the launcher ends.
 _PIPE = "CNNJAX_LAUNCHER"

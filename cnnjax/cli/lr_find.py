@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import arg
 
-from cnnjax.cli.tables import table
 from cnnjax.config import Config
 from cnnjax.errors import UserError, check
+from cnnjax.process.tables import table
 
 if TYPE_CHECKING:
     from cnnjax.lr_find import RangeTest
@@ -38,8 +38,8 @@ class LrFind:
 
     def __call__(self) -> None:
         """Prints the losses and the suggestion, and writes the plot."""
-        from cnnjax.cli.console import Report
         from cnnjax.lr_find import find_learning_rate
+        from cnnjax.process.console import Report
         from cnnjax.report.range_test import write_range_test
 
         report = Report()

@@ -23,11 +23,11 @@ from cnnjax.cli.help_text import make_registry
 from cnnjax.cli.inspection import Compare, Diff, Reproduce, Runs, Verify
 from cnnjax.cli.launch import is_launched
 from cnnjax.cli.predict import Eval, Predict
-from cnnjax.cli.process import keep_memory, write_exit_code
 from cnnjax.cli.report import WriteReport
-from cnnjax.cli.signals import REQUEUE, Interrupted, acknowledged_ctrl_c, ignore_signals, stop_signals
-from cnnjax.cli.streams import OutputError, guarded_streams, quote
 from cnnjax.errors import MissingProcessError, UserError, messages_for_shell
+from cnnjax.process.settings import keep_memory, write_exit_code
+from cnnjax.process.signals import REQUEUE, Interrupted, acknowledged_ctrl_c, ignore_signals, stop_signals
+from cnnjax.process.streams import OutputError, guarded_streams, quote
 
 if TYPE_CHECKING:
     from cnnjax.config import Config

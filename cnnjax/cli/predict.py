@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import Positional, arg
 
 from cnnjax.cli.inspection import RunDir, config_of
-from cnnjax.cli.tables import accuracies, class_lines, printable
 from cnnjax.errors import UserError, check
+from cnnjax.process.tables import accuracies, class_lines, printable
 
 if TYPE_CHECKING:
     from cnnjax.metrics import Scores
@@ -80,8 +80,8 @@ class Eval:
         """Returns the scores, and the number of files that cannot be read."""
         import numpy as np
 
-        from cnnjax.cli.console import track
         from cnnjax.data.image_paths import find_labelled
+        from cnnjax.process.console import track
         from cnnjax.runs.predictions import predict_files, scores_of
 
         names = runs[0].facts.class_names
@@ -283,6 +283,6 @@ def _load(run_dirs: Sequence[Path], experiment: str | None) -> list["Run"]:
 
 def _with_bar(predictions: Iterable["FilePrediction"], total: int | None) -> Iterable["FilePrediction"]:
     """Shows a progress bar, unless the predictions themselves appear in the terminal."""
-    from cnnjax.cli.console import track
+    from cnnjax.process.console import track
 
     return predictions if sys.stdout.isatty() else track(predictions, "images", total=total)

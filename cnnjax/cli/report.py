@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from cnnjax.cli.tables import printable
 from cnnjax.errors import UserError
+from cnnjax.process.tables import printable
 
 if TYPE_CHECKING:
     from cnnjax.config import Config

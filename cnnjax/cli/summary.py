@@ -12,9 +12,9 @@ from tyro.conf import Positional, arg
 
 from cnnjax.cli.experiment import find_experiment
 from cnnjax.cli.inspection import config_of
-from cnnjax.cli.tables import table
 from cnnjax.config import Config
 from cnnjax.errors import UserError, check
+from cnnjax.process.tables import table
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from tyro.constructors import PrimitiveConstructorSpec, StructConstructorSpec
 from cnnjax.cli.experiment import PARTS, Experiment
 from cnnjax.cli.help_text import make_registry
 from cnnjax.cli.launch import follow_launcher, is_launched, launch
-from cnnjax.cli.process import use_compilation_cache
-from cnnjax.cli.signals import REQUEUE, Interrupted
 from cnnjax.config import Config, word
 from cnnjax.errors import UserError, check, check_name, unknown_name, user_code
+from cnnjax.process.settings import use_compilation_cache
+from cnnjax.process.signals import REQUEUE, Interrupted
 from cnnjax.runs.loggers import Logger, check_loggers
 
 _ABBREVIATIONS = {"lr": "learning-rate", "bs": "batch-size", "wd": "weight-decay"}
@@ -105,9 +105,9 @@ class Train:
 
     def _train(self, hosts: Any) -> None:
         from cnnjax.class_scores import is_uneven
-        from cnnjax.cli.console import Report
         from cnnjax.cli.inspection import expand
         from cnnjax.cli.report import report_on_run, report_on_seeds
+        from cnnjax.process.console import Report
         from cnnjax.runs.profile import parse_steps
         from cnnjax.runs.seeds import parse_seeds, train_seeds, use_cores
         from cnnjax.runs.statistics import describe

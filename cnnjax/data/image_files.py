@@ -12,10 +12,10 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from cnnjax.cli.console import track
-from cnnjax.cli.process import num_cores
-from cnnjax.cli.streams import reason
 from cnnjax.errors import UserError
+from cnnjax.process.console import track
+from cnnjax.process.settings import num_cores
+from cnnjax.process.streams import reason
 from cnnjax.runs.files import open_regular
 
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # Of Pillow, for each number of channels.

@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from cnnjax.cli.console import track
-from cnnjax.cli.tables import MANY_CLASSES, table
 from cnnjax.data.image_files import on_all_cores, open_image
 from cnnjax.data.image_layout import File, check_counts, refuse
 from cnnjax.errors import UserError, option
+from cnnjax.process.console import track
+from cnnjax.process.tables import MANY_CLASSES, table
 from cnnjax.runs.files import file_sha256, open_regular
 
 SHOWN = 5  # Files in a line of the report.

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple, NotRequired
 from PIL import Image
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12.
 
-from cnnjax.cli.streams import reason
 from cnnjax.data.stored import LISTS
 from cnnjax.errors import UserError
+from cnnjax.process.streams import reason
 from cnnjax.runs.files import is_inside, open_regular, parse_json
 
 SPLITS = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}

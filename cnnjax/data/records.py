@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from cnnjax.cli.process import raise_file_limit
-from cnnjax.cli.streams import reason
 from cnnjax.data.image_files import MODES, fit_array
 from cnnjax.data.stored import Fit
 from cnnjax.data.tfds_format import check_split, damage, fit_row, open_builder, parse_row
 from cnnjax.errors import UserError, check, option
+from cnnjax.process.settings import raise_file_limit
+from cnnjax.process.streams import reason
 
 CHUNK = 2**24  # Bytes of images, see `Records.chunk`.
 

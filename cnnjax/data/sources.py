@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import requests
 
-from cnnjax.cli.console import track
 from cnnjax.errors import UserError
+from cnnjax.process.console import track
 from cnnjax.runs.files import atomic_write, file_sha256
 
 # Seconds. The short one detects a firewall that drops packets; even a slow host sends something within a minute.

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from cnnjax.cli.process import num_cores
-from cnnjax.cli.signals import SIGNALS, ignore_signals
 from cnnjax.data.batches import Standardization, statistics_of_sums
 from cnnjax.data.order import order_of_epoch
 from cnnjax.data.records import Records
 from cnnjax.errors import UserError
+from cnnjax.process.settings import num_cores
+from cnnjax.process.signals import SIGNALS, ignore_signals
 
 AHEAD = 2  # Batches on the device, or of a worker, that wait for their turn.
 FEW = 5000  # Images. Reading them in threads takes less time than starting worker processes (4 to 5 s).

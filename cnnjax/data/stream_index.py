@@ -12,14 +12,14 @@ import numpy as np
 from jaxtyping import Int
 from pydantic import Field
 
-from cnnjax.cli.console import track
-from cnnjax.cli.process import num_cores
 from cnnjax.data.batches import image_sums
 from cnnjax.data.cache import Facts, remove_cache
 from cnnjax.data.records import Records, Shard
 from cnnjax.data.stored import Digest, Fit
 from cnnjax.data.stream import FEW, Streamed, StreamedImages, read_ahead
 from cnnjax.errors import UserError
+from cnnjax.process.console import track
+from cnnjax.process.settings import num_cores
 from cnnjax.runs.files import atomic_write, file_sha256, open_regular, read_json, write_json, write_sums
 from cnnjax.runs.schema import Sha256
 

@@ -19,13 +19,13 @@ import requests
 import safetensors
 from typing_extensions import TypedDict
 
-from cnnjax.cli.streams import reason
 from cnnjax.data.named import run_client
 from cnnjax.data.sources import CONNECT_TIMEOUT, READ_TIMEOUT, Archive, Unavailable, download
 from cnnjax.data.stored import INTERPOLATIONS
 from cnnjax.data.torch_files import Refused, read_torch
 from cnnjax.errors import UserError, check, option
 from cnnjax.pretrained import Weights
+from cnnjax.process.streams import reason
 from cnnjax.runs.files import cache_dir, file_sha256, open_regular, read_json, write_file, write_json
 from cnnjax.typing import Preprocessing, PublishedWeights
 

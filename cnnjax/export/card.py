@@ -12,9 +12,9 @@ import numpy as np
 from jaxtyping import Float, Integer, UInt8
 
 from cnnjax.class_scores import calibrate, is_uneven, top_confusions
-from cnnjax.cli.tables import accuracies, printable
 from cnnjax.data.image_files import MODES
 from cnnjax.data.weights import weights_of
+from cnnjax.process.tables import accuracies, printable
 from cnnjax.runs.codec import encode
 from cnnjax.runs.run import Run
 from cnnjax.runs.statistics import wilson_interval

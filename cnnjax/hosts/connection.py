@@ -14,13 +14,13 @@ import jax
 from jax._src import clusters, distributed, xla_bridge
 from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
 
-from cnnjax.cli.signals import REQUEUE
 from cnnjax.errors import UserError, check
 from cnnjax.hosts.aborts import on_abort
 from cnnjax.hosts.group import Hosts
 from cnnjax.hosts.launch import Launch, plan_launch, split_address
 from cnnjax.hosts.meeting import meet
 from cnnjax.hosts.watch import Watch, exit_now
+from cnnjax.process.signals import REQUEUE
 
 
 def _say(line: str) -> None:

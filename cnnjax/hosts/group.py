@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import jax
 from jax._src import distributed
 
-from cnnjax.cli.signals import REQUEUE
 from cnnjax.errors import UserError, describe
 from cnnjax.hosts.watch import Watch
+from cnnjax.process.signals import REQUEUE
 from cnnjax.runs.files import changes
 
 T = TypeVar("T")

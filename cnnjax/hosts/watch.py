@@ -15,10 +15,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from cnnjax.cli.process import write_exit_code
-from cnnjax.cli.signals import REQUEUE
 from cnnjax.errors import option
 from cnnjax.hosts.agreement import Agreement, Decision, Requests
+from cnnjax.process.settings import write_exit_code
+from cnnjax.process.signals import REQUEUE
 
 _TICK = 0.2  # Seconds between two exchanges.
 _SUSPICION = 5.0  # Seconds of silence that are enough once a collective has failed.

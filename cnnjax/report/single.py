@@ -14,10 +14,10 @@ from jaxtyping import Float
 from scipy.special import softmax
 
 from cnnjax.class_scores import DIGITS, NUM_BINS, calibrate, is_uneven, top_confusions
-from cnnjax.cli.console import track
 from cnnjax.config import word
 from cnnjax.data.stored import Examples
 from cnnjax.errors import UserError
+from cnnjax.process.console import track
 from cnnjax.report import charts, figures, images, words
 from cnnjax.report.activations import FeatureMap, feature_maps, first_filters
 from cnnjax.report.analysis import Shown, judge_fit, most_confident

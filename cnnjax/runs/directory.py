@@ -16,11 +16,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from cnnjax.cli.console import Report
-from cnnjax.cli.signals import Stop, stop_signals
 from cnnjax.config import Config
 from cnnjax.errors import UserError, option
 from cnnjax.hosts import Hosts, alone
+from cnnjax.process.console import Report
+from cnnjax.process.signals import Stop, stop_signals
 from cnnjax.runs import manifest
 from cnnjax.runs.checkpoints import Checkpoints, check_characters
 from cnnjax.runs.codec import check_complete, encode

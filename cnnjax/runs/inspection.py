@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from cnnjax.cli.console import Report
 from cnnjax.config import Config
 from cnnjax.errors import UserError, check_name, unknown_name
 from cnnjax.prepare import load_data, load_network_weights
+from cnnjax.process.console import Report
 from cnnjax.runs import directory, loggers, manifest, profile, records, recovery
 from cnnjax.runs.files import SUMS, changes, check_local, check_sums, file_sha256, is_inside, show
 from cnnjax.runs.run import make_run

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from cnnjax.cli.signals import Stop
 from cnnjax.compiler import jit
 from cnnjax.config import Config, word
 from cnnjax.errors import UserError, check, describe, for_reader, option
 from cnnjax.optim.optimizer import Optimizer
+from cnnjax.process.signals import Stop
 from cnnjax.runs.codec import encode
 from cnnjax.runs.files import flatten
 from cnnjax.runs.schema import Result

@@ -11,11 +11,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from cnnjax.cli.process import num_cores, processor
-from cnnjax.cli.signals import Interrupted
 from cnnjax.compiler import compiler_options
 from cnnjax.errors import UserError
 from cnnjax.onednn.library import kernels
+from cnnjax.process.settings import num_cores, processor
+from cnnjax.process.signals import Interrupted
 from cnnjax.runs.files import (
     SUMS,
     file_changes,

@@ -9,10 +9,10 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from cnnjax.cli.signals import Interrupted
 from cnnjax.errors import NonFiniteLossError, UserError
 from cnnjax.hosts import Hosts, alone
 from cnnjax.metrics import Metrics, Scores, Totals
+from cnnjax.process.signals import Interrupted
 from cnnjax.runs.checkpoints import all_finite
 from cnnjax.runs.directory import OpenRun
 from cnnjax.runs.files import tree_sha256

@@ -14,7 +14,6 @@ import numpy as np
 import optax
 from jaxtyping import Float
 
-from cnnjax.cli.process import start_jax
 from cnnjax.compiler import jit
 from cnnjax.config import Config, word
 from cnnjax.data.batches import standardize
@@ -24,6 +23,7 @@ from cnnjax.data.stored import Examples
 from cnnjax.data.tta import TTA
 from cnnjax.errors import UserError, check_name, option
 from cnnjax.metrics import Scores
+from cnnjax.process.settings import start_jax
 from cnnjax.program import evaluate
 from cnnjax.runs.checkpoints import Checkpoints
 from cnnjax.runs.codec import collect_names

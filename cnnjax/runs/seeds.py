@@ -16,12 +16,12 @@ from typing import Any
 
 import jax
 
-from cnnjax.cli.console import Report
-from cnnjax.cli.process import num_cores, start_jax
-from cnnjax.cli.signals import Interrupted, stop_signals
 from cnnjax.config import Config, word
 from cnnjax.errors import NonFiniteLossError, StorageError, UserError, check, describe, for_reader
 from cnnjax.prepare import load_data, load_network_weights
+from cnnjax.process.console import Report
+from cnnjax.process.settings import num_cores, start_jax
+from cnnjax.process.signals import Interrupted, stop_signals
 from cnnjax.runs.directory import check_path, check_run
 from cnnjax.runs.loggers import Logger
 from cnnjax.runs.manifest import is_finished

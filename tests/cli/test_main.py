@@ -14,11 +14,11 @@ import pytest
 import tyro
 
 import cnnjax
-from cnnjax.cli.console import Report
 from cnnjax.cli.help_text import make_registry
 from cnnjax.cli.main import main
 from cnnjax.data.datasets import load_dataset
 from cnnjax.metrics import Scores
+from cnnjax.process.console import Report
 
 PROGRAMS = Path(__file__).parents[1] / "programs"
 

@@ -12,7 +12,7 @@ from research import CONFIG
 
 import cnnjax.train
 from cnnjax import train_and_evaluate
-from cnnjax.cli.process import use_compilation_cache
+from cnnjax.process.settings import use_compilation_cache
 
 run_dir, moment = Path(sys.argv[1]), sys.argv[2]
 targets = {"save": run_dir / "checkpoints" / "12", "result": run_dir / "result.json"}

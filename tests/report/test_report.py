@@ -21,9 +21,9 @@ from cnnjax import UserError, load_run
 from cnnjax.cli.lr_find import LrFind
 from cnnjax.cli.main import main
 from cnnjax.cli.report import report_on_run, report_on_seeds
-from cnnjax.cli.signals import stop_signals
 from cnnjax.cli.train_command import Train
 from cnnjax.data.stored import Examples
+from cnnjax.process.signals import stop_signals
 from cnnjax.report import single
 from cnnjax.report.activations import FeatureMap, _reduce
 from cnnjax.report.commands import command_for, resume_command

@@ -8,7 +8,7 @@ from filelock import FileLock
 from generated import Lines
 
 from cnnjax import MLP, SGD, Adam, Config, Interrupted, ParamGroup, UserError
-from cnnjax.cli.console import Report
+from cnnjax.process.console import Report
 from cnnjax.runs import directory
 from cnnjax.runs.directory import FILES, check_run, is_locked, open_run
 from cnnjax.runs.files import write_json, write_sums

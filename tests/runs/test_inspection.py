@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from cnnjax import UserError, train_and_evaluate
-from cnnjax.cli.console import Report
 from cnnjax.cli.main import main
-from cnnjax.cli.process import num_cores
+from cnnjax.process.console import Report
+from cnnjax.process.settings import num_cores
 from cnnjax.runs.directory import open_run
 from cnnjax.runs.inspection import diff, find_runs, read_info, reproduce, scores, verify
 from cnnjax.runs.manifest import read_manifest
@@ -197,7 +197,7 @@ def test_reproduce_shows_what_differs_and_how_far_the_numbers_moved(
 ):
     """The first layer, which the recorded run trained in both epochs, is frozen after the first."""
     cores_at_start = []
-    monkeypatch.setattr("cnnjax.cli.process.use_compilation_cache", lambda say: cores_at_start.append(num_cores()))
+    monkeypatch.setattr("cnnjax.process.settings.use_compilation_cache", lambda say: cores_at_start.append(num_cores()))
     config = read_record(run_dir).config
     config["optim"]["groups"][0]["num_epochs"] = 1
     change(run_dir / "config.json", config=config)

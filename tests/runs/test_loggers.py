@@ -32,7 +32,7 @@ from tensorboard.plugins.hparams.list_session_groups import Handler as ListSessi
 
 from cnnjax import SGD, Interrupted, Logger, MLflow, Run, TensorBoard, UserError, WandB, train_and_evaluate
 from cnnjax.cli.main import main
-from cnnjax.cli.signals import Stop
+from cnnjax.process.signals import Stop
 from cnnjax.runs import trackers
 from cnnjax.runs.inspection import verify
 from cnnjax.runs.loggers import Loggers

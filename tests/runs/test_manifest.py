@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from cnnjax import UserError
-from cnnjax.cli.signals import Interrupted
+from cnnjax.process.signals import Interrupted
 from cnnjax.runs import manifest
 from cnnjax.runs.manifest import (
     changes_since_last_session,

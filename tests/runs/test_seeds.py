@@ -12,7 +12,7 @@ import pytest
 from generated import Lines
 
 from cnnjax import Config, Logger, NonFiniteLossError, UserError, train_and_evaluate
-from cnnjax.cli.process import num_cores
+from cnnjax.process.settings import num_cores
 from cnnjax.runs.inspection import find_runs
 from cnnjax.runs.records import read_result
 from cnnjax.runs.seeds import parse_seeds, train_seeds

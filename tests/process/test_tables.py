@@ -4,7 +4,7 @@ import pytest
 from rich.cells import cell_len
 
 from cnnjax.class_scores import class_scores, confusion_matrix
-from cnnjax.cli.tables import class_lines, printable, rate, table
+from cnnjax.process.tables import class_lines, printable, rate, table
 
 
 def test_columns_are_aligned_in_every_script_and_controls_are_escaped():

@@ -9,9 +9,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from cnnjax.cli.process import start_jax, use_compilation_cache
 from cnnjax.errors import UserError
 from cnnjax.onednn.library import kernels
+from cnnjax.process.settings import start_jax, use_compilation_cache
 
 
 def page_faults(before, **environment):

@@ -14,8 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.progress import track as rich_track
 
 from cnnjax.class_scores import is_uneven
-from cnnjax.cli.streams import Output, reason
-from cnnjax.cli.tables import accuracies, class_lines, rate
+from cnnjax.process.streams import Output, reason
+from cnnjax.process.tables import accuracies, class_lines, rate
 
 T = TypeVar("T")
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from cnnjax import MLP, Config, train_and_evaluate
-from cnnjax.cli.console import Report, track
 from cnnjax.metrics import Scores
+from cnnjax.process.console import Report, track
 
 
 class Tee:

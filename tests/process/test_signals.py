@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from cnnjax.cli.signals import Interrupted, acknowledged_ctrl_c, stop_signals
+from cnnjax.process.signals import Interrupted, acknowledged_ctrl_c, stop_signals
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -111,7 +111,7 @@ def test_ctrl_c_interrupts_what_is_released_inside_held():
 
 END = """
 import atexit, contextlib, signal, time
-from cnnjax.cli.signals import Interrupted, stop_signals
+from cnnjax.process.signals import Interrupted, stop_signals
 atexit.register(lambda: (print("waiting", flush=True), time.sleep(60)))
 with contextlib.suppress(Interrupted), stop_signals(process_ends=True) as stop:
     stop.exit_code = 75

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from cnnjax.cli.streams import Output, OutputError, guarded_streams, quote
+from cnnjax.process.streams import Output, OutputError, guarded_streams, quote
 
 
 class Tee:
@@ -67,7 +67,7 @@ def test_standard_output_fails_once_and_standard_error_never(monkeypatch):
 
 def test_no_file_takes_the_place_of_a_closed_stream(tmp_path):
     program = (
-        "import os, pathlib, sys; from cnnjax.cli.streams import guarded_streams\n"
+        "import os, pathlib, sys; from cnnjax.process.streams import guarded_streams\n"
         "with guarded_streams():\n"
         "    print('lost'); print('lost', file=sys.stderr)\n"
         "    with open('file', 'w') as file: file.write(str(file.fileno()))"

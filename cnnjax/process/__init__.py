@@ -1,0 +1,1 @@
+"""What a process of training has: settings, signals, streams, and what it prints."""
