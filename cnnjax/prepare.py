@@ -170,7 +170,7 @@ def set_up(
     for line in oddities(train, dataset.num_classes):
         say(line)
     got = f"{config.num_epochs} epochs of {steps} steps"
-    check("num_epochs", "so few that there are fewer than 2**31 steps", steps * config.num_epochs < 2**31, got)
+    check("num_epochs", "a number that gives fewer than 2**31 steps", steps * config.num_epochs < 2**31, got)
     loss_fn = config.loss
     if config.class_weights == "balanced":
         loss_fn = ClassWeighted(loss_fn, balanced_weights(train.label, dataset.num_classes))

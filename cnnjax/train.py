@@ -95,8 +95,8 @@ def train_and_evaluate(
       devices: the devices that share each batch; all if None.
       mesh: how they do: data=4,model=2 divides each batch among eight, and the large arrays of the state between two;
         None: the largest number of devices that divides the batch, with a copy of the state each.
-      report: receives messages and metrics, see `Report`; None: nothing is printed, and a logger that fails is a
-        warning of Python.
+      report: receives messages and metrics, see `Report`; None: nothing is printed, and a failing logger causes a
+        `UserWarning`.
       stop: receives signals, for a caller that trains in several threads; None: this function handles them.
       stream: read the images from the prepared files while training, instead of keeping them in memory; None: if they
         would take more than half of it, and are in ArrayRecord format. On a CPU no bit depends on it, so a run may be

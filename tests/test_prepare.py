@@ -240,7 +240,7 @@ def test_an_exception_in_the_users_loss_names_its_arguments(tmp_path):
         ),
         (
             {"num_epochs": 2**31 - 1},
-            "`num_epochs` must be so few that there are fewer than 2**31 steps, got 2147483647 epochs of 3 steps.",
+            "`num_epochs` must be a number that gives fewer than 2**31 steps, got 2147483647 epochs of 3 steps.",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

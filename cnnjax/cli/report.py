@@ -27,7 +27,7 @@ class WriteReport:
     runs: Positional[Annotated[tuple[Path, ...], arg(metavar="RUN ...", help_behavior_hint="(required)")]]
     """The run directories."""
     path: Path | None = None
-    """The file; RUN/report.html for one run, report.html in the working directory for several, by default."""
+    """The .html file; RUN/report.html for one run, report.html in the working directory for several, by default."""
     figures: Path | None = None
     """A folder that receives every chart as an SVG file."""
     data_dir: Path | None = None

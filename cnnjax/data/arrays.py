@@ -42,12 +42,15 @@ def _how_to_convert(name: str, image: np.ndarray) -> str:
     if image.dtype.kind not in "iufb" or not image.size:
         return "."
     low, high = image.min(), image.max()
+    if not (np.isfinite(low) and np.isfinite(high)):
+        return " with nan or infinite values. Remove them."
     if image.dtype.kind == "b" or (image.dtype.kind == "f" and low >= 0 and high <= 1):
         return f" between 0 and 1. Convert it with `(255 * {name}).round().astype(np.uint8)`."
     if low >= 0 and high <= 255:
         rounded = ".round()" if image.dtype.kind == "f" else ""
         return f" from {low} to {high}. Convert it with `{name}{rounded}.astype(np.uint8)`."
-    return f" from {low} to {high}. Undo its standardization, so that it is between 0 and 255, and convert it."
+    fix = "Undo its standardization, or scale it" if image.dtype.kind == "f" else "Scale it"
+    return f" from {low} to {high}. {fix}, so that it is between 0 and 255, and convert it."
 
 
 def _examples(split: str, x: Any, y: Any) -> Examples:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import requests
 import safetensors
+from flax.traverse_util import flatten_dict
 from typing_extensions import TypedDict
 
 from cnnjax.data.named import run_client
@@ -32,6 +33,7 @@ from cnnjax.typing import Preprocessing, PublishedWeights
 HUB = "https://huggingface.co"
 FILE = "model.safetensors"  # Its name in the repositories of timm.
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
+_DTYPES |= {"I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}
 LARGEST = 2**31  # Bytes of a file in a package.
 
 
@@ -65,10 +67,16 @@ class _HubFile:
 def weights_of(model: Any) -> str | None:
     """Returns the pretrained weights that a network names in its field `weights`, or None.
 
-    A field of that name which is neither a string nor None means something else.
+    In a network without `variables_from_torch` a field of that name may mean something else if it is no string.
+
+    Raises:
+      UserError: it is neither a string nor None in a network with that method.
     """
     name = getattr(model, "weights", None)
-    return name if isinstance(name, str) else None
+    if name is None or isinstance(name, str):
+        return name
+    check("model.weights", "a string or None", not hasattr(model, "variables_from_torch"), repr(name))
+    return None
 
 
 def load_weights(model: Any, say: Callable[[str], None] = print) -> Weights:
@@ -114,7 +122,10 @@ def load_weights(model: Any, say: Callable[[str], None] = print) -> Weights:
             f"`model.weights` must have the SHA-256 {file.sha256}, got {sha256} in {file.path}. Run the command again."
         )
     tensors = _parse(file.path, data)
-    head = model.variables_from_torch(tensors)["params"][model.depths()[-1]]
+    with np.errstate(over="ignore"):
+        variables = model.variables_from_torch(tensors)
+    _check_numbers(file.path, variables)
+    head = variables["params"][model.depths()[-1]]
     say(f"{network} starts from {file.source} (license: {file.license}), SHA-256 {sha256[:8]}")
     if (classes := jax.tree.leaves(head)[0].shape[-1]) != model.num_classes:
         say(f"its layer {model.depths()[-1]!r} starts from random values: the weights have {classes} classes")
@@ -134,15 +145,17 @@ def _parse(path: Path, data: bytes) -> dict[str, np.ndarray]:
     except (Refused, ValueError, safetensors.SafetensorError) as error:
         why = str(error) if isinstance(error, Refused) else f"is damaged ({error})"
         raise UserError(f"`model.weights` must be a file of tensors, got {path}, which {why}.") from error
-    for name, tensor in tensors.items():
-        if not jnp.issubdtype(tensor.dtype, jnp.floating):
-            continue
-        with np.errstate(over="ignore"):
-            finite = bool(np.isfinite(tensor.astype(np.float32)).all())
-        rule = "finite float32 numbers" if not finite else "variances of at least 0"
-        valid = finite and not (name.endswith("running_var") and bool((tensor < 0).any()))
-        check("model.weights", rule, valid, f"others in {name} of {path}")
     return tensors
+
+
+def _check_numbers(path: Path, variables: dict[str, Any]) -> None:
+    """Checks the numbers that the network takes from a file."""
+    flat: Any = flatten_dict(variables)
+    for keys, leaf in flat.items():
+        where = f"{'/'.join(keys[1:])} of {path}"
+        check("model.weights", "without infinite numbers, of float32, and nan", bool(np.isfinite(leaf).all()), where)
+        negative = keys[-1] == "var" and bool((leaf < 0).any())
+        check("model.weights", "without negative variances", not negative, where)
 
 
 def _read_safetensors(data: bytes) -> dict[str, np.ndarray]:

@@ -1,1 +1,1 @@
-"""What a process of training has: settings, signals, streams, and what it prints."""
+"""Services of the process: settings of jax, signals, standard streams, console output."""

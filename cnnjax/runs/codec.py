@@ -11,7 +11,6 @@ import math
 import sysconfig
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +29,43 @@ from cnnjax.runs.files import changes, file_sha256
 from cnnjax.runs.schema import EncodedConfig
 
 ARRAYS = "(arrays in memory)"
-UNUSED = ("loss", "augment", "dataset")  # By a network that predicts.
+OPTIONAL = ("loss", "augment", "dataset")  # A network predicts without them.
+
+
+class _MissingNameError(UserError):
+    """A class or function that a configuration names is not known."""
+
+
+class _Missing:
+    """Takes the place of a loss or of data. A call raises the error.
+
+    Attributes:
+      recorded: the part of the configuration as JSON.
+      error: says what to do.
+    """
+
+    recorded: Any
+    error: _MissingNameError
+
+    def __init__(self, recorded: Any, error: _MissingNameError):
+        name = "arrays" if recorded == ARRAYS else str(next(iter(recorded.values())))
+        vars(self).update(recorded=recorded, error=error, __name__=name)  # An augmentation is frozen.
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        raise self.error
+
+
+class _MissingAugment(_Missing, Augment):
+    """Takes the place of an augmentation."""
+
+    def transform_pixels(self, key: Any, image: Any) -> Any:
+        raise self.error
+
+    def transform(self, key: Any, batch: Any) -> Any:
+        raise self.error
+
+    def at_epoch(self, epoch: int, num_epochs: int) -> Any:
+        raise self.error
 
 
 def built_in() -> dict[str, Any]:
@@ -64,6 +99,8 @@ class _Encoder(NamedTuple):
     objects: list[Any]
 
     def encode(self, value: Any, path: str, default: Any = dataclasses.MISSING) -> Any:  # noqa: PLR0911  One per case.
+        if isinstance(value, _Missing):
+            return value.recorded
         value = value.item() if isinstance(value, np.generic) else value
         if value is None or isinstance(value, (bool, int, float, str)):
             if isinstance(value, float) and math.isnan(value):
@@ -106,8 +143,8 @@ class _Encoder(NamedTuple):
 def decode(content: Mapping[str, Any], names: Mapping[str, Any], files: Iterable[str] = ()) -> Config:
     """Returns the configuration that `encode` wrote.
 
-    A network predicts without the loss, the augmentation and the data that trained it. If their names are missing,
-    something of the same name replaces them, which raises the error when it is called; see `check_complete`.
+    If names are missing in its loss, augmentation or data, a placeholder that keeps their JSON takes their place. Using
+    it raises the error, see `check_complete`: a network predicts without them.
 
     Args:
       content: of `encode`.
@@ -115,21 +152,26 @@ def decode(content: Mapping[str, Any], names: Mapping[str, Any], files: Iterable
       files: the files that defined them, for the error message.
 
     Raises:
-      UserError: a name is missing in `model` or `optim`, or the content is of another version.
+      UserError: a name is missing in the network or the optimizer, or the content is of another version.
     """
     try:
         if missing := [f.name for f in dataclasses.fields(Config) if f.name not in content]:
             raise UserError(f"config.json: `{missing[0]}` must be there, got nothing.")
-        values = {key: _decode(value, key, names, tuple(files)) for key, value in content.items()}
-        if values["dataset"] == ARRAYS:
-            values["dataset"] = names.get(ARRAYS) or _replacement(
-                "function", "arrays", {}, _missing("dataset", ARRAYS, tuple(files))
-            )
+        values = {}
+        for key, value in content.items():
+            try:
+                if (key, value) == ("dataset", ARRAYS):
+                    values[key] = _find(ARRAYS, key, names, tuple(files))
+                else:
+                    values[key] = _decode(value, key, names, tuple(files))
+            except _MissingNameError as error:
+                if key not in OPTIONAL:
+                    raise
+                values[key] = (_MissingAugment if key == "augment" else _Missing)(value, error)
         config = _build(Config, values)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except (TypeError, KeyError, AttributeError) as error:
         raise UserError(f"`config` must fit this version of cnnjax and its own classes, got {error}.") from error
-    again: Mapping[str, Any] = {**encode(config)} | ({"dataset": ARRAYS} if content["dataset"] == ARRAYS else {})
-    if different := changes(content, again):  # For example, a field that is missing.
+    if different := changes(content, encode(config)):  # For example, a field that is missing.
         raise UserError(
             "`config` must fit this version of cnnjax and its own classes, got other values (recorded, now): "
             f"{different}."
@@ -156,45 +198,17 @@ def _decode(value: Any, path: str, names: Mapping[str, Any], files: tuple[str, .
         return FrozenDict(decoded(name))  # Hashable, as a module must be.
     if kind == "dtype":
         return jnp.dtype(name).type
-    found = built_in().get(name, names.get(name))
-    if found is None or (kind == "class" and not _is_dataclass(found)):
-        missing = _missing(path, name, files)
-        if path.partition(".")[0] not in UNUSED:
-            raise missing
-        found = _replacement(kind, name, arguments, missing, (Augment,) if path == "augment" else ())
+    found = _find(name, path, names, files, kind == "class")
     if kind == "class":
         return _build(found, arguments)
     return partial(found, *arguments["args"], **arguments["keywords"]) if kind == "partial" else found
 
 
-def _replacement(
-    kind: str, name: str, values: Mapping[str, Any], error: UserError, bases: tuple[type, ...] = ()
-) -> Any:
-    """Returns a class or function that `encode` calls `name`, and that raises `error` when it is used."""
-
-    def call(*arguments: Any, **keywords: Any) -> None:
-        raise error
-
-    if kind == "class":
-        # The default of `num_classes` is not known; `Config.with_num_classes` sets it from the data.
-        fields = [(k, Any, *([field(default=v)] if k == "num_classes" else [])) for k, v in values.items()]
-        namespace = {"__call__": call, "_missing": error}
-        return dataclasses.make_dataclass(name, fields, bases=bases, namespace=namespace, frozen=True, kw_only=True)
-    call.__name__ = call.__qualname__ = name
-    vars(call)["_missing"] = error
-    return call
-
-
-def check_complete(config: Config) -> None:
-    """Checks that a configuration can be trained: it may have been read from a run, see `decode`.
-
-    Raises:
-      UserError: a class or function is missing.
-    """
-    encode(config, objects := [])
-    for error in (getattr(x, "_missing", None) for x in (*objects, config.dataset)):
-        if isinstance(error, UserError):
-            raise error
+def _find(name: str, path: str, names: Mapping[str, Any], files: tuple[str, ...], must_be_class: bool = False) -> Any:
+    found = built_in().get(name, names.get(name))
+    if found is None or (must_be_class and not _is_dataclass(found)):
+        raise _missing(path, name, files)
+    return found
 
 
 def _build(cls: Any, values: Mapping[str, Any]) -> Any:
@@ -204,15 +218,26 @@ def _build(cls: Any, values: Mapping[str, Any]) -> Any:
         raise UserError(f"config.json: {error}") from error
 
 
-def _missing(path: str, name: str, files: tuple[str, ...]) -> UserError:
+def _missing(path: str, name: str, files: tuple[str, ...]) -> _MissingNameError:
     file = next((file for file in files if not file.endswith(" in a cell")), "FILE")
     found = f"that defines it: --experiment {file}"
     if file != "FILE" and not Path(file).exists():
         found = f"that defines it ({file} in the working directory of the training): --experiment FILE"
     fix = for_reader(f"Pass the file {found}", "Pass a `config` that has it, such as that of training.")
-    return UserError(
+    return _MissingNameError(
         f"`{path}` of this run is {name}, which is not part of cnnjax, and a run directory imports no code. {fix}"
     )
+
+
+def check_complete(config: Config) -> None:
+    """Checks that no part of a configuration is missing, as may be if `decode` returned it.
+
+    Raises:
+      UserError: one is.
+    """
+    for name in OPTIONAL:
+        if isinstance(part := getattr(config, name), _Missing):
+            raise part.error
 
 
 def source_files(config: Config) -> dict[str, str]:
@@ -220,8 +245,6 @@ def source_files(config: Config) -> dict[str, str]:
     found, libraries = {}, [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")]
     encode(config, objects := [])
     for x in objects:
-        if hasattr(x, "_missing"):
-            continue
         try:
             file = inspect.getsourcefile(x)
         except (TypeError, OSError):  # Defined in C, or typed into a notebook or an interpreter.

@@ -23,7 +23,7 @@ from cnnjax.process.console import Report
 from cnnjax.process.signals import Stop, stop_signals
 from cnnjax.runs import manifest
 from cnnjax.runs.checkpoints import Checkpoints, check_characters
-from cnnjax.runs.codec import check_complete, encode
+from cnnjax.runs.codec import encode
 from cnnjax.runs.files import (
     SUMS,
     changes,
@@ -81,8 +81,9 @@ class OpenRun:
         if self._lock is None or _is_at(self._lock, self.run_dir / LOCK):
             return
         raise UserError(
-            f"{self.run_dir} must stay in place during training, but it was moved, deleted or replaced. If it was "
-            f"moved, resume the run there: {option('run_dir', 'DIR')}, {option('resume')}."
+            f"{self.run_dir} must stay in place during training, but it, or its file {LOCK}, was moved, deleted or "
+            f"replaced. If the directory was moved, resume the run there: {option('run_dir', 'DIR')}, "
+            f"{option('resume')}."
         )
 
     def finished(self) -> Result | None:
@@ -157,6 +158,7 @@ class OpenRun:
             )
 
     def _begin_session(self, environment: dict[str, Any]) -> dict[str, Any]:
+        self.check_in_place()
         for line in (*manifest.changes_since_last_session(self.run_dir, environment), *self.code.warnings()):
             self.report.say(line)
         about = environment | {"seed": self.config.seed, "resumed_from": None}
@@ -172,6 +174,7 @@ class OpenRun:
         Call it without `only_new` once nothing can be refused anymore.
         """
         if self.hosts.leads and not (only_new and (self.run_dir / "config.json").exists()):
+            self.check_in_place()
             write_record(self.run_dir, Record(encode(self.config), facts, self.code.facts["files"]))
 
     def write_result(self, result: Result) -> None:
@@ -202,11 +205,10 @@ def open_run(
       hosts: the processes that train the run; this one alone if None.
 
     Raises:
-      UserError: another process trains in the directory, it cannot be written, or `check_complete` or `check_run`
-        fails.
+      UserError: another process trains in the directory, it cannot be written, a part of the configuration is
+        missing, or `check_run` fails.
     """
     check_path(run_dir)
-    check_complete(config)
     hosts, encoded = hosts or alone(), encode(config)  # Nothing is written for a configuration that cannot be.
     for name, value in (("run_dir", str(run_dir.absolute())), ("resume", resume), ("config", encoded)):
         hosts.check_same(name, "the same in all processes", value)
@@ -277,7 +279,7 @@ def _release(lock: FileLock, file: BufferedReader, run_dir: Path, is_new: bool) 
 
 def _is_at(file: BufferedReader, path: Path) -> bool:
     """Returns whether `path` is that of an open file, and not of another one that has replaced it."""
-    with suppress(OSError):
+    with suppress(FileNotFoundError, NotADirectoryError):
         return not file.closed and os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     return False
 

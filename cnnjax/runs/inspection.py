@@ -213,7 +213,7 @@ def reproduce(
     sessions = manifest.read_manifest(run_dir)["sessions"]
     devices = jax.local_devices()[: sessions[-1]["num_devices"]]
     mesh: Any = sessions[-1].get("mesh")  # Of a run that divided its state.
-    stream = sessions[-1].get("stream")  # Of a run on an accelerator.
+    stream = sessions[-1].get("stream")  # None on a CPU.
     now = manifest.environment(devices, mesh, stream=stream) | source_of(config).facts
     environment = manifest.environment_changes(sessions, now)
     for name, (there, here) in environment.items():

@@ -67,9 +67,9 @@ class Logger:
         """Receives the means over a batch, see `on_step` of `train_and_evaluate`, and the "learning_rate"."""
 
     def on_epoch(self, row: dict[str, Any], state: TrainState) -> None:
-        """Receives the values of an epoch, see `on_epoch` of `train_and_evaluate`, and the last "learning_rate".
+        """Receives the values of an epoch, see `on_epoch` of `train_and_evaluate`; `state` is a copy.
 
-        `state` is a copy.
+        `row` also contains the "learning_rate" of its last step.
         """
 
     def finish(self, result: Mapping[str, Any] | None) -> None:
@@ -140,12 +140,13 @@ class Loggers:
 
     def on_step(self, step: int, metrics: dict[str, float]) -> None:
         """Calls `on_step` of each logger with a copy of `metrics` and the learning rate."""
-        update = (step - 1) // self._accumulate_steps
         for logger in [*self.active]:
             with self._reported(logger):
-                logger.on_step(step, {"learning_rate": self._learning_rate(update), **metrics})
+                logger.on_step(step, {"learning_rate": self._learning_rate(step), **metrics})
 
-    def _learning_rate(self, update: int) -> float:
+    def _learning_rate(self, step: int) -> float:
+        """Returns the learning rate of the update to which a step (from 1) contributes."""
+        update = (step - 1) // self._accumulate_steps
         return float(self._learning_rates[min(update, len(self._learning_rates) - 1)])
 
     def on_epoch(self, row: dict[str, Any], state: TrainState) -> None:
@@ -156,8 +157,7 @@ class Loggers:
         for logger in [*self.active]:
             with self._reported(logger):
                 ours = getattr(logger.on_epoch, "__module__", "").startswith("cnnjax.")
-                update = max(row["step"] // self._accumulate_steps - 1, 0)  # The last one.
-                values = {**row, "learning_rate": self._learning_rate(update)}
+                values = {**row, "learning_rate": self._learning_rate(row["step"])}
                 logger.on_epoch(values, state if ours else copy_state(state))
 
     def result(self, result: Result) -> None:
@@ -178,7 +178,7 @@ class Loggers:
 
 
 def check_loggers(loggers: Any) -> None:
-    """Raises a `UserError` unless this is a sequence of loggers, no two of the same class."""
+    """Raises a `UserError` unless this is a sequence of loggers with methods of their own, no two of the same class."""
     several = isinstance(loggers, Sequence) and not isinstance(loggers, str)
     listed = [*loggers] if several else [loggers]
     names = for_reader(*(", ".join(_describe(x, make) for x in listed) for make in (word, lambda cls: cls.__name__)))
@@ -187,8 +187,9 @@ def check_loggers(loggers: Any) -> None:
     parameter, rule = for_reader("log", "loggers"), for_reader("different names", "objects of different classes")
     methods = ("start", "on_step", "on_epoch", "finish")
     for x in listed:
-        defines = any(getattr(type(x), method) is not getattr(Logger, method) for method in methods)
-        check(parameter, f"loggers with a method {' or '.join(methods)}", defines, f"{type(x).__name__} without")
+        own = any(getattr(getattr(x, name), "__func__", None) is not getattr(Logger, name) for name in methods)
+        got = f"{type(x).__name__}, which has none of its own"
+        check(parameter, f"loggers with a method {', '.join(methods[:-1])} or finish", own, got)
     check(parameter, rule, len({*map(type, listed)}) == len(listed), names)
 
 

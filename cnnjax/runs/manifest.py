@@ -56,7 +56,7 @@ def environment(
       devices: those that share a batch.
       mesh: how they share the state, if they do not hold copies.
       hosts: the host name of each process.
-      stream: whether images are read while training, which decides bits on an accelerator alone.
+      stream: whether images are read while training, which affects the bits only on an accelerator.
     """
     first = devices[0]
     nvidia = Path("/proc/driver/nvidia/version")
@@ -76,7 +76,7 @@ def environment(
         "device": first.device_kind if first.platform == "cpu" else f"{first.platform}, {first.device_kind}",
         "num_devices": len(devices),
         "mesh": mesh,
-        "stream": (first.platform != "cpu" and stream) or None,
+        "stream": None if first.platform == "cpu" else stream,
         "hosts": list(hosts) if len(hosts) > 1 else None,
         "processor": processor(),
         "cores": num_cores(),
@@ -135,7 +135,7 @@ def session(
     try:
         yield this
     except BaseException as error:
-        with suppress(OSError, UserError):  # On a full disk; the manifest keeps saying "running".
+        with suppress(OSError, UserError):  # On a full disk, for example: it keeps saying "running".
             check_in_place()
             if "result.json" in finished and finished == _digests(run_dir, files):  # The run stays finished.
                 for name, old in before.items():

@@ -288,13 +288,14 @@ def load_run(run_dir: str | os.PathLike[str], config: Config | None = None, *, s
 
     Args:
       run_dir: the run directory.
-      config: a configuration with the classes, functions and arrays of the run; None: those of the network and the
-        optimizer are cnnjax's own, and others are not needed: the loss and augmentation only train, and the data only
-        score.
+      config: a configuration with the classes, functions and arrays of the run; None: enough if its network and its
+        optimizer are cnnjax's own. The loss and the augmentation are used only in training, the data only in training
+        and scoring.
       step: of the checkpoint to use; None: the best by validation, or else the last.
 
     Raises:
-      UserError: `run_dir` holds no run, or no checkpoint of `step`, or `config` lacks a class.
+      UserError: `run_dir` holds no run, or no checkpoint of `step`, or `config` lacks a class of the network or
+        the optimizer.
     """
     run_dir = Path(os.path.expanduser(run_dir))
     record = read_record(run_dir)

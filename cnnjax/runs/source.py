@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from cnnjax.config import Config
-from cnnjax.runs.codec import source_files
+from cnnjax.runs.codec import check_complete, source_files
 from cnnjax.runs.git import Git, join, plain_git, show, split, user_git
 
 SOURCE = b".py"  # The untracked files that the diff includes; others may hold secrets.
@@ -97,7 +97,12 @@ def source_code(*run_dirs: Path) -> SourceCode:
 
 
 def source_of(config: Config, *run_dirs: Path) -> SourceCode:
-    """Returns `source_code`, and as "files" the SHA-256 of the files that define the user's classes and functions."""
+    """Returns `source_code`, and as "files" the SHA-256 of the files that define the user's classes and functions.
+
+    Raises:
+      UserError: a part of the configuration is missing, see `codec.check_complete`.
+    """
+    check_complete(config)
     code = source_code(*run_dirs)
     return code._replace(facts={**code.facts, "files": source_files(config)})
 

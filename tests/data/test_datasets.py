@@ -328,7 +328,16 @@ def test_the_largest_label_of_both_splits_gives_the_number_of_classes(train, tes
         (
             (X / 64 - 1, Y, X, Y),
             f"`x_train` must be images of dtype uint8, got float64 from {X.min() / 64 - 1} to {X.max() / 64 - 1}. Undo "
-            "its standardization, so that it is between 0 and 255, and convert it.",
+            "its standardization, or scale it, so that it is between 0 and 255, and convert it.",
+        ),
+        (
+            (X.astype(np.uint16) * 1000, Y, X, Y),
+            "`x_train` must be images of dtype uint8, got uint16 from 0 to 47000. Scale it, so that it is between 0 "
+            "and 255, and convert it.",
+        ),
+        (
+            (X * np.nan, Y, X, Y),
+            "`x_train` must be images of dtype uint8, got float64 with nan or infinite values. Remove them.",
         ),
         ((X.astype(str), Y, X, Y), "`x_train` must be images of dtype uint8, got <U3."),
         ((X, Y, X[0, 0], Y), "`x_test` must be of shape [N, H, W, C] or [N, H, W], got (4, 1)."),
@@ -346,6 +355,7 @@ def test_the_largest_label_of_both_splits_gives_the_number_of_classes(train, tes
     ],
     ids=[
         *("count", "no tuple", "no array", "None", "unit floats", "integers", "floats", "standardized"),
+        *("16 bits", "infinite"),
         *("text", "rank", "empty", "one-hot", "label type", "label count"),
         *("negative label", "large label", "shapes"),
     ],

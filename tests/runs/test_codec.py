@@ -211,6 +211,7 @@ class Weighted:
     weights: tuple[float, ...]
     num_classes: int = 10
     inner: Any = Focal()
+    reduction: Callable[..., Any] = jnp.mean
 
     def __call__(self, logits, batch):
         return softmax_cross_entropy(logits, batch)
@@ -222,26 +223,27 @@ class Weighted:
         ({"loss": focal_loss}, "loss", "focal_loss"),
         ({"loss": partial(focal_loss, gamma=1.5)}, "loss", "focal_loss"),
         ({"loss": Weighted((0.5, 2.0))}, "loss", "Weighted"),
+        ({"loss": Weighted((0.5, 2.0), inner=(Focal(1.0), Focal(2.0)))}, "loss", "Weighted"),
         ({"augment": Noise(scale=0.2, flip="random", cutout=2)}, "augment", "Noise"),
         ({"dataset": load_arrays}, "dataset", "load_arrays"),
         ({"dataset": (ARRAY, ARRAY, ARRAY, ARRAY)}, "dataset", ARRAYS),
     ],
-    ids=["function", "partial", "class", "augmentation", "data", "arrays"],
+    ids=["function", "partial", "class", "classes", "augmentation", "data", "arrays"],
 )
 def test_a_network_is_restored_without_what_only_trains_and_scores(changed, part, name):
     """The configuration keeps the recorded names and values, and an error replaces what they would do."""
     content = json.loads(json.dumps(encode(Config(**changed))))
     config = decode(content, {})
     again: Any = encode(config)
-    assert {**again, "dataset": content["dataset"]} == content
+    assert again == content and encode(decode(content, collect_names(config))) == content
     assert config.with_num_classes(4).model == CNN(num_classes=4) and isinstance(hash(config.loss), int)
     assert source_files(config) == {}
-    message = rf"`{part}(\.inner)?` of this run is ({re.escape(name)}|Focal), .* Pass a `config` that has it"
+    message = rf"`{part}(\.inner.*)?` of this run is ({re.escape(name)}|Focal), .* Pass a `config` that has it"
     with pytest.raises(UserError, match=message):
         check_complete(config)
-    if part != "augment":
+    for use in ("transform", "at_epoch") if part == "augment" else ("__call__",):
         with pytest.raises(UserError, match=message):
-            getattr(config, part)()
+            getattr(getattr(config, part), use)(0, 1)
     check_complete(Config(**changed))
 
 

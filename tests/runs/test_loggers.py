@@ -183,6 +183,16 @@ def test_the_learning_rate_is_that_of_the_last_update(research_run, tmp_path):
     np.testing.assert_allclose(rates, [0.2, 0.6, 0.2, 0, 0, 0.2, 0.2, 0.6, 0.2], rtol=1e-6)
 
 
+def test_an_epoch_that_ends_within_an_update_has_the_learning_rate_of_its_last_step(research_run, tmp_path):
+    optim, record = SGD(learning_rate=0.6, schedule="one_cycle", warmup=0.5, accumulate_steps=4), Record()
+    loggers = Loggers([record])
+    with loggers.started(Run(tmp_path, replace(CONFIG, optim=optim), research_run.facts, None), 0, 12, Stop()):
+        loggers.on_step(6, {})
+        loggers.on_epoch({"epoch": 1, "step": 6}, research_run.state)
+    (_, of_step), (_, of_epoch) = record.calls[1:-1]
+    assert of_step["learning_rate"] == of_epoch["learning_rate"] > 0
+
+
 def test_after_a_kill_every_step_is_there_once(tmp_path):
     """Within the second epoch. A copy of the run directory is what a kill leaves: nothing is lost in a buffer."""
     run_dir = tmp_path / "copy"
@@ -263,7 +273,10 @@ def test_a_logger_with_a_misspelled_method_is_refused(tmp_path):
         def log_step(self, step, metrics):
             pass
 
-    message = "`loggers` must be loggers with a method start or on_step or on_epoch or finish, got Misspelled without."
+    message = (
+        "`loggers` must be loggers with a method start, on_step, on_epoch or finish, got Misspelled, which has none of "
+        "its own."
+    )
     with pytest.raises(UserError, match=re.escape(message)):
         train_and_evaluate(CONFIG, run_dir=tmp_path, loggers=[Misspelled()])
 
