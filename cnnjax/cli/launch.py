@@ -34,7 +34,7 @@ def launch(num_processes: int, *, grace_seconds: float) -> int:
     the lines of the others go to standard error with a prefix, such as [1]. SIGINT, SIGTERM and SIGHUP are passed on.
 
     Args:
-      num_processes: from 1 to 16 or to the number of cores.
+      num_processes: from 1 to 16, or to the number of cores if that is larger.
       grace_seconds: once a process has failed, the time in which the others must end before they are killed. They do
         so, too, if this process is killed.
 

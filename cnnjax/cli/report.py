@@ -88,7 +88,7 @@ def _warn(line: str) -> None:
 def _never_fails() -> Iterator[None]:
     """Turns any error into a line on standard error: the training has succeeded, and its result is on the disk.
 
-    Signals are ignored by now, see `cli.signals.Stop.finished`.
+    Signals are ignored by now, see `process.signals.Stop.finished`.
     """
     try:
         yield

@@ -3,6 +3,7 @@
 import hashlib
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from cnnjax.data.stored import Examples, StoredSet, digest
@@ -39,17 +40,18 @@ def store_arrays(name: str, arrays: Any) -> StoredSet:
 
 def _how_to_convert(name: str, image: np.ndarray) -> str:
     """Returns the end of a message: the range of an array, and how it becomes uint8."""
+    image = image.astype(np.float32) if image.dtype == jnp.bfloat16 else image
     if image.dtype.kind not in "iufb" or not image.size:
         return "."
     low, high = image.min(), image.max()
     if not (np.isfinite(low) and np.isfinite(high)):
         return " with nan or infinite values. Remove them."
-    if image.dtype.kind == "b" or (image.dtype.kind == "f" and low >= 0 and high <= 1):
-        return f" between 0 and 1. Convert it with `(255 * {name}).round().astype(np.uint8)`."
-    if low >= 0 and high <= 255:
-        rounded = ".round()" if image.dtype.kind == "f" else ""
-        return f" from {low} to {high}. Convert it with `{name}{rounded}.astype(np.uint8)`."
-    fix = "Undo its standardization, or scale it" if image.dtype.kind == "f" else "Scale it"
+    is_float = image.dtype.kind == "f"
+    if image.dtype.kind == "b" or (is_float and low >= -0.01 and high <= 1.01):  # Resizing may exceed the range.
+        return f" between 0 and 1. Convert it with `(255 * {name}.clip(0, 1)).round().astype(np.uint8)`."
+    if low > -0.5 and 16 < high < 255.5:
+        return f" from {low} to {high}. Convert it with `{name}{'.round()' if is_float else ''}.astype(np.uint8)`."
+    fix = "Undo its standardization, or scale it" if is_float else "Scale it"
     return f" from {low} to {high}. {fix}, so that it is between 0 and 255, and convert it."
 
 

@@ -69,7 +69,8 @@ def read_torch(data: bytes) -> dict[str, np.ndarray]:
     """Returns the tensors, by name, in the content of a file of either of PyTorch's formats.
 
     The arrays are views of `data` that cannot be written. The file holds a dict of tensors, perhaps inside of another
-    dict under "state_dict" or "model". The prefix "module." of each name, of `DataParallel`, is removed.
+    dict under "state_dict", "model_state_dict" or "model". The prefix "module." of each name, of `DataParallel`, is
+    removed.
 
     Raises:
       Refused: the file is damaged, or holds anything except tensors, dicts, lists and scalars.

@@ -231,7 +231,7 @@ class Checkpoints:
         """Waits for the last save and ends the thread.
 
         Raises:
-          StorageError: if the last save failed and `wait` has not raised it yet.
+          StorageError, UserError: if the last save failed and `wait` has not raised it yet.
         """
         try:
             self.wait()

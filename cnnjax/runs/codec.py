@@ -7,6 +7,7 @@ msgspec build dataclasses from annotations; neither looks up Linen modules by na
 import dataclasses
 import hashlib
 import inspect
+import json
 import math
 import sysconfig
 from collections.abc import Iterable, Mapping
@@ -41,31 +42,53 @@ class _Missing:
 
     Attributes:
       recorded: the part of the configuration as JSON.
-      error: says what to do.
+      message: says what to do.
     """
 
     recorded: Any
-    error: _MissingNameError
+    message: str
 
-    def __init__(self, recorded: Any, error: _MissingNameError):
-        name = "arrays" if recorded == ARRAYS else str(next(iter(recorded.values())))
-        vars(self).update(recorded=recorded, error=error, __name__=name)  # An augmentation is frozen.
+    def __init__(self, recorded: Any, message: str, key: str):
+        kind, name = ("function", "arrays") if recorded == ARRAYS else next(iter(recorded.items()))
+        # As `Config.dataset_word` and the report call it.
+        known = {"__name__": str(name).rpartition(".")[2]} if kind == "function" or key == "loss" else {}
+        vars(self).update(recorded=recorded, message=message, **known)  # An augmentation is frozen.
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        raise self.error
+        raise self.error()
+
+    def error(self) -> _MissingNameError:
+        """Returns a new error: one that is kept would keep what its traceback refers to."""
+        return _MissingNameError(self.message)
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, _Missing) and self.recorded == other.recorded
+
+    def __hash__(self) -> int:
+        return hash(json.dumps(self.recorded, sort_keys=True))
+
+    def __repr__(self) -> str:
+        return f"<missing: {json.dumps(self.recorded)}>"
 
 
 class _MissingAugment(_Missing, Augment):
     """Takes the place of an augmentation."""
 
+    def __init__(self, recorded: Any, message: str, key: str):
+        vars(self).update({f.name: recorded[f.name] for f in dataclasses.fields(Augment) if f.name in recorded})
+        super().__init__(recorded, message, key)
+
     def transform_pixels(self, key: Any, image: Any) -> Any:
-        raise self.error
+        raise self.error()
+
+    def output_size(self, image_size: Any) -> Any:
+        raise self.error()
 
     def transform(self, key: Any, batch: Any) -> Any:
-        raise self.error
+        raise self.error()
 
     def at_epoch(self, epoch: int, num_epochs: int) -> Any:
-        raise self.error
+        raise self.error()
 
 
 def built_in() -> dict[str, Any]:
@@ -167,7 +190,7 @@ def decode(content: Mapping[str, Any], names: Mapping[str, Any], files: Iterable
             except _MissingNameError as error:
                 if key not in OPTIONAL:
                     raise
-                values[key] = (_MissingAugment if key == "augment" else _Missing)(value, error)
+                values[key] = (_MissingAugment if key == "augment" else _Missing)(value, str(error), key)
         config = _build(Config, values)
     except (TypeError, KeyError, AttributeError) as error:
         raise UserError(f"`config` must fit this version of cnnjax and its own classes, got {error}.") from error
@@ -237,7 +260,7 @@ def check_complete(config: Config) -> None:
     """
     for name in OPTIONAL:
         if isinstance(part := getattr(config, name), _Missing):
-            raise part.error
+            raise part.error()
 
 
 def source_files(config: Config) -> dict[str, str]:

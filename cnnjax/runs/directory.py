@@ -279,9 +279,12 @@ def _release(lock: FileLock, file: BufferedReader, run_dir: Path, is_new: bool) 
 
 def _is_at(file: BufferedReader, path: Path) -> bool:
     """Returns whether `path` is that of an open file, and not of another one that has replaced it."""
-    with suppress(FileNotFoundError, NotADirectoryError):
+    try:
         return not file.closed and os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    return False
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ELOOP):
+            raise
+        return False
 
 
 def _remove_empty(folders: list[Path]) -> None:

@@ -4,7 +4,6 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +92,7 @@ class Loggers:
 
     def __init__(self, loggers: Sequence[Logger] = (), say: Callable[[str], None] | None = None):
         self.active: list[Logger] = []
-        self._loggers, self._say = loggers, say or partial(warnings.warn, stacklevel=2)
+        self._loggers, self._say = loggers, say or _warn
         self._result: Result | None = None
         self._learning_rates = np.zeros(1, np.float32)
         self._accumulate_steps = 1
@@ -175,6 +174,11 @@ class Loggers:
         except (Exception, SystemExit) as error:
             self.active.remove(logger)
             self._say(f"The logger {word(type(logger))} failed: {describe(error)} {effect}")
+
+
+def _warn(line: str) -> None:
+    """Warns each time, not only the first time in a process. The line names its place."""
+    warnings.warn_explicit(line, UserWarning, "cnnjax", 0, registry={})
 
 
 def check_loggers(loggers: Any) -> None:

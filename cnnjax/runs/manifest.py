@@ -182,7 +182,8 @@ def check_format(path: Path) -> None:
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Returns what determines the bits and differs between two sessions: {dotted name: (old, new)}."""
-    return file_changes(*({name: session.get(name) for name in DECISIVE} for session in (old, new)), prefix="files.")
+    recorded = {*DECISIVE} - ({"stream"} if "stream" not in old or "stream" not in new else set())  # Not in old runs.
+    return file_changes(*({name: session.get(name) for name in recorded} for session in (old, new)), prefix="files.")
 
 
 def environment_changes(sessions: list[Session], environment: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

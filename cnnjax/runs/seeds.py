@@ -104,7 +104,7 @@ def train_seeds(
       Interrupted: see `train_and_evaluate`.
     """
     start_jax()
-    report = report or Report(quiet=True)
+    is_silent, report = report is None, report or Report(quiet=True)
     check("seeds", "different, and at least one", len({*seeds}) == len(seeds) > 0, seeds)
     configs = [replace(config, seed=seed) for seed in seeds]
     folders = [run_dir_of(c, folder) for c in configs]
@@ -128,7 +128,7 @@ def train_seeds(
         free.put(group)
     with stop_signals() as stop:
 
-        def train(run_dir: Path, config: Config, loggers: list[Logger], report: Report) -> Result | UserError:
+        def train(run_dir: Path, config: Config, loggers: list[Logger], report: Report | None) -> Result | UserError:
             group = free.get()
             try:
                 if stop.signum is not None:  # This seed was still waiting.
@@ -159,7 +159,8 @@ def train_seeds(
 
         one_by_one, say = min(len(groups), len(seeds)) == 1, report.say
         # Several at a time have no progress bars, which would overwrite each other.
-        reports = [report.with_prefix("" if one_by_one else f"seed {seed}: ") for seed in seeds]
+        prefixes = ["" if one_by_one else f"seed {seed}: " for seed in seeds]
+        reports = [None if is_silent else report.with_prefix(prefix) for prefix in prefixes]
         jobs = zip(folders, configs, copies, reports, strict=True)
         if one_by_one:
             outcomes = [train(*job) for job in jobs]

@@ -232,6 +232,7 @@ def test_commands_that_compare_runs_need_no_file(trained, tmp_path, monkeypatch,
     [
         ("model", {"class": "trap.Trap"}),
         ("model", {"class": "system", "command": "touch called"}),
+        ("loss", {"function": "os.system"}),
         ("dataset", {"function": "trap"}),
         (
             "augment",
@@ -253,8 +254,9 @@ def test_a_run_directory_imports_and_calls_nothing(part, value, experiment, run_
     edit(run_dir / "config.json", lambda content: content.update(config={**encode(Config()), part: value}))
     message = fails(capsys, "eval", str(run_dir), *experiment)
     refused = f"`{part}` of this run is {next(iter(value.values()))}, which is not part of cnnjax"
-    # An augmentation only trains: here the data are missing.
-    assert refused in message or "data type 'save' not understood" in message or part == "augment"
+    if part in ("loss", "augment"):  # They only train, so the data are loaded, which are others here.
+        refused = "`dataset` must be "
+    assert refused in message or "data type 'save' not understood" in message
     assert "trap" not in sys.modules and not Path("called").exists()
 
 

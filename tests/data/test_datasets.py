@@ -313,7 +313,7 @@ def test_the_largest_label_of_both_splits_gives_the_number_of_classes(train, tes
         (
             (X / 255, Y, X, Y),
             "`x_train` must be images of dtype uint8, got float64 between 0 and 1. Convert it with "
-            "`(255 * x_train).round().astype(np.uint8)`.",
+            "`(255 * x_train.clip(0, 1)).round().astype(np.uint8)`.",
         ),
         (
             (X.astype(int), Y, X, Y),
@@ -339,6 +339,16 @@ def test_the_largest_label_of_both_splits_gives_the_number_of_classes(train, tes
             (X * np.nan, Y, X, Y),
             "`x_train` must be images of dtype uint8, got float64 with nan or infinite values. Remove them.",
         ),
+        (
+            (jnp.asarray(X / 47 * 1.004, jnp.bfloat16), Y, X, Y),
+            "`x_train` must be images of dtype uint8, got bfloat16 between 0 and 1. Convert it with "
+            "`(255 * x_train.clip(0, 1)).round().astype(np.uint8)`.",
+        ),
+        (
+            (X // 40, Y, X.astype(int) // 40, Y),
+            "`x_test` must be images of dtype uint8, got int64 from 0 to 1. Scale it, so that it is between 0 and 255, "
+            "and convert it.",
+        ),
         ((X.astype(str), Y, X, Y), "`x_train` must be images of dtype uint8, got <U3."),
         ((X, Y, X[0, 0], Y), "`x_test` must be of shape [N, H, W, C] or [N, H, W], got (4, 1)."),
         ((X, Y, X[:0], Y[:0]), "`x_test` must be at least one image, got the shape (0, 4, 4, 1)."),
@@ -355,7 +365,7 @@ def test_the_largest_label_of_both_splits_gives_the_number_of_classes(train, tes
     ],
     ids=[
         *("count", "no tuple", "no array", "None", "unit floats", "integers", "floats", "standardized"),
-        *("16 bits", "infinite"),
+        *("16 bits", "infinite", "bfloat16", "binary"),
         *("text", "rank", "empty", "one-hot", "label type", "label count"),
         *("negative label", "large label", "shapes"),
     ],

@@ -212,12 +212,12 @@ def test_images_of_other_channels(tmp_path):
         (
             "w.safetensors",
             save({**TENSORS, "fc.bias": np.array([0, 1, 2, 3, np.nan])}),
-            r"`model\.weights` must be without infinite numbers, of float32, and nan, got fc/bias of w\.safetensors\.",
+            r"`model\.weights` must be numbers that are finite in float32, got nan or infinity in fc/bias of w\.safe",
         ),
         (
             "w.safetensors",
             save({**TENSORS, "fc.bias": np.array([0, 1, 2, 3, 1e300])}),
-            r"`model\.weights` must be without infinite numbers, of float32, and nan, got fc/bias of w\.safetensors\.",
+            r"`model\.weights` must be numbers that are finite in float32, got nan or infinity in fc/bias of w\.safe",
         ),
         ("w.safetensors", save({"x": np.zeros(1)}), r"got none named conv\.weight, .*The file has x\."),
     ],
@@ -228,6 +228,17 @@ def test_files_that_are_no_weights(tmp_path, monkeypatch, name, content, message
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         load_weights(Tiny(weights=name), say=print)
+
+
+def test_a_negative_variance_is_refused(tmp_path):
+    class Normalized(Tiny):
+        def variables_from_torch(self, tensors):
+            variables = super().variables_from_torch({name: x for name, x in tensors.items() if name != "var"})
+            return {**variables, "batch_stats": {"norm": {"var": tensors["var"]}}}
+
+    (tmp_path / "w.safetensors").write_bytes(save({**TENSORS, "var": np.array([1, -0.5], np.float32)}))
+    with pytest.raises(UserError, match=r"`model\.weights` must be variances of at least 0, got -0\.5 in norm/var of "):
+        load_weights(Normalized(weights=str(tmp_path / "w.safetensors")), say=print)
 
 
 def test_the_content_decides_the_format_and_not_the_name(tmp_path):

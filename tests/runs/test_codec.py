@@ -236,12 +236,15 @@ def test_a_network_is_restored_without_what_only_trains_and_scores(changed, part
     config = decode(content, {})
     again: Any = encode(config)
     assert again == content and encode(decode(content, collect_names(config))) == content
+    assert config == decode(content, {}) and hash(config.augment) == hash(decode(content, {}).augment)
+    assert config.augment != decode(json.loads(json.dumps(encode(Config(augment=Noise(scale=0.9))))), {}).augment
+    assert (config.augment.flip, config.augment.cutout) == (content["augment"]["flip"], content["augment"]["cutout"])
     assert config.with_num_classes(4).model == CNN(num_classes=4) and isinstance(hash(config.loss), int)
     assert source_files(config) == {}
     message = rf"`{part}(\.inner.*)?` of this run is ({re.escape(name)}|Focal), .* Pass a `config` that has it"
     with pytest.raises(UserError, match=message):
         check_complete(config)
-    for use in ("transform", "at_epoch") if part == "augment" else ("__call__",):
+    for use in ("transform", "transform_pixels", "at_epoch") if part == "augment" else ("__call__",):
         with pytest.raises(UserError, match=message):
             getattr(getattr(config, part), use)(0, 1)
     check_complete(Config(**changed))

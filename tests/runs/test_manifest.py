@@ -113,6 +113,8 @@ def test_a_streamed_run_on_an_accelerator_is_another_environment():
     gpu: Any = SimpleNamespace(platform="cuda", device_kind="H200", client=client)
     streamed, in_memory = environment([gpu], stream=True), environment([gpu], stream=False)
     assert differences(streamed, in_memory) == {"stream": (True, False)}
+    before = {name: value for name, value in streamed.items() if name != "stream"}  # Of a session that was not asked.
+    assert differences(before, in_memory) == {}
 
 
 def test_runs_that_were_compiled_with_other_options_differ(tmp_path, monkeypatch):
