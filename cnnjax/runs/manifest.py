@@ -182,7 +182,8 @@ def check_format(path: Path) -> None:
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Returns what determines the bits and differs between two sessions: {dotted name: (old, new)}."""
-    recorded = {*DECISIVE} - ({"stream"} if "stream" not in old or "stream" not in new else set())  # Not in old runs.
+    # Runs of an earlier version did not record `stream`.
+    recorded = [name for name in DECISIVE if name != "stream" or (name in old and name in new)]
     return file_changes(*({name: session.get(name) for name in recorded} for session in (old, new)), prefix="files.")
 
 
