@@ -669,9 +669,9 @@ def test_a_run_directory_that_disappears_during_training(happens, whole_research
 
     def disappear(row, state):
         if row["epoch"] == 2:
-            for _ in range(1000):  # Orbax writes that of the first epoch.
-                if not any(path.name.isdigit() for path in run_dir.glob("checkpoints/*")):
-                    time.sleep(0.01)
+            deadline = time.monotonic() + 30  # Orbax may still write the checkpoint of the first epoch.
+            while time.monotonic() < deadline and not any(p.name.isdigit() for p in run_dir.glob("checkpoints/*")):
+                time.sleep(0.01)
             run_dir.rename(moved)
             if happens == "replaced":
                 run_dir.mkdir()

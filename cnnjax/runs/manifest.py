@@ -135,7 +135,7 @@ def session(
     try:
         yield this
     except BaseException as error:
-        with suppress(OSError, UserError):  # On a full disk, for example: it keeps saying "running".
+        with suppress(OSError, UserError):  # On a full disk, say: the file keeps "running".
             check_in_place()
             if "result.json" in finished and finished == _digests(run_dir, files):  # The run stays finished.
                 for name, old in before.items():
