@@ -50,11 +50,18 @@ def check_augment(
             # jax would reuse the trace of the method itself; a new function is traced anew.
             transformed = jax.eval_shape(partial(augment.transform_pixels), keys, image)
         check_shape("augment.transform_pixels", "images", shape, transformed)
+        rule = "must return images of dtype uint8 or float32"
+        if transformed.dtype not in (jnp.uint8, jnp.float32):
+            raise UserError(f"`augment.transform_pixels` {rule}, got {describe_shapes(transformed)}.")
     with user_code("`augment.transform`"):
         batch: Any = notice_edits(partial(make_batch, augment=augment), pixels, plan, key=key)
     if not isinstance(batch, BatchLike):
         raise UserError(f"`augment.transform` must return a Batch, got {type(batch).__name__}. Use batch._replace.")
     check_shape("augment.transform", "images", shape, batch.image)
+    if not jnp.issubdtype(batch.image.dtype, jnp.floating):
+        raise UserError(
+            f"`augment.transform` must return images of floating-point numbers, got {describe_shapes(batch.image)}."
+        )
     check_shape("augment.transform", "a mask", (batch_size,), batch.mask)
     for leaf in jax.tree.leaves(batch.label):
         check_shape("augment.transform", "labels", (batch_size, *leaf.shape[1:]), leaf)
@@ -118,7 +125,7 @@ def check_training(
     with user_code("`model`"):
         apply = partial(apply_in_training, model)
         trained = notice_edits(apply, state.params, state.model_state, batch.image, key).output
-    check_shape("model", "logits", (len(batch.mask), num_classes), logits_of(trained))
+    check_logits(trained, (len(batch.mask), num_classes))
     try:
         notice_edits(partial(sum_metrics, loss_fn=loss_fn), trained, batch)
     except UserError as error:
@@ -130,6 +137,14 @@ def check_training(
             "is called as loss(logits, batch). If it needs labels, wrap it: `def loss(logits, batch): return "
             "f(logits, batch.label)`."
         ) from error
+
+
+def check_logits(output: Any, expected: tuple[int, ...]) -> None:
+    """Raises a `UserError` unless the output of a network begins with floating-point logits of the expected shape."""
+    logits = logits_of(output)
+    check_shape("model", "logits", expected, logits)
+    if not jnp.issubdtype(logits.dtype, jnp.floating):
+        raise UserError(f"`model` must return floating-point logits, got {describe_shapes(logits)}.")
 
 
 def check_shape(name: str, rule: str, expected: tuple[int, ...], got: Any) -> None:

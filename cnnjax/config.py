@@ -11,7 +11,7 @@ from cnnjax.data.augment import Augment
 from cnnjax.data.stored import LISTS, MAX_SIDE, RESIZE
 from cnnjax.data.tta import TTA
 from cnnjax.errors import UserError, check, check_name, describe_shapes
-from cnnjax.fields import check_fields, shorten, show
+from cnnjax.fields import check_fields, check_methods, shorten, show
 from cnnjax.losses import CrossEntropy
 from cnnjax.models.cnn import CNN
 from cnnjax.network import check_network
@@ -20,7 +20,8 @@ from cnnjax.optim.recipes import Adam
 
 NAME_OR_CONFIG = r"\w[\w-]*(/\w[\w.-]*)?(:[\d.]+)?/?"  # Of tfds.
 BALANCING, BEST_BY = ("none", "balanced"), ("accuracy", "balanced_accuracy")
-Arrays = tuple[Any, Any, Any, Any]  # (x_train, y_train, x_test, y_test)
+# (x_train, y_train, x_test, y_test), or with x_validation, y_validation before x_test.
+Arrays = tuple[Any, Any, Any, Any] | tuple[Any, Any, Any, Any, Any, Any]
 
 
 @dataclass(frozen=True, repr=False)
@@ -167,8 +168,9 @@ class Config:
             if "num_classes" not in getattr(part, "__dataclass_fields__", {}):
                 continue
             if part.num_classes not in (getattr(type(part), "num_classes", None), num_classes):
+                fix = "Leave it out" if hasattr(type(part), "num_classes") else f"Set it to {num_classes}"
                 raise UserError(
-                    f"`{name}.num_classes` must be the {num_classes} of the data, got {part.num_classes}. Leave it out."
+                    f"`{name}.num_classes` must be the {num_classes} of the data, got {part.num_classes}. {fix}."
                 )
             changes[name] = replace(part, num_classes=num_classes)
         return replace(self, **changes)
@@ -180,15 +182,18 @@ def _check_dataset(dataset: Any) -> None:
         valid = dataset.strip() != "" and "\0" not in dataset and "://" not in dataset
         check("dataset", rule, valid, repr(dataset))
         return
-    rule = "a str (a name or a path), a tuple (x_train, y_train, x_test, y_test), or a function that returns the tuple"
-    valid = (isinstance(dataset, tuple) and len(dataset) == 4) or callable(dataset)
+    rule = (
+        "a str (a name or a path), a tuple (x_train, y_train, x_test, y_test) or (x_train, y_train, x_validation, "
+        "y_validation, x_test, y_test), or a function that returns the tuple"
+    )
+    valid = (isinstance(dataset, tuple) and len(dataset) in (4, 6)) or callable(dataset)
     check("dataset", rule, valid, f"a {type(dataset).__name__}: {shorten(describe_shapes(dataset))}")
 
 
 def _check_part(name: str, value: Any, base: type, instances: str) -> None:
     """Checks that a part of a configuration is an instance of its base class; `instances` is code that makes some."""
     if isinstance(value, base):
-        return
+        return check_methods(type(value), base, name)
     got, fix = show(value), f"Create an instance: {instances}."
     if isinstance(value, type):
         got, fix = f"the class {value.__name__}", f"Create an instance: {value.__name__}()."

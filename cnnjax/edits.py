@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from cnnjax.files import tree_sha256
 from cnnjax.jaxprs import constants_of
-from cnnjax.runs.files import tree_sha256
 
 _TRACES: dict[Hashable, str] = {}  # The SHA-256 of the last trace of each function. Of a process, as JAX's caches are.
 _ANEW, _NUMBERS = jax.make_user_context(0), itertools.count()

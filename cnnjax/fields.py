@@ -1,6 +1,8 @@
-"""Checks that the fields of a dataclass, or of a Linen module, hold what their annotations declare."""
+"""Checks of the user's classes, and that the fields of a dataclass or Linen module hold what they declare."""
 
 import dataclasses
+import difflib
+import inspect
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -35,8 +37,9 @@ def check_fields(x: Any, path: str = "") -> None:
       path: its name in messages; empty for the configuration itself.
 
     Raises:
-      UserError: a field has another type, or is out of range.
+      UserError: a field has another type, or is out of range; or its class keeps values that are not fields.
     """
+    _check_class(type(x), path)
     for field in dataclasses.fields(x):
         if not field.init or (isinstance(x, nn.Module) and field.name in ("parent", "name")):  # Flax's own.
             continue
@@ -53,6 +56,54 @@ def check_fields(x: Any, path: str = "") -> None:
         for part_name, part in _parts(name, value):
             if dataclasses.is_dataclass(part) and not isinstance(part, type):
                 check_fields(part, part_name)
+
+
+def _check_class(cls: Any, path: str) -> None:
+    """Checks that what a dataclass declares are fields: no other value is recorded, compared or copied."""
+    if cls.__module__.partition(".")[0] == "cnnjax":
+        return
+    named = f"`{path}`" if path else "The configuration"
+    names = {field.name for field in dataclasses.fields(cls)}
+    for parameter in inspect.signature(cls).parameters:
+        if parameter not in names:
+            raise UserError(
+                f"{named} must be made of fields alone, which a run records, got {cls.__name__} with the parameter "
+                f"{parameter!r}. Declare it as a field of the dataclass, without InitVar or a constructor of its own."
+            )
+    for part in cls.__mro__:
+        if not hasattr(part, "__dataclass_fields__") or part.__module__.partition(".")[0] in ("cnnjax", "flax"):
+            continue
+        declared = [k for k, hint in inspect.get_annotations(part).items() if "ClassVar" not in str(hint)]
+        without_effect = [] if "__dataclass_fields__" in vars(part) else declared
+        without_effect += [
+            k for k in vars(part) if k in names and k not in (*declared, "parent", "name")
+        ]  # Flax's own.
+        if without_effect:
+            name = without_effect[0]
+            raise UserError(
+                f"{named} must declare its values as fields, got {part.__name__}.{name}, which is none and would have "
+                f"no effect. Write `{name}: <type> = ...` in a class with @dataclass(frozen=True)."
+            )
+
+
+def check_methods(cls: type, base: type, path: str) -> None:
+    """Checks that a subclass has no method whose name is almost one of its base class, and would never be called.
+
+    Raises:
+      UserError: it has one.
+    """
+    known = [name for name in dir(base) if not name.startswith("_") and callable(getattr(base, name))]
+    for part in cls.__mro__[: cls.__mro__.index(base)]:
+        for name, member in vars(part).items():
+            if not inspect.isfunction(member) or name[0] == "_" or name in known:
+                continue
+            near = difflib.get_close_matches(name, known, 1, 0.84)
+            near = near or ([k for k in known if k.startswith("on_")] if name.startswith("on_") else [])
+            if near:
+                raise UserError(
+                    f"`{path}` must have methods with the names of {base.__name__}, got {part.__name__}.{name}, which "
+                    f"nothing calls. Is it {' or '.join(near)}? If not, begin its name with an underscore."
+                )
 
 
 def _annotation(owner: type, field: dataclasses.Field[Any]) -> Any:

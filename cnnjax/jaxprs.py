@@ -1,4 +1,4 @@
-"""The programs that the equations of a jaxpr call."""
+"""What the equations of a jaxpr call."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +16,12 @@ def programs_in(equation: Any) -> Iterator[Any]:
         inner = getattr(parameter, "jaxpr", parameter)
         if hasattr(inner, "eqns"):
             yield inner
+
+
+def calls_kernels(program: Any) -> bool:
+    """Returns whether a program calls kernels that are not XLA's own, such as those of oneDNN."""
+    equations = getattr(program, "jaxpr", program).eqns
+    return any(x.primitive.name == "ffi_call" or any(map(calls_kernels, programs_in(x))) for x in equations)
 
 
 def constants_of(program: ClosedJaxpr) -> Iterator[Any]:

@@ -12,11 +12,12 @@ from jaxtyping import Float
 
 from cnnjax.config import Config, word
 from cnnjax.errors import UserError
+from cnnjax.inputs import load_inputs
 from cnnjax.loop import plan_dispatches, training_input
 from cnnjax.memory import explain_out_of_memory
 from cnnjax.metrics import Totals
 from cnnjax.optim.optimizer import Optimizer
-from cnnjax.prepare import Setup, load_data, load_network_weights, set_up
+from cnnjax.prepare import Setup, set_up
 from cnnjax.process.console import Report, track
 from cnnjax.process.settings import start_jax
 from cnnjax.program import train_steps
@@ -102,8 +103,7 @@ def find_learning_rate(
     """
     start_jax()
     say = (report or Report(quiet=True)).say
-    weights = load_network_weights(config, say)
-    dataset = load_data(config, data_dir, say, weights=weights)
+    inputs = load_inputs(config, data_dir, say)
     with explain_out_of_memory():
         used, low = [], config.optim.learning_rate / RANGE
         rising = optax.exponential_decay(low, NUM_UPDATES - 1, RANGE**2)
@@ -113,7 +113,7 @@ def find_learning_rate(
             return rising(update)
 
         swept = dataclasses.replace(config, optim=_with_schedule(_as_in_first_epoch(config), schedule))
-        setup, state = set_up(swept, dataset, None, weights, title="learning-rate range test", say=say)
+        setup, state = set_up(swept, inputs, None, title="learning-rate range test", say=say)
         if not used:
             raise UserError(
                 f"`optim` must use the argument `learning_rate` of its `transform`, got {word(type(config.optim))}, "

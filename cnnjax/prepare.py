@@ -1,7 +1,6 @@
 """What a run sets up before its first step: the data on the device, the initial state, and checks of user code."""
 
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,26 +10,28 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from cnnjax.checks import check_augment, check_init_from_data, check_optimizer, check_shape, check_training
+from cnnjax.checks import check_augment, check_init_from_data, check_logits, check_optimizer, check_training
 from cnnjax.config import Config, word
 from cnnjax.data.batches import Pixels, Standardization, pixel_statistics, standardize
-from cnnjax.data.datasets import ImageDataset, load_dataset
+from cnnjax.data.datasets import ImageDataset
 from cnnjax.data.feed import StreamedSet, pixels_of
 from cnnjax.data.order import plain_plan, steps_per_epoch
 from cnnjax.data.stored import Examples
 from cnnjax.data.stream import Streamed, StreamedImages
-from cnnjax.data.weights import load_weights, weights_of
 from cnnjax.edits import notice_edits, tracing_anew
 from cnnjax.errors import UserError, check, option, user_code
+from cnnjax.files import changes
+from cnnjax.inputs import Inputs
+from cnnjax.jaxprs import calls_kernels
 from cnnjax.losses import ClassWeighted, CrossEntropy, balanced_weights
 from cnnjax.memory import device_memory, explain_out_of_memory, gib, largest_result, num_bytes
-from cnnjax.network import apply_in_evaluation, init_variables, logits_of
+from cnnjax.network import apply_in_evaluation, init_variables
 from cnnjax.onednn.library import kernels
+from cnnjax.optim.optimizer import param_labels
 from cnnjax.pretrained import Weights, replacements
 from cnnjax.process.settings import num_cores
 from cnnjax.program import Program, evaluation_batch_size, init_run, train_steps
 from cnnjax.runs.checkpoints import all_finite
-from cnnjax.runs.files import changes
 from cnnjax.runs.records import make_facts
 from cnnjax.runs.schema import DataFacts
 from cnnjax.sharding import Placement, place, put
@@ -97,42 +98,10 @@ class Setup(NamedTuple):
         return self.program.at_epoch(epoch), self.frozen_names(state, epoch)
 
 
-def load_data(
-    config: Config,
-    data_dir: str | os.PathLike[str] | None = None,
-    say: Callable[[str], None] = print,
-    *,
-    version: str | None = None,
-    weights: Weights | None = None,
-    stream: bool | None = None,
-) -> ImageDataset:
-    """Loads the data set of a configuration, see `load_dataset`, with the image size and interpolation of its weights.
-
-    Args:
-      version: the version of the set to use if it is prepared; the newest one otherwise.
-      weights: those of the network, see `load_network_weights`.
-      stream: see `load_dataset`.
-    """
-    options = config.data_options()
-    if weights is not None:
-        expected = weights.preprocessing
-        options |= {"default_size": expected.image_size, "interpolation": expected.interpolation}
-    return load_dataset(config.dataset, data_dir, say, version=version, stream=stream, **options)
-
-
-def load_network_weights(config: Config, say: Callable[[str], None]) -> Weights | None:
-    """Returns the pretrained weights that the network of a configuration names, or None."""
-    if weights_of(config.model) is None:
-        return None
-    with user_code("`model.weights`"):
-        return load_weights(config.model, say)
-
-
 def set_up(
     config: Config,
-    dataset: ImageDataset,
+    inputs: Inputs,
     devices: Sequence[Any] | None,
-    weights: Weights | None = None,
     *,
     mesh: str | None = None,
     title: str,
@@ -145,6 +114,7 @@ def set_up(
       title: begins the line that describes the run.
       say: receives that line, and those about oddities of the data.
     """
+    dataset, weights = inputs
     with user_code("The configuration"):
         config = config.with_num_classes(dataset.num_classes)
     train, validation = dataset.open_parts(config.seed, config.validation_fraction)
@@ -207,17 +177,36 @@ def set_up(
     )
     with tracing_anew():
         shapes, variables = check_parts(setup)
-    device = placement.device
-    shared = f" ({placement.num_devices} share a batch: {placement})" if placement.num_devices > 1 else ""
-    kernels_used = f", {kernels()}" if device.platform == "cpu" else ""
-    say(
-        f"{title}: {word(type(config.model))} ({count_params(shapes):,} parameters) on {dataset.name} "
-        f"({dataset.source}), {len(train.label):,} training and {len(validation.label):,} validation images, on "
-        f"{device_name(device)}{kernels_used}{shared}"
-    )
-    check_step(setup, shapes)
+    step = check_step(setup, shapes)
+    say(f"{title}: {_describe_run(setup, shapes, step)}")
+    num_idle = len(jax.devices() if devices is None else devices) - placement.num_devices
+    if mesh is None and num_idle:
+        count = num_idle + placement.num_devices
+        say(f"{num_idle} of {count} devices are idle: `batch_size` {batch_size} is not a multiple of {count}.")
+    for line in never_trained(setup, shapes):
+        say(line)
     state = _initial_state(setup, init_key, variables, weights, partial(_init_images, train, standardization))
     return setup, put(state, placement.of_state(state))
+
+
+def _describe_run(setup: Setup, state: TrainState, step: Any) -> str:
+    """Returns the line that describes a run, without its title.
+
+    Args:
+      state: its shapes.
+      step: the jaxpr of the step.
+    """
+    dataset, placement, device, used = setup.dataset, setup.placement, setup.placement.device, ""
+    if device.platform == "cpu":  # A network of the user may call none of oneDNN's kernels.
+        found = kernels()
+        called = found.version is None or calls_kernels(step)
+        used = f", {found}" if called else f", XLA (the network calls none of the kernels of {found})"
+    shared = f" ({placement.num_devices} share a batch: {placement})" if placement.num_devices > 1 else ""
+    return (
+        f"{word(type(setup.config.model))} ({count_params(state):,} parameters) on {dataset.name} ({dataset.source}), "
+        f"{len(setup.train.label):,} training and {len(setup.validation.label):,} validation images, on "
+        f"{device_name(device)}{used}{shared}"
+    )
 
 
 def _initial_state(
@@ -237,6 +226,8 @@ def _initial_state(
     model = program.model
     with user_code("`model.variables_from_torch`"):
         loaded = None if weights is None else replacements(variables, weights, model)
+    if program.divides_initial_state:
+        key, image, loaded = put((key, image, loaded), setup.placement.replicated)
     state = init_run(key, image, loaded, program=program)
     if hasattr(model, "init_from_data"):
         standardized = images()
@@ -267,6 +258,26 @@ def oddities(examples: Examples | Streamed, num_classes: int) -> Iterator[str]:
         yield f"No training image has the label {shown}, of 0 to {num_classes - 1}."
 
 
+def never_trained(setup: Setup, state: TrainState) -> Iterator[str]:
+    """Yields a line about parameters that are frozen in all epochs although they thaw in a later one.
+
+    Raises:
+      UserError: all parameters are frozen in all epochs.
+    """
+    optim, num_epochs = setup.program.optim, setup.config.num_epochs
+    frozen = [group for group in optim.groups if group.num_epochs == 0 or group.start_epoch >= num_epochs]
+    patterns = {group.pattern for group in frozen}
+    got = f"groups that freeze all of them in each of {num_epochs} epochs"
+    trained = not patterns.issuperset(jax.tree.leaves(param_labels(state.params, optim.groups)))
+    check("optim", "an optimizer that trains some parameters", trained, got)
+    if late := [group for group in frozen if group.num_epochs != 0]:
+        if setup.config.optim.freeze_epochs:
+            what = f"`optim.freeze_epochs` is {late[0].start_epoch}: only the head is trained"
+        else:
+            what = f"`optim.groups`: {late[0].pattern!r} begins in epoch {late[0].start_epoch + 1} and is never trained"
+        yield f"{what}, because the run ends after {num_epochs} epoch{'s' if num_epochs > 1 else ''}."
+
+
 def check_parts(setup: Setup) -> tuple[TrainState, dict[str, Any]]:
     """Checks what network, optimizer, augmentation and loss return, without computing anything.
 
@@ -286,6 +297,14 @@ def check_parts(setup: Setup) -> tuple[TrainState, dict[str, Any]]:
         image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
         variables = notice_edits(partial(init_variables, model=config.model), key, image)
     params = variables["params"]
+    if config.optim.freeze_epochs or config.optim.depth_decay < 1:
+        missing = sorted({*params} - {*config.model.depths()}) if isinstance(params, dict) else []
+        check(
+            "model.depths",
+            "a method that returns all top-level names of the parameters",
+            not missing,
+            f"none of {missing}",
+        )
     opt_state = check_optimizer(setup.program, params)
     step: Any = jax.ShapeDtypeStruct((), jnp.int32)
     model_state = {name: value for name, value in variables.items() if name != "params"}
@@ -295,17 +314,20 @@ def check_parts(setup: Setup) -> tuple[TrainState, dict[str, Any]]:
     with user_code("`model`"):
         apply = partial(apply_in_evaluation, config.model)
         output = notice_edits(apply, state.params, state.model_state, image)
-    check_shape("model", "logits", (batch_size, num_classes), logits_of(output))
+    check_logits(output, (batch_size, num_classes))
     for batch in batches:
         loss_fn = setup.program.loss_fn
         check_training(state, batch, key, model=config.model, loss_fn=loss_fn, num_classes=num_classes)
     return state, variables
 
 
-def check_step(setup: Setup, state: TrainState) -> None:
+def check_step(setup: Setup, state: TrainState) -> Any:
     """Checks that the training step can be traced, keeps the shapes of `state`, and fits into memory.
 
     Of several augmentations, the one with the largest images is checked. The trace is not lost: a step uses it.
+
+    Returns:
+      The jaxpr of the step.
 
     Raises:
       UserError: it does not, or the network or the optimizer raised an exception.
@@ -327,12 +349,14 @@ def check_step(setup: Setup, state: TrainState) -> None:
     for name, (before, now) in changes(old, new).items():
         part = "model" if name.startswith(".model_state") else "optim"
         raise UserError(f"`{part}` must keep the shape and dtype of its state: {name} was {before} and became {now}.")
-    sizes, intermediate = num_bytes(state), largest_result(step.jaxpr.jaxpr) // placement.num_devices
+    sizes, intermediate = placement.bytes_per_device(state), largest_result(step.jaxpr.jaxpr) // placement.num_devices
     data = num_bytes(setup.train_input) + (0 if setup.dataset.streams else num_bytes(setup.validation))
     needed = data + sizes + max(sizes, intermediate)  # Each epoch ends with a copy of the state.
     if device.platform == "cpu":  # Its devices share one memory, into which the first checkpoint is read back.
         copies = placement.num_devices
-        needed = data + max(copies * (sizes + intermediate), (2 * copies + 1) * sizes)
+        needed = data + max(copies * (sizes + intermediate), 2 * copies * sizes + num_bytes(state))
+    elif not program.divides_initial_state:
+        needed = max(needed, data + num_bytes(state))
     available = device_memory(device)
     if available is not None and needed > available:
         fix = "the size of the network" if sizes > intermediate else f"`batch_size` (now {batch_size})"
@@ -341,6 +365,7 @@ def check_step(setup: Setup, state: TrainState) -> None:
             f"needs at least {gib(needed)}: {gib(sizes)} for parameters and optimizer state, {gib(intermediate)} for "
             f"the largest result of a layer, and {gib(data)} for the data. Lower {fix}."
         )
+    return step.jaxpr
 
 
 def count_params(state: TrainState) -> int:

@@ -46,6 +46,11 @@ class Program(NamedTuple):
         """Returns the optimizer."""
         return self.optim.make_tx(self.num_steps, self.num_epochs)
 
+    @property
+    def divides_initial_state(self) -> bool:
+        """Whether the state is divided among devices from the start, so that none of them ever holds all of it."""
+        return self.placement is not None and not hasattr(self.model, "init_from_data")
+
     def at_epoch(self, epoch: int) -> "Program":
         """Returns the program of an epoch (from 0; after the last one, its program), with its augmentation."""
         epoch = min(epoch, self.num_epochs - 1)
@@ -78,7 +83,10 @@ def init_run(
     """
     tx = program.make_tx()
     state = init_state(key, image, model=program.model, tx=tx)
-    return state if loaded is None else replace_variables(state, loaded, tx=tx)
+    state = state if loaded is None else replace_variables(state, loaded, tx=tx)
+    if program.placement is None or not program.divides_initial_state:
+        return state
+    return lax.with_sharding_constraint(state, program.placement.of_state(state))
 
 
 @jit(static_argnames=("program", "frozen"), donate_argnames=("state",))

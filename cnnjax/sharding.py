@@ -15,6 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from cnnjax.errors import UserError, check
+from cnnjax.memory import num_bytes
 
 AXES = ("data", "model")
 # Numbers in an array. Smaller arrays are copied: dividing them saves little, and each all-gather takes its time.
@@ -80,6 +81,14 @@ class Placement(NamedTuple):
         parts are contiguous). Copies arrays without such a dimension, or with fewer than `MIN_DIVIDED` numbers.
         """
         return jax.tree.map(lambda leaf: NamedSharding(self.mesh, self._spec(leaf.shape)), state)
+
+    def bytes_per_device(self, state: PyTree) -> int:
+        """Returns the bytes of a state, or of its shapes, that each device holds."""
+        shardings = self.of_state(state)
+        shards = jax.tree.map(
+            lambda leaf, s: jax.ShapeDtypeStruct(s.shard_shape(leaf.shape), leaf.dtype), state, shardings
+        )
+        return num_bytes(shards)
 
     def _spec(self, shape: tuple[int, ...]) -> PartitionSpec:
         parts = self.mesh.shape["model"]
@@ -164,6 +173,8 @@ def put(tree: PyTree, sharding: PyTree) -> PyTree:
         return jax.device_put(tree, sharding)
 
     def put_leaf(leaf: Any, sharding: Any) -> jax.Array:
+        if getattr(leaf, "sharding", None) == sharding:
+            return leaf
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return jax.random.wrap_key_data(put_leaf(jax.random.key_data(leaf), sharding))
         values = np.asarray(leaf)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from cnnjax.compiler import jit
 from cnnjax.data.tta import mean_logits
-from cnnjax.errors import ArgumentError, describe, describe_shapes
+from cnnjax.errors import ArgumentError, UserError, describe, describe_shapes
 from cnnjax.losses import softmax_cross_entropy
 from cnnjax.metrics import Metrics, sum_metrics
 from cnnjax.network import Network, apply_in_evaluation, apply_in_training, check_network, init_variables, logits_of
@@ -260,6 +260,8 @@ def update(
         extra = {name: value for name, value in extra.items() if name in parameters}
     try:
         return tx.update(grads, state.opt_state, state.params, **extra)
+    except UserError:
+        raise
     except Exception as error:
         raise ArgumentError(
             "`tx` must be the optimizer of `state`, and accept gradients, parameters, and any of `value`, `grad` and "

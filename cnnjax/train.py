@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,23 +10,24 @@ import jax
 
 from cnnjax.ahead import prepared_ahead
 from cnnjax.config import Config
-from cnnjax.data.datasets import ImageDataset
 from cnnjax.errors import check, option
 from cnnjax.hosts import current
+from cnnjax.inputs import Inputs, load_inputs
 from cnnjax.loop import fit
 from cnnjax.memory import explain_out_of_memory
-from cnnjax.prepare import load_data, load_network_weights, set_up
+from cnnjax.prepare import Setup, set_up
 from cnnjax.process.console import Report
 from cnnjax.process.settings import start_jax
 from cnnjax.process.signals import Stop
 from cnnjax.runs import manifest
-from cnnjax.runs.directory import open_run
+from cnnjax.runs.directory import OpenRun, open_run
 from cnnjax.runs.loggers import Logger, Loggers, check_loggers
 from cnnjax.runs.profile import FOLDER, Profile, is_range
 from cnnjax.runs.progress import (
     Callbacks,
     OnEpoch,
     OnStep,
+    Progress,
     restore,
     write_progress,
 )
@@ -34,6 +36,7 @@ from cnnjax.runs.result import score_test_set
 from cnnjax.runs.run import Run, make_run
 from cnnjax.runs.source import SourceCode
 from cnnjax.sharding import move
+from cnnjax.step import TrainState
 
 
 def train_and_evaluate(
@@ -50,10 +53,7 @@ def train_and_evaluate(
     devices: Sequence[Any] | None = None,
     mesh: str | None = None,
     report: Report | None = None,
-    stop: Stop | None = None,
     stream: bool | None = None,
-    dataset: ImageDataset | None = None,
-    code: SourceCode | None = None,
 ) -> Run:
     """Trains a network and scores it on the test set, in one run directory.
 
@@ -97,23 +97,64 @@ def train_and_evaluate(
         None: the largest number of devices that divides the batch, with a copy of the state each.
       report: receives messages and metrics, see `Report`; None: nothing is printed, and a failing logger causes a
         `UserWarning`.
-      stop: receives signals, for a caller that trains in several threads; None: this function handles them.
       stream: read the images from the prepared files while training, instead of keeping them in memory; None: if they
         would take more than half of it, and are in ArrayRecord format. On a CPU no bit depends on it, so a run may be
         resumed either way; an accelerator, whose programs are then single steps instead of epochs, may round
         differently.
-      dataset: the data set, if the caller has loaded it.
-      code: the source code that trains, if the caller has recorded it.
 
     Raises:
       UserError: the user has to fix something; see its message.
       NonFiniteLossError: the loss became infinite or nan; earlier checkpoints are kept.
       Interrupted: SIGINT, SIGTERM or SIGHUP arrived; the run can be resumed.
     """
+    return train_run(
+        config,
+        run_dir=run_dir,
+        data_dir=data_dir,
+        resume=resume,
+        on_step=on_step,
+        on_epoch=on_epoch,
+        loggers=loggers,
+        profile=profile,
+        checkpoint_seconds=checkpoint_seconds,
+        devices=devices,
+        mesh=mesh,
+        report=report,
+        stream=stream,
+    )
+
+
+def train_run(
+    config: Config,
+    *,
+    run_dir: str | os.PathLike[str] | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
+    resume: bool | Literal["auto"] = False,
+    on_step: OnStep | None = None,
+    on_epoch: OnEpoch | None = None,
+    loggers: Sequence[Logger] = (),
+    profile: tuple[int, int] | None = None,
+    checkpoint_seconds: float = 60.0,
+    devices: Sequence[Any] | None = None,
+    mesh: str | None = None,
+    report: Report | None = None,
+    stream: bool | None = None,
+    stop: Stop | None = None,
+    inputs: Inputs | None = None,
+    code: SourceCode | None = None,
+) -> Run:
+    """Does what `train_and_evaluate` does, for a caller that trains several runs.
+
+    Args:
+      stop: receives signals, for a caller that trains in several threads; None: this function handles them.
+      inputs: those of `config`, if the caller has loaded them.
+      code: the source code that trains, if the caller has recorded it.
+    """
     check("config", "a Config", isinstance(config, Config), repr(config))
     check("report", "a Report or None", report is None or isinstance(report, Report), repr(report))
     check_loggers(loggers)
     _check_options(resume, profile, checkpoint_seconds, devices, on_step=on_step, on_epoch=on_epoch)
+    _check_paths(run_dir=run_dir, data_dir=data_dir)
     start_jax()
     hosts = current()
     say = None if report is None else report.say
@@ -130,67 +171,89 @@ def train_and_evaluate(
                 report.say(f"{run_dir} is finished: there is nothing to log, and no step to profile.")
             trained = make_run(run_dir, config, read_record(run_dir).data)
         else:
-            weights, version = load_network_weights(config, report.say), data_version(run_dir)
-            dataset = dataset or load_data(
-                config, data_dir, report.say, version=version, weights=weights, stream=stream
-            )
+            inputs = inputs or load_inputs(config, data_dir, report.say, version=data_version(run_dir), stream=stream)
+            folder = FOLDER if hosts.leads else f"{FOLDER}-{hosts.index}"  # Processes may share a host.
+            tracer = Profile(profile, run_dir, report.say, folder)
             # What decides which programs a process runs.
             hosts.check_same("profile", "the same in all processes", profile)
             hosts.check_same("mesh", "the same in all processes", mesh)
-            hosts.check_same("stream", f"the same in all processes (give {option('stream')} to all)", dataset.streams)
-            with run.stop.held():  # An exception that interrupts XLA's compiler crashes the process when it ends.
-                setup, state = set_up(
-                    run.config, dataset, devices, weights, mesh=mesh, title=str(run_dir), say=report.say
-                )
-            folder = FOLDER if hosts.leads else f"{FOLDER}-{hosts.index}"  # Processes may share a host.
-            tracer, placement = Profile(profile, run_dir, report.say, folder), setup.placement
-            tracer.check(0, setup.program.num_steps)  # Before anything is written.
-            run.begin(
-                setup.facts,
-                manifest.environment(placement.devices, placement.state_mesh, hosts.names, stream=dataset.streams),
-            )
-            state, progress = restore(run, state, placement.of_state(state))
-            tracer.check(int(state.step), setup.program.num_steps)
-            run.write_config(setup.facts, only_new=True)
-            if run.checkpoints.latest() is not None:
-                report.say(f"resuming at step {state.step} of {setup.program.num_steps}")
-            elif resume is True:
-                report.say(f"There is nothing to resume in {run_dir}: starting from scratch.")
-            begun, num_steps = Run(run_dir, setup.config, setup.facts, None), setup.program.num_steps
-            with (
-                callbacks.loggers.started(begun, int(state.step), num_steps, run.stop),
-                prepared_ahead(setup, state, progress) as ahead,
-            ):
-                run.write_config(setup.facts)
-                write_progress(run, progress)
-                with tracer:
-                    if progress.stopped_within != config.num_epochs:  # Else it was killed after it had stopped.
-                        state, progress = fit(
-                            setup,
-                            state,
-                            progress,
-                            run,
-                            callbacks,
-                            ahead=ahead,
-                            tracer=tracer,
-                            checkpoint_seconds=checkpoint_seconds,
-                        )
-                result, best, test_logits = score_test_set(setup, state, progress, run, ahead.test_set())
-                run.checkpoints.wait()
-                run.write_result(result)
-                callbacks.loggers.result(result)
-            best = move(best, placement.device)
-            trained = Run(
-                run_dir,
-                setup.config,
-                setup.facts,
-                result,
-                test_logits=test_logits,
-                _trained=(best, progress.rows, progress.timing),
-            )
+            streams = inputs.dataset.streams
+            hosts.check_same("stream", f"the same in all processes (give {option('stream')} to all)", streams)
+            setup, state, progress = _begin(run, inputs, tracer, devices=devices, mesh=mesh, resume=resume)
+            options: Any = {"callbacks": callbacks, "tracer": tracer, "checkpoint_seconds": checkpoint_seconds}
+            trained = _train(run, setup, state, progress, **options)
         run.stop.finished = stop is None
     report.result(trained.finished_result(), run_dir)
     return trained
+
+
+def _begin(
+    run: OpenRun,
+    inputs: Inputs,
+    tracer: Profile,
+    *,
+    devices: Sequence[Any] | None,
+    mesh: str | None,
+    resume: bool | Literal["auto"],
+) -> tuple[Setup, TrainState, Progress]:
+    """Sets up a run and begins a session of it, with its latest checkpoint if there is one."""
+    say = run.report.say
+    with run.stop.held():  # An exception that interrupts XLA's compiler crashes the process when it ends.
+        setup, state = set_up(run.config, inputs, devices, mesh=mesh, title=str(run.run_dir), say=say)
+    placement, num_steps = setup.placement, setup.program.num_steps
+    tracer.check(0, num_steps)  # Before anything is written.
+    streams = inputs.dataset.streams
+    run.begin(
+        setup.facts,
+        manifest.environment(placement.devices, placement.state_mesh, run.hosts.names, stream=streams),
+    )
+    state, progress = restore(run, state, placement.of_state(state))
+    tracer.check(int(state.step), num_steps)
+    run.write_config(setup.facts, only_new=True)
+    if run.checkpoints.latest() is not None:
+        say(f"resuming at step {state.step} of {num_steps}")
+    elif resume is True:
+        say(f"There is nothing to resume in {run.run_dir}: starting from scratch.")
+    return setup, state, progress
+
+
+def _train(
+    run: OpenRun,
+    setup: Setup,
+    state: TrainState,
+    progress: Progress,
+    *,
+    callbacks: Callbacks,
+    tracer: Profile,
+    checkpoint_seconds: float,
+) -> Run:
+    """Trains to the end, and scores the best checkpoint on the test set; `state` is donated."""
+    begun = Run(run.run_dir, setup.config, setup.facts, None)
+    with (
+        callbacks.loggers.started(begun, int(state.step), setup.program.num_steps, run.stop),
+        prepared_ahead(setup, state, progress) as ahead,
+    ):
+        run.write_config(setup.facts)
+        write_progress(run, progress)
+        with tracer:
+            if progress.stopped_within != run.config.num_epochs:  # Else it was killed after it had stopped.
+                state, progress = fit(
+                    setup,
+                    state,
+                    progress,
+                    run,
+                    callbacks,
+                    ahead=ahead,
+                    tracer=tracer,
+                    checkpoint_seconds=checkpoint_seconds,
+                )
+        result, best, test_logits = score_test_set(setup, state, progress, run, ahead.test_set())
+        run.checkpoints.wait()
+        run.write_result(result)
+        callbacks.loggers.result(result)
+    # A state that is divided may be too large for one device. It is read from its checkpoint when it is used.
+    kept = None if setup.placement.is_fully_sharded else move(best, setup.placement.device)
+    return replace(begun, result=result, test_logits=test_logits, _trained=(kept, progress.rows, progress.timing))
 
 
 def _check_options(resume: Any, profile: Any, checkpoint_seconds: Any, devices: Any, **callbacks: Any) -> None:
@@ -204,3 +267,9 @@ def _check_options(resume: Any, profile: Any, checkpoint_seconds: Any, devices: 
     check("devices", "a sequence of different devices, or None", valid, repr(devices))
     for name, callback in callbacks.items():
         check(name, "a function or None", callback is None or callable(callback), repr(callback))
+
+
+def _check_paths(**paths: Any) -> None:
+    for name, path in paths.items():
+        valid = path is None or (isinstance(path, (str, os.PathLike)) and os.fspath(path) != "")
+        check(name, "a path or None", valid, repr(path))

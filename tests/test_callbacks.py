@@ -19,13 +19,13 @@ import pytest
 from programs import research
 from programs.research import CONFIG, make_arrays
 
-from cnnjax import SGD, Augment, CrossEntropy, Interrupted, Report, UserError, train_and_evaluate
+from cnnjax import SGD, Augment, CrossEntropy, Interrupted, Report, UserError, load_run, train_and_evaluate
 from cnnjax.cli.main import main
 from cnnjax.data.order import split_validation
+from cnnjax.files import tree_sha256
 from cnnjax.metrics import Metrics
 from cnnjax.prepare import set_up
 from cnnjax.program import train_steps
-from cnnjax.runs.files import tree_sha256
 from cnnjax.runs.inspection import reproduce, verify
 from cnnjax.runs.manifest import read_manifest
 from cnnjax.runs.progress import Callbacks
@@ -283,6 +283,27 @@ def test_patience_is_a_function_of_the_row(tmp_path):
     )
     assert run.result["stopped_epoch"] == 2
     assert report == [run.result]
+
+
+def test_what_on_epoch_puts_into_its_state_is_not_saved(plain, tmp_path):
+    def wipe(row, state):
+        for part in state.params.values():
+            part.update({name: 0 * value for name, value in part.items()})
+        state.model_state.clear()
+
+    run = train_and_evaluate(CONFIG, run_dir=tmp_path, on_epoch=wipe)
+    assert run.result["sha256"] == plain.result["sha256"]
+    assert tree_sha256(load_run(tmp_path, CONFIG).state.params) == plain.result["sha256"]["best_params"]
+
+
+def test_a_decision_of_numpy_can_be_sent_to_other_processes(no_type_checks):
+    class Two:
+        def share(self, compute):
+            return json.loads(json.dumps(compute()))
+
+    for value in (np.False_, np.True_, None):
+        stops = Callbacks(on_epoch=lambda row, state, value=value: value, hosts=Two()).stops
+        assert stops({}, TrainState(jnp.int32(0), {}, {}, ())) == bool(value)
 
 
 def test_stopping_after_the_last_epoch_is_no_early_stop(plain, tmp_path):

@@ -35,8 +35,8 @@ from cnnjax.export.bundle import ExportError, export_run
 from cnnjax.export.card import _cell
 from cnnjax.export.onnx import widen, without_pools
 from cnnjax.export.predictor import any_batch, make_predictor, read_stablehlo, to_stablehlo
+from cnnjax.files import check_sums, tree_sha256
 from cnnjax.optim.transforms import AverageState
-from cnnjax.runs.files import check_sums, tree_sha256
 from cnnjax.runs.schema import DataFacts
 from cnnjax.step import TrainState
 

@@ -1,7 +1,8 @@
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from math import inf, nan
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from flax.core import FrozenDict
 
-from cnnjax import Adam, UserError
+from cnnjax import SGD, Adam, Augment, Config, Optimizer, UserError
 from cnnjax.fields import check_fields
 
 
@@ -108,3 +109,92 @@ def test_the_fields_of_flax_itself_are_not_checked():
     check_fields(Net(4, layer=nn.Dense(3), name="a", parent=None))
     with pytest.raises(UserError, match=r"`layer` must be an instance of flax's Module or None, got <class '.*Dense'>"):
         check_fields(Net(4, layer=nn.Dense))  # type: ignore
+
+
+@dataclass(frozen=True)
+class Scaled(Augment):
+    scale: float = 1.0
+    unit: ClassVar[str] = "pixels"
+
+    def _helper(self):
+        return self.scale
+
+
+class Undecorated(Scaled):
+    scale: float = 5.0
+
+
+class Unannotated(SGD):
+    learning_rate = 3.0
+
+
+class Sized(nn.Module):
+    width: int = 8
+
+
+class Wider(Sized):
+    width = 64
+
+
+@dataclass(frozen=True)
+class Resets(Augment):
+    factor: InitVar[float] = 1.0
+
+    def __post_init__(self, factor):
+        super().__post_init__()
+
+
+class Constructed(Augment):
+    def __init__(self, factor):
+        super().__init__()
+        object.__setattr__(self, "factor", factor)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            Undecorated,
+            "`augment` must declare its values as fields, got Undecorated.scale, which is none and would",
+        ),
+        (Unannotated, "`optim` must declare its values as fields, got Unannotated.learning_rate, which is none and"),
+        (lambda: Config(model=Wider()), "`model` must declare its values as fields, got Wider.width, which is none"),
+        (
+            lambda: Resets(factor=0.0),
+            "`augment` must be made of fields alone, .* with the parameter 'factor'",
+        ),
+        (
+            lambda: Constructed(0.0),
+            "`augment` must be made of fields alone, .* with the parameter 'factor'",
+        ),
+    ],
+)
+def test_what_a_class_declares_and_keeps_must_be_fields(make, message):
+    """Otherwise it has no effect, or a run neither records nor compares it."""
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+def test_classes_of_users_may_have_helpers_and_constants():
+    assert Config(augment=Scaled(scale=2.0)).augment._helper() == 2.0
+
+
+@pytest.mark.parametrize(
+    ("base", "part", "wrong", "right"),
+    [
+        (Augment, "augment", "tranform", "transform"),
+        (Augment, "augment", "get_output_size", "output_size"),
+        (SGD, "optim", "make_shedule", "make_schedule"),
+    ],
+)
+def test_a_method_that_nothing_calls_because_its_name_is_misspelled(base, part, wrong, right):
+    cls = dataclass(frozen=True)(type("Mine", (base,), {wrong: lambda self: None, "__module__": __name__}))
+    owner = Augment if part == "augment" else Optimizer
+    message = (
+        f"`{part}` must have methods with the names of {owner.__name__}, got Mine.{wrong}, which nothing calls. Is it "
+        f"{right}? If not, begin its name with an underscore."
+    )
+    with pytest.raises(UserError, match=re.escape(message)):
+        Config(**{part: cls()})
+    private = dataclass(frozen=True)(type("Mine", (base,), {f"_{wrong}": lambda self: None, "__module__": __name__}))
+    Config(**{part: private()})

@@ -13,12 +13,12 @@ from pathlib import Path
 import jax
 import pytest
 
-from cnnjax.cli.launch import free_port
 from cnnjax.errors import UserError
 from cnnjax.hosts import alone, connect
 from cnnjax.hosts.agreement import Agreement, Requests
 from cnnjax.hosts.launch import Launch, Scheduler, plan_launch
 from cnnjax.hosts.meeting import meet
+from cnnjax.process.settings import free_port
 
 PROGRAM = Path(__file__).parent / "programs" / "hosts.py"
 TIMEOUT = 3  # Seconds.

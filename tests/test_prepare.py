@@ -11,12 +11,13 @@ import numpy as np
 import optax
 import pytest
 
-from cnnjax import SGD, Augment, Config, Mixup, Optimizer, UserError, load_dataset, memory, train_and_evaluate
+from cnnjax import SGD, Augment, Config, Mixup, Optimizer, ParamGroup, Report, UserError, memory, train_and_evaluate
 from cnnjax import prepare as prepare_module
 from cnnjax.data.stored import Examples
+from cnnjax.files import tree_sha256
+from cnnjax.inputs import load_inputs
 from cnnjax.memory import explain_out_of_memory, largest_result
 from cnnjax.prepare import oddities
-from cnnjax.runs.files import tree_sha256
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -50,7 +51,8 @@ class Net(nn.Module):
             mean = self.variable("batch_stats", "mean", jnp.zeros, ())
             if train:
                 mean.value = jnp.zeros((), jnp.float16)
-        return nn.Dense(self.num_classes)(x)
+        x = nn.Dense(self.num_classes)(x)
+        return x.astype(jnp.int32) if self.mistake == "int" else x
 
     def init_from_data(self, variables, image):
         if self.mistake == "init_from_data":
@@ -93,11 +95,36 @@ class Broken(Augment):
     def transform(self, key, batch):
         if self.mistake == "error":
             raise ValueError("transform of images")
+        if self.mistake in ("bytes", "pixels"):
+            return batch._replace(image=batch.image.astype(jnp.uint8) if self.mistake == "bytes" else batch.image)
+        if self.mistake == "mask":
+            return batch._replace(mask=jnp.zeros_like(batch.mask))
         return batch._replace(label=jax.nn.one_hot(batch.label, 7) if self.mistake == "classes" else batch.label[:-1])
+
+    def transform_pixels(self, key, image):
+        return image > 0 if self.mistake == "pixels" else image
 
     def check_size(self, image_size):
         if self.mistake == "check_size":
             raise ValueError("check_size")
+
+
+@dataclass(frozen=True)
+class PerChannel(SGD):
+    def make_schedule(self, num_updates):
+        return lambda update: jnp.array([0.1, 0.2, 0.3])
+
+
+class Named(nn.Module):
+    names: Any
+    num_classes: int = 10
+
+    @nn.compact
+    def __call__(self, image):
+        return nn.Dense(self.num_classes)(nn.relu(nn.Dense(4)(image.reshape(len(image), -1))))
+
+    def depths(self):
+        return self.names
 
 
 @dataclass(frozen=True)
@@ -236,7 +263,39 @@ def test_an_exception_in_the_users_loss_names_its_arguments(tmp_path):
         ),
         (
             {"dataset": three_arrays},
-            "`dataset` must be a tuple `(x_train, y_train, x_test, y_test)` of arrays, got a tuple of 3.",
+            "`dataset` must be a tuple of arrays `(x_train, y_train, x_test, y_test)` or `(x_train, y_train, "
+            "x_validation, y_validation, x_test, y_test)`, got a tuple of 3.",
+        ),
+        ({"model": Net("int")}, "`model` must return floating-point logits, got int32[16, 3]."),
+        (
+            {"augment": Broken(mistake="bytes")},
+            "`augment.transform` must return images of floating-point numbers, got uint8[16, 4, 5, 3].",
+        ),
+        (
+            {"augment": Broken(mistake="pixels")},
+            "`augment.transform_pixels` must return images of dtype uint8 or float32, got bool[16, 4, 5, 3].",
+        ),
+        (
+            {"optim": PerChannel()},
+            "`optim.make_schedule` must be a function whose learning rate is one number, got float32[3].",
+        ),
+        (
+            {"optim": SGD(groups=(ParamGroup(".", start_epoch=2),))},
+            "`optim` must be an optimizer that trains some parameters, got groups that freeze all of them in each of "
+            "1 epochs.",
+        ),
+        (
+            {"model": Named(("Dense_1",)), "optim": SGD(freeze_epochs=1)},
+            "`model.depths` must be a method that returns all top-level names of the parameters, got none of "
+            "['Dense_0'].",
+        ),
+        (
+            {"model": Named(("Dense_0", "Dense_0")), "optim": SGD(freeze_epochs=1)},
+            "`model.depths` must be a method that returns different names, got ('Dense_0', 'Dense_0').",
+        ),
+        (
+            {"model": Named(None), "optim": SGD(freeze_epochs=1)},  # type: ignore
+            "`model.depths` failed at ",
         ),
         (
             {"num_epochs": 2**31 - 1},
@@ -247,6 +306,48 @@ def test_an_exception_in_the_users_loss_names_its_arguments(tmp_path):
 )
 def test_what_no_step_can_use(changes, message, tmp_path):
     assert str(refused(tmp_path, **changes)).startswith(message)
+
+
+def test_a_batch_without_an_example_is_an_error(tmp_path):
+    message = r"^`augment\.transform` must leave an example of each batch unmasked, got none in step 1\.$"
+    with pytest.raises(UserError, match=message):
+        train_and_evaluate(replace(CONFIG, augment=Broken(mistake="mask")), run_dir=tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        (
+            {"model": Named(("Dense_0", "Dense_1")), "optim": SGD(freeze_epochs=5)},
+            "`optim.freeze_epochs` is 5: only the head is trained, because the run ends after 2 epochs.",
+        ),
+        (
+            {"optim": SGD(groups=(ParamGroup("^Dense_0/", start_epoch=2),))},
+            "`optim.groups`: '^Dense_0/' begins in epoch 3 and is never trained, because the run ends after 2 epochs.",
+        ),
+        ({"optim": SGD(groups=(ParamGroup("^Dense_0/", num_epochs=0),))}, None),
+        ({"optim": SGD(groups=(ParamGroup("^Dense_0/", start_epoch=1),))}, None),
+    ],
+)
+def test_parameters_that_would_thaw_after_the_end_are_named(changes, line, tmp_path):
+    lines = []
+    report = Report(quiet=True)
+    report.say = lines.append
+    train_and_evaluate(replace(CONFIG, num_epochs=2, **changes), run_dir=tmp_path / "run", report=report)
+    assert [x for x in lines if "trained" in x] == ([line] if line else [])
+
+
+@pytest.mark.parametrize("stream", [0, 1, "no"])
+def test_streaming_is_a_bool(stream, tmp_path, no_type_checks):
+    with pytest.raises(UserError, match=rf"`stream` must be True, False or None, got {stream!r}\."):
+        train_and_evaluate(CONFIG, run_dir=tmp_path / "run", stream=stream)
+
+
+@pytest.mark.parametrize("path", ["", 5])
+@pytest.mark.parametrize("name", ["run_dir", "data_dir"])
+def test_paths_are_paths_and_not_empty(name, path, no_type_checks):
+    with pytest.raises(UserError, match=rf"`{name}` must be a path or None, got {path!r}\."):
+        train_and_evaluate(CONFIG, **{name: path})
 
 
 def test_what_is_probably_a_mistake_is_said():
@@ -456,11 +557,11 @@ def test_what_the_code_of_a_user_calls_is_compared_with_the_last_run(monkeypatch
     edited = []
     monkeypatch.setattr(jax, "clear_caches", lambda: edited.append(part))
     config = replace(CONFIG, dataset=arrays(num_classes=2), **SCALED)
-    dataset = load_dataset(config.dataset)
+    inputs = load_inputs(config)
     for part in (None, None, *FACTORS):
         if part is not None:
             monkeypatch.setitem(FACTORS, part, FACTORS[part] * 0.5)
-        prepare_module.set_up(config, dataset, None, title="", say=print)
+        prepare_module.set_up(config, inputs, None, title="", say=print)
     assert [*dict.fromkeys(edited)] == [*FACTORS]
 
 
@@ -516,5 +617,5 @@ def test_a_network_is_initialized_from_the_first_images_unless_each_class_is_a_b
     monkeypatch.setattr(prepare_module, "INIT_IMAGES", 8)
     image = np.repeat([0, 255], 20).astype(np.uint8)[:, None, None, None] + np.zeros((1, 2, 2, 1), np.uint8)
     config = Config(dataset=(image, label, image, label), model=Centered(), validation_fraction=0.0)
-    _, state = prepare_module.set_up(config, load_dataset(config.dataset), None, title="", say=print)
+    _, state = prepare_module.set_up(config, load_inputs(config), None, title="", say=print)
     assert float(state.model_state["batch_stats"]["mean"]) == mean

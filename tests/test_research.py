@@ -26,7 +26,7 @@ from cnnjax import (
     train_and_evaluate,
     train_step,
 )
-from cnnjax.runs.files import is_key
+from cnnjax.files import is_key
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 KEY = jax.random.key(7)

@@ -49,6 +49,7 @@ from cnnjax.data.named import NAMED_SETS
 from cnnjax.data.order import epoch_plan, split_validation
 from cnnjax.data.sources import RawSet, RawSplit
 from cnnjax.data.tfds_format import write_tfds
+from cnnjax.inputs import load_inputs
 from cnnjax.loop import plan_dispatches
 from cnnjax.prepare import set_up
 from cnnjax.process.console import Report
@@ -257,7 +258,7 @@ def test_the_keys_of_augmentation_depend_on_seed_epoch_and_example_only(tmp_path
     def keys(steps, start=0, **changes):
         """Returns {(epoch, example): key} for some steps."""
         config = replace(RESEARCH, augment=ShowKey(), **changes)
-        setup, _ = set_up(config, load_dataset(config.dataset), None, title="", say=print)
+        setup, _ = set_up(config, load_inputs(config), None, title="", say=print)
         found = {}
         for step, (plan, key) in enumerate(islice(plan_dispatches(setup, start), steps), start):
             batch = make(setup.train, plan.row(0), config.augment, key)

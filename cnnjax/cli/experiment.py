@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 from cnnjax.config import Config, word
 from cnnjax.data.augment import Augment
 from cnnjax.errors import UserError, describe, unknown_name
+from cnnjax.files import open_regular
 from cnnjax.network import Network
 from cnnjax.optim.optimizer import Optimizer
 from cnnjax.runs import codec
-from cnnjax.runs.files import open_regular
 from cnnjax.runs.loggers import Logger
 from cnnjax.runs.tensorboard import TensorBoard
 from cnnjax.runs.trackers import MLflow, WandB

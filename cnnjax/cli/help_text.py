@@ -40,6 +40,9 @@ class _Readable:
 
 def _readable(field: StructFieldSpec) -> StructFieldSpec:
     kind, text = field.type, partial(_join, field.helptext)
+    if dataclasses.is_dataclass(field.default) and get_origin(kind) in (Union, UnionType):
+        kind = type(field.default)  # Its fields become options.
+        field = dataclasses.replace(field, type=kind)
     metavar = _metavar(kind)
     is_empty = isinstance(field.default, tuple) and not field.default
     if not is_empty and (field.default is not None or metavar is None):

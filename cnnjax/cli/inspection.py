@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,8 +29,8 @@ def config_of(run_dir: Path, experiment: str | None) -> "Config":
         not needed, see `codec.decode`.
     """
     from cnnjax.cli.experiment import load_experiment
+    from cnnjax.files import file_changes
     from cnnjax.runs.codec import source_files
-    from cnnjax.runs.files import file_changes
     from cnnjax.runs.records import read_record
 
     record = read_record(run_dir)
@@ -60,7 +61,7 @@ class Runs:
 
     def __call__(self) -> None:
         """Prints the table."""
-        from cnnjax.runs.files import check_local
+        from cnnjax.files import check_local
         from cnnjax.runs.inspection import find_runs, read_info
 
         try:
@@ -196,45 +197,48 @@ class Diff:
 
 @dataclass(frozen=True)
 class Compare:
-    """Compare two experiments over their seeds: whether they differ, and how many more seeds would show it.
+    """Compare experiments over their seeds: whether they differ; for two, how many more seeds would show it.
 
-    Uses Student's paired t test if their seeds are the same, Welch's t test otherwise.
+    Uses Student's paired t test if their seeds are the same, Welch's t test otherwise, and Holm's correction for more
+    than two experiments.
     """
 
-    a: Positional[Annotated[str, arg(metavar="EXPERIMENT")]]
-    """The name before -seed<k> in runs/, or a folder of runs."""
-    b: Positional[Annotated[str, arg(metavar="EXPERIMENT")]]
-    """Another."""
+    experiments: Positional[
+        Annotated[tuple[str, ...], arg(metavar="EXPERIMENT EXPERIMENT ...", help_behavior_hint="(required)")]
+    ]
+    """At least two: the name before -seed<k> in runs/, or a folder of runs."""
     metric: str = "test_accuracy"
     """The metric to compare: test_accuracy, test_balanced_accuracy (the mean recall of the classes), test_loss,
     test_macro_precision, test_macro_recall, test_macro_f1; precision:CLASS, recall:CLASS or f1:CLASS, of a class in the
     test set. Make choices with best_validation_accuracy or best_validation_balanced_accuracy."""
 
     def __call__(self) -> None:
-        """Prints the two means, their difference and the verdict."""
+        """Prints the means, their differences and the verdicts."""
         from cnnjax.runs.inspection import runs_of, scores
         from cnnjax.runs.records import read_record
-        from cnnjax.runs.statistics import describe, verdict
+        from cnnjax.runs.statistics import describe, verdicts
 
-        same = {path.resolve() for path in runs_of(self.a)} & {path.resolve() for path in runs_of(self.b)}
-        shared = f"{self.a} and {self.b}, which share {', '.join(map(str, sorted(same)))}"
-        check("experiment", "two experiments without a common run", not same, shared)
-        found = []
-        for target in (self.a, self.b):
-            score, unfinished = scores(target, self.metric)
+        got = " ".join(self.experiments) or "none"
+        check("experiment", "the names of at least two experiments", len(self.experiments) > 1, got)
+        for a, b in combinations(self.experiments, 2):
+            same = {path.resolve() for path in runs_of(a)} & {path.resolve() for path in runs_of(b)}
+            shared = f"{a} and {b}, which share {', '.join(map(str, sorted(same)))}"
+            check("experiment", "experiments without a common run", not same, shared)
+        found = {}
+        for target in self.experiments:
+            found[target], unfinished = scores(target, self.metric)
             if unfinished:
                 print(f"Not finished, so left out: {', '.join(map(str, unfinished))}", file=sys.stderr)
-            print(f"{target}: {describe(list(score.values()), self.metric)}")
-            found.append(score)
-        for line in verdict((self.a, self.b), (found[0], found[1]), self.metric):
-            print(line)
-        a, b = (read_record(runs_of(target)[0]).data.sha256 for target in (self.a, self.b))
-        if a != b:
-            print("Their images have different digests.")
+            print(f"{target}: {describe(list(found[target].values()), self.metric)}")
+        for (a, b), lines in verdicts(found, self.metric).items():
+            for line in lines:
+                print(line)
+            if read_record(runs_of(a)[0]).data.sha256 != read_record(runs_of(b)[0]).data.sha256:
+                print("Their images have different digests.")
 
 
 def _print_changes(changes: Mapping[str, tuple[Any, Any]]) -> None:
-    from cnnjax.runs.files import show
+    from cnnjax.files import show
 
     for name, (old, new) in changes.items():
         print(f"  {name}: {show(old)} | {show(new)}")

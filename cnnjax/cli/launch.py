@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -12,7 +11,7 @@ from contextlib import suppress
 from typing import IO
 
 from cnnjax.errors import UserError, check
-from cnnjax.process.settings import num_cores
+from cnnjax.process.settings import free_port, num_cores
 from cnnjax.process.signals import REQUEUE, stop_signals
 
 # Set in each process that was started here: descriptor and inode of a pipe that closes when the launcher ends.
@@ -200,13 +199,6 @@ def share(cores: Sequence[int], index: int, count: int) -> list[int]:
     if len(cores) < count:
         return [cores[index % len(cores)]]
     return list(cores[index * len(cores) // count : (index + 1) * len(cores) // count])
-
-
-def free_port() -> int:
-    """Returns a port of this machine that is free now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def _prefix(stream: IO[bytes], prefix: str) -> None:

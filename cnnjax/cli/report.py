@@ -72,7 +72,7 @@ def report_on_seeds(
     with _never_fails():
         from cnnjax.report.write import write_report
         from cnnjax.runs.run import load_run
-        from cnnjax.runs.seeds import run_dir_of
+        from cnnjax.seeds import run_dir_of
 
         runs = [load_run(run_dir_of(replace(config, seed=seed), folder), config) for seed in seeds]
         name = config.run_name.removesuffix(f"-seed{config.seed}")

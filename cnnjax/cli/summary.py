@@ -55,12 +55,12 @@ class SummaryOfExperiment:
 
     def __call__(self) -> None:
         """Prints the table."""
-        from cnnjax.prepare import load_data, load_network_weights
+        from cnnjax.inputs import load_inputs
 
         def say(line: str) -> None:
             print(line, file=sys.stderr)
 
-        dataset = load_data(self.config, self.data_dir, say, weights=load_network_weights(self.config, say))
+        dataset, _ = load_inputs(self.config, self.data_dir, say)
         config = self.config.with_num_classes(dataset.num_classes)
         _print_summary(config.model, dataset.image_shape, self.details)
 

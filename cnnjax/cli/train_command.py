@@ -109,8 +109,8 @@ class Train:
         from cnnjax.cli.report import report_on_run, report_on_seeds
         from cnnjax.process.console import Report
         from cnnjax.runs.profile import parse_steps
-        from cnnjax.runs.seeds import parse_seeds, train_seeds, use_cores
         from cnnjax.runs.statistics import describe
+        from cnnjax.seeds import parse_seeds, train_seeds, use_cores
         from cnnjax.sharding import parse_mesh
         from cnnjax.train import train_and_evaluate
 
@@ -155,11 +155,14 @@ def parse_train(experiment: Experiment, arguments: Sequence[str], prog: str | No
     ]
     for part in PARTS:
         config = _choose(config, part, experiment.words(part), arguments)
+    given = {argument.partition("=")[0] for argument in arguments}
+    own = config.dataset
+    if "--dataset" in given and dataclasses.is_dataclass(own):  # Else its fields are options.
+        config = dataclasses.replace(config, dataset="cifar10")
     logs = sum(argument.partition("=")[0] == "--log" for argument in arguments)
     check("--log", "given once, with all names", logs < 2, f"{logs} times")
     if several := re.search(r"(?<!\S)--seed[= ](\d+[:,]\S*)", " ".join(arguments)):
         check("seed", "one number", False, f"{several[1]}. Several seeds are --seeds {several[1]}")
-    given = {argument.partition("=")[0] for argument in arguments}
     check("seed", "left out with --seeds", not {"--seed", "--seeds"} <= given, "both")
     words = "\n".join(f"--{part} {'|'.join(experiment.words(part))}" for part in PARTS)
     classes = f"The classes of network, optimizer and augmentation, whose options follow:\n{words}"
@@ -174,7 +177,7 @@ def parse_train(experiment: Experiment, arguments: Sequence[str], prog: str | No
     train, unknown = tyro.cli(command, default=default, args=arguments, return_unknown_args=True, **options)
     if unknown:
         raise _unknown_option(unknown, arguments, [*_options(default)])
-    if config.name and "--name" not in given and train.config.dataset != config.dataset:
+    if config.name and "--name" not in given and "--dataset" in given and train.config.dataset != own:
         named = dataclasses.replace(train.config, name=f"{config.name}_{train.config.dataset_word}")
         train = dataclasses.replace(train, config=named)
     return train
@@ -185,7 +188,7 @@ def _options(x: Any, prefix: str = "--") -> Iterator[str]:
     for f in dataclasses.fields(x):
         name, value = prefix + f.name.replace("_", "-"), getattr(x, f.name)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            yield from [name] if f.name in PARTS else []
+            yield from [name] if f.name in (*PARTS, "dataset") else []
             yield from _options(value, prefix if f.name == "config" else f"{name}.")
         elif prefix == "--" or f.name not in ("parent", "name"):  # Flax's own.
             yield name

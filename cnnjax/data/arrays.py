@@ -14,17 +14,21 @@ MAX_CLASSES = 1 << 20  # A label that exceeds this is an identifier, not a class
 
 
 def store_arrays(name: str, arrays: Any) -> StoredSet:
-    """Wraps `(x_train, y_train, x_test, y_test)`, see `load_dataset`.
+    """Wraps `(x_train, y_train, x_test, y_test)`, perhaps with `x_validation, y_validation`, see `load_dataset`.
 
     Raises:
       UserError: they are no such arrays.
     """
     is_tuple = isinstance(arrays, tuple)
     got = f"a tuple of {len(arrays)}" if is_tuple else type(arrays).__name__
-    check("dataset", "a tuple `(x_train, y_train, x_test, y_test)` of arrays", is_tuple and len(arrays) == 4, got)
-    splits = {"train": _examples("train", *arrays[:2]), "test": _examples("test", *arrays[2:])}
-    train, test = (examples.image.shape[1:] for examples in splits.values())
-    check("x_test", f"images of the same shape {train} as `x_train`", test == train, test)
+    rule = "a tuple of arrays `(x_train, y_train, x_test, y_test)` or `(x_train, y_train, x_validation, y_validation, "
+    check("dataset", f"{rule}x_test, y_test)`", is_tuple and len(arrays) in (4, 6), got)
+    names = ("train", "test") if len(arrays) == 4 else ("train", "validation", "test")
+    splits = {split: _examples(split, *arrays[2 * i : 2 * i + 2]) for i, split in enumerate(names)}
+    train = splits["train"].image.shape[1:]
+    for split, examples in splits.items():
+        shape = examples.image.shape[1:]
+        check(f"x_{split}", f"images of the same shape {train} as `x_train`", shape == train, shape)
     num_classes = max(2, *(int(examples.label.max()) + 1 for examples in splits.values()))
     sha256 = {split: digest(examples) for split, examples in splits.items()}
     return StoredSet(
@@ -35,6 +39,7 @@ def store_arrays(name: str, arrays: Any) -> StoredSet:
         sha256=sha256,
         version=hashlib.sha256("".join(sha256.values()).encode()).hexdigest()[:12],
         load=splits.__getitem__,
+        splits=names,
     )
 
 
@@ -60,6 +65,12 @@ def _examples(split: str, x: Any, y: Any) -> Examples:
     x_name, y_name = f"x_{split}", f"y_{split}"
     for name, array in ((x_name, x), (y_name, y)):
         check(name, "a NumPy or JAX array", isinstance(array, AnyArray), type(array).__name__)
+        check(
+            name,
+            "an array without a mask",
+            not isinstance(array, np.ma.MaskedArray),
+            "a masked one. Remove the examples that are masked",
+        )
     image, label = np.asarray(x), np.asarray(y)
     if image.dtype != np.uint8:
         raise UserError(f"`{x_name}` must be images of dtype uint8, got {image.dtype}{_how_to_convert(x_name, image)}")

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from cnnjax.data.stored import Examples
 from cnnjax.errors import UserError
-from cnnjax.runs.files import atomic_write, open_regular, read_json, write_sums
+from cnnjax.files import atomic_write, open_regular, read_json, write_sums
 from cnnjax.runs.schema import ImageShape, Splits
 
 CACHE = "cnnjax_arrays"  # The name of the folder of arrays.

@@ -175,8 +175,8 @@ def load_dataset(
     Args:
       dataset: a tfds name such as "cifar10", "name/config" or "name:1.0.0"; or the path of a folder of images with a
         folder per class, or of a .csv or .jsonl file; or the arrays `(x_train, y_train, x_test, y_test)` with images
-        uint8 [N H W C] or [N H W] and integer labels [N] from 0 to K - 1; or a function that returns them. K is the
-        largest label + 1. The arrays are not copied.
+        uint8 [N H W C] or [N H W] and integer labels [N] from 0 to K - 1, perhaps with `x_validation, y_validation`
+        before `x_test`; or a function that returns them. K is the largest label + 1. The arrays are not copied.
       data_dir: the tfds directory; `default_data_dir()` if None. Created only for a set that can be fetched.
       say: receives progress messages and the report on a folder, one line each.
       version: the version of the set to use if it is prepared; the newest one otherwise.

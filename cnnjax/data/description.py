@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cnnjax.data.stored import Fit
-from cnnjax.runs.files import open_regular
+from cnnjax.files import open_regular
 
 
 class Description(NamedTuple):

@@ -14,7 +14,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from cnnjax.errors import UserError, option
-from cnnjax.runs.files import check_local
+from cnnjax.files import check_local
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+", re.ASCII)
 _INFO = "dataset_info.json"  # The last file that tfds writes.

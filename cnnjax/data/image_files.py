@@ -13,10 +13,10 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cnnjax.errors import UserError
+from cnnjax.files import open_regular
 from cnnjax.process.console import track
 from cnnjax.process.settings import num_cores
 from cnnjax.process.streams import reason
-from cnnjax.runs.files import open_regular
 
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # Of Pillow, for each number of channels.
 AHEAD = 64  # Number of images in work at a time: an interruption waits for few, and few are in memory.

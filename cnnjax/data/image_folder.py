@@ -23,7 +23,7 @@ from cnnjax.data.image_parts import Parts
 from cnnjax.data.stored import LISTS
 from cnnjax.data.tfds_format import png, write_examples
 from cnnjax.errors import StorageError, UserError, option
-from cnnjax.runs.files import atomic_write, file_sha256, read_json, write_sums
+from cnnjax.files import atomic_write, file_sha256, read_json, write_sums
 from cnnjax.runs.schema import ImageShape, Sha256
 
 FILES, SOURCE = "files.json", "source.json"  # In the folder of a version, with their checksums.

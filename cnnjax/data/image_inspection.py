@@ -17,9 +17,9 @@ from PIL import Image
 from cnnjax.data.image_files import on_all_cores, open_image
 from cnnjax.data.image_layout import File, check_counts, refuse
 from cnnjax.errors import UserError, option
+from cnnjax.files import file_sha256, open_regular
 from cnnjax.process.console import track
 from cnnjax.process.tables import MANY_CLASSES, table
-from cnnjax.runs.files import file_sha256, open_regular
 
 SHOWN = 5  # Files in a line of the report.
 _CHANGED = "it is being written"

@@ -20,8 +20,8 @@ from typing_extensions import TypedDict  # pydantic needs this one before Python
 
 from cnnjax.data.stored import LISTS
 from cnnjax.errors import UserError
+from cnnjax.files import is_inside, open_regular, parse_json
 from cnnjax.process.streams import reason
-from cnnjax.runs.files import is_inside, open_regular, parse_json
 
 SPLITS = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
 _IGNORED = ("thumbs.db", "desktop.ini", "__macosx")  # Of Windows and macOS; hidden names are ignored, too.

@@ -13,7 +13,7 @@ from pathlib import Path
 from cnnjax.data.image_inspection import Record
 from cnnjax.data.image_layout import File
 from cnnjax.errors import UserError
-from cnnjax.runs.files import file_sha256, read_json, write_file
+from cnnjax.files import file_sha256, read_json, write_file
 from cnnjax.runs.schema import Sha256
 
 _SIZE, _SECONDS = 32 << 20, 10  # Bytes and time after which a part is saved.

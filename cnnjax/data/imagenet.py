@@ -15,7 +15,7 @@ from typing import Any
 
 from cnnjax.data.tfds_format import write_examples
 from cnnjax.errors import UserError
-from cnnjax.runs.files import open_regular
+from cnnjax.files import open_regular
 
 NAME = "imagenet2012"
 ARCHIVES = {"train": "ILSVRC2012_img_train.tar", "validation": "ILSVRC2012_img_val.tar"}

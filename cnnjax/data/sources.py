@@ -15,8 +15,8 @@ import numpy as np
 import requests
 
 from cnnjax.errors import UserError
+from cnnjax.files import atomic_write, file_sha256
 from cnnjax.process.console import track
-from cnnjax.runs.files import atomic_write, file_sha256
 
 # Seconds. The short one detects a firewall that drops packets; even a slow host sends something within a minute.
 CONNECT_TIMEOUT = 3.0

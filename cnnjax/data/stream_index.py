@@ -18,9 +18,9 @@ from cnnjax.data.records import Records, Shard
 from cnnjax.data.stored import Digest, Fit
 from cnnjax.data.stream import FEW, Streamed, StreamedImages, read_ahead
 from cnnjax.errors import UserError
+from cnnjax.files import atomic_write, file_sha256, open_regular, read_json, write_json, write_sums
 from cnnjax.process.console import track
 from cnnjax.process.settings import num_cores
-from cnnjax.runs.files import atomic_write, file_sha256, open_regular, read_json, write_json, write_sums
 from cnnjax.runs.schema import Sha256
 
 INDEX = "cnnjax_index"  # The name of its folder begins with this.

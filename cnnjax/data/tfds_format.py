@@ -22,10 +22,10 @@ from cnnjax.data.image_files import decode_image, fit_array, on_all_cores
 from cnnjax.data.sources import NamedSet, RawSet
 from cnnjax.data.stored import Examples, Fit
 from cnnjax.errors import UserError, option
+from cnnjax.files import open_regular
 from cnnjax.process.console import track
 from cnnjax.process.settings import num_cores, raise_file_limit
 from cnnjax.process.streams import Output
-from cnnjax.runs.files import open_regular
 
 # Errors of the system that say nothing about a file, and what helps.
 _NO_DAMAGE = {

@@ -25,9 +25,9 @@ from cnnjax.data.sources import CONNECT_TIMEOUT, READ_TIMEOUT, Archive, Unavaila
 from cnnjax.data.stored import INTERPOLATIONS
 from cnnjax.data.torch_files import Refused, read_torch
 from cnnjax.errors import UserError, check, option
+from cnnjax.files import cache_dir, file_sha256, open_regular, read_json, write_file, write_json
 from cnnjax.pretrained import Weights
 from cnnjax.process.streams import reason
-from cnnjax.runs.files import cache_dir, file_sha256, open_regular, read_json, write_file, write_json
 from cnnjax.typing import Preprocessing, PublishedWeights
 
 HUB = "https://huggingface.co"

@@ -19,8 +19,8 @@ from cnnjax.errors import UserError, check, check_name
 from cnnjax.export.card import Checked, Live, model_card, public_config, weights_license
 from cnnjax.export.onnx import is_installed, read_onnx, to_onnx, widen, without_pools
 from cnnjax.export.predictor import PredictFn, any_batch, make_predictor, read_stablehlo, to_stablehlo
+from cnnjax.files import check_local, is_key, raw_keys, tree_sha256, write_file, write_json, write_sums
 from cnnjax.process.console import track
-from cnnjax.runs.files import check_local, is_key, raw_keys, tree_sha256, write_file, write_json, write_sums
 from cnnjax.runs.inference import batch_size_of
 from cnnjax.runs.run import Run
 from cnnjax.step import TrainState, eval_params

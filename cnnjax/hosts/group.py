@@ -10,9 +10,9 @@ import jax
 from jax._src import distributed
 
 from cnnjax.errors import UserError, describe
+from cnnjax.files import changes
 from cnnjax.hosts.watch import Watch
 from cnnjax.process.signals import REQUEUE
-from cnnjax.runs.files import changes
 
 T = TypeVar("T")
 

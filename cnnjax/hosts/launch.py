@@ -4,8 +4,8 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from cnnjax.cli.launch import free_port
 from cnnjax.errors import UserError, check, for_reader
+from cnnjax.process.settings import free_port
 
 VARIABLES = {
     "coordinator": "JAX_COORDINATOR_ADDRESS",

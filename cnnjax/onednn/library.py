@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from cnnjax.runs.files import atomic_write, cache_dir, file_sha256
+from cnnjax.files import atomic_write, cache_dir, file_sha256
 
 PACKAGES = ("onednn-devel-cpu-gomp", "onednn-cpu-gomp")  # Headers, library.
 KINDS = ("convolution", "image_grad", "kernel_grad", "matmul")  # Of calls, in the order of kernels.c.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
-from cnnjax.errors import UserError, check, check_name
+from cnnjax.errors import UserError, check, check_name, describe_shapes, user_code
 from cnnjax.fields import check_fields
 from cnnjax.optim.transforms import average, delay, lookahead
 
@@ -139,7 +139,10 @@ class Optimizer(ABC):
                 f"head, for `optim.freeze_epochs` and `optim.depth_decay`, got {type(model).__name__} without it. Set "
                 "`optim.groups` instead."
             )
-        names = model.depths()
+        with user_code("`model.depths`"):
+            names = tuple(model.depths())
+        valid = all(isinstance(name, str) for name in names) and len({*names}) == len(names)
+        check("model.depths", "a method that returns different names", valid, names)
         layers = tuple(
             ParamGroup(
                 f"^{re.escape(name)}(/|$)",
@@ -180,7 +183,7 @@ class Optimizer(ABC):
         rule = f"at most the {num_steps} steps of the run"
         check("optim.accumulate_steps", rule, updates > 0, self.accumulate_steps)
         check("optim.lookahead", f"at most the {updates} updates of the run", self.lookahead <= updates, self.lookahead)
-        schedule = self.make_schedule(updates)
+        schedule = _one_rate(self.make_schedule(updates))
         tx = self.transform(schedule)
         if self.groups:
             txs = {group.pattern: self._group_tx(group, schedule, updates, num_epochs or 1) for group in self.groups}
@@ -231,6 +234,18 @@ class Optimizer(ABC):
         timed = self.freeze_epochs or self._timed_groups()
         rounded = self.accumulate_steps > 1 and bool(timed)
         return custom or self.schedule != "constant" or self.lookahead > 0 or rounded
+
+
+def _one_rate(schedule: optax.Schedule) -> optax.Schedule:
+    """Returns a schedule that checks that its learning rate is one number: an array would scale each channel alone."""
+
+    def learning_rate(update: Any) -> Any:
+        rate = schedule(update)
+        valid = jnp.shape(rate) == ()
+        check("optim.make_schedule", "a function whose learning rate is one number", valid, describe_shapes(rate))
+        return rate
+
+    return learning_rate
 
 
 _REST = "(the other parameters)"

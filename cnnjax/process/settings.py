@@ -1,4 +1,4 @@
-"""Process-wide settings: memory allocation, and the cache of compiled programs."""
+"""What concerns the whole process: memory allocation, cores, ports, and the cache of compiled programs."""
 
 import ctypes
 import hashlib
@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import resource
+import socket
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -93,8 +94,8 @@ def use_compilation_cache(say: Callable[[str], None]) -> None:
     """
     import jax
 
+    from cnnjax.files import cache_dir
     from cnnjax.onednn.library import kernels
-    from cnnjax.runs.files import cache_dir
 
     start_jax()
     graphs = re.search(r"command_buffer=\S*(?<![-\w])CONVOLUTION", os.environ.get("XLA_FLAGS", "")) is not None
@@ -124,3 +125,10 @@ def processor() -> str:
 
     flags = processor_flags() or platform.processor()
     return f"{platform.machine()}-{hashlib.sha256(flags.encode()).hexdigest()[:8]}"
+
+
+def free_port() -> int:
+    """Returns a port of this machine that is free now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

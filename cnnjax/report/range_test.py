@@ -7,11 +7,11 @@ from typing import Any
 import altair as alt
 
 from cnnjax.errors import check
+from cnnjax.files import atomic_write
 from cnnjax.lr_find import RangeTest
 from cnnjax.report.charts import CONTAINER
 from cnnjax.report.figures import Figure
 from cnnjax.report.write import render, svg
-from cnnjax.runs.files import atomic_write
 
 
 def write_range_test(found: RangeTest, path: str | os.PathLike[str], title: str) -> Path:

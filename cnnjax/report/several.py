@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 
 import altair as alt
 
+from cnnjax.files import flatten, show
 from cnnjax.report import figures, words
 from cnnjax.report.analysis import Fit, differing, judge_fit
-from cnnjax.runs.files import flatten, show
 from cnnjax.runs.inspection import read_info
 from cnnjax.runs.manifest import DECISIVE, read_manifest
 from cnnjax.runs.records import read_record
 from cnnjax.runs.run import Run
-from cnnjax.runs.statistics import Summary, describe, summarize, verdict
+from cnnjax.runs.statistics import Summary, describe, summarize, verdicts
 
 MAX_PAIRS = 10  # Of groups to compare.
 
@@ -90,7 +90,7 @@ def several_content(runs: Sequence[Run]) -> tuple[dict[str, Any], dict[str, Any]
         "scores": dots,
         "labels": [*of_label],
         "differences": {name: [_show(value) for value in row] for name, row in differences.items()},
-        "verdicts": [_verdict(of_label[a], of_label[b]) for a, b in [*combinations(of_label, 2)][:MAX_PAIRS]],
+        "verdicts": _verdicts(of_label),
         "num_pairs": len(groups) * (len(groups) - 1) // 2,
     }
     return content, files
@@ -138,11 +138,16 @@ def _run_row(label: str, run: Run) -> dict[str, Any]:
     }
 
 
-def _verdict(a: Group, b: Group) -> tuple[str, list[str]]:
-    """Returns the names of two groups, and the lines that `cnnjax compare` prints about them."""
-    pair = f"{a.label} and {b.label}"
-    if min(len(a.scores), len(b.scores)) < 2:
-        return pair, ["Both need at least two finished seeds to be compared. Train more: --seeds."]
-    lines = verdict((a.label, b.label), (a.scores, b.scores))
-    digests = [{k: v for k, v in group.facts.items() if k.startswith("data.sha256.")} for group in (a, b)]
-    return pair, lines if digests[0] == digests[1] else [*lines, "Their images have different digests, see below."]
+def _verdicts(groups: dict[str, Group]) -> list[tuple[str, list[str]]]:
+    """Returns the names of each two groups, and the lines that `cnnjax compare` prints about them."""
+    found = verdicts({label: group.scores for label, group in groups.items() if len(group.scores) > 1})
+    digests = {
+        label: {name: value for name, value in group.facts.items() if name.startswith("data.sha256.")}
+        for label, group in groups.items()
+    }
+    shown = []
+    for a, b in [*combinations(groups, 2)][:MAX_PAIRS]:
+        lines = found.get((a, b), ["Both need at least two finished seeds to be compared. Train more: --seeds."])
+        other = ["Their images have different digests, see below."] if digests[a] != digests[b] else []
+        shown.append((f"{a} and {b}", [*lines, *other] if (a, b) in found else lines))
+    return shown

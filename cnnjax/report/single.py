@@ -17,12 +17,12 @@ from cnnjax.class_scores import DIGITS, NUM_BINS, calibrate, is_uneven, top_conf
 from cnnjax.config import word
 from cnnjax.data.stored import Examples
 from cnnjax.errors import UserError
+from cnnjax.files import flatten, show
 from cnnjax.process.console import track
 from cnnjax.report import charts, figures, images, words
 from cnnjax.report.activations import FeatureMap, feature_maps, first_filters
 from cnnjax.report.analysis import Shown, judge_fit, most_confident
 from cnnjax.report.commands import command_for, resume_command
-from cnnjax.runs.files import flatten, show
 from cnnjax.runs.inspection import read_info
 from cnnjax.runs.manifest import read_manifest
 from cnnjax.runs.records import read_record

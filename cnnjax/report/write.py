@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cnnjax.errors import check, option
-from cnnjax.runs.files import atomic_write
+from cnnjax.files import atomic_write
 from cnnjax.runs.run import Run
 
 TEMPLATES = Path(__file__).parent / "templates"

@@ -27,8 +27,8 @@ from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
 from cnnjax.errors import StorageError, UserError, option
+from cnnjax.files import is_key, raw_keys, sync, tree_sha256, write_json, write_sums
 from cnnjax.hosts import Hosts, alone
-from cnnjax.runs.files import is_key, raw_keys, sync, tree_sha256, write_json, write_sums
 from cnnjax.runs.records import run_argument
 from cnnjax.runs.recovery import PROGRESS, find_faults, list_steps, read_progress
 from cnnjax.runs.schema import SavedProgress

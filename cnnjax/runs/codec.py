@@ -5,6 +5,7 @@ msgspec build dataclasses from annotations; neither looks up Linen modules by na
 """
 
 import dataclasses
+import enum
 import hashlib
 import inspect
 import json
@@ -13,7 +14,8 @@ import sysconfig
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
+from types import ModuleType, NoneType
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -26,7 +28,7 @@ from cnnjax.config import Config
 from cnnjax.data.augment import Augment
 from cnnjax.errors import UserError, for_reader
 from cnnjax.fields import show
-from cnnjax.runs.files import changes, file_sha256
+from cnnjax.files import changes, file_sha256
 from cnnjax.runs.schema import EncodedConfig
 
 ARRAYS = "(arrays in memory)"
@@ -48,11 +50,15 @@ class _Missing:
     recorded: Any
     message: str
 
-    def __init__(self, recorded: Any, message: str, key: str):
+    @classmethod
+    def of(cls, recorded: Any, message: str, key: str) -> Any:
+        """Returns a placeholder for the part `key` of a configuration."""
         kind, name = ("function", "arrays") if recorded == ARRAYS else next(iter(recorded.items()))
         # As `Config.dataset_word` and the report call it.
         known = {"__name__": str(name).rpartition(".")[2]} if kind == "function" or key == "loss" else {}
-        vars(self).update(recorded=recorded, message=message, **known)  # An augmentation is frozen.
+        placeholder = object.__new__(cls)
+        vars(placeholder).update(recorded=recorded, message=message, **known)  # An augmentation is frozen.
+        return placeholder
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         raise self.error()
@@ -74,9 +80,11 @@ class _Missing:
 class _MissingAugment(_Missing, Augment):
     """Takes the place of an augmentation."""
 
-    def __init__(self, recorded: Any, message: str, key: str):
-        vars(self).update({f.name: recorded[f.name] for f in dataclasses.fields(Augment) if f.name in recorded})
-        super().__init__(recorded, message, key)
+    @classmethod
+    def of(cls, recorded: Any, message: str, key: str) -> Any:
+        placeholder = super().of(recorded, message, key)
+        vars(placeholder).update({f.name: recorded[f.name] for f in dataclasses.fields(Augment) if f.name in recorded})
+        return placeholder
 
     def transform_pixels(self, key: Any, image: Any) -> Any:
         raise self.error()
@@ -107,7 +115,7 @@ def encode(config: Config, objects: list[Any] | None = None) -> EncodedConfig:
       objects: receives the classes and functions that it names.
 
     Raises:
-      UserError: a value is not JSON, a dataclass, a dtype, or a class or function with a name.
+      UserError: a value is not JSON, a path, an enum, a dataclass, a dtype, or a class or function with a name.
     """
     encoder = _Encoder({id(x): name for name, x in built_in().items()}, [] if objects is None else objects)
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
@@ -125,6 +133,10 @@ class _Encoder(NamedTuple):
         if isinstance(value, _Missing):
             return value.recorded
         value = value.item() if isinstance(value, np.generic) else value
+        if isinstance(value, enum.Enum):
+            return {"enum": self.name(type(value), path), "name": value.name}
+        if isinstance(value, PurePath):
+            return {"path": str(value)}
         if value is None or isinstance(value, (bool, int, float, str)):
             if isinstance(value, float) and math.isnan(value):
                 raise UserError(f"`{path}` must be a number, got nan.")
@@ -146,14 +158,17 @@ class _Encoder(NamedTuple):
         scalar_type = isinstance(value, type) and issubclass(value, np.generic)
         if scalar_type or isinstance(value, (np.dtype, type(jnp.bfloat16))):
             return {"dtype": np.dtype(value).name}
-        if value is default:
+        if value is default and callable(value):
             return {"default": getattr(value, "__qualname__", repr(type(value)))}
         return {"function": self.name(value, path)}
 
     def name(self, x: Any, path: str) -> str:
         name = self.ours.get(id(x)) or getattr(x, "__qualname__", None)
-        if name is None or "<" in name:
+        owner = getattr(inspect.unwrap(x), "__self__", None) if callable(x) else None
+        has_state = not isinstance(owner, (type, ModuleType, NoneType))  # A method of an object.
+        if name is None or "<" in name or has_state:
             fix = " Write it with `def` at the top level of a file." if inspect.isfunction(x) else ""
+            fix = " Make it a dataclass with a method `__call__`, whose fields are recorded." if has_state else fix
             raise UserError(
                 f"`{path}` must be a value that config.json can name (a number, a string, a dataclass, or a class or "
                 f"function at the top level of a file), got {show(x)}.{fix}"
@@ -190,7 +205,7 @@ def decode(content: Mapping[str, Any], names: Mapping[str, Any], files: Iterable
             except _MissingNameError as error:
                 if key not in OPTIONAL:
                     raise
-                values[key] = (_MissingAugment if key == "augment" else _Missing)(value, str(error), key)
+                values[key] = (_MissingAugment if key == "augment" else _Missing).of(value, str(error), key)
         config = _build(Config, values)
     except (TypeError, KeyError, AttributeError) as error:
         raise UserError(f"`config` must fit this version of cnnjax and its own classes, got {error}.") from error
@@ -202,7 +217,7 @@ def decode(content: Mapping[str, Any], names: Mapping[str, Any], files: Iterable
     return config
 
 
-def _decode(value: Any, path: str, names: Mapping[str, Any], files: tuple[str, ...]) -> Any:
+def _decode(value: Any, path: str, names: Mapping[str, Any], files: tuple[str, ...]) -> Any:  # noqa: PLR0911
     if isinstance(value, list):
         return tuple(_decode(x, f"{path}.{i}", names, files) for i, x in enumerate(value))
     if not isinstance(value, dict) or not value:
@@ -221,7 +236,11 @@ def _decode(value: Any, path: str, names: Mapping[str, Any], files: tuple[str, .
         return FrozenDict(decoded(name))  # Hashable, as a module must be.
     if kind == "dtype":
         return jnp.dtype(name).type
+    if kind == "path":
+        return Path(name)
     found = _find(name, path, names, files, kind == "class")
+    if kind == "enum":
+        return found[arguments["name"]]
     if kind == "class":
         return _build(found, arguments)
     return partial(found, *arguments["args"], **arguments["keywords"]) if kind == "partial" else found

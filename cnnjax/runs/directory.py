@@ -18,13 +18,7 @@ from filelock import FileLock, Timeout
 
 from cnnjax.config import Config
 from cnnjax.errors import UserError, option
-from cnnjax.hosts import Hosts, alone
-from cnnjax.process.console import Report
-from cnnjax.process.signals import Stop, stop_signals
-from cnnjax.runs import manifest
-from cnnjax.runs.checkpoints import Checkpoints, check_characters
-from cnnjax.runs.codec import encode
-from cnnjax.runs.files import (
+from cnnjax.files import (
     SUMS,
     changes,
     check_local,
@@ -35,6 +29,12 @@ from cnnjax.runs.files import (
     read_json,
     write_json,
 )
+from cnnjax.hosts import Hosts, alone
+from cnnjax.process.console import Report
+from cnnjax.process.signals import Stop, stop_signals
+from cnnjax.runs import manifest
+from cnnjax.runs.checkpoints import Checkpoints, check_characters
+from cnnjax.runs.codec import encode
 from cnnjax.runs.records import Record, read_record, write_record
 from cnnjax.runs.recovery import recover, usable_step
 from cnnjax.runs.schema import DataFacts, EncodedConfig, Result
@@ -245,6 +245,8 @@ def open_run(
         stack.enter_context(hosts.before_end(lambda: (release(), _remove_empty(new))))
         stop = stop or stack.enter_context(stop_signals())
         check_run(run_dir, config, resume)
+        if (run_dir / "config.json").exists():
+            config = replace(config, name=read_record(run_dir).config["name"])
         hosts.barrier("the run directory is open")
         yield OpenRun(
             run_dir, config, report, stop, code or source_of(config, run_dir), hosts, _stack=stack, _lock=file
@@ -325,7 +327,7 @@ def check_run(run_dir: Path, config: Config, resume: bool) -> None:
             f"choose another directory: {option('run_dir', 'DIR')}."
         )
     saved = read_record(run_dir).config
-    changed = changes(saved, encode(config))
+    changed = changes(saved | {"name": config.name}, encode(config))  # A name, which decides no bit, is kept.
     if _is_longer(config, saved):
         changed = {}
     listed = "; ".join(f"`{name}` is {old!r} there and {new!r} here" for name, (old, new) in changed.items())
@@ -348,7 +350,7 @@ def _is_longer(config: Config, saved: EncodedConfig) -> bool:
     depends = config.optim.depends_on_length() or config.augment.depends_on_length()
     if depends or not config.num_epochs > saved["num_epochs"]:
         return False
-    return encode(replace(config, num_epochs=saved["num_epochs"])) == saved
+    return encode(replace(config, num_epochs=saved["num_epochs"], name=saved["name"])) == saved
 
 
 def check_data(run_dir: Path, facts: DataFacts) -> None:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, UInt8
 from cnnjax.compiler import jit
 from cnnjax.config import word
 from cnnjax.data.batches import Standardization, standardize
-from cnnjax.errors import UserError
+from cnnjax.errors import UserError, check
 from cnnjax.network import Network, layers_of, logits_of
 from cnnjax.step import TrainState, apply_views, eval_params
 from cnnjax.typing import AnyArray, Batch
@@ -49,6 +49,7 @@ def check_images(images: Any, image_shape: tuple[int, ...]) -> UInt8[np.ndarray,
     Raises:
       UserError: `images` has another dtype or shape.
     """
+    check("images", "an array without a mask", not isinstance(images, np.ma.MaskedArray), "a masked one")
     try:
         images = np.asarray(images)
     except ValueError as error:
@@ -77,8 +78,26 @@ def probabilities_of(
     tta: str,
 ) -> Float[Array, "B K"]:
     """Returns the probability of each class; see `Run.predict`. `mask` is False for padding."""
+    return jax.nn.softmax(_logits(state, standardization, image, mask, model=model, tta=tta))
+
+
+@jit(static_argnames=("model", "tta"))
+def logits_of_images(
+    state: TrainState,
+    standardization: Standardization,
+    image: UInt8[AnyArray, "B H W C"],
+    mask: Bool[AnyArray, " B"],
+    *,
+    model: Network,
+    tta: str,
+) -> Float[Array, "B K"]:
+    """Returns the logits; see `Run.logits`. `mask` is False for padding."""
+    return _logits(state, standardization, image, mask, model=model, tta=tta)
+
+
+def _logits(state, standardization, image, mask, *, model, tta):
     batch = Batch(standardize(image, standardization), jnp.zeros(len(image), jnp.int32), mask)
-    return jax.nn.softmax(logits_of(apply_views(state, batch, model, tta)).astype(jnp.float32))
+    return logits_of(apply_views(state, batch, model, tta)).astype(jnp.float32)
 
 
 @jit(static_argnames=("model", "layer"))

@@ -16,15 +16,15 @@ import numpy as np
 
 from cnnjax.config import Config
 from cnnjax.errors import UserError, check_name, unknown_name
-from cnnjax.prepare import load_data, load_network_weights
+from cnnjax.files import SUMS, changes, check_local, check_sums, file_sha256, is_inside, show
+from cnnjax.inputs import load_inputs
 from cnnjax.process.console import Report
 from cnnjax.runs import directory, loggers, manifest, profile, records, recovery
-from cnnjax.runs.files import SUMS, changes, check_local, check_sums, file_sha256, is_inside, show
 from cnnjax.runs.run import make_run
 from cnnjax.runs.schema import EncodedConfig, Result, Row, Session
 from cnnjax.runs.source import source_of
 from cnnjax.step import TrainState
-from cnnjax.train import train_and_evaluate
+from cnnjax.train import train_run
 
 METRICS = (
     "test_accuracy",
@@ -219,18 +219,17 @@ def reproduce(
     for name, (there, here) in environment.items():
         report.say(f"{name} is {show(there)} there and {show(here)} here: the bits may differ")
     version = records.data_version(run_dir)
-    weights = load_network_weights(config, report.say)
+    inputs = load_inputs(config, data_dir, report.say, version=version, stream=stream)
     began_with = records.read_record(run_dir).data.weights_sha256
-    if weights is not None and weights.sha256 != began_with:
-        raise UserError(f"`model.weights` must be the file of {run_dir}, SHA-256 {began_with}, got {weights.sha256}.")
-    dataset = load_data(config, data_dir, report.say, version=version, weights=weights, stream=stream)
+    if inputs.weights is not None and (got := inputs.weights.sha256) != began_with:
+        raise UserError(f"`model.weights` must be the file of {run_dir}, SHA-256 {began_with}, got {got}.")
     last = old["stopped_epoch"]
 
     def on_epoch(row: Mapping[str, Any], state: TrainState) -> bool:
         return row["epoch"] == last  # A callback had stopped the run here.
 
-    options: Any = {"resume": resume, "devices": devices, "report": report, "dataset": dataset}
-    new = train_and_evaluate(config, run_dir=into, on_epoch=on_epoch, mesh=mesh, **options).finished_result()
+    options: Any = {"resume": resume, "devices": devices, "report": report, "inputs": inputs}
+    new = train_run(config, run_dir=into, on_epoch=on_epoch, mesh=mesh, **options).finished_result()
     rows = list(zip(*(records.read_rows(folder) for folder in (run_dir, into)), strict=True))
     epochs = [x["epoch"] for x, y in rows if x["params_sha256"] != y["params_sha256"]]
     moved = {}

@@ -15,10 +15,11 @@ from jaxtyping import Array, Float
 from cnnjax.compiler import jit
 from cnnjax.config import Config, word
 from cnnjax.errors import UserError, check, describe, for_reader, option
+from cnnjax.fields import check_methods
+from cnnjax.files import flatten
 from cnnjax.optim.optimizer import Optimizer
 from cnnjax.process.signals import Stop
 from cnnjax.runs.codec import encode
-from cnnjax.runs.files import flatten
 from cnnjax.runs.schema import Result
 from cnnjax.step import TrainState, copy_state
 
@@ -191,6 +192,7 @@ def check_loggers(loggers: Any) -> None:
     parameter, rule = for_reader("log", "loggers"), for_reader("different names", "objects of different classes")
     methods = ("start", "on_step", "on_epoch", "finish")
     for x in listed:
+        check_methods(type(x), Logger, parameter)
         own = any(getattr(getattr(x, name), "__func__", None) is not getattr(Logger, name) for name in methods)
         got = f"{type(x).__name__}, which has none of its own"
         check(parameter, f"loggers with a method {', '.join(methods[:-1])} or finish", own, got)

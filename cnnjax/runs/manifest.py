@@ -13,10 +13,7 @@ from typing import Any
 
 from cnnjax.compiler import compiler_options
 from cnnjax.errors import UserError
-from cnnjax.onednn.library import kernels
-from cnnjax.process.settings import num_cores, processor
-from cnnjax.process.signals import Interrupted
-from cnnjax.runs.files import (
+from cnnjax.files import (
     SUMS,
     file_changes,
     file_sha256,
@@ -26,6 +23,9 @@ from cnnjax.runs.files import (
     write_json,
     write_sums,
 )
+from cnnjax.onednn.library import kernels
+from cnnjax.process.settings import num_cores, processor
+from cnnjax.process.signals import Interrupted
 from cnnjax.runs.schema import FORMAT, Manifest, Session, Versioned
 
 PACKAGES = (

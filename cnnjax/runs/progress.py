@@ -10,12 +10,12 @@ import numpy as np
 from jaxtyping import PyTree
 
 from cnnjax.errors import NonFiniteLossError, UserError
+from cnnjax.files import tree_sha256
 from cnnjax.hosts import Hosts, alone
 from cnnjax.metrics import Metrics, Scores, Totals
 from cnnjax.process.signals import Interrupted
 from cnnjax.runs.checkpoints import all_finite
 from cnnjax.runs.directory import OpenRun
-from cnnjax.runs.files import tree_sha256
 from cnnjax.runs.loggers import Loggers
 from cnnjax.runs.records import write_rows
 from cnnjax.runs.schema import Row, Timing
@@ -82,7 +82,15 @@ class Callbacks:
 
         Args:
           metrics: arrays [S] on the host.
+
+        Raises:
+          UserError: all examples of a batch are masked.
         """
+        if not np.all(metrics.num_examples):
+            step = first + int(np.argmin(metrics.num_examples))
+            raise UserError(
+                f"`augment.transform` must leave an example of each batch unmasked, got none in step {step}."
+            )
         if self.on_step is None and not self.loggers.active:
             return
         sums: dict[str, Any] = {"loss": metrics.loss, **metrics.values}
@@ -100,13 +108,14 @@ class Callbacks:
           UserError: it returned something else than True, False or None, or donated the state.
         """
         self.loggers.on_epoch(row, state)
-        decision = None if self.on_epoch is None else self._call(self.on_epoch, row, state)
+        own = jax.tree.map(lambda leaf: leaf, state)  # Other containers: what it changes in them is not saved.
+        decision = None if self.on_epoch is None else self._call(self.on_epoch, row, own)
         if decision is not None and not isinstance(decision, (bool, np.bool_)):
             raise UserError(
                 f"`on_epoch` must return True to stop, or False or None to continue, got {decision!r} of type "
                 f"{type(decision).__name__}. Convert it: bool(...)."
             )
-        decision = self.hosts.share(lambda: decision and bool(decision)) if self.on_epoch else None
+        decision = self.hosts.share(lambda: bool(decision)) if self.on_epoch else None
         if any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
             raise UserError(
                 "`on_epoch` must keep its state, got one that was donated. Pass donate=False to `train_step`."
@@ -221,10 +230,10 @@ def make_non_finite_error(problem: str, steps: tuple[int, int], run: OpenRun) ->
     run.checkpoints.wait()
     latest = run.checkpoints.latest()
     kept = "there is no checkpoint yet" if latest is None else f"last finite checkpoint: step {latest}"
-    cause = "Check `loss` and the images, or try" if steps[0] == 0 else "Try"
+    cause = "Check `loss` and the images" if steps[0] == 0 else "Check `model` and `loss` for what is not finite"
     return NonFiniteLossError(
-        f"{problem} between steps {steps[0]} and {steps[1]}; {kept}. {cause} a lower `optim.learning_rate` "
-        f"(now {run.config.optim.learning_rate}), in another run directory."
+        f"{problem} between steps {steps[0]} and {steps[1]}; {kept}. Try a lower `optim.learning_rate` "
+        f"(now {run.config.optim.learning_rate}), in another run directory. {cause} if that does not help."
     )
 
 

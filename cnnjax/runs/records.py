@@ -14,8 +14,7 @@ from cnnjax.config import Config
 from cnnjax.data.batches import Standardization
 from cnnjax.data.datasets import ImageDataset
 from cnnjax.errors import UserError, check, for_reader, option, suggest
-from cnnjax.runs.codec import decode
-from cnnjax.runs.files import (
+from cnnjax.files import (
     check_listed,
     check_local,
     is_inside,
@@ -25,6 +24,7 @@ from cnnjax.runs.files import (
     write_file,
     write_json,
 )
+from cnnjax.runs.codec import decode
 from cnnjax.runs.manifest import check_format
 from cnnjax.runs.schema import DataFacts, EncodedConfig, Result, Row, Timing
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cnnjax.errors import UserError
-from cnnjax.runs.files import SUMS, check_sums, move_into, read_json
+from cnnjax.files import SUMS, check_sums, move_into, read_json
 from cnnjax.runs.schema import SavedProgress
 
 PROGRESS = "progress.json"

@@ -9,10 +9,10 @@ from cnnjax.class_scores import class_scores, confusion_matrix
 from cnnjax.data.batches import Pixels
 from cnnjax.data.feed import StreamedSet
 from cnnjax.errors import NonFiniteLossError, UserError
+from cnnjax.files import file_sha256, tree_sha256
 from cnnjax.prepare import Setup, count_params, device_name
 from cnnjax.program import evaluate
 from cnnjax.runs.directory import OpenRun
-from cnnjax.runs.files import file_sha256, tree_sha256
 from cnnjax.runs.progress import Progress
 from cnnjax.runs.schema import Result
 from cnnjax.step import TrainState

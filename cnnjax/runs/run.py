@@ -22,13 +22,13 @@ from cnnjax.data.feed import pixels_of
 from cnnjax.data.stored import Examples
 from cnnjax.data.tta import TTA
 from cnnjax.errors import UserError, check_name, option
+from cnnjax.files import tree_sha256
 from cnnjax.metrics import Scores
 from cnnjax.process.settings import start_jax
 from cnnjax.program import evaluate
 from cnnjax.runs.checkpoints import Checkpoints
 from cnnjax.runs.codec import collect_names
-from cnnjax.runs.files import tree_sha256
-from cnnjax.runs.inference import check_images, features_of, in_batches, probabilities_of
+from cnnjax.runs.inference import check_images, features_of, in_batches, logits_of_images, probabilities_of
 from cnnjax.runs.manifest import read_manifest
 from cnnjax.runs.predictions import FilePrediction, predict_files
 from cnnjax.runs.records import read_record, read_result, read_rows, read_timing, run_argument
@@ -57,7 +57,7 @@ class Run:
     result: Result | None
     step: int | None = None
     test_logits: Float[np.ndarray, "N K"] | None = None
-    _trained: tuple[TrainState, list[Row], list[Timing]] | None = None  # Of a run that this process has trained.
+    _trained: tuple[TrainState | None, list[Row], list[Timing]] | None = None  # Of a run that this process trained.
 
     def __repr__(self) -> str:
         dataset = self.facts.source if not isinstance(self.config.dataset, str) else self.config.dataset
@@ -122,8 +122,9 @@ class Run:
 
     @cached_property
     def _kept_state(self) -> TrainState:
-        if self._trained is not None and self.step is None and not _is_deleted(self._trained[0]):
-            return self._trained[0]
+        state = None if self._trained is None or self.step is not None else self._trained[0]
+        if state is not None and not _is_deleted(state):
+            return state
         return self._restore()
 
     def _restore(self) -> TrainState:
@@ -186,10 +187,21 @@ class Run:
         Raises:
           UserError: `images` has another dtype or shape.
         """
+        return self._in_batches(probabilities_of, images, tta)
+
+    def logits(self, images: Any, *, tta: str = "none") -> Float[np.ndarray, "N K"]:
+        """Returns the logits, float32, such as those of a teacher for distillation: `predict` is their softmax.
+
+        Args:
+          images, tta: see `predict`.
+        """
+        return self._in_batches(logits_of_images, images, tta)
+
+    def _in_batches(self, function: Any, images: Any, tta: str) -> Float[np.ndarray, "N K"]:
         check_name("tta", tta, TTA)
         model, standardization = self.config.model, self.facts.standardization
         images = check_images(images, self.facts.image_shape)
-        return in_batches(partial(probabilities_of, self.state, standardization, model=model, tta=tta), images)
+        return in_batches(partial(function, self.state, standardization, model=model, tta=tta), images)
 
     def predict_files(
         self, paths: Iterable[str | os.PathLike[str]], *, tta: str | None = None, invert: bool = False

@@ -78,6 +78,7 @@ class DataFacts:
 class EncodedConfig(TypedDict):
     """A configuration, see `codec.encode`. These keys are read without the classes that it names."""
 
+    name: str
     dataset: Any
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     num_epochs: Positive

@@ -4,6 +4,7 @@ import bisect
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,6 +42,7 @@ class Comparison(NamedTuple):
       more: the numbers of seeds to add to a and to b so that a difference of this size is detected with a probability
         of 80%; (0, 0) if it is resolved, None if there is no difference or no noise, or one of them would have more
         than 10,000.
+      corrected: p corrected for the number of `comparisons`, see `compare_all`.
     """
 
     paired: bool
@@ -52,6 +54,8 @@ class Comparison(NamedTuple):
     n_a: int
     n_b: int
     more: tuple[int, int] | None
+    corrected: float = math.nan
+    comparisons: int = 1
 
 
 def summarize(values: Sequence[float], bounds: tuple[float, float] = UNBOUNDED) -> Summary:
@@ -121,6 +125,32 @@ def compare(
     return Comparison(paired, difference, low, high, p_value, resolved, *sizes, more)
 
 
+def compare_all(
+    scores: Mapping[str, Mapping[int, float]], bounds: tuple[float, float] = UNBOUNDED
+) -> dict[tuple[str, str], Comparison]:
+    """Compares each two of several experiments, and corrects p for the number of comparisons.
+
+    A difference is resolved if its corrected p is below 0.05: then with a probability of at least 95% none is called
+    resolved by chance. `more` is kept for a single comparison only.
+
+    Source: Holm, "A simple sequentially rejective multiple test procedure" (1979).
+
+    Args:
+      scores: for each experiment, the score of each seed.
+      bounds: see `compare`.
+    """
+    found = {(a, b): compare(scores[a], scores[b], bounds, (a, b)) for a, b in combinations(scores, 2)}
+    tested = sorted((c.p_value, pair) for pair, c in found.items() if not math.isnan(c.p_value))
+    largest = 0.0
+    for i, (p_value, pair) in enumerate(tested):
+        largest = max(largest, min(1.0, (len(tested) - i) * p_value))
+        more = found[pair].more if len(tested) == 1 else None
+        found[pair] = found[pair]._replace(
+            corrected=largest, comparisons=len(tested), resolved=largest < 1 - CONFIDENCE, more=more
+        )
+    return found
+
+
 def _more_seeds(difference: float, samples: Sequence[np.ndarray], sizes: tuple[int, int]) -> tuple[int, int] | None:
     """Returns the numbers of seeds to add: the fewest so that both experiments have m, and the power is `POWER`.
 
@@ -174,19 +204,22 @@ def difference_interval(a: float, num_a: int, b: float, num_b: int) -> tuple[flo
     return a - b - math.hypot(a - low_a, high_b - b), a - b + math.hypot(high_a - a, b - low_b)
 
 
-def verdict(
-    names: tuple[str, str], scores: tuple[Mapping[int, float], Mapping[int, float]], metric: str = "test_accuracy"
-) -> list[str]:
-    """Returns the difference of two experiments and whether it is resolved, in words.
+def verdicts(
+    scores: Mapping[str, Mapping[int, float]], metric: str = "test_accuracy"
+) -> dict[tuple[str, str], list[str]]:
+    """Returns for each two of several experiments their difference and whether it is resolved, in words.
 
     Args:
-      names: of the experiments.
-      scores: the score of each seed, of both.
+      scores: for each experiment, the score of each seed.
 
     Raises:
       UserError: see `compare`.
     """
-    c = compare(*scores, bounds=_bounds(metric), names=names)
+    found = compare_all(scores, _bounds(metric))
+    return {pair: _verdict(pair, comparison, metric) for pair, comparison in found.items()}
+
+
+def _verdict(names: tuple[str, str], c: Comparison, metric: str) -> list[str]:
     test = "paired t test, the same seeds" if c.paired else "Welch's t test"
     in_points, digits = metric != "test_loss", 2 if metric != "test_loss" else 4
     size, low, high = (f"{value * (100 if in_points else 1):+.{digits}f}" for value in (c.difference, c.low, c.high))
@@ -195,12 +228,15 @@ def verdict(
         same = "All pairs of the same seed differ by this" if c.paired else "All seeds of an experiment score the same"
         why = f"{same}, so the test set is too small, or there are too few seeds, to estimate the noise."
         return [f"{difference}.", f"The difference is not resolved. {why}" if c.difference else "The means are equal."]
-    difference += f" (95% interval {low} to {high}), p = {c.p_value:.2g} ({test})."
+    difference += f" (95% interval {low} to {high}), p = {c.p_value:.2g} ({test})"
+    difference += f", {c.corrected:.2g} corrected for {c.comparisons} comparisons." if c.comparisons > 1 else "."
     if c.resolved:
         better = (c.difference > 0) == (metric != "test_loss")
         return [difference, f"The difference is resolved: {names[better]} is better."]
     if c.difference == 0:
         return [difference, "The means are equal."]
+    if c.comparisons > 1:
+        return [difference, "The difference is not resolved. Train more seeds, or compare fewer experiments."]
     if c.more is None:
         rest = f"and more than {MAX_MORE_SEEDS:,} seeds of each would not resolve one of its size."
         return [difference, f"The difference is not resolved, {rest}"]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from cnnjax.errors import UserError, check
-from cnnjax.runs.files import write_file
+from cnnjax.files import write_file
 from cnnjax.runs.loggers import Logger, config_values, epoch_values, step_values, test_values
 from cnnjax.step import TrainState
 

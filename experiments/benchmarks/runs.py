@@ -57,9 +57,9 @@ def cost(args: argparse.Namespace) -> str:
 
     from cnnjax import init_state, keep_memory, train_step
     from cnnjax.cli.experiment import load_experiment
+    from cnnjax.files import tree_sha256
     from cnnjax.runs import manifest
     from cnnjax.runs.checkpoints import Checkpoints
-    from cnnjax.runs.files import tree_sha256
     from cnnjax.step import copy_state
 
     keep_memory()

@@ -38,14 +38,14 @@ from cnnjax import (
     compiler_options,
     init_from_data,
     keep_memory,
-    load_dataset,
     load_run,
-    train_and_evaluate,
 )
 from cnnjax import program as steps
 from cnnjax.cli.experiment import load_experiment
 from cnnjax.data import batches
 from cnnjax.data.batches import Pixels, standardize
+from cnnjax.files import tree_sha256
+from cnnjax.inputs import load_inputs
 from cnnjax.layers import conv, norm, ops
 from cnnjax.loop import plan_dispatches
 from cnnjax.models import speednet
@@ -53,8 +53,8 @@ from cnnjax.models.speednet import SpeedConv
 from cnnjax.optim import transforms
 from cnnjax.prepare import INIT_IMAGES, Setup, set_up
 from cnnjax.program import Program, evaluate, init_run
-from cnnjax.runs.files import tree_sha256
 from cnnjax.step import TrainState
+from cnnjax.train import train_run
 
 MUON, NINETY_SIX, TUTORIAL = "cifar10_airbench94_muon", "cifar10_airbench96", "cifar10_tutorial"
 ANY_KERNELS = "--xla_gpu_deterministic_ops=false"
@@ -416,7 +416,7 @@ def whole_run(config: Config, folder: str, kill: bool = False, **options: Any) -
                 os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(0.001)
 
-    run = train_and_evaluate(config, run_dir=folder, resume="auto", on_epoch=on_epoch, report=said, **options)
+    run = train_run(config, run_dir=folder, resume="auto", on_epoch=on_epoch, report=said, **options)
     end, result = time.perf_counter(), run.finished_result()
     training, last = result["training_seconds"], ends[-1] if ends else end  # A finished run is not trained again.
     return {
@@ -462,8 +462,8 @@ def main() -> None:
     if args.small:
         model = replace(config.model, widths=(8, 16, 16)) if isinstance(config.model, SpeedNet) else config.model
         config = replace(config, dataset=random_images, num_epochs=2, batch_size=125, model=model)
-    dataset = load_dataset(config.dataset)
-    setup, initial_state = set_up(config, dataset, None, title=args.variant, say=lambda line: None)
+    inputs = load_inputs(config)
+    setup, initial_state = set_up(config, inputs, None, title=args.variant, say=lambda line: None)
     test = cast(Pixels, setup.validation)
     if not config.validation_fraction:
         test = Pixels(*setup.dataset.load("test"), setup.train.standardization)
@@ -485,7 +485,7 @@ def main() -> None:
     def run(seed: int, folder: str, kill: bool = False, profile: bool = False) -> dict[str, Any]:
         last = setup.program.num_steps
         steps = (last - 2 * setup.steps_per_epoch, last - setup.steps_per_epoch) if profile else None
-        return whole_run(replace(config, seed=seed), folder, kill, dataset=dataset, profile=steps)
+        return whole_run(replace(config, seed=seed), folder, kill, inputs=inputs, profile=steps)
 
     def first_steps(count: int, path: str) -> str:
         state = train(setup, initial_state, count)

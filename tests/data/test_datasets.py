@@ -306,8 +306,16 @@ def test_the_largest_label_of_both_splits_gives_the_number_of_classes(train, tes
 @pytest.mark.parametrize(
     "arrays, message",
     [
-        ((X, Y, X), "`dataset` must be a tuple `(x_train, y_train, x_test, y_test)` of arrays, got a tuple of 3."),
-        (lambda: [X, Y, X, Y], "`dataset` must be a tuple `(x_train, y_train, x_test, y_test)` of arrays, got list."),
+        (
+            (X, Y, X),
+            "`dataset` must be a tuple of arrays `(x_train, y_train, x_test, y_test)` or `(x_train, y_train, "
+            "x_validation, y_validation, x_test, y_test)`, got a tuple of 3.",
+        ),
+        (
+            lambda: [X, Y, X, Y],
+            "`dataset` must be a tuple of arrays `(x_train, y_train, x_test, y_test)` or `(x_train, y_train, "
+            "x_validation, y_validation, x_test, y_test)`, got list.",
+        ),
         ((X.tolist(), Y, X, Y), "`x_train` must be a NumPy or JAX array, got list."),
         ((X, Y, X, None), "`y_test` must be a NumPy or JAX array, got NoneType."),
         (
@@ -973,3 +981,26 @@ def test_stock_tfds_reads_the_real_sets(name, real):
     for i in (0, 1, 4999, 9999):
         np.testing.assert_array_equal(source[i]["image"], test.image[i])
         assert source[i]["label"] == test.label[i]
+
+
+def test_arrays_may_have_a_validation_split():
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 256, (30, 4, 5), np.uint8), np.arange(30) % 3
+    dataset = load_dataset((x[:16], y[:16], x[16:22], y[16:22], x[22:], y[22:]))
+    assert dataset.splits == ("train", "validation", "test") == (*dataset.sha256,)
+    train, validation = dataset.load_parts(seed=0, validation_fraction=0.1)
+    for examples, part in ((train, slice(0, 16)), (validation, slice(16, 22)), (dataset.load("test"), slice(22, 30))):
+        assert np.array_equal(examples.image[..., 0], x[part]) and np.array_equal(examples.label, y[part])
+    assert len(dataset.load_parts(seed=0, validation_fraction=0.0)[1].label) == 0
+    with pytest.raises(
+        UserError, match=r"`x_validation` must be images of the same shape \(4, 5, 1\) as `x_train`, got"
+    ):
+        load_dataset((x, y, x[:, :3], y, x, y))
+
+
+@pytest.mark.parametrize("i", [0, 1])
+def test_masked_arrays_are_refused(i):
+    arrays = [np.zeros((4, 2, 2), np.uint8), np.arange(4) % 2] * 2
+    arrays[i] = np.ma.masked_array(arrays[i], mask=np.ones_like(arrays[i], bool))
+    with pytest.raises(UserError, match=r"`[xy]_train` must be an array without a mask, got a masked one\. Remove the"):
+        load_dataset(tuple(arrays))

@@ -22,8 +22,8 @@ from safetensors.numpy import save
 from cnnjax import Adam, Augment, Config, UserError, init_from_weights, softmax_cross_entropy, train_and_evaluate
 from cnnjax.data import weights
 from cnnjax.data.weights import load_weights
+from cnnjax.inputs import load_inputs
 from cnnjax.models.torch_names import Place, head_names, variables_from_torch
-from cnnjax.prepare import load_network_weights
 from cnnjax.pretrained import insert_weights, replacements
 from cnnjax.program import Program, init_run
 from cnnjax.typing import Preprocessing, PublishedWeights
@@ -251,7 +251,8 @@ def test_a_field_of_another_meaning_is_not_pretrained_weights():
     class Weighted(nn.Module):
         weights: tuple[float, ...] = (1.0, 0.5)
 
-    assert load_network_weights(Config(model=Weighted()), print) is None
+    x, y = np.zeros((4, 2, 2, 3), np.uint8), np.arange(4) % 2
+    assert load_inputs(Config(dataset=(x, y, x, y), model=Weighted())).weights is None
 
 
 def test_networks_without_weights():

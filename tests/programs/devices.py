@@ -24,13 +24,14 @@ import numpy as np
 import optax
 from research import Noise
 
-from cnnjax import CNN, MLP, Config, Optimizer, load_dataset, train_and_evaluate
+from cnnjax import CNN, MLP, Config, Optimizer, train_and_evaluate
 from cnnjax.data.batches import make_batch
+from cnnjax.files import tree_sha256
+from cnnjax.inputs import load_inputs
 from cnnjax.layers.modules import Dropout
 from cnnjax.loop import plan_dispatches
 from cnnjax.prepare import set_up
 from cnnjax.program import train_steps
-from cnnjax.runs.files import tree_sha256
 from cnnjax.sharding import place
 
 MESHES = ("data=1", "data=2", "data=8", "model=8", "data=4,model=2")
@@ -71,7 +72,7 @@ def collectives(setup, state):
 
 
 def open_on(mesh, config, data_dir):
-    return set_up(config, load_dataset("generated", data_dir), None, mesh=mesh, title="", say=print)
+    return set_up(config, load_inputs(config, data_dir), None, mesh=mesh, title="", say=print)
 
 
 def held(state):

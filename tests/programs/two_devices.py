@@ -18,7 +18,7 @@ from cnnjax import Interrupted, Report, UserError
 from cnnjax.errors import messages_for_shell
 from cnnjax.runs.inspection import find_runs, read_info
 from cnnjax.runs.records import read_record
-from cnnjax.runs.seeds import train_seeds, use_cores
+from cnnjax.seeds import train_seeds, use_cores
 
 
 class StopInSeed2(Report):

@@ -31,7 +31,7 @@ from cnnjax.report.images import filter_pictures, maps_picture
 from cnnjax.report.several import group_runs
 from cnnjax.report.write import write_report
 from cnnjax.runs.directory import LOCK
-from cnnjax.runs.statistics import verdict
+from cnnjax.runs.statistics import verdicts
 
 
 @pytest.fixture
@@ -178,7 +178,7 @@ def test_runs_that_differ_in_their_seed_are_one_group(trained, copy, tmp_path):
     groups = group_runs([*trained.runs, *others])
     assert [(group.label, len(group.runs)) for group in groups] == [("tiny (1)", 3), ("tiny (2)", 2)]
     page = write_report([*trained.runs, *others], tmp_path / "several.html").read_text()
-    lines = verdict(("tiny (1)", "tiny (2)"), (groups[0].scores, groups[1].scores))
+    lines = verdicts({group.label: group.scores for group in groups})["tiny (1)", "tiny (2)"]
     assert re.sub("&#39;", "'", re.findall(r'class="verdict"><b>.*?</b> (.*?)</p>', page)[0]) == " ".join(lines)
     rows = re.findall(r'<th scope="row">([\w.]+)</th><td>(.*?)</td><td>(.*?)</td></tr>', page)
     assert rows == [("optim.learning_rate", "0.003", "0.5")]

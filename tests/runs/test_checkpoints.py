@@ -8,8 +8,8 @@ from saved import MODEL, flip_bit, kept_steps, make_abstract_state, make_progres
 
 from cnnjax import CNN, MLP, UserError
 from cnnjax.errors import StorageError
+from cnnjax.files import check_sums
 from cnnjax.runs.checkpoints import Checkpoints, all_finite, check_characters
-from cnnjax.runs.files import check_sums
 from cnnjax.step import copy_state
 
 

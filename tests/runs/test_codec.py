@@ -2,6 +2,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,8 @@ from cnnjax import (
     softmax_cross_entropy,
 )
 from cnnjax.errors import messages_for_shell
+from cnnjax.files import changes, file_changes
 from cnnjax.runs.codec import ARRAYS, check_complete, collect_names, decode, encode, source_files
-from cnnjax.runs.files import changes, file_changes
 from cnnjax.runs.manifest import differences
 
 
@@ -164,6 +165,43 @@ def test_what_cannot_be_named_is_refused():
     for array in (np.zeros(2), jnp.zeros(2)):  # Class weights, for example.
         with pytest.raises(UserError, match=r"`loss\.gamma` must be a value that config\.json can name"):
             encode(Config(loss=partial(focal_loss, gamma=array)))
+
+
+class Kind(Enum):
+    FAST = "fast"
+    SLOW = "slow"
+
+
+class Choosing(nn.Module):
+    kind: Kind = Kind.FAST
+    weights: Path = Path("a.npz")
+
+
+@pytest.mark.parametrize("values", [{}, {"kind": Kind.SLOW, "weights": Path("b.npz")}], ids=["default", "other"])
+def test_enums_and_paths_are_recorded_by_value_also_if_they_are_defaults(values):
+    config = Config(model=Choosing(**values))
+    content = encode(config)
+    model = content["model"]
+    assert model["kind"] == {"enum": "Kind", "name": config.model.kind.name}
+    assert model["weights"] == {"path": str(config.model.weights)}
+    restored = decode(json.loads(json.dumps(content)), collect_names(config))
+    assert restored == config and type(restored.model.weights) is type(config.model.weights)
+    with pytest.raises(UserError, match=r"`model\.kind` of this run is Kind, which is not part of cnnjax"):
+        decode(content, collect_names(Config()) | {"Choosing": Choosing})
+
+
+class Scale:
+    def __init__(self, factor):
+        self.factor = factor
+
+    def loss(self, logits, batch):
+        return self.factor * softmax_cross_entropy(logits, batch)
+
+
+def test_a_method_of_an_object_is_refused_because_its_state_is_not_recorded():
+    for loss in (Scale(2.0).loss, jax.jit(Scale(2.0).loss)):
+        with pytest.raises(UserError, match=r"`loss` must be .* Make it a dataclass with a method `__call__`, whose"):
+            encode(Config(loss=loss))
 
 
 def test_names_must_be_unique_and_keys_strings():

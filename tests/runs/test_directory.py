@@ -8,10 +8,10 @@ from filelock import FileLock
 from generated import Lines
 
 from cnnjax import MLP, SGD, Adam, Config, Interrupted, ParamGroup, UserError
+from cnnjax.files import write_json, write_sums
 from cnnjax.process.console import Report
 from cnnjax.runs import directory
 from cnnjax.runs.directory import FILES, check_run, is_locked, open_run
-from cnnjax.runs.files import write_json, write_sums
 from cnnjax.runs.manifest import read_manifest
 from cnnjax.runs.records import read_record, read_result, write_rows
 from cnnjax.runs.schema import DataFacts

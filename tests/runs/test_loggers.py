@@ -35,7 +35,7 @@ from cnnjax.cli.main import main
 from cnnjax.process.signals import Stop
 from cnnjax.runs import trackers
 from cnnjax.runs.inspection import verify
-from cnnjax.runs.loggers import Loggers
+from cnnjax.runs.loggers import Loggers, check_loggers
 from cnnjax.runs.manifest import read_manifest
 
 PROGRAMS = Path(research.__file__).parent
@@ -553,3 +553,19 @@ def read_wandb(path):
         if kind in (1, 4):  # A whole record, or its last part.
             yield wandb_internal_pb2.Record.FromString(data)
             data = b""
+
+
+def test_a_logger_with_a_method_that_nothing_calls_is_an_error():
+    class Csv(Logger):
+        def start(self, run, step):
+            pass
+
+        def on_epoch_end(self, row, state):
+            pass
+
+    message = (
+        r"`loggers` must have methods with the names of Logger, got Csv\.on_epoch_end, which nothing calls\. Is it "
+        r"on_epoch or on_step\? If not, begin its name with an underscore\."
+    )
+    with pytest.raises(UserError, match=message):
+        check_loggers([Csv()])

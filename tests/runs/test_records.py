@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cnnjax import UserError
-from cnnjax.runs.files import write_json
+from cnnjax.files import write_json
 from cnnjax.runs.inspection import read_info, verify
 from cnnjax.runs.manifest import read_manifest
 from cnnjax.runs.records import read_record, read_result, read_rows, write_rows

@@ -18,8 +18,8 @@ from saved import (
 )
 
 from cnnjax import UserError
+from cnnjax.files import check_sums, write_json, write_sums
 from cnnjax.runs.checkpoints import Checkpoints
-from cnnjax.runs.files import check_sums, write_json, write_sums
 from cnnjax.runs.recovery import recover
 
 

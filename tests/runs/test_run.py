@@ -13,7 +13,7 @@ import pytest
 from programs import research
 
 from cnnjax import Batch, UserError, init_state, load_run, softmax_cross_entropy, train_step
-from cnnjax.runs.files import tree_sha256
+from cnnjax.files import tree_sha256
 from cnnjax.runs.inference import probabilities_of
 from cnnjax.runs.run import Run
 from cnnjax.step import eval_params

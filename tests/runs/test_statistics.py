@@ -5,11 +5,15 @@ import pytest
 from scipy import stats as scipy_stats
 
 from cnnjax.errors import UserError
-from cnnjax.runs.statistics import compare, describe, summarize, verdict
+from cnnjax.runs.statistics import compare, compare_all, describe, summarize, verdicts
 
 
 def scores_of(values, first_seed=0):
     return {first_seed + i: float(value) for i, value in enumerate(values)}
+
+
+def verdict(a, b):
+    return verdicts({"a": a, "b": b})["a", "b"]
 
 
 def with_moments(n, mean, deviation):
@@ -180,8 +184,8 @@ def test_more_seeds_is_none_without_a_difference(first_seed):
 def test_equal_scores_without_noise(first_seed):
     scores = scores_of([0.5, 0.5, 0.5]), scores_of([0.5, 0.5, 0.5], first_seed)
     unknown = (math.nan,) * 3
-    assert compare(*scores) == pytest.approx((first_seed == 0, 0.0, *unknown, False, 3, 3, None), nan_ok=True)
-    assert verdict(("a", "b"), scores) == ["b minus a: +0.00 points.", "The means are equal."]
+    assert compare(*scores)[:9] == pytest.approx((first_seed == 0, 0.0, *unknown, False, 3, 3, None), nan_ok=True)
+    assert verdict(*scores) == ["b minus a: +0.00 points.", "The means are equal."]
 
 
 @pytest.mark.parametrize(
@@ -196,9 +200,9 @@ def test_differences_without_noise_are_not_resolved(a, b, first_seed):
     scores, n, difference = (scores_of(a), scores_of(b, first_seed)), len(a), b[0] - a[0]
     nothing = (math.nan,) * 3
     expected = (first_seed == 0, difference, *nothing, False, n, n, None)
-    assert compare(*scores) == pytest.approx(expected, nan_ok=True)
+    assert compare(*scores)[:9] == pytest.approx(expected, nan_ok=True)
     same = "All seeds of an experiment score the same" if first_seed else "All pairs of the same seed differ by this"
-    assert verdict(("a", "b"), scores) == [
+    assert verdict(*scores) == [
         f"b minus a: +{100 * difference:.2f} points.",
         f"The difference is not resolved. {same}, so the test set is too small, or there are too few seeds, to "
         "estimate the noise.",
@@ -219,4 +223,33 @@ def test_comparison_needs_two_seeds(few):
     with pytest.raises(UserError, match=rf"`b` must have at least two finished seeds, got {len(few)}.*--seeds"):
         compare(two, few)
     with pytest.raises(UserError, match=rf"`bad` must have at least two finished seeds, got {len(few)}"):
-        verdict(("good", "bad"), (two, few))
+        verdicts({"good": two, "bad": few})
+
+
+def test_p_is_corrected_for_several_comparisons_by_holms_method():
+    scores = {
+        "a": scores_of([0.50, 0.51, 0.52, 0.53]),
+        "b": scores_of([0.51, 0.53, 0.52, 0.55]),
+        "c": scores_of([0.60, 0.62, 0.615, 0.64]),
+    }
+    found = compare_all(scores, (0.0, 1.0))
+    p = {pair: compare(scores[pair[0]], scores[pair[1]]).p_value for pair in found}
+    assert p["b", "c"] < p["a", "c"] < 0.01 and p["a", "b"] > 0.05
+    assert found["b", "c"].corrected == 3 * p["b", "c"] and found["a", "c"].corrected == 2 * p["a", "c"]
+    assert found["a", "b"].corrected == p["a", "b"]
+    assert [c.resolved for c in found.values()] == [False, True, True]
+    lines = verdicts(scores)["a", "c"]
+    assert lines[0].endswith(f", {2 * p['a', 'c']:.2g} corrected for 3 comparisons.")
+    assert lines[1] == "The difference is resolved: c is better."
+
+
+def test_a_smaller_p_is_never_corrected_to_more_than_a_larger_one():
+    scores = {"a": {0: 0.50, 1: 0.51, 2: 0.55}, "b": {0: 0.58, 1: 0.58, 2: 0.61}, "c": {0: 0.53, 1: 0.53, 2: 0.53}}
+    found = compare_all(scores)
+    assert 3 * found["a", "b"].p_value == found["a", "b"].corrected < 0.05
+    alone, among = compare(scores["b"], scores["c"]), found["b", "c"]
+    assert alone.p_value == among.p_value < 0.05 < among.corrected
+    assert alone.resolved and not among.resolved and among.more is None
+    rule = "The difference is not resolved. Train more seeds, or compare fewer experiments."
+    assert verdicts(scores)["b", "c"][1] == rule
+    assert found["a", "c"].corrected == max(among.corrected, found["a", "c"].p_value)

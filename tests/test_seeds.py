@@ -15,9 +15,9 @@ from cnnjax import Config, Logger, NonFiniteLossError, UserError, train_and_eval
 from cnnjax.process.settings import num_cores
 from cnnjax.runs.inspection import find_runs
 from cnnjax.runs.records import read_result
-from cnnjax.runs.seeds import parse_seeds, train_seeds
+from cnnjax.seeds import parse_seeds, train_seeds
 
-PROGRAM = Path(__file__).parents[1] / "programs" / "two_devices.py"
+PROGRAM = Path(__file__).parent / "programs" / "two_devices.py"
 
 
 def test_seeds_are_ranges_or_lists():
@@ -81,7 +81,7 @@ def test_the_source_code_of_seeds_lacks_their_run_directories_only(tmp_path, mon
     def record(config, *run_dirs):
         raise UserError(", ".join(path.name for path in run_dirs))
 
-    monkeypatch.setattr("cnnjax.runs.seeds.source_of", record)
+    monkeypatch.setattr("cnnjax.seeds.source_of", record)
     with pytest.raises(UserError, match=r"^seed0, seed3$"):
         train_seeds(Config(), (0, 3), folder=tmp_path)
 
@@ -113,8 +113,8 @@ def test_a_seed_that_fails_is_reported_at_once_and_the_others_are_trained(num_de
         trained.append((config.seed, len(report.lines)))
         return SimpleNamespace(finished_result=lambda: {})
 
-    monkeypatch.setattr("cnnjax.runs.seeds.train_and_evaluate", train)
-    monkeypatch.setattr("cnnjax.runs.seeds.load_data", lambda *arguments, **options: None)
+    monkeypatch.setattr("cnnjax.seeds.train_run", train)
+    monkeypatch.setattr("cnnjax.seeds.load_inputs", lambda *arguments, **options: None)
     devices = num_devices * jax.local_devices()[:1]
     monkeypatch.setattr("jax.local_devices", lambda: devices)
     with pytest.raises(

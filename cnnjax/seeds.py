@@ -18,7 +18,7 @@ import jax
 
 from cnnjax.config import Config, word
 from cnnjax.errors import NonFiniteLossError, StorageError, UserError, check, describe, for_reader
-from cnnjax.prepare import load_data, load_network_weights
+from cnnjax.inputs import load_inputs
 from cnnjax.process.console import Report
 from cnnjax.process.settings import num_cores, start_jax
 from cnnjax.process.signals import Interrupted, stop_signals
@@ -29,7 +29,7 @@ from cnnjax.runs.records import data_version, read_record
 from cnnjax.runs.schema import Result
 from cnnjax.runs.source import source_of
 from cnnjax.sharding import parse_mesh
-from cnnjax.train import train_and_evaluate
+from cnnjax.train import train_run
 
 MAX_SEEDS = 10_000
 
@@ -115,10 +115,9 @@ def train_seeds(
     copies = [_copy(loggers) for _ in seeds]
     code = source_of(config, *folders)  # Once: what trains, even if a file is edited meanwhile.
     version = next(filter(None, map(data_version, folders)), None)
-    dataset = None
+    inputs = None
     if not (resume and all(_is_finished(run_dir, config) for run_dir in folders)):  # Else no data are needed.
-        weights = load_network_weights(config, report.say)
-        dataset = load_data(config, data_dir, report.say, version=version, weights=weights, stream=stream)
+        inputs = load_inputs(config, data_dir, report.say, version=version, stream=stream)
     devices, size = jax.local_devices(), math.prod(parse_mesh(mesh)) if mesh is not None else 1
     rule = f"of at most the {len(devices)} device{'s' if len(devices) > 1 else ''} of this process"
     check("mesh", rule, size <= len(devices), mesh)
@@ -134,7 +133,7 @@ def train_seeds(
                 if stop.signum is not None:  # This seed was still waiting.
                     raise Interrupted(stop.signum)
                 with jax.default_device(group[0]):
-                    run = train_and_evaluate(
+                    run = train_run(
                         config,
                         run_dir=run_dir,
                         data_dir=data_dir,
@@ -146,7 +145,7 @@ def train_seeds(
                         report=report,
                         stop=stop,
                         stream=stream,
-                        dataset=dataset,
+                        inputs=inputs,
                         code=code,
                     )
                     return run.finished_result()

@@ -13,7 +13,7 @@ from pydantic import Field, FiniteFloat
 from typing_extensions import TypedDict
 
 from cnnjax import UserError
-from cnnjax.runs.files import (
+from cnnjax.files import (
     atomic_write,
     cache_dir,
     check_local,
