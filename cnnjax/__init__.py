@@ -12,6 +12,7 @@ with _epy.lazy_api_imports(globals()):  # `cnnjax --help` does not wait for jax.
     from cnnjax.data.weights import load_weights
     from cnnjax.errors import NonFiniteLossError, UserError
     from cnnjax.export.bundle import export_run
+    from cnnjax.layers.general import conv_general_dilated
     from cnnjax.losses import CrossEntropy, softmax_cross_entropy
     from cnnjax.lr_find import RangeTest, find_learning_rate
     from cnnjax.metrics import Metrics
@@ -81,6 +82,7 @@ __all__ = [
     "UserError",
     "WandB",
     "compiler_options",
+    "conv_general_dilated",
     "eval_params",
     "eval_step",
     "export_run",

@@ -178,10 +178,11 @@ def test_the_layers_are_measured(tmp_path):
 
 @pytest.mark.slow
 def test_the_benchmarks_of_a_cpu_produce_their_tables(tmp_path):
-    tables = run("cpu.py", "step", "speednet", "sizes", "accuracy", into=tmp_path)
+    tables = run("cpu.py", "step", "speednet", "residual", "sizes", "accuracy", into=tmp_path)
     has_bfloat16 = "avx512_bf16" in processor_flags().split()
     for part, name in (("step", "| cnnjax float32"), ("speednet", "| cnnjax bfloat16, Muon"))[: 1 + has_bfloat16]:
         assert [row[0] for row in tables[part]].count(name) == 2
+    assert [row[0] for row in tables["residual"]].count("| jax's convolution, float32") == 2
     assert len(tables["sizes"]) == 1 + has_bfloat16
     assert "GiB" in tables["accuracy"][0][-1]
     tables = run("runs.py", into=tmp_path)

@@ -306,7 +306,7 @@ def test_x64_keeps_the_bits_of_the_initial_parameters():
 
 MESSAGE = (
     "`model` must use plain XLA operations to be differentiated twice or in forward mode, got fast kernels. Build it "
-    "with `plain=True`."
+    "with `plain=True`, or without `conv_general_dilated`."
 )
 X = jnp.ones((1, 4, 4, 2))
 OPERATIONS = {

@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 _MESSAGE = (
     "`model` must use plain XLA operations to be differentiated twice or in forward mode, got fast kernels. Build it "
-    "with `plain=True`."
+    "with `plain=True`, or without `conv_general_dilated`."
 )
 
 

@@ -6,14 +6,15 @@
 
 step       a training step of the tutorial's network at batch size 128: cnnjax, plain Flax, PyTorch and Keras 3
 speednet   a training step of `cifar10_fast`, and of its network in PyTorch with SGD
+residual   a training step of a user's network of Flax's layers, with jax's convolution and with cnnjax's; in PyTorch
 sizes      a step of the tutorial's network in cnnjax at batch sizes from 32 to 512
 layers     each convolution of the tutorial's network, forward and backward, beside a matrix product
 accuracy   `cifar10_fast` from its first step to 78.5% and to 90% of CIFAR-10's test images, 3 seeds
 tutorial   the tutorial's Keras code from `fit` to 78.5%, 3 seeds: several hours
 
 Each contender is a process. Contenders take turns on the same images; a turn is a warm pass, synchronized at both ends.
-`step` and `speednet` measure twice: with default settings, and with variables of glibc for all that keep freed memory,
-as `cnnjax.keep_memory` does. Peers are installed in .venv-peers, which `make bench` creates; a peer that cannot run is
+`step`, `speednet` and `residual` measure twice: with default settings, and with variables of glibc for all that keep
+freed memory, as `cnnjax.keep_memory` does. Peers are installed in .venv-peers, which `make bench` creates; a peer that cannot run is
 left out. Each part writes its tables into BENCHMARKS.md.
 """
 
@@ -107,6 +108,10 @@ def speednet(args: argparse.Namespace) -> str:
     config: Any = load_experiment(str(harness.EXPERIMENTS / "cifar10_fast.py")).config
     size, widths = (4, (4, 4, 4)) if args.small else (config.batch_size, config.model.widths)
     return compare("speednet", size, args, *widths)
+
+
+def residual(args: argparse.Namespace) -> str:
+    return compare("residual", 4 if args.small else 128, args)
 
 
 def sizes(args: argparse.Namespace) -> str:
@@ -220,15 +225,17 @@ def tutorial(args: argparse.Namespace) -> str:
     return table([*head, "s per epoch"], rows)
 
 
-PARTS = {f.__name__: f for f in (step, speednet, sizes, layers, accuracy, tutorial)}
+PARTS = {f.__name__: f for f in (step, speednet, residual, sizes, layers, accuracy, tutorial)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--turns", type=int, default=5, help="of step, speednet, sizes and layers")
+    parser.add_argument("--turns", type=int, default=5, help="of step, speednet, residual, sizes and layers")
     parser.add_argument("--num-seeds", type=int, default=3, help="of accuracy and tutorial")
     args = harness.parse(parser, list(PARTS), list(PARTS)[:-1])
-    if not PEERS.exists() and ("tutorial" in args.parts or ({"step", "speednet"} & {*args.parts} and not args.small)):
+    if not PEERS.exists() and (
+        "tutorial" in args.parts or ({"step", "speednet", "residual"} & {*args.parts} and not args.small)
+    ):
         parser.error(f"The peers must be in {PEERS.parents[1]}. Use: make bench ARGS='{' '.join(args.parts)}'")
     if variables := sorted(name for name in os.environ if name.startswith("MALLOC_")):
         parser.error(f"Variables that begin with MALLOC_ must not be set, got {', '.join(variables)}. Unset them.")

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from harness import EXPERIMENTS, answer, serve
 
+RESIDUAL = ((32, 1), (64, 2), (128, 2))  # Channels and stride of each block of a user's network.
+
 # --- Each yields after a pass over the images, when its device has finished -----------------------------------------
 
 
@@ -41,6 +43,33 @@ def muon_passes(image: np.ndarray, label: np.ndarray, batch_size: int, *widths: 
     model = config.model.clone(widths=widths)
     tx = config.optim.make_tx(50_000 // batch_size * config.num_epochs, config.num_epochs)
     return step_passes(image, label, batch_size, model=model, tx=tx, loss_fn=config.loss)
+
+
+def residual_passes(image: np.ndarray, label: np.ndarray, batch_size: int, dtype: str, fast: bool) -> Iterator[None]:
+    """A user's network of Flax's layers, with jax's convolution or cnnjax's."""
+    import flax.linen as nn
+    import optax
+
+    from cnnjax import conv_general_dilated, keep_memory, softmax_cross_entropy
+
+    def conv_norm(x, features, size, stride, train):
+        options = {"conv_general_dilated": conv_general_dilated} if fast else {}
+        x = nn.Conv(features, (size, size), strides=stride, use_bias=False, dtype=dtype, **options)(x)
+        return nn.BatchNorm(not train, momentum=0.9, dtype=dtype)(x)
+
+    class Residual(nn.Module):
+        @nn.compact
+        def __call__(self, x, *, train):
+            x = nn.relu(conv_norm(x, RESIDUAL[0][0], 3, 1, train))
+            for features, stride in RESIDUAL:
+                y = nn.relu(conv_norm(x, features, 3, stride, train))
+                y = conv_norm(y, features, 3, 1, train)
+                x = nn.relu(y + (x if stride == 1 else conv_norm(x, features, 1, stride, train)))
+            return nn.Dense(10)(x.mean((1, 2)).astype("float32"))
+
+    keep_memory()
+    tx = optax.sgd(0.01, 0.9)
+    return step_passes(image, label, batch_size, model=Residual(), tx=tx, loss_fn=softmax_cross_entropy)
 
 
 def step_passes(
@@ -148,6 +177,33 @@ def torch_speednet(*widths: int) -> tuple[Any, Any, Any]:
     return model, sgd, nn.CrossEntropyLoss(label_smoothing=0.2)
 
 
+def torch_residual() -> tuple[Any, Any, Any]:
+    """Returns the network of `residual_passes`, its optimizer and its loss."""
+    import torch
+    from torch import nn
+
+    def conv_norm(c, features, size, stride):
+        conv = nn.Conv2d(c, features, size, stride, padding=size // 2, bias=False)
+        return conv, nn.BatchNorm2d(features)
+
+    class Block(nn.Module):
+        def __init__(self, c, features, stride):
+            super().__init__()
+            second = conv_norm(features, features, 3, 1)
+            self.main = nn.Sequential(*conv_norm(c, features, 3, stride), nn.ReLU(), *second)
+            self.side = nn.Sequential(*(conv_norm(c, features, 1, stride) if stride > 1 else ()))
+
+        def forward(self, x):
+            return torch.relu(self.main(x) + self.side(x))
+
+    first = RESIDUAL[0][0]
+    widths = [first, *(features for features, _ in RESIDUAL)]
+    blocks = [Block(c, features, stride) for c, (features, stride) in zip(widths, RESIDUAL, strict=False)]
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 10))
+    model = nn.Sequential(*conv_norm(3, first, 3, 1), nn.ReLU(), *blocks, *head)
+    return model, torch.optim.SGD(model.parameters(), 0.01, momentum=0.9), nn.CrossEntropyLoss()
+
+
 def torch_passes(
     image: np.ndarray,
     label: np.ndarray,
@@ -209,6 +265,7 @@ class Contender(NamedTuple):
     part: str = "step"
 
 
+residual_half = partial(torch_passes, make=torch_residual, last=True, half=True)
 half_passes = partial(torch_passes, last=True, half=True)
 sgd_passes = partial(half_passes, make=torch_speednet)
 CONTENDERS = {
@@ -224,6 +281,25 @@ CONTENDERS = {
     "PyTorch bfloat16, SGD": Contender(sgd_passes, ": channels last, eager, autocast", part="speednet"),
     "PyTorch bfloat16, SGD, compiled": Contender(
         partial(sgd_passes, compiled=True), ": channels last, autocast", part="speednet"
+    ),
+    "cnnjax's convolution, float32": Contender(
+        partial(residual_passes, dtype="float32", fast=True), peer=False, part="residual"
+    ),
+    "cnnjax's convolution, bfloat16": Contender(
+        partial(residual_passes, dtype="bfloat16", fast=True), peer=False, part="residual"
+    ),
+    "jax's convolution, float32": Contender(
+        partial(residual_passes, dtype="float32", fast=False), peer=False, part="residual"
+    ),
+    "jax's convolution, bfloat16": Contender(
+        partial(residual_passes, dtype="bfloat16", fast=False), peer=False, part="residual"
+    ),
+    "PyTorch, float32": Contender(
+        partial(torch_passes, make=torch_residual, last=True), ": channels last, eager", part="residual"
+    ),
+    "PyTorch, bfloat16": Contender(residual_half, ": channels last, eager, autocast", part="residual"),
+    "PyTorch, bfloat16, compiled": Contender(
+        partial(residual_half, compiled=True), ": channels last, autocast", part="residual"
     ),
 }
 

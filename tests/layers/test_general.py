@@ -1,0 +1,98 @@
+"""The convolution for any network, compared with that of jax."""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import lax
+
+from cnnjax import conv_general_dilated
+from cnnjax.jaxprs import calls_kernels
+from cnnjax.onednn.library import kernels
+
+USUAL = [
+    {},
+    {"strides": (2, 2)},
+    {"strides": (2, 2), "padding": "VALID"},
+    {"padding": ((2, 1), (0, 2))},
+    {"padding": ((4, 4), (3, 3))},  # Not smaller than the kernel.
+    {"kernel": (1, 1, 6, 5), "strides": (2, 2)},
+    {"kernel": (2, 4, 6, 5)},
+    {"kernel": (3, 3, 1, 6), "groups": 6},
+    {"kernel": (3, 3, 1, 6), "groups": 6, "strides": (2, 2)},
+]
+OTHERS = [
+    {"kernel": (3, 3, 1, 12), "groups": 6},
+    {"kernel": (3, 3, 3, 6), "groups": 2},
+    {"strides": (2, 1)},
+    {"rhs_dilation": (2, 2)},
+    {"lhs_dilation": (2, 2), "padding": ((1, 1), (2, 2))},
+    {"precision": lax.Precision.HIGHEST},
+]
+
+
+def convolve(function, image, kernel, *, strides=(1, 1), padding="SAME", groups=1, **options):
+    return function(
+        image,
+        kernel,
+        strides,
+        padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("options", [*USUAL, *OTHERS], ids=range(len(USUAL) + len(OTHERS)))
+def test_values_and_gradients_are_those_of_jax(options, dtype):
+    options = dict(options)
+    rng, shape = np.random.default_rng(0), options.pop("kernel", (3, 3, 6, 5))
+    image, kernel = (jnp.asarray(rng.normal(size=size), dtype) for size in ((2, 9, 8, 6), shape))
+    results = []
+    for function in (conv_general_dilated, lax.conv_general_dilated):
+        y, pullback = jax.vjp(partial(convolve, function, **options), image, kernel)
+        g = jnp.asarray(np.random.default_rng(1).normal(size=y.shape), dtype)
+        results.append([y, *pullback(g)])
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.dtype == theirs.dtype == dtype and ours.shape == theirs.shape
+        error = np.abs(np.asarray(ours, np.float64) - np.asarray(theirs, np.float64)).max()
+        assert error <= (1e-5 if dtype == jnp.float32 else 0.02) * np.abs(np.asarray(theirs, np.float64)).max()
+
+
+@pytest.mark.skipif(not str(kernels()).startswith("oneDNN"), reason="needs oneDNN")
+@pytest.mark.parametrize(("options", "is_fast"), [(USUAL[0], True), *((x, False) for x in OTHERS)])
+def test_the_usual_kinds_use_fast_kernels(options, is_fast):
+    options = dict(options)
+    image, kernel = jnp.zeros((2, 9, 8, 6)), jnp.zeros(options.pop("kernel", (3, 3, 6, 5)))
+    assert calls_kernels(jax.make_jaxpr(partial(convolve, conv_general_dilated, **options))(image, kernel)) == is_fast
+
+
+def test_other_layouts_and_ranks_are_left_to_jax():
+    image = jnp.arange(48.0).reshape(1, 3, 4, 4)
+    kernel = jnp.arange(54.0).reshape(2, 3, 3, 3)
+    ours = conv_general_dilated(image, kernel, (1, 1), "SAME")  # [B C H W]
+    assert jnp.array_equal(ours, lax.conv_general_dilated(image, kernel, (1, 1), "SAME"))
+    line, filters = jnp.arange(8.0).reshape(1, 8, 1), jnp.ones((3, 1, 2))
+    numbers = ("NWC", "WIO", "NWC")
+    ours = conv_general_dilated(line, filters, (1,), "SAME", dimension_numbers=numbers)
+    assert jnp.array_equal(ours, lax.conv_general_dilated(line, filters, (1,), "SAME", dimension_numbers=numbers))
+
+
+def test_layers_of_flax_accept_it():
+    image = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+    fast, slow = (nn.Conv(4, (3, 3), strides=2, conv_general_dilated=f) for f in (conv_general_dilated, None))
+    variables = fast.init(jax.random.key(1), image)
+    np.testing.assert_allclose(fast.apply(variables, image), slow.apply(variables, image), atol=1e-5)
+    layer = nnx.Conv(3, 4, (3, 3), conv_general_dilated=conv_general_dilated, rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(layer(image), nnx.Conv(3, 4, (3, 3), rngs=nnx.Rngs(0))(image), atol=1e-5)
+
+
+def test_forward_mode_is_an_error_that_names_the_argument():
+    image, kernel = jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 2))
+    with pytest.raises(TypeError, match=r"Build it with `plain=True`, or without `conv_general_dilated`"):
+        jax.jvp(partial(convolve, conv_general_dilated), (image, kernel), (image, kernel))
