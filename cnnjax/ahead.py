@@ -1,4 +1,4 @@
-"""What a thread prepares while an accelerator trains: the programs of later epochs, and the score of the test set."""
+"""Prepares in a thread, while an accelerator trains, the programs of later epochs and the score of the test set."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -22,7 +22,7 @@ EVALUATION = "evaluation"
 
 
 class Ahead(NamedTuple):
-    """What the thread prepares.
+    """The preparations of the thread.
 
     Attributes:
       open_test: returns the test set.

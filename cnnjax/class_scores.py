@@ -10,10 +10,10 @@ from jaxtyping import Bool, Float, Int, Integer
 
 Confusion = dict[tuple[int, int], int]  # {(true, predicted): count}, without the pairs that never occur.
 
-MAX_CLASSES = 300  # Of a confusion matrix in result.json: 90,000 numbers.
+MAX_CLASSES = 300  # The confusion matrix in result.json then has 90,000 numbers.
 UNEVEN = 1.5  # MNIST, whose largest class has 1.27 times the test images of its smallest, counts as even.
-NUM_BINS = 15  # Of a calibration; Guo et al. 2017.
-DIGITS = 5  # Of a confidence, so that the same network gives the same order and bins in batches of another size.
+NUM_BINS = 15  # Bins of a calibration curve; Guo et al. 2017.
+DIGITS = 5  # A confidence is rounded, so that batches of another size give the same order and bins.
 
 
 class ClassScores(NamedTuple):
@@ -146,7 +146,7 @@ def calibrate(
         mean = np.bincount(index, confidence, num_bins) / count
         accuracy = np.bincount(index, correct.astype(np.float64), num_bins) / count
     error = np.nansum(np.abs(mean - accuracy) * count) / n
-    variance = np.bincount(index, confidence * (1 - confidence), num_bins)  # Of the number of correct predictions.
+    variance = np.bincount(index, confidence * (1 - confidence), num_bins)  # Variance of the number correct.
     by_chance = math.sqrt(2 / math.pi) * np.sqrt(variance).sum() / n  # The mean distance of a normal distribution.
     scores = error, by_chance, confidence.mean(), correct.mean(), math.sqrt(variance.sum()) / n
     return Calibration(edges[:-1], edges[1:], count, mean, accuracy, *map(float, scores))

@@ -18,7 +18,7 @@ from cnnjax.network import check_network
 from cnnjax.optim.optimizer import Optimizer
 from cnnjax.optim.recipes import Adam
 
-NAME_OR_CONFIG = r"\w[\w-]*(/\w[\w.-]*)?(:[\d.]+)?/?"  # Of tfds.
+NAME_OR_CONFIG = r"\w[\w-]*(/\w[\w.-]*)?(:[\d.]+)?/?"  # As tfds writes them.
 BALANCING, BEST_BY = ("none", "balanced"), ("accuracy", "balanced_accuracy")
 # (x_train, y_train, x_test, y_test), or with x_validation, y_validation before x_test.
 Arrays = tuple[Any, Any, Any, Any] | tuple[Any, Any, Any, Any, Any, Any]

@@ -116,7 +116,7 @@ def describe(error: BaseException, place: str = "") -> str:
     lines = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     try:
         text = " ".join(str(error).split())
-    except Exception:  # Of the user's `__str__`: the type and the line remain.
+    except Exception:  # The user's `__str__` failed: the type and the line remain.
         text = ""
     if isinstance(error, SyntaxError) and error.filename:
         lines, text = [*lines, (error.filename, error.lineno)], error.msg

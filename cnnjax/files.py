@@ -174,7 +174,7 @@ def parse_json(content: str | bytes, schema: type[T], source: object, fix: str =
 
     try:
         return _adapter(schema).validate_json(content, strict=True)
-    except UserError as error:  # Of a dataclass.
+    except UserError as error:  # Raised by a dataclass.
         raise UserError(f"{source}: {error} {fix}") from error
     except ValidationError as error:
         first = error.errors()[0]

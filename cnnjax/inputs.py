@@ -1,4 +1,4 @@
-"""What a configuration names that is stored elsewhere: its data set, and the pretrained weights of its network."""
+"""The inputs that a configuration names: its data set, and the pretrained weights of its network."""
 
 import os
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What the equations of a jaxpr call."""
+"""The programs and kernels that the equations of a jaxpr call."""
 
 from collections.abc import Iterator
 from typing import Any

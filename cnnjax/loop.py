@@ -89,12 +89,7 @@ def fit(
             # So that the device need not wait for the host at the end of each epoch.
             if setup.queues_validation and not tracer.traces(step, steps):
                 snapshot = start_validation(setup, state)
-                if (
-                    step < setup.program.num_steps
-                    and epoch_seconds < QUEUED_SECONDS
-                    and run.stop.signum is None
-                    and run.hosts.count == 1  # Several must agree first whether to stop.
-                ):
+                if step < setup.program.num_steps and may_queue(run, epoch_seconds):
                     state, queued = start(state, next_dispatch, step=step, statics=statics(epoch + 1))
             metrics = fetch(metrics)  # Waits for the device.
             tracer.end(step)
@@ -130,6 +125,16 @@ def fit(
                 ended = None
             epoch_start, examples_before = time.perf_counter(), 0
     return state, progress
+
+
+def may_queue(run: OpenRun, epoch_seconds: float) -> bool:
+    """Returns whether the next epoch may be queued on the device before the metrics of this one are read.
+
+    Args:
+      epoch_seconds: the duration of the last epoch.
+    """
+    several = run.hosts.count > 1  # They must agree first whether to stop.
+    return epoch_seconds < QUEUED_SECONDS and run.stop.signum is None and not several
 
 
 def start_steps(

@@ -1,4 +1,4 @@
-"""What a run sets up before its first step: the data on the device, the initial state, and checks of user code."""
+"""The set-up of a run before its first step: the data on the device, the initial state, and checks of user code."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -48,7 +48,7 @@ class Setup(NamedTuple):
     dataset: ImageDataset
     facts: DataFacts
     batch_size: int
-    balanced_label: np.ndarray | None  # Of the training examples, if classes are drawn equally often.
+    balanced_label: np.ndarray | None  # The training labels, if classes are drawn equally often.
     train: Pixels | StreamedSet  # On every device, or on disk.
     validation: Pixels | StreamedSet
     program: Program

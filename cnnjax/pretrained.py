@@ -11,7 +11,7 @@ from cnnjax.data.batches import Standardization
 from cnnjax.errors import UserError, option
 from cnnjax.typing import Preprocessing
 
-VariablePath = tuple[str, ...]  # Of an array in the variables of a network.
+VariablePath = tuple[str, ...]  # The keys that lead to an array in the variables.
 
 
 class Weights(NamedTuple):

@@ -38,7 +38,7 @@ class Program(NamedTuple):
     optim: Optimizer
     augment: Augment
     loss_fn: LossFn
-    num_steps: int  # Of the whole run.
+    num_steps: int  # In the whole run.
     num_epochs: int
     placement: Placement | None = None  # Only if it divides the state.
 

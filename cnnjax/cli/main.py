@@ -209,7 +209,7 @@ def _status(run: Callable[[], Any], resumable: bool) -> Any:
     """Returns the exit status of `run`, or prints why it failed, and returns the status for that."""
     try:
         return run()
-    except SystemExit as stopped:  # Of tyro.
+    except SystemExit as stopped:  # Raised by tyro.
         return stopped.code
     except Interrupted as stop:
         message, status = f"{stop} {_how_to_resume()}".rstrip(), REQUEUE

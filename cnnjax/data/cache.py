@@ -30,7 +30,7 @@ class Facts:
     image_shape: ImageShape
     sha256: Splits
     splits: tuple[str, ...]
-    files: tuple[str, ...] = ()  # Of the training images of a folder, in order.
+    files: tuple[str, ...] = ()  # The training images of a folder, in order.
 
 
 def read_facts(cache: Path) -> Facts | None:

@@ -204,7 +204,7 @@ def load_dataset(
     check("test_seed", "between 0 and 2**32 - 1", 0 <= test_seed < 2**32, test_seed)
     fit = Fit(_pair("image_size", image_size), channels, resize, interpolation)
     directory = default_data_dir() if data_dir is None else absolute(Path(data_dir))
-    of_folder = re.fullmatch("[0-9a-f]{12}", version or "") is not None  # Which may have been moved.
+    of_folder = re.fullmatch("[0-9a-f]{12}", version or "") is not None  # A folder may have been moved.
     if isinstance(dataset, os.PathLike) or (
         isinstance(dataset, str) and (of_folder or is_path(dataset, directory, say))
     ):

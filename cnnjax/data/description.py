@@ -1,4 +1,4 @@
-"""What a prepared tfds directory states of its set, read without importing tfds: every start needs it."""
+"""The description in a prepared tfds directory, read without importing tfds: every start needs it."""
 
 import contextlib
 import json

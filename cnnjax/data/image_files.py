@@ -18,7 +18,7 @@ from cnnjax.process.console import track
 from cnnjax.process.settings import num_cores
 from cnnjax.process.streams import reason
 
-MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # Of Pillow, for each number of channels.
+MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # Pillow's mode for each number of channels.
 AHEAD = 64  # Number of images in work at a time: an interruption waits for few, and few are in memory.
 T = TypeVar("T")
 R = TypeVar("R")

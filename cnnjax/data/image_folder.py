@@ -81,7 +81,7 @@ def prepare_folder(
     is_version = re.fullmatch("[0-9a-f]{12}", version or "")
     if is_version and (sources := sorted(data_dir.glob(f"*_{version}/{_VERSION}/{SOURCE}"))):
         own = data_dir / f"{_slug(path)}_{version}" / _VERSION / SOURCE
-        source = own if own in sources else sources[0]  # Of another folder with the same content.
+        source = own if own in sources else sources[0]  # Another folder has the same content.
         name = source.parent.parent.name
         if not os.path.exists(path):
             say(f"{path} does not exist here; {name} is used, which was prepared from the same images")
@@ -94,7 +94,7 @@ def prepare_folder(
         if (found := _find(path, data_dir, listing, settings)) is None:
             data_dir.mkdir(parents=True, exist_ok=True)
             with exclusive(work, data_dir, say) as locked, staging(work, data_dir, locked) as stage:
-                found = _find(path, data_dir, listing, settings)  # Of the process that had the lock.
+                found = _find(path, data_dir, listing, settings)  # The process that had the lock prepared it.
                 if found is None:
                     parts = Parts(data_dir / f".cnnjax-{work}.parts" if locked else stage / "parts")
                     inspection = _read(path, listing, settings, parts, say)

@@ -34,8 +34,8 @@ class Record(NamedTuple):
     width: int = 0  # Upright by the EXIF orientation.
     height: int = 0
     format: str = ""
-    mode: str = ""  # Of Pillow, as stored.
-    sha256: str = ""  # Of the file.
+    mode: str = ""  # Pillow's mode, as stored.
+    sha256: str = ""  # The digest of the file.
     pixels: str = ""  # SHA-256 of the pixels in RGB, or in RGBA if there is transparency.
     problem: str = ""
 

@@ -24,7 +24,7 @@ from cnnjax.files import is_inside, open_regular, parse_json
 from cnnjax.process.streams import reason
 
 SPLITS = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
-_IGNORED = ("thumbs.db", "desktop.ini", "__macosx")  # Of Windows and macOS; hidden names are ignored, too.
+_IGNORED = ("thumbs.db", "desktop.ini", "__macosx")  # Files of Windows and macOS; hidden names are ignored, too.
 _LIST_FIX = "Write one line per image, with the columns path and label, and perhaps split."
 
 

@@ -19,7 +19,7 @@ from cnnjax.files import open_regular
 
 NAME = "imagenet2012"
 ARCHIVES = {"train": "ILSVRC2012_img_train.tar", "validation": "ILSVRC2012_img_val.tar"}
-JPEG_QUALITY = 100  # That of tfds for these files.
+JPEG_QUALITY = 100  # As tfds writes these files.
 
 
 def archive_folder(data_dir: Path) -> Path:

@@ -20,7 +20,7 @@ SPLIT, ORDER, FLIP, SHIFT, CUTOUT, BALANCE = range(6)
 
 
 class Plan(NamedTuple):
-    """What batches consist of: one row per step (S of them), or a single row."""
+    """The content of batches: one row per step (S of them), or a single row."""
 
     example: Int[AnyArray, "*S B"]  # Index in the training set.
     mask: Bool[AnyArray, "*S B"]  # False for padding.

@@ -346,7 +346,7 @@ def _decode_all(wanted: _Wanted, folder: Path, source: str) -> StoredSet:
     try:
         for split, examples in decoded.items():
             write_arrays(cache, split, examples)
-        if (known := read_facts(cache)) is not None:  # Of another `test_split`.
+        if (known := read_facts(cache)) is not None:  # Known for another `test_split`.
             facts = replace(facts, sha256={**known.sha256, **sha256})
         write_facts(cache, facts)
     except OSError as error:

@@ -104,7 +104,7 @@ class StreamedImages:
 
     @property
     def dtype(self) -> np.dtype[np.uint8]:
-        """Of the pixels."""
+        """The shape of the pixels."""
         return np.dtype(np.uint8)
 
     def __len__(self) -> int:
@@ -163,7 +163,7 @@ def default_workers(num_images: int) -> int:
 class Source(Protocol):
     """Elements that Grain's workers compute in any order. It is pickled for them."""
 
-    nbytes: int  # Of an element.
+    nbytes: int  # The size of an element.
 
     def __len__(self) -> int: ...
 

@@ -1,4 +1,4 @@
-"""What is known about the images of a set that stay on disk: one pass over the records finds it, and it is kept."""
+"""The index of a streamed data set: labels, sums of pixels and digests, found by one pass over its records."""
 
 import hashlib
 import math
@@ -42,7 +42,7 @@ class Index:
 
 
 class IndexedSplit(NamedTuple):
-    """What the pass over a split finds."""
+    """The result of the pass over a split."""
 
     label: Int[np.ndarray, " N"]
     sums: Int[np.ndarray, "N 2 C"]  # See `image_sums`; of images in the shape that a network gets.

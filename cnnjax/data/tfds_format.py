@@ -372,5 +372,5 @@ def png(image: np.ndarray) -> bytes:
 
     file = io.BytesIO()
     image_file = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-    image_file.save(file, "PNG", compress_level=1, compress_type=zlib.Z_RLE)  # Of photos faster and smaller.
+    image_file.save(file, "PNG", compress_level=1, compress_type=zlib.Z_RLE)  # Faster and smaller for photos.
     return file.getvalue()

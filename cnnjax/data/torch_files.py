@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-_MAGIC = 0x1950A86A20F9469CFC6C  # Of files that PyTorch wrote before version 1.6.
+_MAGIC = 0x1950A86A20F9469CFC6C  # Begins files that PyTorch wrote before version 1.6.
 _STORAGES = {
     "FloatStorage": np.float32,
     "DoubleStorage": np.float64,
@@ -154,7 +154,7 @@ def _read_legacy(data: bytes) -> tuple[Any, Callable[[Storage], memoryview]]:
     stream = BytesIO(data)
     try:
         known = _load(stream)[0] == _MAGIC
-    except Exception:  # Of any other file.
+    except Exception:  # Any other file.
         known = False
     if not known:
         raise Refused("is neither of PyTorch nor of safetensors")

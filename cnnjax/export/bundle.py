@@ -233,7 +233,7 @@ def _tensors(run: Run, metadata: dict[str, str]) -> bytes:
         raise UserError("`formats` must be without safetensors for a network in which two arrays have the same path.")
     try:
         return save(tensors, metadata)
-    except Exception as error:  # Of its Rust part.
+    except Exception as error:  # Raised by its Rust part.
         raise UserError(f"`formats` must be without safetensors for this network, got {error}.") from error
 
 

@@ -49,7 +49,7 @@ class Checked(NamedTuple):
 
 
 class Live(NamedTuple):
-    """What the network predicts for test images, with the test-time augmentation `tta`."""
+    """The predictions of the network for test images, with the test-time augmentation `tta`."""
 
     tta: str
     image: UInt8[np.ndarray, "N H W C"]

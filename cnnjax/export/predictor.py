@@ -73,7 +73,7 @@ def to_stablehlo(
     try:
         with plain_operations(), _without_paths():
             return bytes(export.export(jax.jit(predict), platforms=platforms)(image).serialize())
-    except Exception as error:  # Of the network, or of JAX, which names the calls.
+    except Exception as error:  # Raised by the network, or by JAX, which names the calls.
         raise UserError(
             f"`formats` must be without stablehlo for this network, which cannot be exported: {describe(error)}"
         ) from error

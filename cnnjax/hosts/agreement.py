@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 
 class Decision(NamedTuple):
-    """What all processes do at one boundary.
+    """The common decision of all processes at one boundary.
 
     Attributes:
       request: the number of the request, from 1.

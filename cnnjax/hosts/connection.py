@@ -27,7 +27,7 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-_hosts: Hosts | None = None  # Of this process, like `jax.distributed` itself.
+_hosts: Hosts | None = None  # One per process, like `jax.distributed` itself.
 _num_opened = 0
 
 
@@ -162,10 +162,10 @@ def _open(*, host_timeout: float) -> Hosts:
     """Starts to watch the processes that jax has connected."""
     global _num_opened
     state = distributed.global_state
-    index, count, client = state.process_id, state.num_processes, state.client
+    client: Any = state.client  # Not None if there are several processes.
+    index, count = state.process_id, state.num_processes
     if count == 1:
         return Hosts(names=(_host_name(),))
-    assert client is not None
     prefix, _num_opened = f"cnnjax/{_num_opened}/", _num_opened + 1
     client.key_value_set(f"{prefix}name/{index:06}", _host_name())
     client.wait_at_barrier(f"{prefix}names", int(1000 * max(120, host_timeout)))

@@ -1,4 +1,4 @@
-"""What the processes of a run do together."""
+"""The coordination of the processes of a run."""
 
 import ctypes
 import json

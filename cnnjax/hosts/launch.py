@@ -1,4 +1,4 @@
-"""What the arguments, the environment and the scheduler say about the processes of a run."""
+"""Finds the processes of a run by the arguments, the environment and the scheduler."""
 
 import re
 from collections.abc import Mapping

@@ -57,7 +57,7 @@ class Watch:
         self._closed = threading.Event()
         self._exit_lock = threading.Lock()
         self._tick = max(min(_TICK, timeout / 10), len(names) / 1000)  # About a thousand calls per second, per key.
-        self._resume = option("resume")  # Of the thread that knows the reader.
+        self._resume = option("resume")  # Only this thread knows the reader.
         self._threads = [
             threading.Thread(target=target, name=f"cnnjax-hosts-{name}", daemon=True)
             for name, target in (("talk", self._talk), ("watch", self._watch))

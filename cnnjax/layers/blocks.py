@@ -43,7 +43,7 @@ class ConvNorm(nn.Module):
     epsilon: float = 1e-5
     update_stats: bool = True
     plain: bool = False
-    zero_init: bool = False  # Of the scale.
+    zero_init: bool = False  # Initialize the scale with 0.
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], *, train: bool) -> Float[Array, "B H2 W2 K"]:

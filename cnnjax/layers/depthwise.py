@@ -145,10 +145,10 @@ def strided_conv2d(
     if onednn.convolves(image, kernel, padding):
         return _strided_by_onednn(image, kernel, padding, stride)
     (b, h, w, c), (i, j, _, k), s = image.shape, kernel.shape, stride
-    rows, columns = -(-i // s), -(-j // s)  # Of the new kernel.
+    rows, columns = -(-i // s), -(-j // s)  # The size of the new kernel.
     (top, bottom), (left, right) = padding
     h2, w2 = (h + top + bottom - i) // s + 1, (w + left + right - j) // s + 1
-    tall, wide = h2 + rows - 1, w2 + columns - 1  # Of the new image.
+    tall, wide = h2 + rows - 1, w2 + columns - 1  # The size of the new image.
     pads = (top, tall * s - h - top, 0), (left, wide * s - w - left, 0)  # May remove what no filter reaches.
     image = lax.pad(image, jnp.zeros((), image.dtype), ((0, 0, 0), *pads, (0, 0, 0)))
     image = image.reshape(b, tall, s, wide, s, c).swapaxes(2, 3).reshape(b, tall, wide, -1)

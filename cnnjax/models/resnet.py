@@ -18,7 +18,7 @@ from cnnjax.typing import AnyArray, Preprocessing, PublishedWeights
 
 WIDTHS = (64, 128, 256, 512)
 RESNET18_DEPTH, RESNET50_DEPTH = (2, 2, 2, 2), (3, 4, 6, 3)  # Blocks of each width.
-# Of torchvision and timm, in units of pixels.
+# The values of torchvision and timm, in units of pixels.
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 

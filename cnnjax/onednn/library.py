@@ -25,7 +25,7 @@ import jax
 from cnnjax.files import atomic_write, cache_dir, file_sha256
 
 PACKAGES = ("onednn-devel-cpu-gomp", "onednn-cpu-gomp")  # Headers, library.
-KINDS = ("convolution", "image_grad", "kernel_grad", "matmul")  # Of calls, in the order of kernels.c.
+KINDS = ("convolution", "image_grad", "kernel_grad", "matmul")  # The calls, in the order of kernels.c.
 AVX512_BF16 = 0xE7  # dnnl_cpu_isa_avx512_core_bf16: a set of bits.
 SOURCE = Path(__file__).with_name("kernels.c")
 _lock = threading.Lock()

@@ -48,7 +48,7 @@ class Stop:
         self.signum: int | None = None
         self._held = False
         self.finished = False
-        self.exit_code = 1  # Of the process, see `leave`.
+        self.exit_code = 1  # The exit code of the process, see `leave`.
 
     @contextmanager
     def held(self) -> Iterator[None]:

@@ -5,8 +5,8 @@ from typing import Any
 
 from rich.cells import cell_len, set_cell_size
 
-MANY_CLASSES, WORST = 20, 10  # Of more classes, only the worst are shown.
-MATRIX_CLASSES = 10  # Of a confusion matrix.
+MANY_CLASSES, WORST = 20, 10  # If there are more classes, only the worst are shown.
+MATRIX_CLASSES = 10  # A larger confusion matrix is not shown.
 NAME_WIDTH, WIDTH = 40, 100  # Columns of a terminal.
 
 

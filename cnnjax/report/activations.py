@@ -1,4 +1,4 @@
-"""What the layers of a trained network compute for one image: the filters of the first one, and the maps of all."""
+"""The filters of the first layer of a trained network, and the feature maps of all layers for one image."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ from cnnjax.runs.run import Run
 from cnnjax.step import eval_params
 from cnnjax.summary import trace
 
-NUM_MAPS = 16  # Of a layer.
+NUM_MAPS = 16  # Maps that are shown of a layer.
 SIDE = 64  # Pixels of the longer side of a map, at most.
 
 

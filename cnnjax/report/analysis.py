@@ -53,7 +53,7 @@ def most_confident(
 
 
 class Fit(NamedTuple):
-    """What the learning curves of a run say.
+    """The findings from the learning curves of a run.
 
     Attributes:
       lowest: the epoch with the lowest validation loss; None without validation.

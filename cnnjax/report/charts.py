@@ -14,7 +14,7 @@ import altair as alt
 from cnnjax.report.analysis import Band, Fit
 from cnnjax.runs.statistics import Summary
 
-NUM_COLORS = 8  # Of the variables --series-0, ... in page.css.
+NUM_COLORS = 8  # The variables --series-0, ... in page.css.
 FONT = "system-ui, sans-serif"
 CONTAINER = "container"  # The width of a chart in the page. Those in files are not interactive.
 TRAINING, VALIDATION = "training", "validation"

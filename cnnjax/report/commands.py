@@ -82,7 +82,7 @@ def _experiment(command: Sequence[str], files: Sequence[str]) -> str:
       command: that trained it.
       files: those that define its classes and functions, among them modules that the experiment imports.
     """
-    if (given := _option(command, "--experiment")) is not None:  # Of `cnnjax reproduce`.
+    if (given := _option(command, "--experiment")) is not None:  # As `cnnjax reproduce` has it.
         return given
     for program, train, name in zip(command, command[1:], command[2:], strict=False):
         if Path(program).stem == "cnnjax" and train == "train" and not name.startswith("-"):

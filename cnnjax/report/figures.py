@@ -11,7 +11,7 @@ from cnnjax.report.analysis import Band, Fit, band
 from cnnjax.runs.schema import Result
 from cnnjax.runs.statistics import Summary
 
-MATRIX_CLASSES = 30  # Of more classes, the confusion matrix shows those with the most mistakes.
+MATRIX_CLASSES = 30  # If there are more, those with the most mistakes are shown.
 METRICS = ("loss", "accuracy")
 PARTS = {charts.TRAINING: "train", charts.VALIDATION: "validation"}
 

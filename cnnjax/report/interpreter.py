@@ -68,7 +68,7 @@ class Interpreter:
         self.records: list[Record] = []
         self.kernel: Any = None
         self.image = _Value(image, _Source())
-        self._flushed: dict[int, tuple[_Value, _Value]] = {}  # Of the id of an array; a value may be used twice.
+        self._flushed: dict[int, tuple[_Value, _Value]] = {}  # By the id of an array; a value may be used twice.
 
     def run(self, jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any], layer: int | None = None) -> list[Any]:
         """Returns the outputs; a value is an array, or a `_Value` if it depends on the image."""

@@ -73,7 +73,7 @@ def _chart(found: RangeTest, width: int | str) -> Any:
         words = ["suggested:", f"{found.suggestion:g}"]
         text = words if width == CONTAINER else " ".join(words)  # A phone is too narrow for one line.
         low, high = found.learning_rate[[0, -1]]
-        right = found.suggestion**2 < low * high  # Of the line, which is in the left half.
+        right = found.suggestion**2 < low * high  # The line is in the left half.
         side = {"align": "left", "dx": 4} if right else {"align": "right", "dx": -4}
         layers += [
             mark.mark_rule(color="var(--gap)"),

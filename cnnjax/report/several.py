@@ -16,7 +16,7 @@ from cnnjax.runs.records import read_record
 from cnnjax.runs.run import Run
 from cnnjax.runs.statistics import Summary, describe, summarize, verdicts
 
-MAX_PAIRS = 10  # Of groups to compare.
+MAX_PAIRS = 10  # Pairs of groups that are compared.
 
 
 class Group(NamedTuple):

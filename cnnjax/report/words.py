@@ -14,7 +14,7 @@ from cnnjax.runs.statistics import wilson_interval
 
 CALIBRATED = 0.02  # A calibration that is off by less than 2 points needs no warning.
 NORMAL = 1.96  # 95% of a normal distribution lies within this many standard deviations.
-MIN_VARIANCE = 5.0  # Of a number of correct predictions that is nearly normal.
+MIN_VARIANCE = 5.0  # Above it, the number of correct predictions is nearly normal.
 
 # What an operation does, by a word in its name; the first that fits.
 OPERATIONS = {

@@ -70,7 +70,7 @@ class Checkpoints:
                 self._damaged.append(step)
         self._has_read_back = False
         self._pending: Future[None] | None = None
-        self._seconds = 0.0  # Which the last save took.
+        self._seconds = 0.0  # The duration of the last save.
         self._saved_at = time.perf_counter()
 
     def steps(self) -> list[int]:

@@ -1,4 +1,4 @@
-"""What a trained network computes for images in memory, in batches of one size: any number of images is one program."""
+"""The outputs of a trained network for images in memory, in batches of one size: one program for any number."""
 
 from collections.abc import Callable
 from typing import Any

@@ -212,7 +212,7 @@ def reproduce(
     take_cores(run_dir)
     sessions = manifest.read_manifest(run_dir)["sessions"]
     devices = jax.local_devices()[: sessions[-1]["num_devices"]]
-    mesh: Any = sessions[-1].get("mesh")  # Of a run that divided its state.
+    mesh: Any = sessions[-1].get("mesh")  # Set if the run divided its state.
     stream = sessions[-1].get("stream")  # None on a CPU.
     now = manifest.environment(devices, mesh, stream=stream) | source_of(config).facts
     environment = manifest.environment_changes(sessions, now)

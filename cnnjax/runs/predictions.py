@@ -25,7 +25,7 @@ _TINY = float(np.finfo(np.float32).tiny)  # The least probability that counts as
 
 
 class FilePrediction(NamedTuple):
-    """What a network says about an image file.
+    """The prediction of a network for an image file.
 
     Attributes:
       path: of the file.

@@ -211,7 +211,7 @@ def within(spans: Iterable[Span], windows: list[tuple[float, float]]) -> list[Sp
 
 def on_device(plane: Any) -> list[Span]:
     """Returns what an accelerator executed."""
-    lines = [line for line in plane.lines if re.match("Stream|XLA Ops", line.name)]  # Of a GPU; of a TPU.
+    lines = [line for line in plane.lines if re.match("Stream|XLA Ops", line.name)]  # On a GPU; on a TPU.
     return [
         Span(event.start_ns, event.start_ns + event.duration_ns, str(dict(event.stats).get("hlo_op", event.name)))
         for line in lines

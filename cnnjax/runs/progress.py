@@ -28,11 +28,11 @@ OnEpoch = Callable[[dict[str, Any], TrainState], object]
 class Progress(NamedTuple):
     """Progress on the host; saved in every checkpoint."""
 
-    rows: list[Row]  # Of metrics.jsonl: one per epoch, the same bits for the same seed.
+    rows: list[Row]  # The rows of metrics.jsonl: one per epoch, the same bits for the same seed.
     timing: list[Timing]
-    totals: Totals = Totals()  # Of the current epoch.
+    totals: Totals = Totals()  # The sums of the current epoch.
     grad_norm: float = 0.0  # The sum over the steps of the current epoch.
-    seconds: float = 0.0  # Of training, in all sessions.
+    seconds: float = 0.0  # The duration of training, in all sessions.
     stopped_within: int | None = None  # See `SavedProgress`.
 
     def best(self, by: str) -> Row | None:

@@ -130,7 +130,7 @@ def write_record(run_dir: Path, record: Record) -> None:
     path = run_dir / "config.json"
     old = read_record(run_dir) if path.exists() else None
     if old is not None and old.config != record.config:
-        (run_dir / "result.json").unlink(missing_ok=True)  # Of the shorter run.
+        (run_dir / "result.json").unlink(missing_ok=True)  # The result of the shorter run.
     if old != record:
         write_json(path, asdict(record))
 

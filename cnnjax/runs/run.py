@@ -57,7 +57,7 @@ class Run:
     result: Result | None
     step: int | None = None
     test_logits: Float[np.ndarray, "N K"] | None = None
-    _trained: tuple[TrainState | None, list[Row], list[Timing]] | None = None  # Of a run that this process trained.
+    _trained: tuple[TrainState | None, list[Row], list[Timing]] | None = None  # Set if this process trained it.
 
     def __repr__(self) -> str:
         dataset = self.facts.source if not isinstance(self.config.dataset, str) else self.config.dataset

@@ -11,7 +11,7 @@ from cnnjax.data.batches import Standardization
 from cnnjax.data.stored import INTERPOLATIONS, RESIZE
 from cnnjax.errors import check
 
-FORMAT = 5  # Of the run directory.
+FORMAT = 5  # The version of the run directory's format.
 
 ImageShape = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=3, max_length=3)]  # (H, W, C)
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -25,7 +25,7 @@ Count = Annotated[int, Field(ge=0)]
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What a trained network has to know about its data.
+    """The facts about its data that a trained network needs.
 
     Attributes:
       image_shape: (H, W, C).

@@ -23,7 +23,7 @@ from cnnjax.runs.git import Git, join, plain_git, show, split, user_git
 
 SOURCE = b".py"  # The untracked files that the diff includes; others may hold secrets.
 FILE_LIMIT = 1 << 20  # Bytes; a larger untracked file is data.
-NUM_FILES = 500  # Of untracked files; more are no longer the user's own.
+NUM_FILES = 500  # If more files are untracked, they are no longer the user's own.
 DIFF_LIMIT = 16 << 20  # Bytes of all files before and after the change; the diff has at most about twice as many.
 UNREADABLE = "unreadable"
 TIMEOUT = 30.0  # Seconds for all calls of git.

@@ -169,7 +169,7 @@ def _more_seeds(difference: float, samples: Sequence[np.ndarray], sizes: tuple[i
     def power(m: int) -> float:
         """Returns the power of a two-sided t test; Cohen 1988, section 2.5."""
         n = np.maximum(sizes[: len(samples)], m)
-        squares = variances / n  # Of the standard errors.
+        squares = variances / n  # The squares of the standard errors.
         freedom = np.sum(squares) ** 2 / np.sum(squares**2 / (n - 1))  # Welch and Satterthwaite's; n - 1 for pairs.
         noncentrality = abs(difference) / math.sqrt(np.sum(squares))
         critical = stats.t.ppf((1 + CONFIDENCE) / 2, freedom)
