@@ -26,7 +26,9 @@ from cnnjax.step import TrainState
 RANGE = 1e4  # From 1e-7 to 10 for the usual 1e-3, as in fastai.
 NUM_UPDATES, HALF_DECADE = 161, 10  # 20 per factor of 10. More than an epoch of a small data set, less of a large one.
 SMOOTHING = 0.9  # Delays the curve by about 10 updates.
-FALL = 0.95  # The loss must fall below this fraction of the first ones for a suggestion.
+# For a suggestion the loss must fall by this fraction, or, if that is less, by this many deviations of the first losses
+# (and by `LEAST_FALL`): a bounded loss may begin near its largest value.
+FALL, DEVIATIONS, LEAST_FALL = 0.05, 4, 0.001
 
 
 class RangeTest(NamedTuple):
@@ -73,8 +75,10 @@ class RangeTest(NamedTuple):
         """
         if not len(self.loss):
             return None
-        first = float(np.median(self.loss[: max(1, len(self.loss) // 10)]))
-        if not self.smoothed.min() < first - (1 - FALL) * abs(first):
+        early = self.loss[: max(1, len(self.loss) // 10)]
+        first = float(np.median(early))
+        noise = DEVIATIONS * float(np.std(early)) if len(early) > 2 else math.inf
+        if not self.smoothed.min() < first - min(FALL * abs(first), max(noise, LEAST_FALL * abs(first))):
             return None
         return float(f"{self.steepest if self.is_flat else self.lowest / 10:.1e}")
 

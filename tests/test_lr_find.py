@@ -91,6 +91,15 @@ def test_a_loss_that_does_not_fall_suggests_nothing(loss):
     assert RangeTest(np.geomspace(1e-7, 1e-2, 100), loss, True).suggestion is None
 
 
+@pytest.mark.parametrize(("noise", "is_suggested"), [(0.002, True), (0.03, False)])
+def test_a_bounded_loss_may_fall_little_if_it_is_more_than_noise(noise, is_suggested):
+    """It begins at 1.147 of at most 1 / 0.7, as the generalized cross-entropy with q = 0.7, and falls by 2%."""
+    rates = np.geomspace(1e-7, 10, 161)
+    fall = 0.027 * np.exp(-(((np.log10(rates) + 1.5) / 0.7) ** 2))
+    loss = 1.147 - fall + np.where(rates > 0.3, 0.15, 0.0) + noise * np.random.default_rng(0).normal(size=161)
+    assert (RangeTest(rates, loss, False).suggestion is not None) == is_suggested
+
+
 def test_a_loss_that_is_not_finite_before_the_first_update_is_an_error():
     config = Config(dataset=ARRAYS, model=Scalars(), loss=lambda logits, batch: linear(logits, batch) + jnp.nan)
     with pytest.raises(UserError, match="`loss` must be finite before the first update, got nan"):

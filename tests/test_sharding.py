@@ -56,6 +56,18 @@ def divided(found):
     return sorted(shape for name, shape, parts in found["state"] if name.startswith("0/") and parts != [shape])
 
 
+def test_the_bytes_of_a_state_that_a_device_holds():
+    placement = Placement(AbstractMesh((2, 4), AXES, axis_types=(AxisType.Auto,) * 2))
+    state = {"kernel": jax.ShapeDtypeStruct((256, 128), jnp.float32), "bias": jax.ShapeDtypeStruct((128,), jnp.float32)}
+    assert placement.bytes_per_device(state) == 4 * (256 * 128 // 4 + 128)
+
+
+def test_initial_parameters_are_the_same_bits_and_never_on_one_device(on):
+    assert len({on[mesh]["initial"] for mesh in MESHES}) == 1
+    for mesh in MODEL:  # Two kernels and their momentum are divided; a device never holds all of them.
+        assert on[mesh]["initial bytes"] < on["data=8"]["initial bytes"] / 2
+
+
 def test_batches_and_dropout_masks_are_the_same_bits(on):
     assert on["data=1"]["count"] == 25
     for key in ("batches", "count", "dropout"):

@@ -9,7 +9,16 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from tyro.conf import arg
-from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    PrimitiveTypeInfo,
+    StructConstructorSpec,
+    StructFieldSpec,
+    StructTypeInfo,
+)
+
+from cnnjax.errors import UserError
 
 _METAVARS: dict[Any, str] = {str: "STR", int: "INT", float: "FLOAT", Path: "PATH", bool: "{True,False}"}
 _ITEM = re.compile(r"\s*([-*•]|\d+\.)\s")  # Begins an item of a list.
@@ -83,8 +92,28 @@ def _join_paragraph(paragraph: str) -> str:
     return "\n".join(lines)
 
 
+def _path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:
+    """Parses a path, which must not be empty, as that of an unset variable is: it would be the current folder."""
+    if info.type is not Path:
+        return None
+
+    def make(args: list[str]) -> Path:
+        if not args[0]:
+            raise UserError("A path must not be empty, got ''. Write . for the current folder.")
+        return Path(args[0])
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=make,
+        is_instance=lambda x: isinstance(x, Path),
+        str_from_instance=lambda x: [str(x)],
+    )
+
+
 def make_registry() -> ConstructorRegistry:
     """Returns the rules by which tyro reads the fields of a command."""
     registry = ConstructorRegistry()
     registry.struct_rule(_Readable())
+    registry.primitive_rule(_path)
     return registry

@@ -190,7 +190,7 @@ class Predict:
         paths, total, failed = self._find()
         runs = _load([self.run, *self.ensemble], self.experiment)
         write = self._writer(runs[0].facts.class_names)
-        bright = 0
+        bright = count = 0
         for found in _with_bar(predict_files(runs, paths, tta=self.tta, invert=self.invert), total):
             if found.error is not None:
                 print(printable(found.error), file=sys.stderr)
@@ -203,6 +203,9 @@ class Predict:
                     )
                 bright += 1
             write(found)
+            count += 1
+        if not count:
+            print("Standard input names no file.", file=sys.stderr)
         if bright > 1:
             print(f"{bright:,} files are that bright", file=sys.stderr)
         return 2 if failed else 0

@@ -14,8 +14,8 @@ tutorial   the tutorial's Keras code from `fit` to 78.5%, 3 seeds: several hours
 
 Each contender is a process. Contenders take turns on the same images; a turn is a warm pass, synchronized at both ends.
 `step`, `speednet` and `residual` measure twice: with default settings, and with variables of glibc for all that keep
-freed memory, as `cnnjax.keep_memory` does. Peers are installed in .venv-peers, which `make bench` creates; a peer that cannot run is
-left out. Each part writes its tables into BENCHMARKS.md.
+freed memory, as `cnnjax.keep_memory` does. Peers are installed in .venv-peers, which `make bench` creates; a peer that
+cannot run is left out. Each part writes its tables into BENCHMARKS.md.
 """
 
 import argparse
@@ -62,10 +62,15 @@ def python(name: str) -> str:
 
 
 def images_per_second(
-    names: list[str], sizes: tuple[int, ...], args: argparse.Namespace, *widths: int, **environment: str
+    names: list[str],
+    sizes: tuple[int, ...],
+    args: argparse.Namespace,
+    *widths: int,
+    num_images: int = 4096,
+    **environment: str,
 ) -> Any:
     """Returns the speed of each contender that can run at each batch size, by turn."""
-    num_images = max(sizes) * (2 if args.small else 4096 // max(sizes))
+    num_images = max(sizes) * (2 if args.small else num_images // max(sizes))
     with ExitStack() as stack:
         work = {}
         for name in names:
@@ -82,13 +87,13 @@ def images_per_second(
         return harness.take_turns(work, args.turns)
 
 
-def compare(part: str, size: int, args: argparse.Namespace, *widths: int) -> str:
+def compare(part: str, size: int, args: argparse.Namespace, *widths: int, num_images: int = 4096) -> str:
     """Returns two tables of the contenders of a part: with default settings, and with memory kept by all."""
     if not contenders(part):
         return "Not measured: this processor emulates bfloat16."
     tables = []
     for title, environment in ((f"batch {size}", {}), (f"batch {size}, all keep memory", KEEP_MEMORY)):
-        speed = images_per_second(contenders(part), (size,), args, *widths, **environment)
+        speed = images_per_second(contenders(part), (size,), args, *widths, num_images=num_images, **environment)
         ours = [name for name, _ in speed if name.startswith("cnnjax")]
         rows = []
         for name, _ in speed:
@@ -111,7 +116,7 @@ def speednet(args: argparse.Namespace) -> str:
 
 
 def residual(args: argparse.Namespace) -> str:
-    return compare("residual", 4 if args.small else 128, args)
+    return compare("residual", 4 if args.small else 128, args, num_images=1024)
 
 
 def sizes(args: argparse.Namespace) -> str:

@@ -215,6 +215,12 @@ def test_names_come_from_standard_input_and_a_closed_pipe_ends_quietly(run_dir, 
     assert done.returncode == 128 + 13  # SIGPIPE
 
 
+def test_standard_input_may_name_no_file(run_dir):
+    command = [sys.executable, "-m", "cnnjax", "predict", str(run_dir), "-"]
+    done = subprocess.run(command, check=False, input="", capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "Standard input names no file.\n")
+
+
 def test_an_ensemble_is_the_mean_of_runs_that_prepare_images_in_their_own_way(
     run_dir, other_dir, test_images, prepared_dir, tmp_path, capsys
 ):

@@ -1,6 +1,6 @@
 import re
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import flax.linen as nn
@@ -261,3 +261,33 @@ def test_ctrl_c_says_what_is_lost(capsys):
     assert _status(stop, resumable=True) == _status(lambda: stop("The result is saved."), resumable=True) == 130
     lost = "Stopped at once. Everything since the last checkpoint is lost."
     assert capsys.readouterr().err == f"{lost}\nStopped at once. The result is saved.\n"
+
+
+@dataclass(frozen=True)
+class Noisy:
+    """Data of the user."""
+
+    noise: float = 0.2
+    """Fraction of wrong labels."""
+
+    def __call__(self):
+        raise AssertionError("not called")
+
+
+def test_the_fields_of_a_data_set_are_options(capsys):
+    config = Config(name="noisy", dataset=Noisy(), model=MLP())
+    assert parse(config=config) == config
+    assert parse("--dataset.noise", "0.4", config=config) == replace(config, dataset=Noisy(0.4))
+    assert parse("--dataset", "mnist", config=config) == replace(config, dataset="mnist", name="noisy_mnist")
+    with pytest.raises(UserError, match=r"got --dataset\.nois\. Did you mean --dataset\.noise\?"):
+        parse("--dataset.nois", "1", config=config)
+    with pytest.raises(SystemExit):
+        parse("--help", config=config)
+    assert re.search(r"--dataset\.noise FLOAT\W+Fraction of wrong labels", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("arguments", [("train", "--run-dir="), ("train", "--data-dir", ""), ("runs", "")])
+def test_a_path_is_not_empty(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert "A path must not be empty, got ''. Write . for the current folder." in capsys.readouterr().err

@@ -31,7 +31,7 @@ from cnnjax.inputs import load_inputs
 from cnnjax.layers.modules import Dropout
 from cnnjax.loop import plan_dispatches
 from cnnjax.prepare import set_up
-from cnnjax.program import train_steps
+from cnnjax.program import init_run, train_steps
 from cnnjax.sharding import place
 
 MESHES = ("data=1", "data=2", "data=8", "model=8", "data=4,model=2")
@@ -102,8 +102,19 @@ def train(mesh, data_dir):
         "collectives": communication,
         "loss": loss,
         "params": tree_sha256(state.params),
+        "initial": digest([before]),
+        "initial bytes": initial_bytes(setup),
     }
     return summary, before, vector(state)
+
+
+def initial_bytes(setup):
+    """Returns the bytes of the results and of the temporary memory of the program that makes the initial state."""
+    key, image = jax.device_put(
+        (jax.random.key(0), jnp.zeros((1, *setup.facts.image_shape))), setup.placement.replicated
+    )
+    used = init_run.lower(key, image, program=setup.program).compile().memory_analysis()
+    return used.output_size_in_bytes + used.temp_size_in_bytes
 
 
 def vector(state):

@@ -90,6 +90,13 @@ def test_a_directory_with_a_run_is_not_overwritten(tmp_path):
         begin(tmp_path, replace(CONFIG, batch_size=8))
 
 
+def test_a_resumed_run_keeps_its_name_which_decides_no_bit(tmp_path):
+    begin(tmp_path, replace(CONFIG, name="first"))
+    before = read_record(tmp_path).config
+    begin(tmp_path, replace(CONFIG, name="second"), resume=True)
+    assert read_record(tmp_path).config == before and before["name"] == "first"
+
+
 def test_a_run_is_resumed_with_its_own_configuration(tmp_path):
     begin(tmp_path)
     other = replace(CONFIG, batch_size=8, model=MLP(dense_dropout=0.2))

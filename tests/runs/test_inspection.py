@@ -269,6 +269,19 @@ def test_compare_tests_two_experiments_over_their_seeds(seeds, tmp_path, capsys,
         lines[3],
     )
     assert more is not None and int(more[1]) == int(more[2]) - 1  # There are three of good, and two of bad.
+    for seed in range(3):
+        run_dir = Path(shutil.copytree(seeds.folder / f"seed{seed}", f"runs/best-seed{seed}"))
+        change(run_dir / "result.json", test_accuracy=0.99 + 0.002 * seed)
+    main(["compare", "good", "bad", "best"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines[:3]] == ["good", "bad", "best"]
+    pairs = ["bad minus good", "best minus good", "best minus bad"]
+    assert [line.partition(":")[0] for line in lines[3::2]] == pairs
+    assert all(line.endswith(" corrected for 3 comparisons.") for line in lines[3::2])
+    assert lines[6] == "The difference is resolved: best is better."
+    with pytest.raises(SystemExit):
+        main(["compare", "good"])
+    assert "`experiment` must be the names of at least two experiments, got good." in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["compare", "good", "runs/good"])
     assert "without a common run, got good and runs/good, which share " in capsys.readouterr().err

@@ -214,6 +214,7 @@ def test_probabilities_and_features_are_those_of_the_network(run, count):
     got = run.predict(images)
     assert (got.shape, got.dtype) == ((count, 4), np.float32)
     np.testing.assert_allclose(got, expected["probability"], atol=1e-5)
+    np.testing.assert_allclose(run.logits(images), expected["Dense_1"], rtol=1e-4, atol=1e-4)
     for layer in ("Dense_0", "BatchNorm_0", "Dense_1"):
         np.testing.assert_allclose(run.features(images, layer), expected[layer], rtol=1e-4, atol=1e-4)
 
