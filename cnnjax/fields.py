@@ -4,9 +4,10 @@ import dataclasses
 import difflib
 import inspect
 import math
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from types import NoneType, SimpleNamespace, UnionType
+from types import CodeType, MemberDescriptorType, NoneType, SimpleNamespace, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import flax.linen as nn
@@ -59,51 +60,65 @@ def check_fields(x: Any, path: str = "") -> None:
 
 
 def _check_class(cls: Any, path: str) -> None:
-    """Checks that what a dataclass declares are fields: no other value is recorded, compared or copied."""
+    """Checks that a dataclass declares all its values as fields: no other value is recorded, compared or copied."""
     if cls.__module__.partition(".")[0] == "cnnjax":
         return
     named = f"`{path}`" if path else "The configuration"
-    names = {field.name for field in dataclasses.fields(cls)}
-    for parameter in inspect.signature(cls).parameters:
-        if parameter not in names:
+    names, several = {field.name for field in dataclasses.fields(cls)}, ("VAR_POSITIONAL", "VAR_KEYWORD")
+    for name, parameter in inspect.signature(cls).parameters.items():
+        if name not in names and parameter.kind.name not in several:
             raise UserError(
                 f"{named} must be made of fields alone, which a run records, got {cls.__name__} with the parameter "
-                f"{parameter!r}. Declare it as a field of the dataclass, without InitVar or a constructor of its own."
+                f"{name!r}. Declare it as a field of the dataclass, without InitVar or a constructor of its own."
             )
+    of_derived = {"parent", "name"}  # Flax's own; then the fields that a class declares which is derived from the next.
     for part in cls.__mro__:
-        if not hasattr(part, "__dataclass_fields__") or part.__module__.partition(".")[0] in ("cnnjax", "flax"):
+        if part.__module__.partition(".")[0] in ("cnnjax", "flax", "builtins"):
             continue
-        declared = [k for k, hint in inspect.get_annotations(part).items() if "ClassVar" not in str(hint)]
-        without_effect = [] if "__dataclass_fields__" in vars(part) else declared
-        without_effect += [
-            k for k in vars(part) if k in names and k not in (*declared, "parent", "name")
-        ]  # Flax's own.
-        if without_effect:
-            name = without_effect[0]
-            raise UserError(
-                f"{named} must declare its values as fields, got {part.__name__}.{name}, which is none and would have "
-                f"no effect. Write `{name}: <type> = ...` in a class with @dataclass(frozen=True)."
-            )
+        is_dataclass, hints = "__dataclass_fields__" in vars(part), inspect.get_annotations(part)
+        constants = "ClassVar" if is_dataclass else "ClassVar|Final"
+        declared = [name for name, hint in hints.items() if not re.search(constants, str(hint))]
+        inherits = hasattr(part, "__dataclass_fields__") and not is_dataclass
+        without_effect = declared if inherits else []
+        for name, value in vars(part).items():
+            is_slot = isinstance(value, MemberDescriptorType)
+            without_effect = without_effect + [name] * (name in names and name not in declared and not is_slot)
+        for name in without_effect:
+            if name not in of_derived:
+                raise UserError(
+                    f"{named} must declare its values as fields, got {part.__name__}.{name}, which is not a field and "
+                    f"would have no effect. Write `{name}: <type> = ...` in a class with @dataclass(frozen=True)."
+                )
+        of_derived |= {*declared} if is_dataclass else set()
 
 
 def check_methods(cls: type, base: type, path: str) -> None:
-    """Checks that a subclass has no method whose name is almost one of its base class, and would never be called.
+    """Checks that a subclass has no unused method whose name is almost that of a method of its base class.
 
     Raises:
       UserError: it has one.
     """
     known = [name for name in dir(base) if not name.startswith("_") and callable(getattr(base, name))]
-    for part in cls.__mro__[: cls.__mro__.index(base)]:
-        for name, member in vars(part).items():
-            if not inspect.isfunction(member) or name[0] == "_" or name in known:
-                continue
-            near = difflib.get_close_matches(name, known, 1, 0.84)
-            near = near or ([k for k in known if k.startswith("on_")] if name.startswith("on_") else [])
-            if near:
-                raise UserError(
-                    f"`{path}` must have methods with the names of {base.__name__}, got {part.__name__}.{name}, which "
-                    f"nothing calls. Is it {' or '.join(near)}? If not, begin its name with an underscore."
-                )
+    parts = [part for part in cls.__mro__[: cls.__mro__.index(base)] if issubclass(part, base)]
+    methods = [
+        (part, name, member) for part in parts for name, member in vars(part).items() if inspect.isfunction(member)
+    ]
+    used = {*known, *getattr(cls, "__dataclass_fields__", ())}.union(*(_names_in(f.__code__) for *_, f in methods))
+    for part, name, _ in methods:
+        if name[0] == "_" or name in used:
+            continue
+        near = difflib.get_close_matches(name, known, 1, 0.84)
+        near = near or ([k for k in known if k.startswith("on_")] if name.startswith("on_") else [])
+        if near:
+            raise UserError(
+                f"`{path}` must have methods with the names of {base.__name__}, got {part.__name__}.{name}, which "
+                f"nothing calls. Is it {' or '.join(near)}? If not, begin its name with an underscore."
+            )
+
+
+def _names_in(code: CodeType) -> set[str]:
+    """Returns the names that a function, and the functions in it, use as attributes or globals."""
+    return {*code.co_names}.union(*(_names_in(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
 
 
 def _annotation(owner: type, field: dataclasses.Field[Any]) -> Any:

@@ -27,7 +27,7 @@ from cnnjax.losses import ClassWeighted, CrossEntropy, balanced_weights
 from cnnjax.memory import device_memory, explain_out_of_memory, gib, largest_result, num_bytes
 from cnnjax.network import apply_in_evaluation, init_variables
 from cnnjax.onednn.library import kernels
-from cnnjax.optim.optimizer import param_labels
+from cnnjax.optim.optimizer import REST, param_labels
 from cnnjax.pretrained import Weights, replacements
 from cnnjax.process.settings import num_cores
 from cnnjax.program import Program, evaluation_batch_size, init_run, train_steps
@@ -259,7 +259,7 @@ def oddities(examples: Examples | Streamed, num_classes: int) -> Iterator[str]:
 
 
 def never_trained(setup: Setup, state: TrainState) -> Iterator[str]:
-    """Yields a line about parameters that are frozen in all epochs although they thaw in a later one.
+    """Yields a line about each group of parameters that would thaw only after the last epoch.
 
     Raises:
       UserError: all parameters are frozen in all epochs.
@@ -267,15 +267,17 @@ def never_trained(setup: Setup, state: TrainState) -> Iterator[str]:
     optim, num_epochs = setup.program.optim, setup.config.num_epochs
     frozen = [group for group in optim.groups if group.num_epochs == 0 or group.start_epoch >= num_epochs]
     patterns = {group.pattern for group in frozen}
-    got = f"groups that freeze all of them in each of {num_epochs} epochs"
+    got = "groups that freeze all of them"
     trained = not patterns.issuperset(jax.tree.leaves(param_labels(state.params, optim.groups)))
     check("optim", "an optimizer that trains some parameters", trained, got)
-    if late := [group for group in frozen if group.num_epochs != 0]:
-        if setup.config.optim.freeze_epochs:
-            what = f"`optim.freeze_epochs` is {late[0].start_epoch}: only the head is trained"
-        else:
-            what = f"`optim.groups`: {late[0].pattern!r} begins in epoch {late[0].start_epoch + 1} and is never trained"
-        yield f"{what}, because the run ends after {num_epochs} epoch{'s' if num_epochs > 1 else ''}."
+    end = f"because the run ends after {num_epochs} epoch{'s' if num_epochs > 1 else ''}."
+    given = setup.config.optim
+    for group in given.groups:
+        if group in frozen and group.num_epochs != 0:
+            begin = f"{group.pattern!r} begins in epoch {group.start_epoch + 1}"
+            yield f"`optim.groups`: {begin} and is never trained, {end}"
+    if given.freeze_epochs >= num_epochs:
+        yield f"`optim.freeze_epochs` is {given.freeze_epochs}: only the head is trained, {end}"
 
 
 def check_parts(setup: Setup) -> tuple[TrainState, dict[str, Any]]:
@@ -297,14 +299,11 @@ def check_parts(setup: Setup) -> tuple[TrainState, dict[str, Any]]:
         image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
         variables = notice_edits(partial(init_variables, model=config.model), key, image)
     params = variables["params"]
-    if config.optim.freeze_epochs or config.optim.depth_decay < 1:
-        missing = sorted({*params} - {*config.model.depths()}) if isinstance(params, dict) else []
-        check(
-            "model.depths",
-            "a method that returns all top-level names of the parameters",
-            not missing,
-            f"none of {missing}",
-        )
+    if isinstance(params, dict) and (config.optim.freeze_epochs or config.optim.depth_decay < 1):
+        labels = param_labels(params, setup.program.optim.groups)
+        missing = [name for name in sorted(params) if REST in jax.tree.leaves(labels[name])]
+        got = f"a result without {missing}. List them, or give them a group in `optim.groups`"
+        check("model.depths", "a method that returns all top-level names of the parameters", not missing, got)
     opt_state = check_optimizer(setup.program, params)
     step: Any = jax.ShapeDtypeStruct((), jnp.int32)
     model_state = {name: value for name, value in variables.items() if name != "params"}

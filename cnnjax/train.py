@@ -169,7 +169,7 @@ def train_run(
         if run.finished() is not None:
             if loggers or profile:
                 report.say(f"{run_dir} is finished: there is nothing to log, and no step to profile.")
-            trained = make_run(run_dir, config, read_record(run_dir).data)
+            trained = make_run(run_dir, run.config, read_record(run_dir).data)
         else:
             inputs = inputs or load_inputs(config, data_dir, report.say, version=data_version(run_dir), stream=stream)
             folder = FOLDER if hosts.leads else f"{FOLDER}-{hosts.index}"  # Processes may share a host.

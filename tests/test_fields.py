@@ -2,7 +2,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import InitVar, dataclass
 from math import inf, nan
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Final, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -155,10 +155,13 @@ class Constructed(Augment):
     [
         (
             Undecorated,
-            "`augment` must declare its values as fields, got Undecorated.scale, which is none and would",
+            "`augment` must declare its values as fields, got Undecorated.scale, which is not a field and",
         ),
-        (Unannotated, "`optim` must declare its values as fields, got Unannotated.learning_rate, which is none and"),
-        (lambda: Config(model=Wider()), "`model` must declare its values as fields, got Wider.width, which is none"),
+        (Unannotated, "`optim` must declare its values as fields, got Unannotated.learning_rate, which is not a field"),
+        (
+            lambda: Config(model=Wider()),
+            "`model` must declare its values as fields, got Wider.width, which is not a field",
+        ),
         (
             lambda: Resets(factor=0.0),
             "`augment` must be made of fields alone, .* with the parameter 'factor'",
@@ -198,3 +201,66 @@ def test_a_method_that_nothing_calls_because_its_name_is_misspelled(base, part, 
         Config(**{part: cls()})
     private = dataclass(frozen=True)(type("Mine", (base,), {f"_{wrong}": lambda self: None, "__module__": __name__}))
     Config(**{part: private()})
+
+
+class WithProperty(nn.Module):
+    @property
+    def width(self):
+        raise NotImplementedError
+
+    rate = 0.5
+
+
+class Fills(WithProperty):
+    width: int = 8
+    rate: float = 0.1
+
+
+class Constant(Augment):
+    LIMIT: Final = 3  # type: ignore
+
+
+@dataclass(frozen=True, slots=True)
+class Slotted(Augment):
+    scale: float = 1.0
+
+
+class Flips:
+    flip = "random"
+
+
+@dataclass(frozen=True)
+class Mixed(Flips, Augment):
+    pass
+
+
+class Forwards(Augment):
+    def __init__(self, **values):
+        super().__init__(**values)
+
+
+@dataclass(frozen=True)
+class Helps(Augment):
+    transform_fn: Callable[[Any], Any] = abs
+
+    def transforms(self, x):
+        return [f() for f in (lambda: self.untransform(x),)]
+
+    def untransform(self, x):
+        return x
+
+    def transform(self, key, batch):
+        return self.transforms(batch)[0]
+
+
+def test_classes_that_are_unusual_and_right_are_accepted():
+    assert Config(model=Fills()).model.rate == 0.1
+    for augment in (Constant(), Slotted(), Forwards(flip="random"), Helps()):
+        assert Config(augment=augment).augment is augment
+
+
+def test_a_default_of_a_mixin_has_no_effect_and_is_refused():
+    with pytest.raises(
+        UserError, match=r"`augment` must declare its values as fields, got Flips\.flip, which is not a"
+    ):
+        Mixed()

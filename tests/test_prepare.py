@@ -277,17 +277,17 @@ def test_an_exception_in_the_users_loss_names_its_arguments(tmp_path):
         ),
         (
             {"optim": PerChannel()},
-            "`optim.make_schedule` must be a function whose learning rate is one number, got float32[3].",
+            "`optim.make_schedule` must be a method that returns a function of the number of updates, a single rate, "
+            "got float32[3].",
         ),
         (
             {"optim": SGD(groups=(ParamGroup(".", start_epoch=2),))},
-            "`optim` must be an optimizer that trains some parameters, got groups that freeze all of them in each of "
-            "1 epochs.",
+            "`optim` must be an optimizer that trains some parameters, got groups that freeze all of them.",
         ),
         (
             {"model": Named(("Dense_1",)), "optim": SGD(freeze_epochs=1)},
-            "`model.depths` must be a method that returns all top-level names of the parameters, got none of "
-            "['Dense_0'].",
+            "`model.depths` must be a method that returns all top-level names of the parameters, got a result without "
+            "['Dense_0']. List them, or give them a group in `optim.groups`.",
         ),
         (
             {"model": Named(("Dense_0", "Dense_0")), "optim": SGD(freeze_epochs=1)},
@@ -309,7 +309,7 @@ def test_what_no_step_can_use(changes, message, tmp_path):
 
 
 def test_a_batch_without_an_example_is_an_error(tmp_path):
-    message = r"^`augment\.transform` must leave an example of each batch unmasked, got none in step 1\.$"
+    message = r"^`augment\.transform` must leave at least one example of each batch unmasked, got none in step 1\.$"
     with pytest.raises(UserError, match=message):
         train_and_evaluate(replace(CONFIG, augment=Broken(mistake="mask")), run_dir=tmp_path / "run")
 
@@ -325,6 +325,15 @@ def test_a_batch_without_an_example_is_an_error(tmp_path):
             {"optim": SGD(groups=(ParamGroup("^Dense_0/", start_epoch=2),))},
             "`optim.groups`: '^Dense_0/' begins in epoch 3 and is never trained, because the run ends after 2 epochs.",
         ),
+        (
+            {
+                "model": Named(("Dense_0", "Dense_1")),
+                "optim": SGD(freeze_epochs=1, groups=(ParamGroup("^Dense_0/kernel", start_epoch=9),)),
+            },
+            "`optim.groups`: '^Dense_0/kernel' begins in epoch 10 and is never trained, because the run ends after 2 "
+            "epochs.",
+        ),
+        ({"model": Named(("Dense_1",)), "optim": SGD(freeze_epochs=1, groups=(ParamGroup("^Dense_0/"),))}, None),
         ({"optim": SGD(groups=(ParamGroup("^Dense_0/", num_epochs=0),))}, None),
         ({"optim": SGD(groups=(ParamGroup("^Dense_0/", start_epoch=1),))}, None),
     ],

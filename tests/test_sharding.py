@@ -64,8 +64,8 @@ def test_the_bytes_of_a_state_that_a_device_holds():
 
 def test_initial_parameters_are_the_same_bits_and_never_on_one_device(on):
     assert len({on[mesh]["initial"] for mesh in MESHES}) == 1
-    for mesh in MODEL:  # Two kernels and their momentum are divided; a device never holds all of them.
-        assert on[mesh]["initial bytes"] < on["data=8"]["initial bytes"] / 2
+    for mesh, parts in MODEL.items():  # Two kernels and their momentum, nearly all of the state, are divided.
+        assert on[mesh]["initial bytes"] < 1.1 * on["data=8"]["initial bytes"] / parts
 
 
 def test_batches_and_dropout_masks_are_the_same_bits(on):

@@ -49,7 +49,7 @@ class _Readable:
 
 def _readable(field: StructFieldSpec) -> StructFieldSpec:
     kind, text = field.type, partial(_join, field.helptext)
-    if dataclasses.is_dataclass(field.default) and get_origin(kind) in (Union, UnionType):
+    if dataclasses.is_dataclass(field.default) and not _has_choices(kind):
         kind = type(field.default)  # Its fields become options.
         field = dataclasses.replace(field, type=kind)
     metavar = _metavar(kind)
@@ -63,6 +63,12 @@ def _readable(field: StructFieldSpec) -> StructFieldSpec:
 
     kind = Annotated[kind, arg(metavar=metavar, help_behavior_hint=last_word)]
     return dataclasses.replace(field, type=kind, helptext=lambda: (text() or "").rpartition(" ")[0])
+
+
+def _has_choices(kind: Any) -> bool:
+    """Returns whether a type is no union, or one with dataclasses or None, whose members tyro lets the user choose."""
+    parts = get_args(kind) if get_origin(kind) in (Union, UnionType) else (None,)
+    return any(part in (None, type(None)) or dataclasses.is_dataclass(part) for part in parts)
 
 
 def _metavar(kind: Any) -> str | None:

@@ -1,6 +1,7 @@
-"""The convolution of the networks of this package for any network: with the signature of `lax.conv_general_dilated`."""
+"""A convolution with the signature of `jax.lax.conv_general_dilated`, for any network."""
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -9,8 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from cnnjax.layers.depthwise import depthwise_conv2d, strided_conv2d
-
-_NHWC = ("NHWC", "HWIO", "NHWC")
+from cnnjax.typing import Padding
 
 
 def conv_general_dilated(  # noqa: PLR0917  As in jax.
@@ -24,12 +24,12 @@ def conv_general_dilated(  # noqa: PLR0917  As in jax.
     feature_group_count: int = 1,
     **options: Any,
 ) -> Float[Array, "..."]:
-    """Returns `jax.lax.conv_general_dilated` of the same arguments, faster on a CPU if it is one of the usual kinds.
+    """Returns `jax.lax.conv_general_dilated` of the same arguments, faster on a CPU for the usual kinds of convolution.
 
-    These are, in float32, bfloat16 or float16: two-dimensional convolutions of images [B H W C] with kernels [I J C K]
-    or, depthwise, [I J 1 C], with the same stride in both directions and without dilation. Others, and all of them on
-    an accelerator, are computed by XLA. The result is equal to rounding. The fast ones have gradients of first order in
-    reverse mode only.
+    These are two-dimensional convolutions in float32, bfloat16 or float16 of images [B H W C] with kernels [I J C K]
+    or, depthwise, [I J 1 C], with the same stride in both directions, less padding than kernel, and no dilation.
+    Others, and all of them on an accelerator, are computed by XLA. The results are equal up to rounding. The fast kinds
+    support neither forward mode nor second derivatives.
 
     Example:
       >>> class Net(nn.Module):
@@ -44,38 +44,41 @@ def conv_general_dilated(  # noqa: PLR0917  As in jax.
       window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count, options: see
         `jax.lax.conv_general_dilated`.
     """
-    dilations = {*(lhs_dilation or (1,)), *(rhs_dilation or (1,))}
     given = {name: value for name, value in options.items() if value not in (None, 1)}
-    usual = (
-        jax.default_backend() == "cpu"
-        and jnp.ndim(lhs) == 4
-        and lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
-        == lax.conv_dimension_numbers(lhs.shape, rhs.shape, _NHWC)
-        and lhs.dtype == rhs.dtype
-        and lhs.dtype in (jnp.float32, jnp.bfloat16, jnp.float16)
-        and dilations == {1}
-        and len({*window_strides}) == 1
-        and not given
-    )
-    depthwise = usual and feature_group_count > 1 and feature_group_count == lhs.shape[3] == rhs.shape[3]
-    if not usual or not (feature_group_count == 1 or depthwise):
-        return lax.conv_general_dilated(
-            lhs,
-            rhs,
-            window_strides,
-            padding,
-            lhs_dilation,
-            rhs_dilation,
-            dimension_numbers,
-            feature_group_count,
-            **options,
-        )
-    stride = int(window_strides[0])
-    if isinstance(padding, str):
-        padding = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], window_strides, padding)
-    (top, bottom), (left, right) = padding
-    pads = ((int(top), int(bottom)), (int(left), int(right)))
+    dilated = {*(lhs_dilation or ()), *(rhs_dilation or ())} - {1}
+    pads = None
+    if jax.default_backend() == "cpu" and jnp.ndim(lhs) == jnp.ndim(rhs) == 4 and not (given or dilated):
+        numbers, groups = dimension_numbers, feature_group_count
+        pads = _usual_padding(lhs, rhs, window_strides, padding, numbers=numbers, groups=groups)
+    if pads is None:
+        others = (lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count)
+        return lax.conv_general_dilated(lhs, rhs, window_strides, padding, *others, **options)
     kernel = rhs.astype(jnp.float32)  # Rounded back by the layers; its gradient gets the dtype of `rhs`.
-    if depthwise:
-        return depthwise_conv2d(lhs, kernel[:, :, 0], pads, stride)
-    return strided_conv2d(lhs, kernel, pads, stride)
+    if feature_group_count > 1:
+        return depthwise_conv2d(lhs, kernel[:, :, 0], pads, window_strides[0])
+    return strided_conv2d(lhs, kernel, pads, window_strides[0])
+
+
+def _usual_padding(
+    lhs: Float[Array, "..."], rhs: Float[Array, "..."], strides: Any, padding: Any, *, numbers: Any, groups: int
+) -> Padding | None:
+    """Returns the padding of a convolution of a usual kind; None for any other, and for arguments that jax refuses."""
+    usual_numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, ("NHWC", "HWIO", "NHWC"))
+    if lax.conv_dimension_numbers(lhs.shape, rhs.shape, numbers) != usual_numbers:
+        return None
+    (_, h, w, c), (i, j, per_group, k) = lhs.shape, rhs.shape
+    fits = (groups == 1 and per_group == c) or (groups == c == k and per_group == 1)
+    fits = fits and lhs.dtype == rhs.dtype and lhs.dtype in (jnp.float32, jnp.bfloat16, jnp.float16)
+    some = min(*lhs.shape, *rhs.shape) > 0
+    if not (fits and some and len(strides) == 2 and strides[0] == strides[1] >= 1):
+        return None
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads((h, w), (i, j), strides, padding)
+    for n, size, pad in zip((h, w), (i, j), padding, strict=False):
+        whole = len(pad) == 2 and all(isinstance(p, Integral) for p in pad)
+        if not whole or not (min(pad) >= 0 and max(pad) < size <= n + sum(pad)):
+            return None
+    if len(padding) != 2:
+        return None
+    (top, bottom), (left, right) = padding
+    return (int(top), int(bottom)), (int(left), int(right))

@@ -187,7 +187,7 @@ class Optimizer(ABC):
         tx = self.transform(schedule)
         if self.groups:
             txs = {group.pattern: self._group_tx(group, schedule, updates, num_epochs or 1) for group in self.groups}
-            tx = optax.partition({**txs, _REST: tx}, partial(param_labels, groups=self.groups))
+            tx = optax.partition({**txs, REST: tx}, partial(param_labels, groups=self.groups))
         if self.clip_norm:
             tx = optax.chain(optax.clip_by_global_norm(self.clip_norm), tx)
         if self.lookahead:
@@ -238,17 +238,19 @@ class Optimizer(ABC):
 
 def _one_rate(schedule: optax.Schedule) -> optax.Schedule:
     """Returns a schedule that checks that its learning rate is one number: an array would scale each channel alone."""
+    rule = "a method that returns a function of the number of updates"
+    check("optim.make_schedule", rule, callable(schedule), schedule)
 
     def learning_rate(update: Any) -> Any:
         rate = schedule(update)
         valid = jnp.shape(rate) == ()
-        check("optim.make_schedule", "a function whose learning rate is one number", valid, describe_shapes(rate))
+        check("optim.make_schedule", f"{rule}, a single rate", valid, describe_shapes(rate))
         return rate
 
     return learning_rate
 
 
-_REST = "(the other parameters)"
+REST = "(the other parameters)"
 
 
 def param_labels(params: PyTree, groups: tuple[ParamGroup, ...]) -> PyTree:
@@ -259,7 +261,7 @@ def param_labels(params: PyTree, groups: tuple[ParamGroup, ...]) -> PyTree:
     """
 
     def label(name: str) -> str:
-        return next((group.pattern for group in groups if re.search(group.pattern, name)), _REST)
+        return next((group.pattern for group in groups if re.search(group.pattern, name)), REST)
 
     names = jax.tree.map_with_path(lambda path, _: jax.tree_util.keystr(path, simple=True, separator="/"), params)
     labels = jax.tree.map(label, names)

@@ -1,4 +1,4 @@
-"""What concerns the whole process: memory allocation, cores, ports, and the cache of compiled programs."""
+"""Settings of the whole process: memory allocation, cores, ports, and the cache of compiled programs."""
 
 import ctypes
 import hashlib

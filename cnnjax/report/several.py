@@ -139,7 +139,7 @@ def _run_row(label: str, run: Run) -> dict[str, Any]:
 
 
 def _verdicts(groups: dict[str, Group]) -> list[tuple[str, list[str]]]:
-    """Returns the names of each two groups, and the lines that `cnnjax compare` prints about them."""
+    """Returns the names of every pair of groups, and the lines that `cnnjax compare` prints about them."""
     found = verdicts({label: group.scores for label, group in groups.items() if len(group.scores) > 1})
     digests = {
         label: {name: value for name, value in group.facts.items() if name.startswith("data.sha256.")}

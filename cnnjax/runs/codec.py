@@ -104,7 +104,7 @@ def built_in() -> dict[str, Any]:
     # Other functions are not named in it, and import what training does not need, such as charts.
     classes = {f"cnnjax.{name}": getattr(cnnjax, name) for name in dir(cnnjax) if name[0].isupper()}
     found = {name: x for name, x in classes.items() if _is_dataclass(x)}
-    return {**found, "cnnjax.softmax_cross_entropy": cnnjax.softmax_cross_entropy}
+    return found | {f"cnnjax.{f.__name__}": f for f in (cnnjax.softmax_cross_entropy, cnnjax.conv_general_dilated)}
 
 
 def encode(config: Config, objects: list[Any] | None = None) -> EncodedConfig:
@@ -134,7 +134,8 @@ class _Encoder(NamedTuple):
             return value.recorded
         value = value.item() if isinstance(value, np.generic) else value
         if isinstance(value, enum.Enum):
-            return {"enum": self.name(type(value), path), "name": value.name}
+            content = {"value": value.value} if isinstance(value, enum.Flag) else {"name": value.name}
+            return {"enum": self.name(type(value), path), **content}
         if isinstance(value, PurePath):
             return {"path": str(value)}
         if value is None or isinstance(value, (bool, int, float, str)):
@@ -238,17 +239,18 @@ def _decode(value: Any, path: str, names: Mapping[str, Any], files: tuple[str, .
         return jnp.dtype(name).type
     if kind == "path":
         return Path(name)
-    found = _find(name, path, names, files, kind == "class")
+    found = _find(name, path, names, files, kind)
     if kind == "enum":
-        return found[arguments["name"]]
+        return found(arguments["value"]) if "value" in arguments else found[arguments["name"]]
     if kind == "class":
         return _build(found, arguments)
     return partial(found, *arguments["args"], **arguments["keywords"]) if kind == "partial" else found
 
 
-def _find(name: str, path: str, names: Mapping[str, Any], files: tuple[str, ...], must_be_class: bool = False) -> Any:
+def _find(name: str, path: str, names: Mapping[str, Any], files: tuple[str, ...], kind: str = "") -> Any:
     found = built_in().get(name, names.get(name))
-    if found is None or (must_be_class and not _is_dataclass(found)):
+    valid = {"class": _is_dataclass, "enum": _is_enum}.get(kind, lambda found: found is not None)
+    if not valid(found):
         raise _missing(path, name, files)
     return found
 
@@ -318,15 +320,21 @@ def collect_names(config: Config, others: Iterable[Any] = ()) -> dict[str, Any]:
 
     Args:
       config: the configuration.
-      others: objects, the dataclasses among which are added. Functions are not: a run directory from someone else must
-        not choose what is called.
+      others: objects, the dataclasses and enums among which are added. Functions are not: a run directory from someone
+        else must not choose what is called.
     """
     encode(config, objects := [])
     names: dict[str, Any] = {}
-    for x in (*objects, *(x for x in others if _is_dataclass(x))):
+    others = [x for x in others if _is_dataclass(x) or _is_enum(x)]
+    fields = [f for x in (*objects, *others) if _is_dataclass(x) for f in dataclasses.fields(x)]
+    for x in (*objects, *others, *(type(f.default) for f in fields if isinstance(f.default, enum.Enum))):
         if names.setdefault(x.__qualname__, x) is not x:
             raise UserError(f"The names in an experiment must be unique, got two objects called {x.__qualname__}.")
     return names | ({ARRAYS: config.dataset} if isinstance(config.dataset, tuple) else {})
+
+
+def _is_enum(x: Any) -> bool:
+    return isinstance(x, type) and issubclass(x, enum.Enum)
 
 
 def _is_dataclass(x: Any) -> bool:

@@ -223,6 +223,7 @@ def open_run(
                     f"process {hosts.index} on {hosts.names[hosts.index]} does not see. Choose another: "
                     f"{option('run_dir', 'DIR')}."
                 )
+            config = _with_recorded_name(run_dir, config)
             yield OpenRun(run_dir, config, report, stop, code or NO_SOURCE, hosts, _stack=stack)
         return
     if run_dir.is_dir():
@@ -245,12 +246,18 @@ def open_run(
         stack.enter_context(hosts.before_end(lambda: (release(), _remove_empty(new))))
         stop = stop or stack.enter_context(stop_signals())
         check_run(run_dir, config, resume)
-        if (run_dir / "config.json").exists():
-            config = replace(config, name=read_record(run_dir).config["name"])
         hosts.barrier("the run directory is open")
+        config = _with_recorded_name(run_dir, config)
         yield OpenRun(
             run_dir, config, report, stop, code or source_of(config, run_dir), hosts, _stack=stack, _lock=file
         )
+
+
+def _with_recorded_name(run_dir: Path, config: Config) -> Config:
+    """Returns the configuration with the name that a run began with: no bit depends on it."""
+    if not (run_dir / "config.json").exists():
+        return config
+    return replace(config, name=read_record(run_dir).config["name"])
 
 
 def check_path(run_dir: Path) -> None:
@@ -327,7 +334,7 @@ def check_run(run_dir: Path, config: Config, resume: bool) -> None:
             f"choose another directory: {option('run_dir', 'DIR')}."
         )
     saved = read_record(run_dir).config
-    changed = changes(saved | {"name": config.name}, encode(config))  # A name, which decides no bit, is kept.
+    changed = changes(saved | {"name": config.name}, encode(config))  # The recorded name is kept.
     if _is_longer(config, saved):
         changed = {}
     listed = "; ".join(f"`{name}` is {old!r} there and {new!r} here" for name, (old, new) in changed.items())

@@ -89,7 +89,7 @@ class Callbacks:
         if not np.all(metrics.num_examples):
             step = first + int(np.argmin(metrics.num_examples))
             raise UserError(
-                f"`augment.transform` must leave an example of each batch unmasked, got none in step {step}."
+                f"`augment.transform` must leave at least one example of each batch unmasked, got none in step {step}."
             )
         if self.on_step is None and not self.loggers.active:
             return
@@ -230,7 +230,9 @@ def make_non_finite_error(problem: str, steps: tuple[int, int], run: OpenRun) ->
     run.checkpoints.wait()
     latest = run.checkpoints.latest()
     kept = "there is no checkpoint yet" if latest is None else f"last finite checkpoint: step {latest}"
-    cause = "Check `loss` and the images" if steps[0] == 0 else "Check `model` and `loss` for what is not finite"
+    cause = (
+        "Check `loss` and the images" if steps[0] == 0 else "Check `model` and `loss` for values that are not finite"
+    )
     return NonFiniteLossError(
         f"{problem} between steps {steps[0]} and {steps[1]}; {kept}. Try a lower `optim.learning_rate` "
         f"(now {run.config.optim.learning_rate}), in another run directory. {cause} if that does not help."

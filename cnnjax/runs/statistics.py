@@ -38,10 +38,10 @@ class Comparison(NamedTuple):
 
     Attributes:
       paired: whether both have the same seeds.
-      resolved: whether p is below 0.05.
+      resolved: whether p, corrected if there are several comparisons, is below 0.05.
       more: the numbers of seeds to add to a and to b so that a difference of this size is detected with a probability
-        of 80%; (0, 0) if it is resolved, None if there is no difference or no noise, or one of them would have more
-        than 10,000.
+        of 80%; (0, 0) if it is resolved, None if there is no difference or no noise, one of them would have more than
+        10,000, or there are several comparisons.
       corrected: p corrected for the number of `comparisons`, see `compare_all`.
     """
 
@@ -89,6 +89,8 @@ def compare(
     b: Mapping[int, float],
     bounds: tuple[float, float] = UNBOUNDED,
     names: tuple[str, str] = ("a", "b"),
+    *,
+    alone: bool = True,
 ) -> Comparison:
     """Compares two experiments with the paired t test if they have the same seeds, and with Welch's test otherwise.
 
@@ -96,6 +98,7 @@ def compare(
       a, b: the score of each seed.
       bounds: the least and the greatest possible score. Their distance limits the interval of the difference.
       names: of the experiments, for messages.
+      alone: whether this is the only comparison, for which `more` is computed.
 
     Raises:
       UserError: if one has fewer than two seeds, or a score is not finite.
@@ -121,17 +124,17 @@ def compare(
     resolved = p_value < 1 - CONFIDENCE
     limit = bounds[1] - bounds[0]
     low, high = max(low, -limit), min(high, limit)
-    more = None if difference == 0 else (0, 0) if resolved else _more_seeds(difference, samples, sizes)
+    more = None if difference == 0 or not alone else (0, 0) if resolved else _more_seeds(difference, samples, sizes)
     return Comparison(paired, difference, low, high, p_value, resolved, *sizes, more)
 
 
 def compare_all(
     scores: Mapping[str, Mapping[int, float]], bounds: tuple[float, float] = UNBOUNDED
 ) -> dict[tuple[str, str], Comparison]:
-    """Compares each two of several experiments, and corrects p for the number of comparisons.
+    """Compares every pair of experiments, and corrects p for the number of comparisons.
 
     A difference is resolved if its corrected p is below 0.05: then with a probability of at least 95% none is called
-    resolved by chance. `more` is kept for a single comparison only.
+    resolved by chance.
 
     Source: Holm, "A simple sequentially rejective multiple test procedure" (1979).
 
@@ -139,15 +142,14 @@ def compare_all(
       scores: for each experiment, the score of each seed.
       bounds: see `compare`.
     """
-    found = {(a, b): compare(scores[a], scores[b], bounds, (a, b)) for a, b in combinations(scores, 2)}
+    pairs, alone = [*combinations(scores, 2)], len(scores) == 2
+    found = {(a, b): compare(scores[a], scores[b], bounds, (a, b), alone=alone) for a, b in pairs}
     tested = sorted((c.p_value, pair) for pair, c in found.items() if not math.isnan(c.p_value))
     largest = 0.0
     for i, (p_value, pair) in enumerate(tested):
         largest = max(largest, min(1.0, (len(tested) - i) * p_value))
-        more = found[pair].more if len(tested) == 1 else None
-        found[pair] = found[pair]._replace(
-            corrected=largest, comparisons=len(tested), resolved=largest < 1 - CONFIDENCE, more=more
-        )
+        resolved = largest < 1 - CONFIDENCE
+        found[pair] = found[pair]._replace(corrected=largest, comparisons=len(tested), resolved=resolved)
     return found
 
 
@@ -207,7 +209,7 @@ def difference_interval(a: float, num_a: int, b: float, num_b: int) -> tuple[flo
 def verdicts(
     scores: Mapping[str, Mapping[int, float]], metric: str = "test_accuracy"
 ) -> dict[tuple[str, str], list[str]]:
-    """Returns for each two of several experiments their difference and whether it is resolved, in words.
+    """Returns for every pair of experiments their difference and whether it is resolved, in words.
 
     Args:
       scores: for each experiment, the score of each seed.

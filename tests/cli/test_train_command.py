@@ -286,6 +286,27 @@ def test_the_fields_of_a_data_set_are_options(capsys):
     assert re.search(r"--dataset\.noise FLOAT\W+Fraction of wrong labels", capsys.readouterr().out)
 
 
+@dataclass(frozen=True)
+class Cosine:
+    period: int = 3
+
+
+@dataclass(frozen=True)
+class Warm:
+    steps: int = 5
+
+
+class Scheduled(nn.Module):
+    sched: Cosine | Warm = Cosine()
+    extra: Warm | None = Warm()
+
+
+def test_a_union_of_dataclasses_is_a_choice():
+    config = Config(model=Scheduled())
+    parsed = parse("model.sched:warm", "--model.sched.steps", "3", "model.extra:none", config=config).model
+    assert (parsed.sched, parsed.extra) == (Warm(3), None)
+
+
 @pytest.mark.parametrize("arguments", [("train", "--run-dir="), ("train", "--data-dir", ""), ("runs", "")])
 def test_a_path_is_not_empty(arguments, capsys):
     with pytest.raises(SystemExit, match="2"):

@@ -19,13 +19,17 @@ USUAL = [
     {"strides": (2, 2)},
     {"strides": (2, 2), "padding": "VALID"},
     {"padding": ((2, 1), (0, 2))},
-    {"padding": ((4, 4), (3, 3))},  # Not smaller than the kernel.
     {"kernel": (1, 1, 6, 5), "strides": (2, 2)},
     {"kernel": (2, 4, 6, 5)},
     {"kernel": (3, 3, 1, 6), "groups": 6},
     {"kernel": (3, 3, 1, 6), "groups": 6, "strides": (2, 2)},
 ]
 OTHERS = [
+    {"padding": ((4, 4), (3, 3))},  # Not less than the kernel.
+    {"kernel": (3, 3, 1, 6), "groups": 6, "padding": ((3, 0), (0, 3))},
+    {"padding": ((-1, 2), (0, 0)), "strides": (2, 2)},
+    {"kernel": (3, 3, 1, 6), "groups": 6, "padding": ((-1, 2), (0, 0))},
+    {"kernel": (10, 3, 6, 5), "padding": "VALID"},  # Larger than the image.
     {"kernel": (3, 3, 1, 12), "groups": 6},
     {"kernel": (3, 3, 3, 6), "groups": 2},
     {"strides": (2, 1)},
@@ -60,8 +64,9 @@ def test_values_and_gradients_are_those_of_jax(options, dtype):
         results.append([y, *pullback(g)])
     for ours, theirs in zip(*results, strict=True):
         assert ours.dtype == theirs.dtype == dtype and ours.shape == theirs.shape
-        error = np.abs(np.asarray(ours, np.float64) - np.asarray(theirs, np.float64)).max()
-        assert error <= (1e-5 if dtype == jnp.float32 else 0.02) * np.abs(np.asarray(theirs, np.float64)).max()
+        wide = np.asarray(theirs, np.float64)
+        error, largest = (np.abs(x).max(initial=0.0) for x in (np.asarray(ours, np.float64) - wide, wide))
+        assert error <= (1e-5 if dtype == jnp.float32 else 0.02) * largest
 
 
 @pytest.mark.skipif(not str(kernels()).startswith("oneDNN"), reason="needs oneDNN")
@@ -70,6 +75,42 @@ def test_the_usual_kinds_use_fast_kernels(options, is_fast):
     options = dict(options)
     image, kernel = jnp.zeros((2, 9, 8, 6)), jnp.zeros(options.pop("kernel", (3, 3, 6, 5)))
     assert calls_kernels(jax.make_jaxpr(partial(convolve, conv_general_dilated, **options))(image, kernel)) == is_fast
+
+
+@pytest.mark.parametrize(
+    ("kernel", "options"),
+    [
+        ((3, 3, 2, 6), {"groups": 6}),
+        ((3, 3, 5, 6), {}),
+        ((3, 3, 6, 5), {"strides": (2,)}),
+        ((3, 3, 6, 5), {"strides": (2, 2, 2)}),
+        ((3, 3, 6, 5), {"padding": ((1.7, 1), (1, 1))}),
+        ((3, 3, 6, 5), {"padding": ((1, 1),)}),
+        ((3, 3, 6, 5), {"padding": "SOME"}),
+    ],
+)
+def test_wrong_arguments_are_refused_as_by_jax(kernel, options, no_type_checks):
+    image, kernel = jnp.zeros((2, 8, 8, 6)), jnp.zeros(kernel)
+    errors = []
+    for function in (lax.conv_general_dilated, conv_general_dilated):
+        with pytest.raises(Exception) as error:
+            convolve(function, image, kernel, **options)
+        errors.append(error.value)
+    assert type(errors[0]) is type(errors[1]) and str(errors[0]) == str(errors[1])
+
+
+def test_a_batch_without_images():
+    image, kernel = jnp.zeros((0, 8, 8, 6)), jnp.ones((3, 3, 6, 5))
+    assert convolve(conv_general_dilated, image, kernel, strides=(2, 2)).shape == (0, 4, 4, 5)
+
+
+def test_vmap_and_jit():
+    image = jax.random.normal(jax.random.key(0), (3, 2, 8, 8, 6))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 3, 6, 5))
+    ours, theirs = (
+        jax.jit(jax.vmap(partial(convolve, f)))(image, kernel) for f in (conv_general_dilated, lax.conv_general_dilated)
+    )
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
 def test_other_layouts_and_ranks_are_left_to_jax():

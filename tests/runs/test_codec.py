@@ -2,7 +2,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, Flag, auto
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 from flax.core import FrozenDict
+from jax import lax
 
 from cnnjax import (
     CNN,
@@ -30,6 +31,7 @@ from cnnjax import (
     ParamGroup,
     SpeedNet,
     UserError,
+    conv_general_dilated,
     softmax_cross_entropy,
 )
 from cnnjax.errors import messages_for_shell
@@ -188,6 +190,35 @@ def test_enums_and_paths_are_recorded_by_value_also_if_they_are_defaults(values)
     assert restored == config and type(restored.model.weights) is type(config.model.weights)
     with pytest.raises(UserError, match=r"`model\.kind` of this run is Kind, which is not part of cnnjax"):
         decode(content, collect_names(Config()) | {"Choosing": Choosing})
+
+
+class Part(Flag):
+    BODY = auto()
+    HEAD = auto()
+
+
+class Mode(Enum):
+    A = 1
+
+
+class Flagged(nn.Module):
+    parts: Part = Part.BODY | Part.HEAD
+    mode: Mode = Mode.A
+    precision: Any = lax.Precision.HIGHEST
+
+
+@pytest.mark.parametrize("parts", [Part.BODY | Part.HEAD, Part(0), Part.HEAD])
+def test_flags_and_the_enums_of_an_experiment_file_and_of_libraries(parts):
+    content = json.loads(json.dumps(encode(Config(model=Flagged(parts=parts)))))
+    names = collect_names(Config(), [Flagged, Part, print])  # Mode and Precision are the types of defaults.
+    assert decode(content, names).model == Flagged(parts=parts)
+    assert print not in names.values()
+
+
+def test_the_convolution_of_this_package_has_a_name():
+    layer = nn.Conv(3, (3, 3), conv_general_dilated=conv_general_dilated)
+    content = encode(Config(model=layer))
+    assert content["model"]["conv_general_dilated"] == {"function": "cnnjax.conv_general_dilated"}
 
 
 class Scale:
