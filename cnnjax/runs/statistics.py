@@ -147,9 +147,9 @@ def compare_all(
     tested = sorted((c.p_value, pair) for pair, c in found.items() if not math.isnan(c.p_value))
     largest = 0.0
     for i, (p_value, pair) in enumerate(tested):
-        largest = max(largest, min(1.0, (len(tested) - i) * p_value))
+        largest = max(largest, min(1.0, (len(pairs) - i) * p_value))
         resolved = largest < 1 - CONFIDENCE
-        found[pair] = found[pair]._replace(corrected=largest, comparisons=len(tested), resolved=resolved)
+        found[pair] = found[pair]._replace(corrected=largest, comparisons=len(pairs), resolved=resolved)
     return found
 
 

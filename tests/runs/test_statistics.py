@@ -243,6 +243,19 @@ def test_p_is_corrected_for_several_comparisons_by_holms_method():
     assert lines[1] == "The difference is resolved: c is better."
 
 
+def test_a_comparison_without_noise_counts_as_one():
+    flat = {0: 0.5, 1: 0.5, 2: 0.5}
+    scores = {"a": flat, "b": {seed: x + 0.1 for seed, x in flat.items()}, "c": {0: 0.4, 1: 0.5, 2: 0.62}}
+    found = compare_all(scores)
+    assert math.isnan(found["a", "b"].p_value) and math.isnan(found["a", "b"].corrected)
+    assert {c.comparisons for pair, c in found.items() if pair != ("a", "b")} == {3}
+    small, large = sorted((found["a", "c"], found["b", "c"]), key=lambda c: c.p_value)
+    assert small.corrected == 3 * small.p_value < 1 and large.corrected == max(
+        small.corrected, min(1, 2 * large.p_value)
+    )
+    assert verdicts(scores)["a", "b"][1].startswith("The difference is not resolved. All pairs of the same seed differ")
+
+
 def test_a_smaller_p_is_never_corrected_to_more_than_a_larger_one():
     scores = {"a": {0: 0.50, 1: 0.51, 2: 0.55}, "b": {0: 0.58, 1: 0.58, 2: 0.61}, "c": {0: 0.53, 1: 0.53, 2: 0.53}}
     found = compare_all(scores)
