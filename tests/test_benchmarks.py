@@ -47,7 +47,7 @@ def run(*arguments, into):
 
 @pytest.mark.parametrize(
     ("script", "prefix", "count"),
-    [("cpu", "", 6), ("gpu", "gpu ", 11), ("runs", "", 3), ("images", "images ", 3), ("streaming", "streaming ", 1)],
+    [("cpu", "", 7), ("gpu", "gpu ", 11), ("runs", "", 3), ("images", "images ", 3), ("streaming", "streaming ", 1)],
 )
 def test_every_part_of_a_benchmark_has_a_place_in_the_report(load, script, prefix, count):
     harness, parts = load("harness"), load(script).PARTS
