@@ -78,12 +78,9 @@ def _check_class(cls: Any, path: str) -> None:
         is_dataclass, hints = "__dataclass_fields__" in vars(part), inspect.get_annotations(part)
         constants = "ClassVar" if is_dataclass else "ClassVar|Final"
         declared = [name for name, hint in hints.items() if not re.search(constants, str(hint))]
-        inherits = hasattr(part, "__dataclass_fields__") and not is_dataclass
-        without_effect = declared if inherits else []
-        for name, value in vars(part).items():
-            is_slot = isinstance(value, MemberDescriptorType)
-            without_effect = without_effect + [name] * (name in names and name not in declared and not is_slot)
-        for name in without_effect:
+        undecorated = declared if hasattr(part, "__dataclass_fields__") and not is_dataclass else []
+        members = [name for name, value in vars(part).items() if not isinstance(value, MemberDescriptorType)]
+        for name in (*undecorated, *(name for name in members if name in names and name not in declared)):
             if name not in of_derived:
                 raise UserError(
                     f"{named} must declare its values as fields, got {part.__name__}.{name}, which is not a field and "

@@ -234,7 +234,7 @@ class Compare:
             for line in lines:
                 print(line)
             if read_record(runs_of(a)[0]).data.sha256 != read_record(runs_of(b)[0]).data.sha256:
-                print("Their images have different digests.")
+                print("Their images or labels have different digests.")
 
 
 def _print_changes(changes: Mapping[str, tuple[Any, Any]]) -> None:

@@ -148,6 +148,6 @@ def _verdicts(groups: dict[str, Group]) -> list[tuple[str, list[str]]]:
     shown = []
     for a, b in [*combinations(groups, 2)][:MAX_PAIRS]:
         lines = found.get((a, b), ["Both need at least two finished seeds to be compared. Train more: --seeds."])
-        other = ["Their images have different digests, see below."] if digests[a] != digests[b] else []
+        other = ["Their images or labels have different digests, see below."] if digests[a] != digests[b] else []
         shown.append((f"{a} and {b}", [*lines, *other] if (a, b) in found else lines))
     return shown

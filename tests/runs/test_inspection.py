@@ -289,7 +289,7 @@ def test_compare_tests_two_experiments_over_their_seeds(seeds, tmp_path, capsys,
         data = json.loads(record.read_text())["data"]
         change(record, data={**data, "sha256": {**data["sha256"], "test": 64 * "0"}})
     main(["compare", "good", "bad"])
-    assert capsys.readouterr().out.splitlines()[-1] == "Their images have different digests."
+    assert capsys.readouterr().out.splitlines()[-1] == "Their images or labels have different digests."
 
 
 def test_compare_accepts_the_scores_of_every_class(seeds, tmp_path, capsys, monkeypatch):
