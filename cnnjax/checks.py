@@ -1,5 +1,6 @@
 """Checks of what the parts of a run return for the shapes of its batches, without computing anything."""
 
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -12,9 +13,10 @@ from cnnjax.data.augment import Augment
 from cnnjax.data.batches import Pixels, StreamedPixels, make_batch
 from cnnjax.data.order import plain_plan
 from cnnjax.edits import notice_edits
-from cnnjax.errors import UserError, describe, describe_shapes, user_code
+from cnnjax.errors import UserError, check, describe, describe_shapes, user_code
 from cnnjax.metrics import sum_metrics
 from cnnjax.network import Network, apply_in_training, logits_of
+from cnnjax.optim.optimizer import REST, Optimizer, param_labels
 from cnnjax.program import Program
 from cnnjax.step import TrainState, init_from_data, init_optimizer, update
 from cnnjax.typing import AnyArray, BatchLike, LossFn
@@ -93,6 +95,42 @@ def _first_update(program: Program, params: PyTree) -> tuple[Any, PyTree]:
     with jax.numpy_dtype_promotion("standard"):  # As in `train_step`.
         updates, _ = update(tx, params, state, {"value": loss, "grad": params, "value_fn": lambda params: loss})
     return state.opt_state, updates
+
+
+def check_depths(optim: Optimizer, params: PyTree) -> None:
+    """Checks that each parameter has a group if groups were made of the layers that `depths` of a network names.
+
+    Raises:
+      UserError: one has none, so that it would not be frozen with the others.
+    """
+    if isinstance(params, dict):
+        labels = param_labels(params, optim.groups)
+        missing = [name for name in sorted(params) if REST in jax.tree.leaves(labels[name])]
+        got = f"a result without {missing}. List them, or give them a group in `optim.groups`"
+        check("model.depths", "a method that returns all top-level names of the parameters", not missing, got)
+
+
+def never_trained(given: Optimizer, optim: Optimizer, params: PyTree, num_epochs: int) -> Iterator[str]:
+    """Yields a line about each group of parameters that would thaw only after the last epoch.
+
+    Args:
+      given: the optimizer of the configuration.
+      optim: the same with a group for each layer, see `Optimizer.for_network`.
+
+    Raises:
+      UserError: all parameters are frozen in all epochs.
+    """
+    frozen = [group for group in optim.groups if group.num_epochs == 0 or group.start_epoch >= num_epochs]
+    patterns = {group.pattern for group in frozen}
+    trained = not patterns.issuperset(jax.tree.leaves(param_labels(params, optim.groups)))
+    check("optim", "an optimizer that trains some parameters", trained, "groups that freeze all of them")
+    end = f"because the run ends after {num_epochs} epoch{'s' if num_epochs > 1 else ''}."
+    for group in given.groups:
+        if group in frozen and group.num_epochs != 0:
+            begin = f"{group.pattern!r} begins in epoch {group.start_epoch + 1}"
+            yield f"`optim.groups`: {begin} and is never trained, {end}"
+    if given.freeze_epochs >= num_epochs:
+        yield f"`optim.freeze_epochs` is {given.freeze_epochs}: only the head is trained, {end}"
 
 
 def check_init_from_data(program: Program, state: TrainState, image: jax.ShapeDtypeStruct) -> TrainState:

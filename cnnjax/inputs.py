@@ -15,7 +15,7 @@ class Inputs(NamedTuple):
     """The inputs of a run, which many seeds share."""
 
     dataset: ImageDataset
-    weights: Weights | None = None
+    weights: Weights | None
 
 
 def load_inputs(

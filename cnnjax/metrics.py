@@ -119,8 +119,14 @@ class Totals(NamedTuple):
         )
 
     def means(self) -> "Scores":
-        """Returns the means over all examples."""
+        """Returns the means over all examples.
+
+        Raises:
+          ValueError: all of them were masked.
+        """
         n = self.num_examples
+        if n == 0:
+            raise ArgumentError("`batch.mask` must leave at least one example unmasked, got none.")
         return Scores(self.loss / n, n, {name: total / n for name, total in self.values.items()})
 
 

@@ -10,7 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from cnnjax.checks import check_augment, check_init_from_data, check_logits, check_optimizer, check_training
+from cnnjax.checks import (
+    check_augment,
+    check_depths,
+    check_init_from_data,
+    check_logits,
+    check_optimizer,
+    check_training,
+    never_trained,
+)
 from cnnjax.config import Config, word
 from cnnjax.data.batches import Pixels, Standardization, pixel_statistics, standardize
 from cnnjax.data.datasets import ImageDataset
@@ -27,7 +35,6 @@ from cnnjax.losses import ClassWeighted, CrossEntropy, balanced_weights
 from cnnjax.memory import device_memory, explain_out_of_memory, gib, largest_result, num_bytes
 from cnnjax.network import apply_in_evaluation, init_variables
 from cnnjax.onednn.library import kernels
-from cnnjax.optim.optimizer import REST, param_labels
 from cnnjax.pretrained import Weights, replacements
 from cnnjax.process.settings import num_cores
 from cnnjax.program import Program, evaluation_batch_size, init_run, train_steps
@@ -183,7 +190,7 @@ def set_up(
     if mesh is None and num_idle:
         count = num_idle + placement.num_devices
         say(f"{num_idle} of {count} devices are idle: `batch_size` {batch_size} is not a multiple of {count}.")
-    for line in never_trained(setup, shapes):
+    for line in never_trained(config.optim, program.optim, shapes.params, config.num_epochs):
         say(line)
     state = _initial_state(setup, init_key, variables, weights, partial(_init_images, train, standardization))
     return setup, put(state, placement.of_state(state))
@@ -258,28 +265,6 @@ def oddities(examples: Examples | Streamed, num_classes: int) -> Iterator[str]:
         yield f"No training image has the label {shown}, of 0 to {num_classes - 1}."
 
 
-def never_trained(setup: Setup, state: TrainState) -> Iterator[str]:
-    """Yields a line about each group of parameters that would thaw only after the last epoch.
-
-    Raises:
-      UserError: all parameters are frozen in all epochs.
-    """
-    optim, num_epochs = setup.program.optim, setup.config.num_epochs
-    frozen = [group for group in optim.groups if group.num_epochs == 0 or group.start_epoch >= num_epochs]
-    patterns = {group.pattern for group in frozen}
-    got = "groups that freeze all of them"
-    trained = not patterns.issuperset(jax.tree.leaves(param_labels(state.params, optim.groups)))
-    check("optim", "an optimizer that trains some parameters", trained, got)
-    end = f"because the run ends after {num_epochs} epoch{'s' if num_epochs > 1 else ''}."
-    given = setup.config.optim
-    for group in given.groups:
-        if group in frozen and group.num_epochs != 0:
-            begin = f"{group.pattern!r} begins in epoch {group.start_epoch + 1}"
-            yield f"`optim.groups`: {begin} and is never trained, {end}"
-    if given.freeze_epochs >= num_epochs:
-        yield f"`optim.freeze_epochs` is {given.freeze_epochs}: only the head is trained, {end}"
-
-
 def check_parts(setup: Setup) -> tuple[TrainState, dict[str, Any]]:
     """Checks what network, optimizer, augmentation and loss return, without computing anything.
 
@@ -299,11 +284,8 @@ def check_parts(setup: Setup) -> tuple[TrainState, dict[str, Any]]:
         image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
         variables = notice_edits(partial(init_variables, model=config.model), key, image)
     params = variables["params"]
-    if isinstance(params, dict) and (config.optim.freeze_epochs or config.optim.depth_decay < 1):
-        labels = param_labels(params, setup.program.optim.groups)
-        missing = [name for name in sorted(params) if REST in jax.tree.leaves(labels[name])]
-        got = f"a result without {missing}. List them, or give them a group in `optim.groups`"
-        check("model.depths", "a method that returns all top-level names of the parameters", not missing, got)
+    if config.optim.freeze_epochs or config.optim.depth_decay < 1:
+        check_depths(setup.program.optim, params)
     opt_state = check_optimizer(setup.program, params)
     step: Any = jax.ShapeDtypeStruct((), jnp.int32)
     model_state = {name: value for name, value in variables.items() if name != "params"}

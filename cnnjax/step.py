@@ -56,11 +56,7 @@ def init_state(
       ValueError: `model` is not a network, is not hashable, or has no parameters.
     """
     check_network(model)
-    if not hasattr(tx, "update"):
-        raise ArgumentError(
-            f"`tx` must be an optax optimizer, got {type(tx).__name__}. Make one of a cnnjax `Optimizer` by "
-            "`make_tx(num_steps)`."
-        )
+    check_tx(tx)
     return _init_state(key, image, model=model, tx=tx)
 
 
@@ -182,6 +178,7 @@ def train_step(
       ValueError: an argument or a shape is wrong, `state` was donated before, or `tx` needs more arguments.
     """
     check_network(model)
+    check_tx(tx)
     _check_valid(state)
     step = _donating_step if donate else _keeping_step
     options: Any = {"loss_fn": loss_fn, "frozen": frozen, "placement": placement}
@@ -324,6 +321,15 @@ def eval_step(
 def _eval_step(state: TrainState, batch: BatchLike, *, model: Network, loss_fn: LossFn, tta: str) -> Metrics:
     check_batch(batch)
     return sum_metrics(apply_views(state, batch, model, tta), batch, loss_fn)
+
+
+def check_tx(tx: Any) -> None:
+    """Raises a `ValueError` unless `tx` is an optax optimizer."""
+    if not hasattr(tx, "update"):
+        raise ArgumentError(
+            f"`tx` must be an optax optimizer, got {type(tx).__name__}. Make one of a cnnjax `Optimizer` by "
+            "`make_tx(num_steps)`."
+        )
 
 
 def _check_valid(state: TrainState) -> None:

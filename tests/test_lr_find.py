@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from cnnjax import SGD, Config, Optimizer, ParamGroup, UserError
+from cnnjax import SGD, Augment, Config, Optimizer, ParamGroup, UserError
 from cnnjax.cli.main import main
 from cnnjax.lr_find import RangeTest, find_learning_rate
 
@@ -103,6 +103,18 @@ def test_a_bounded_loss_may_fall_little_if_it_is_more_than_noise(noise, is_sugge
 def test_a_loss_that_is_not_finite_before_the_first_update_is_an_error():
     config = Config(dataset=ARRAYS, model=Scalars(), loss=lambda logits, batch: linear(logits, batch) + jnp.nan)
     with pytest.raises(UserError, match="`loss` must be finite before the first update, got nan"):
+        find_learning_rate(config)
+
+
+@dataclass(frozen=True)
+class Masks(Augment):
+    def transform(self, key, batch):
+        return batch._replace(mask=jnp.zeros_like(batch.mask))
+
+
+def test_batches_without_an_example_are_an_error():
+    config = Config(dataset=ARRAYS, model=Scalars(), loss=linear, augment=Masks())
+    with pytest.raises(UserError, match=r"`batch\.mask` must leave at least one example unmasked, got none\."):
         find_learning_rate(config)
 
 

@@ -235,6 +235,8 @@ def test_an_optimizer_of_a_configuration_is_not_one_of_optax():
     tx: Any = Adam()
     with pytest.raises(ValueError, match=r"`tx` must be an optax optimizer, got Adam\. Make one of a cnnjax"):
         make_state(tx=tx)
+    with pytest.raises(ValueError, match=r"`tx` must be an optax optimizer, got Adam\. Make one of a cnnjax"):
+        train_step(make_state(), random_batch(), KEY, model=MODEL, tx=tx)
 
 
 # --- init_from_data -------------------------------------------------------------------------------------------------
@@ -401,4 +403,6 @@ def test_totals_are_sums_and_means_are_per_example():
     totals = Totals(1.0, 4, {"accuracy": 2}).add(steps)
     assert totals == (4.0, 8, {"accuracy": 5})
     assert totals.means() == Scores(loss=0.5, num_examples=8, values={"accuracy": 0.625})
+    with pytest.raises(ValueError, match=r"`batch\.mask` must leave at least one example unmasked, got none\."):
+        Totals().means()
     assert Totals().add(jax.tree.map(lambda x: x[0], steps)) == (0.5, 3, {"accuracy": 1})

@@ -67,8 +67,8 @@ def check_images(images: Any, image_shape: tuple[int, ...]) -> UInt8[np.ndarray,
     return images
 
 
-@jit(static_argnames=("model", "tta"))
-def probabilities_of(
+@jit(static_argnames=("model", "tta", "softmax"))
+def outputs_of(
     state: TrainState,
     standardization: Standardization,
     image: UInt8[AnyArray, "B H W C"],
@@ -76,28 +76,16 @@ def probabilities_of(
     *,
     model: Network,
     tta: str,
+    softmax: bool,
 ) -> Float[Array, "B K"]:
-    """Returns the probability of each class; see `Run.predict`. `mask` is False for padding."""
-    return jax.nn.softmax(_logits(state, standardization, image, mask, model=model, tta=tta))
+    """Returns the logits, or with `softmax` the probability of each class; see `Run.predict`.
 
-
-@jit(static_argnames=("model", "tta"))
-def logits_of_images(
-    state: TrainState,
-    standardization: Standardization,
-    image: UInt8[AnyArray, "B H W C"],
-    mask: Bool[AnyArray, " B"],
-    *,
-    model: Network,
-    tta: str,
-) -> Float[Array, "B K"]:
-    """Returns the logits; see `Run.logits`. `mask` is False for padding."""
-    return _logits(state, standardization, image, mask, model=model, tta=tta)
-
-
-def _logits(state, standardization, image, mask, *, model, tta):
+    Args:
+      mask: False for padding.
+    """
     batch = Batch(standardize(image, standardization), jnp.zeros(len(image), jnp.int32), mask)
-    return logits_of(apply_views(state, batch, model, tta)).astype(jnp.float32)
+    logits = logits_of(apply_views(state, batch, model, tta)).astype(jnp.float32)
+    return jax.nn.softmax(logits) if softmax else logits
 
 
 @jit(static_argnames=("model", "layer"))

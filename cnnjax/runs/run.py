@@ -28,14 +28,14 @@ from cnnjax.process.settings import start_jax
 from cnnjax.program import evaluate
 from cnnjax.runs.checkpoints import Checkpoints
 from cnnjax.runs.codec import collect_names
-from cnnjax.runs.inference import check_images, features_of, in_batches, logits_of_images, probabilities_of
+from cnnjax.runs.inference import check_images, features_of, in_batches, outputs_of
 from cnnjax.runs.manifest import read_manifest
 from cnnjax.runs.predictions import FilePrediction, predict_files
 from cnnjax.runs.records import read_record, read_result, read_rows, read_timing, run_argument
 from cnnjax.runs.recovery import list_steps
 from cnnjax.runs.schema import DataFacts, Result, Row, Timing
 from cnnjax.sharding import place
-from cnnjax.step import TrainState, abstract_state, eval_params, init_optimizer
+from cnnjax.step import TrainState, abstract_state, check_tx, eval_params, init_optimizer
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -166,6 +166,7 @@ class Run:
         Args:
           tx: an optax optimizer.
         """
+        check_tx(tx)
         return _restart(self.state, tx=tx)
 
     def standardize(self, images: Any) -> Float[np.ndarray, "N H W C"]:
@@ -187,7 +188,7 @@ class Run:
         Raises:
           UserError: `images` has another dtype or shape.
         """
-        return self._in_batches(probabilities_of, images, tta)
+        return self._outputs(images, tta, softmax=True)
 
     def logits(self, images: Any, *, tta: str = "none") -> Float[np.ndarray, "N K"]:
         """Returns the logits, float32, such as those of a teacher for distillation: `predict` is their softmax.
@@ -195,13 +196,13 @@ class Run:
         Args:
           images, tta: see `predict`.
         """
-        return self._in_batches(logits_of_images, images, tta)
+        return self._outputs(images, tta, softmax=False)
 
-    def _in_batches(self, function: Any, images: Any, tta: str) -> Float[np.ndarray, "N K"]:
+    def _outputs(self, images: Any, tta: str, *, softmax: bool) -> Float[np.ndarray, "N K"]:
         check_name("tta", tta, TTA)
-        model, standardization = self.config.model, self.facts.standardization
         images = check_images(images, self.facts.image_shape)
-        return in_batches(partial(function, self.state, standardization, model=model, tta=tta), images)
+        options: Any = {"model": self.config.model, "tta": tta, "softmax": softmax}
+        return in_batches(partial(outputs_of, self.state, self.facts.standardization, **options), images)
 
     def predict_files(
         self, paths: Iterable[str | os.PathLike[str]], *, tta: str | None = None, invert: bool = False

@@ -1,4 +1,4 @@
-"""Measures how fast this package trains on this machine's CPU, beside its peers. `make bench` runs it: 25 minutes.
+"""Measures how fast this package trains on this machine's CPU, beside its peers. `make bench` runs it: half an hour.
 
     .venv/bin/python experiments/benchmarks/cpu.py                # all parts except the last
     .venv/bin/python experiments/benchmarks/cpu.py step sizes     # these parts

@@ -12,9 +12,9 @@ import optax
 import pytest
 from programs import research
 
-from cnnjax import Batch, UserError, init_state, load_run, softmax_cross_entropy, train_step
+from cnnjax import Adam, Batch, UserError, init_state, load_run, softmax_cross_entropy, train_step
 from cnnjax.files import tree_sha256
-from cnnjax.runs.inference import probabilities_of
+from cnnjax.runs.inference import outputs_of
 from cnnjax.runs.run import Run
 from cnnjax.step import eval_params
 
@@ -238,11 +238,11 @@ def test_padding_gets_no_extra_views(run, monkeypatch):
 
 def test_any_number_of_images_is_one_program(run):
     run.predict(IMAGES)
-    before = probabilities_of._cache_size()
+    before = outputs_of._cache_size()
     for count in (0, 1, 5, 37):
         run.predict(IMAGES[:count])
     run.predict(jnp.asarray(IMAGES))
-    assert probabilities_of._cache_size() == before
+    assert outputs_of._cache_size() == before
 
 
 @pytest.mark.parametrize(
@@ -327,6 +327,11 @@ def test_a_network_of_two_functions_predicts_and_has_no_layers(run):
     np.testing.assert_allclose(functions.predict(IMAGES), 0.25, rtol=1e-6)
     with pytest.raises(UserError, match="`layer` must be a part of a Linen module, got a run of passes"):
         functions.features(IMAGES, "Dense_0")
+
+
+def test_a_new_state_needs_an_optimizer_of_optax(run, no_type_checks):
+    with pytest.raises(ValueError, match=r"`tx` must be an optax optimizer, got Adam\."):
+        run.new_state(Adam())
 
 
 def test_a_new_state_is_trained_on_without_changing_the_run(run):
