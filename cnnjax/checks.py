@@ -7,19 +7,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Key, PyTree
+import numpy as np
+from jaxtyping import Array, Int, Key, PyTree
 
+from cnnjax.config import BEST_BY
 from cnnjax.data.augment import Augment
 from cnnjax.data.batches import Pixels, StreamedPixels, make_batch
 from cnnjax.data.order import plain_plan
 from cnnjax.edits import notice_edits
-from cnnjax.errors import UserError, check, describe, describe_shapes, user_code
-from cnnjax.metrics import sum_metrics
+from cnnjax.errors import UserError, check, check_name, describe, describe_shapes, user_code
+from cnnjax.metrics import call_metrics, sum_metrics
 from cnnjax.network import Network, apply_in_training, logits_of
 from cnnjax.optim.optimizer import REST, Optimizer, param_labels
 from cnnjax.program import Program
 from cnnjax.step import TrainState, init_from_data, init_optimizer, update
-from cnnjax.typing import AnyArray, BatchLike, LossFn
+from cnnjax.typing import AnyArray, BatchLike, LossFn, MetricsFn
 
 
 def check_augment(
@@ -175,6 +177,17 @@ def check_training(
             "is called as loss(logits, batch). If it needs labels, wrap it: `def loss(logits, batch): return "
             "f(logits, batch.label)`."
         ) from error
+
+
+def check_metrics(metrics_fn: MetricsFn, best_by: str, label: Int[np.ndarray, " N"], num_classes: int) -> None:
+    """Checks what the user's scores are for random logits, and that the one that selects the best checkpoint is there.
+
+    Args:
+      label: of the validation set.
+    """
+    logits = np.random.default_rng(0).standard_normal((len(label), num_classes), np.float32)
+    names = call_metrics(metrics_fn, logits, label)
+    check_name("best_by", best_by, (*BEST_BY, *names))
 
 
 def check_logits(output: Any, expected: tuple[int, ...]) -> None:

@@ -19,7 +19,7 @@ from cnnjax.optim.optimizer import Optimizer
 from cnnjax.optim.recipes import Adam
 
 NAME_OR_CONFIG = r"\w[\w-]*(/\w[\w.-]*)?(:[\d.]+)?/?"  # As tfds writes them.
-BALANCING, BEST_BY = ("none", "balanced"), ("accuracy", "balanced_accuracy")
+BALANCING, BEST_BY = ("none", "balanced"), ("accuracy", "balanced_accuracy", "loss")
 # (x_train, y_train, x_test, y_test), or with x_validation, y_validation before x_test.
 Arrays = tuple[Any, Any, Any, Any] | tuple[Any, Any, Any, Any, Any, Any]
 
@@ -61,10 +61,14 @@ class Config:
     """The training loss, (logits [B K], batch) -> loss [B]. Validation and test report the cross-entropy."""
     sampling: str = "none"
     """none: an epoch visits every example once; balanced: it draws equally often from every class."""
+    metrics: Any = None
+    """Scores of your own, computed after each epoch on the validation images and at the end on the test images: a
+    function (logits [N K], label [N]) -> {name: number} of NumPy arrays."""
     class_weights: str = "none"
     """none; balanced: weights the loss of each example so that all classes have the same total weight."""
     best_by: str = "accuracy"
-    """The validation score that selects the best checkpoint: accuracy, or balanced_accuracy (mean recall)."""
+    """The validation score that selects the best checkpoint: accuracy, balanced_accuracy (mean recall), loss (the
+    lowest), or a name that `metrics` returns (the highest)."""
     image_size: int | tuple[int, int] | None = None
     """Height and width to which images are resized; None: the network's for a folder, else unchanged."""
     resize: str = "crop"
@@ -92,13 +96,10 @@ class Config:
             re.fullmatch(r"(\w[\w.-]*)?", self.name, re.ASCII) is not None,
             repr(self.name),
         )
-        for name, valid in (
-            ("resize", RESIZE),
-            ("sampling", BALANCING),
-            ("class_weights", BALANCING),
-            ("best_by", BEST_BY),
-        ):
+        for name, valid in (("resize", RESIZE), ("sampling", BALANCING), ("class_weights", BALANCING)):
             check_name(name, getattr(self, name), valid)
+        if self.metrics is None:
+            check_name("best_by", self.best_by, BEST_BY)
         both = self.sampling == self.class_weights == "balanced"
         check("class_weights", "none if `sampling` is balanced: use one of the two", not both, "balanced")
         size = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,)
@@ -117,6 +118,8 @@ class Config:
         check_name("tta", self.tta, TTA)
         check_network(self.model)
         check("loss", "a function of logits and a batch", callable(self.loss), show(self.loss))
+        valid = self.metrics is None or (callable(self.metrics) and not isinstance(self.metrics, type))
+        check("metrics", "a function of logits and labels", valid, show(self.metrics))
         for name in ("model", "optim", "augment", "loss"):
             value = getattr(self, name)
             try:

@@ -27,6 +27,7 @@ from cnnjax.runs.progress import (
     end_epoch,
     raise_if_stopped,
     save_within_epoch,
+    share_scores,
 )
 from cnnjax.sharding import fetch, put
 from cnnjax.step import TrainState, copy_state
@@ -111,7 +112,7 @@ def fit(
                 steps=(first, step),
                 train=progress.totals.means(),
                 grad_norm=progress.grad_norm / steps,
-                validation=scores,
+                validation=None if scores is None else share_scores(run.hosts, scores),
                 timing=make_timing(
                     epoch + 1, images_per_second, seconds, at_peak[setup.train_shape(statics(epoch)[0])]
                 ),
@@ -177,7 +178,9 @@ def start_validation(setup: Setup, state: TrainState) -> tuple[TrainState, Calla
     snapshot = copy_state(state)
     if not len(setup.validation.label):
         return snapshot, lambda: None
-    return snapshot, start_evaluation(snapshot, setup.validation, setup.config.model, setup.placement)
+    config = setup.config
+    options: Any = {"metrics_fn": config.metrics}
+    return snapshot, start_evaluation(snapshot, setup.validation, config.model, setup.placement, **options)
 
 
 def training_input(setup: Setup, step: int) -> AbstractContextManager[Iterator[Any]]:

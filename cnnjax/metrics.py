@@ -1,5 +1,7 @@
 """Metrics: sums over the examples of a batch on the device, and totals and means on the host."""
 
+import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -8,9 +10,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from cnnjax.class_scores import Confusion, class_scores
-from cnnjax.errors import ArgumentError, describe_shapes
+from cnnjax.errors import ArgumentError, UserError, check, describe_shapes, user_code
 from cnnjax.network import logits_of
-from cnnjax.typing import AnyArray, BatchLike, LossFn
+from cnnjax.typing import AnyArray, BatchLike, LossFn, MetricsFn
+
+_TAKEN = ("loss", "accuracy", "balanced_accuracy", "macro_precision", "macro_recall", "macro_f1")
 
 
 class Metrics(NamedTuple):
@@ -134,6 +138,7 @@ class Scores(NamedTuple):
     """Means over `num_examples` examples.
 
     Attributes:
+      values: "accuracy", and the named values of the loss in training, or those of `Config.metrics` in evaluation.
       confusion: {(true class, predicted class): number of examples}, see `class_scores`; empty in training.
       logits: of every example, in order, if `evaluate` kept them.
     """
@@ -159,3 +164,42 @@ class Scores(NamedTuple):
         if not self.confusion:
             raise ArgumentError("`scores` must be those of an evaluation to have a balanced accuracy, got others.")
         return class_scores(self.confusion, 1 + max(map(max, self.confusion))).means()["recall"]
+
+    def rank(self, by: str) -> float:
+        """Returns the number by which a checkpoint is ranked, the higher the better.
+
+        Args:
+          by: see `Config.best_by`.
+
+        Raises:
+          UserError: there is no such score, or it is infinite or nan.
+        """
+        value = {"loss": -self.loss, "balanced_accuracy": self.balanced_accuracy, **self.values}.get(by)
+        if value is None or not np.isfinite(value):
+            got = f"{by} {value}" if value is not None else f"only {', '.join(self.values)}"
+            raise UserError(f"`metrics` must return a finite {by}, which selects the best checkpoint, got {got}.")
+        return value
+
+
+def call_metrics(
+    metrics_fn: MetricsFn, logits: Float[np.ndarray, "N K"], label: Int[np.ndarray, " N"]
+) -> dict[str, float]:
+    """Returns the scores of a function of the user.
+
+    Args:
+      metrics_fn: receives copies, the logits as float32.
+
+    Raises:
+      UserError: it raised an exception, or returned something else than {name: number}.
+    """
+    with user_code("`metrics`"):
+        scores: Any = metrics_fn(np.array(logits, np.float32), np.array(label))
+    rule = "`metrics` must return {name: number}, names of letters, digits and underscores"
+    if not isinstance(scores, Mapping):
+        raise UserError(f"{rule}, got {describe_shapes(scores)}.")
+    for name, value in scores.items():
+        number = np.ndim(value) == 0 and np.asarray(value).dtype.kind in "biuf"
+        if not number or not isinstance(name, str) or re.fullmatch("[A-Za-z][A-Za-z0-9_]*", name) is None:
+            raise UserError(f"{rule}, got {{{name!r}: {describe_shapes(value)}}}.")
+        check("metrics", "a function whose names are not taken", name not in _TAKEN, repr(name))
+    return {name: float(value) for name, value in scores.items()}

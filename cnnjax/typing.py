@@ -1,6 +1,6 @@
 """The types that pass between data, models, losses and steps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -75,3 +75,5 @@ class PublishedWeights(NamedTuple):
 
 # (logits [B K], batch) -> loss [B], or (loss [B], {name: value [B]})
 LossFn = Callable[[Any, Any], Float[Array, " B"] | tuple[Float[Array, " B"], dict[str, Array]]]
+# (logits [N K], label [N]) -> {name: number}, on the host.
+MetricsFn = Callable[[np.ndarray, np.ndarray], Mapping[str, float]]

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from cnnjax import Config, Optimizer, load_run, train_and_evaluate
+from cnnjax import Config, Optimizer, UserError, load_run, train_and_evaluate
 from cnnjax.cli.experiment import Experiment
 from cnnjax.cli.train_command import parse_train
 
@@ -40,10 +40,20 @@ def make_split(size):
     return np.tile(brightness[:, None, None].astype(np.uint8), (1, 4, 4)), (brightness == 140).astype(np.int64)
 
 
-def config(best_by):
+def nearness(logits, label):
+    """Returns how near the threshold is to the mean brightness, which is 0; the logits are its distances."""
+    return {"nearness": -abs(logits[:, 1].mean()), "above": np.float32((logits[:, 1] > 0).mean())}
+
+
+def undefined(logits, label):
+    """Returns nan in the run, in which three kinds of images have two logits each, but not for random logits."""
+    return {"undefined": 1.0 if len(np.unique(logits)) > 6 else np.nan}
+
+
+def config(best_by, metrics=None):
     splits = (*make_split(80), *make_split(40))
     options: Any = {"validation_fraction": 0.25, "model": Threshold(), "optim": Sink(), "best_by": best_by}
-    return Config(dataset=splits, num_epochs=5, batch_size=20, **options)
+    return Config(dataset=splits, num_epochs=5, batch_size=20, metrics=metrics, **options)
 
 
 def column(run, name):
@@ -51,7 +61,14 @@ def column(run, name):
 
 
 @pytest.mark.parametrize(
-    ("best_by", "best", "kept"), [("accuracy", 1, [1, 2, 4, 5]), ("balanced_accuracy", 2, [2, 4, 5])]
+    ("best_by", "best", "kept"),
+    [
+        ("accuracy", 1, [1, 2, 4, 5]),
+        ("balanced_accuracy", 2, [2, 4, 5]),
+        ("loss", 1, [1, 2, 4, 5]),
+        ("nearness", 2, [1, 2, 4, 5]),
+        ("above", 5, [4, 5]),
+    ],
 )
 def test_the_best_epoch_and_the_kept_checkpoints_follow_best_by(best_by, best, kept, tmp_path):
     seen = []
@@ -59,19 +76,39 @@ def test_the_best_epoch_and_the_kept_checkpoints_follow_best_by(best_by, best, k
     def on_epoch(row, state):
         seen.append((row["epoch"], row["best_epoch"], row[f"validation_{best_by}"]))
 
-    run = train_and_evaluate(config(best_by), run_dir=tmp_path / "run", on_epoch=on_epoch)
+    run = train_and_evaluate(config(best_by, nearness), run_dir=tmp_path / "run", on_epoch=on_epoch)
     # After epoch 1 all are class 0, after epoch 2 the medium ones are class 1, and from epoch 3 on all are.
     assert column(run, "validation_accuracy") == pytest.approx([0.9, 0.55, 0.1, 0.1, 0.1], abs=0.06)
     assert column(run, "validation_balanced_accuracy") == pytest.approx([0.5, 0.75, 0.5, 0.5, 0.5], abs=0.06)
-    assert seen == [(i, min(i, best), value) for i, value in enumerate(column(run, f"validation_{best_by}"), 1)]
+    # The threshold falls by 2.3 per epoch.
+    brightness = np.array([2.3 * epoch - 4.5 for epoch in range(1, 6)])
+    assert column(run, "validation_nearness") == pytest.approx((-abs(brightness)).tolist(), abs=0.15)
+    assert column(run, "validation_above") == pytest.approx([0.0, 0.55, 1, 1, 1], abs=0.06)
+    first = {"above": [1, 2, 3, 4, 5]}.get(best_by, [min(i, best) for i in range(1, 6)])
+    assert seen == [*zip(range(1, 6), first, column(run, f"validation_{best_by}"), strict=True)]
     assert sorted(int(path.name) // 3 for path in (run.run_dir / "checkpoints").iterdir()) == kept
     result = run.finished_result()
     assert result["best_epoch"] == best
     for name in ("accuracy", "balanced_accuracy"):
         assert result[f"best_validation_{name}"] == column(run, f"validation_{name}")[best - 1]
+    for name in ("nearness", "above"):
+        assert result["best_validation_metrics"][name] == column(run, f"validation_{name}")[best - 1]
+    assert result["test_metrics"]["above"] == pytest.approx({1: 0, 2: 0.55, 5: 1}[best])
     assert result["sha256"]["best_params"] == column(run, "params_sha256")[best - 1]
     scores = load_run(run.run_dir, run.config).evaluate("validation")
     assert scores.balanced_accuracy == result["best_validation_balanced_accuracy"]
+    assert {**scores.values} == {"accuracy": scores.accuracy, **result["best_validation_metrics"]}
+
+
+def test_a_score_that_selects_the_best_epoch_must_be_finite(tmp_path):
+    message = r"`metrics` must return a finite undefined, which selects the best checkpoint, got undefined nan\."
+    with pytest.raises(UserError, match=message):
+        train_and_evaluate(config("undefined", undefined), run_dir=tmp_path / "run")
+    run = train_and_evaluate(config("loss", undefined), run_dir=tmp_path / "other")
+    assert np.isnan(column(run, "validation_undefined")).all() and len(column(run, "epoch")) == 5
+    assert np.isnan(run.history["validation_undefined"]).all()
+    again = load_run(run.run_dir, run.config).finished_result()
+    assert np.isnan(again["test_metrics"]["undefined"]) and np.isnan(again["best_validation_metrics"]["undefined"])
 
 
 def test_an_interrupted_run_has_the_scores_of_each_class(tmp_path):

@@ -148,6 +148,32 @@ def mean_loss(logits, batch):
     return (logits**2).mean()
 
 
+def failing_metrics(logits, label):
+    raise LookupError("metrics")
+
+
+def no_dict(logits, label):
+    return (logits.argmax(1) == label).mean()
+
+
+def per_class(logits, label):
+    return {"recall": np.eye(3).mean(0)}
+
+
+def percent(logits, label):
+    return {"top-2": 0.5}
+
+
+def taken(logits, label):
+    return {"accuracy": 0.5}
+
+
+def top2(logits, label):
+    assert logits.dtype == np.float32 and logits.shape == (*label.shape, 3) and label.dtype.kind == "i"
+    logits[:], label[:] = 0, 0  # Copies: nothing else may see this.
+    return {"top2": 0.5}
+
+
 def arrays_of_two_classes():
     return arrays(num_classes=2)
 
@@ -210,6 +236,7 @@ def refused(tmp_path, **changes):
         ),
         ({"augment": Broken(mistake="check_size")}, "`augment`", '("check_size")', "ValueError: check_size."),
         ({"loss": Weighted()}, "The configuration", '("weights")', "ValueError: weights."),
+        ({"metrics": failing_metrics}, "`metrics`", 'LookupError("metrics")', "LookupError: metrics."),
         (
             {"dataset": failing_data},
             "`dataset`",
@@ -296,6 +323,24 @@ def test_an_exception_in_the_users_loss_names_its_arguments(tmp_path):
         (
             {"model": Named(None), "optim": SGD(freeze_epochs=1)},  # type: ignore
             "`model.depths` failed at ",
+        ),
+        (
+            {"metrics": no_dict},
+            "`metrics` must return {name: number}, names of letters, digits and underscores, got float64[].",
+        ),
+        (
+            {"metrics": per_class},
+            "`metrics` must return {name: number}, names of letters, digits and underscores, got {'recall': "
+            "float64[3]}.",
+        ),
+        (
+            {"metrics": percent},
+            "`metrics` must return {name: number}, names of letters, digits and underscores, got {'top-2': 0.5}.",
+        ),
+        ({"metrics": taken}, "`metrics` must be a function whose names are not taken, got 'accuracy'."),
+        (
+            {"metrics": top2, "best_by": "top3"},
+            "`best_by` must be a known name, got 'top3'. Did you mean top2?",
         ),
         (
             {"num_epochs": 2**31 - 1},

@@ -210,7 +210,8 @@ class Compare:
     metric: str = "test_accuracy"
     """The metric to compare: test_accuracy, test_balanced_accuracy (the mean recall of the classes), test_loss,
     test_macro_precision, test_macro_recall, test_macro_f1; precision:CLASS, recall:CLASS or f1:CLASS, of a class in the
-    test set. Make choices with best_validation_accuracy or best_validation_balanced_accuracy."""
+    test set; test_NAME, of a score that `metrics` returns. Make choices with best_validation_accuracy,
+    best_validation_balanced_accuracy or best_validation_NAME."""
 
     def __call__(self) -> None:
         """Prints the means, their differences and the verdicts."""

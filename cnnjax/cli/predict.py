@@ -16,7 +16,7 @@ from tyro.conf import Positional, arg
 
 from cnnjax.cli.inspection import RunDir, config_of
 from cnnjax.errors import UserError, check
-from cnnjax.process.tables import accuracies, class_lines, printable
+from cnnjax.process.tables import accuracies, class_lines, list_scores, printable
 
 if TYPE_CHECKING:
     from cnnjax.metrics import Scores
@@ -51,7 +51,7 @@ class Eval:
     """More run directories: score the mean of the probabilities of all runs."""
     json: bool = False
     """Print a JSON object instead: the accuracy with its 95% interval, balanced accuracy, loss (null if it is not
-    finite), the scores of each class, and the confusion matrix (null above 300 classes)."""
+    finite, as in the user's metrics), the scores of each class, and the confusion matrix (null above 300 classes)."""
     data_dir: Path | None = None
     """The tfds directory; $TFDS_DATA_DIR or ~/tensorflow_datasets by default."""
     experiment: str | None = None
@@ -82,8 +82,10 @@ class Eval:
 
         from cnnjax.data.image_paths import find_labelled
         from cnnjax.process.console import track
+        from cnnjax.runs.codec import check_complete
         from cnnjax.runs.predictions import predict_files, scores_of
 
+        check_complete(runs[0].config, "metrics")
         names = runs[0].facts.class_names
         files = find_labelled(data, names)
         if files.split is not None:
@@ -92,17 +94,16 @@ class Eval:
         if missing:
             more = f" and {len(missing) - 10:,} more" if missing[10:] else ""
             print(f"{data} has no image of {', '.join(missing[:10])}{more}.", file=sys.stderr)
-        label, predicted, probability = [], [], []
+        label, probabilities = [], []
         found = track(predict_files(runs, files.paths, tta=self.tta), "images", total=len(files.paths))
         for k, prediction in zip(files.labels, found, strict=True):
             if prediction.probabilities is None:
                 print(printable(prediction.error), file=sys.stderr)
                 continue
             label.append(k)
-            predicted.append(prediction.probabilities.argmax())
-            probability.append(prediction.probabilities[k])
+            probabilities.append(prediction.probabilities)
         check("data", "a folder with an image that can be read", bool(label), f"{data} without one")
-        scores = scores_of(np.array(probability), np.array(predicted), np.array(label))
+        scores = scores_of(np.array(probabilities), np.array(label), runs[0].config.metrics)
         return scores, len(files.paths) - len(label)
 
     def _show(self, runs: Sequence["Run"], scores: "Scores", unreadable: int) -> None:
@@ -112,6 +113,7 @@ class Eval:
         names = runs[0].facts.class_names
         classes, matrix = class_scores(scores.confusion, len(names)), confusion_matrix(scores.confusion, len(names))
         low, high = wilson_interval(scores.accuracy, scores.num_examples)
+        own = {name: value for name, value in scores.values.items() if name != "accuracy"}
         what = self.split if self.data is None else os.path.expanduser(self.data)
         if self.json:
             values = {
@@ -123,7 +125,8 @@ class Eval:
                 "accuracy": scores.accuracy,
                 "accuracy_interval": [low, high],
                 "balanced_accuracy": scores.balanced_accuracy,
-                "loss": scores.loss if math.isfinite(scores.loss) else None,
+                "loss": _finite(scores.loss),
+                "metrics": {name: _finite(value) for name, value in own.items()},
                 "classes": classes.rows(names),
                 "confusion_matrix": matrix,
             }
@@ -140,9 +143,13 @@ class Eval:
         of_runs = ", ".join(f"{run.run_dir}{'' if run.result else ', which is not finished'}" for run in runs)
         score = accuracies(scores.accuracy, scores.balanced_accuracy, uneven)
         print(
-            f"{printable(what)} {score}, loss {scores.loss:z.4f}, on {images}; "
+            f"{printable(what)} {score}, loss {scores.loss:z.4f}{list_scores(own)}, on {images}; "
             f"95% interval of the accuracy {low:.2%} to {high:.2%} ({of_runs})"
         )
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 @dataclass(frozen=True)

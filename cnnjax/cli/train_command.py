@@ -109,7 +109,7 @@ class Train:
         from cnnjax.cli.report import report_on_run, report_on_seeds
         from cnnjax.process.console import Report
         from cnnjax.runs.profile import parse_steps
-        from cnnjax.runs.statistics import describe
+        from cnnjax.runs.statistics import describe, own_metrics
         from cnnjax.seeds import parse_seeds, train_seeds, use_cores
         from cnnjax.sharding import parse_mesh
         from cnnjax.train import train_and_evaluate
@@ -134,8 +134,9 @@ class Train:
         folder = expand(self.run_dir)
         results = train_seeds(self.config, seeds, folder=folder, **options)
         uneven = is_uneven([row["count"] for row in results[0]["classes"]])
-        for metric in ("test_accuracy", *(["test_balanced_accuracy"] if uneven else [])):
-            summary = describe([result[metric] for result in results], metric)
+        own = [name for name in own_metrics(results[0]) if name.startswith("test_")]
+        for metric in ("test_accuracy", *(["test_balanced_accuracy"] if uneven else []), *own):
+            summary = describe([{**result, **own_metrics(result)}[metric] for result in results], metric)
             report.say(f"{len(results)} seed{'s' if len(results) > 1 else ''}, {self.seeds}: {summary}")
         if self.report:
             report_on_seeds(self.config, seeds, folder, self.data_dir, report.say)
@@ -242,9 +243,9 @@ def _choose(config: Config, part: str, words: dict[str, type], arguments: list[s
 
 
 def _opaque(info: Any) -> StructConstructorSpec | None:
-    """Hides a field whose value is a function or class: it cannot be written on a command line."""
+    """Hides a field whose value is a function or class, or may be one: it cannot be written on a command line."""
     value = info.default
-    if not callable(value) or dataclasses.is_dataclass(value):
+    if ((info.type is not Any or value is not None) and not callable(value)) or dataclasses.is_dataclass(value):
         return None
     return StructConstructorSpec(instantiate=lambda: value, fields=())
 

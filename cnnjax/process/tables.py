@@ -67,6 +67,11 @@ def accuracies(accuracy: float, balanced_accuracy: float, uneven: bool) -> str:
     return f"accuracy {accuracy:.2%}" + (f", balanced accuracy {balanced_accuracy:.2%}" if uneven else "")
 
 
+def list_scores(scores: Mapping[str, float]) -> str:
+    """Returns scores of the user as the rest of a list: ", name 0.1234" for each."""
+    return "".join(f", {name} {value:z.4f}" for name, value in scores.items())
+
+
 def _right_aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
     """Yields `rows` as lines, whose columns from the third on are aligned at the right, see `table`."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -13,6 +13,7 @@ from cnnjax.runs.statistics import Summary
 
 MATRIX_CLASSES = 30  # If there are more, those with the most mistakes are shown.
 METRICS = ("loss", "accuracy")
+NOT_DRAWN = ("balanced_accuracy",)
 PARTS = {charts.TRAINING: "train", charts.VALIDATION: "validation"}
 
 
@@ -43,16 +44,16 @@ class Figure(NamedTuple):
 def learning_curves(history: Mapping[str, np.ndarray], fit: Fit) -> list[Figure]:
     """Returns loss and accuracy over the epochs, as far as the history has them."""
     found = []
-    for metric in METRICS:
+    for metric in _metrics([history]):
         bands = {part: band([history], f"{prefix}_{metric}") for part, prefix in PARTS.items()}
         bands = {part: values for part, values in bands.items() if values is not None}
         if bands:
             percent = metric == "accuracy"
             draw = _curves(metric, bands, metric, percent=percent, fit=fit)
             lines = [f"{part} from {_ends(values, percent)}" for part, values in bands.items()]
-            description = f"{metric.capitalize()} over the epochs: {'; '.join(lines)}."
-            header = ("epoch", *bands)
-            found.append(Figure(metric, metric.capitalize(), draw, description, header, _curve_rows(bands, percent)))
+            title, header = _title(metric), ("epoch", *bands)
+            description = f"{title} over the epochs: {'; '.join(lines)}."
+            found.append(Figure(_id(metric), title, draw, description, header, _curve_rows(bands, percent)))
     return found
 
 
@@ -63,7 +64,7 @@ def overlaid_curves(histories: Mapping[str, Sequence[Mapping[str, np.ndarray]]])
       histories: those of the runs of each group, by its label.
     """
     found = []
-    for metric in METRICS:
+    for metric in _metrics([history for group in histories.values() for history in group]):
         for part, prefix in PARTS.items():
             bands = {label: band(group, f"{prefix}_{metric}") for label, group in histories.items()}
             bands = {label: values for label, values in bands.items() if values is not None}
@@ -73,8 +74,24 @@ def overlaid_curves(histories: Mapping[str, Sequence[Mapping[str, np.ndarray]]])
                 description = f"{name} over the epochs: {'; '.join(lines)}."
                 rows = _curve_rows(bands, percent)
                 draw = _curves(f"{part}_{metric}", bands, metric, percent=percent)
-                found.append(Figure(f"{part}-{metric}", name, draw, description, ("epoch", *bands), rows))
+                found.append(Figure(f"{part}-{_id(metric)}", name, draw, description, ("epoch", *bands), rows))
     return found
+
+
+def _metrics(histories: Sequence[Mapping[str, np.ndarray]]) -> list[str]:
+    """Returns the metrics that are drawn: ours, and those of `Config.metrics`."""
+    validation = [key for history in histories for key in history if key.startswith("validation_")]
+    names = dict.fromkeys([*METRICS, *(key.removeprefix("validation_") for key in validation)])
+    return [name for name in names if name not in NOT_DRAWN]
+
+
+def _title(metric: str) -> str:
+    return metric.capitalize() if metric in METRICS else metric
+
+
+def _id(metric: str) -> str:
+    """Returns the part of a name in the page: that of a user's score may also be the name of a section."""
+    return metric if metric in METRICS else f"metric-{metric}"
 
 
 def _curves(

@@ -143,7 +143,7 @@ def _training(run: Run, files: dict[str, Any]) -> dict[str, Any]:
     fit = judge_fit(history, run.facts.num_train_examples, run.facts.num_validation_examples)
     found = figures.learning_curves(history, fit)
     drawn = [figure.draw(380) for figure in found]
-    files["learning_curves"] = alt.hconcat(*drawn).resolve_scale(color="independent")
+    files["learning_curves"] = alt.concat(*drawn, columns=2).resolve_scale(color="independent")
     seconds, speed = history.get("seconds", np.array([np.nan])), history.get("images_per_second", np.array([np.nan]))
     return {
         "curves": found,
@@ -167,6 +167,7 @@ def _scores(run: Run, files: dict[str, Any]) -> dict[str, Any]:
     return {
         "interval": wilson_interval(result["test_accuracy"], result["num_test_examples"]),
         "uneven": is_uneven([row["count"] for row in classes]),
+        "best_by": run.config.best_by.replace("_", " "),
         "time": words.duration(result["training_seconds"]),
         "classes": shown,
         "num_classes": len(classes),

@@ -32,7 +32,7 @@ from cnnjax.files import changes, file_sha256
 from cnnjax.runs.schema import EncodedConfig
 
 ARRAYS = "(arrays in memory)"
-OPTIONAL = ("loss", "augment", "dataset")  # A network predicts without them.
+OPTIONAL = ("loss", "metrics", "augment", "dataset")  # A network predicts without them.
 
 
 class _MissingNameError(UserError):
@@ -121,6 +121,8 @@ def encode(config: Config, objects: list[Any] | None = None) -> EncodedConfig:
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     if isinstance(config.dataset, tuple):
         values["dataset"] = ARRAYS  # Identified by their digests.
+    if config.metrics is None:
+        del values["metrics"]  # Older runs have no such field.
     encoded: Any = {name: encoder.encode(value, name) for name, value in values.items()}
     return encoded
 
@@ -194,7 +196,7 @@ def decode(content: Mapping[str, Any], names: Mapping[str, Any], files: Iterable
       UserError: a name is missing in the network or the optimizer, or the content is of another version.
     """
     try:
-        if missing := [f.name for f in dataclasses.fields(Config) if f.name not in content]:
+        if missing := [f.name for f in dataclasses.fields(Config) if f.name not in (*content, "metrics")]:
             raise UserError(f"config.json: `{missing[0]}` must be there, got nothing.")
         values = {}
         for key, value in content.items():
@@ -273,13 +275,13 @@ def _missing(path: str, name: str, files: tuple[str, ...]) -> _MissingNameError:
     )
 
 
-def check_complete(config: Config) -> None:
-    """Checks that no part of a configuration is missing, as may be if `decode` returned it.
+def check_complete(config: Config, *names: str) -> None:
+    """Checks that these parts of a configuration, or all, are not missing, as they may be if `decode` returned it.
 
     Raises:
       UserError: one is.
     """
-    for name in OPTIONAL:
+    for name in names or OPTIONAL:
         if isinstance(part := getattr(config, name), _Missing):
             raise part.error()
 

@@ -23,19 +23,10 @@ from cnnjax.runs import directory, loggers, manifest, profile, records, recovery
 from cnnjax.runs.run import make_run
 from cnnjax.runs.schema import EncodedConfig, Result, Row, Session
 from cnnjax.runs.source import source_of
+from cnnjax.runs.statistics import CLASS_METRICS, METRICS, own_metrics
 from cnnjax.step import TrainState
 from cnnjax.train import train_run
 
-METRICS = (
-    "test_accuracy",
-    "test_balanced_accuracy",
-    "test_loss",
-    "test_macro_precision",
-    "test_macro_recall",
-    "test_macro_f1",
-    "best_validation_accuracy",
-    "best_validation_balanced_accuracy",
-)
 NOT_LISTED = "not listed in SHA256SUMS"  # A file that we list when we write it.
 
 
@@ -273,7 +264,8 @@ def scores(target: str, metric: str) -> tuple[dict[int, float], list[Path]]:
 
     Args:
       target: a folder of runs, or the name (or path) before -seed<k>.
-      metric: one of `METRICS`, or precision:CLASS, recall:CLASS or f1:CLASS.
+      metric: one of `METRICS`; precision:CLASS, recall:CLASS or f1:CLASS; or test_NAME or best_validation_NAME, for a
+        score of `Config.metrics`.
 
     Raises:
       UserError: there is no such run or metric, none has finished, they differ in more than the seed, or a seed occurs
@@ -324,12 +316,12 @@ def _score(result: Result, metric: str) -> float | None:
     """Returns a metric of a run, see `scores`."""
     kind, colon, name = metric.partition(":")
     of_class = {row["name"]: row for row in result["classes"]}
-    kinds = ("precision", "recall", "f1")
-    if colon and kind in kinds:
+    if colon and kind in CLASS_METRICS:
         check_name(f"{kind}:CLASS", name, of_class)
         return of_class[name][kind]
-    check_name("metric", metric, (*METRICS, *(f"{kind}:CLASS" for kind in kinds)))
-    return result[metric]
+    own = own_metrics(result)
+    check_name("metric", metric, (*METRICS, *(f"{kind}:CLASS" for kind in CLASS_METRICS), *own))
+    return own[metric] if metric in own else result[metric]
 
 
 def _outcome(run_dir: Path) -> dict[str, Any]:

@@ -234,4 +234,6 @@ def epoch_values(row: Mapping[str, Any]) -> dict[str, float]:
 
 def test_values(result: Mapping[str, Any]) -> dict[str, float]:
     """Returns the test scores of a result: test/accuracy and so on."""
-    return {name.replace("_", "/", 1): value for name, value in result.items() if name.startswith("test_")}
+    values = {name.replace("_", "/", 1): value for name, value in result.items() if name.startswith("test_")}
+    own = values.pop("test/metrics", {})
+    return values | {f"test/{name}": value for name, value in own.items()}

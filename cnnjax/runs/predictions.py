@@ -15,8 +15,10 @@ from cnnjax.class_scores import count_pairs
 from cnnjax.data.image_files import AHEAD, check_channels, fit_image, on_all_cores, open_image
 from cnnjax.data.stored import digest
 from cnnjax.errors import UserError, check
-from cnnjax.metrics import Scores
+from cnnjax.metrics import Scores, call_metrics
+from cnnjax.runs.codec import check_complete
 from cnnjax.runs.inference import batch_size_of
+from cnnjax.typing import MetricsFn
 
 if TYPE_CHECKING:
     from cnnjax.runs.run import Run
@@ -194,6 +196,7 @@ def evaluate_ensemble(runs: Sequence["Run"], *, tta: str | None = None, data_dir
       UserError: the runs have other classes, or other test examples.
     """
     check_ensemble(runs)
+    check_complete(runs[0].config, "metrics")
     probabilities, tested = [], []
     for run in runs:
         examples = run.load_data("test", data_dir=data_dir)
@@ -201,17 +204,19 @@ def evaluate_ensemble(runs: Sequence["Run"], *, tta: str | None = None, data_dir
         rule = f"runs with the test examples of {runs[0].run_dir}"
         check("ensemble", rule, tested[-1].equals(tested[0]), f"{run.run_dir} with others")
         probabilities.append(run.predict(examples.image, tta=run.config.tta if tta is None else tta))
-    found, label = _mean(probabilities), np.asarray(tested[0].label)
-    return scores_of(found[np.arange(len(label)), label], found.argmax(axis=1), label)
+    return scores_of(_mean(probabilities), np.asarray(tested[0].label), runs[0].config.metrics)
 
 
 def scores_of(
-    probability: Float[np.ndarray, " N"], predicted: Int[np.ndarray, " N"], label: Int[np.ndarray, " N"]
+    probabilities: Float[np.ndarray, "N K"], label: Int[np.ndarray, " N"], metrics_fn: MetricsFn | None = None
 ) -> Scores:
-    """Returns the scores of predictions.
+    """Returns the scores of predictions. The loss of an example is at most 87 nats, that of the least normal float32.
 
     Args:
-      probability: of the true class. The loss of an example is at most 87 nats, that of the least normal float32.
+      metrics_fn: adds scores of the user, see `Config.metrics`; the logits are the logarithms of the probabilities.
     """
-    loss = float(-np.log(np.maximum(probability.astype(np.float64), _TINY)).mean())
-    return Scores(loss, len(label), {"accuracy": float((predicted == label).mean())}, count_pairs(label, predicted))
+    predicted, logits = probabilities.argmax(axis=1), np.log(np.maximum(probabilities.astype(np.float64), _TINY))
+    loss = float(-logits[np.arange(len(label)), label].mean())
+    values = {"accuracy": float((predicted == label).mean())}
+    values |= {} if metrics_fn is None else call_metrics(metrics_fn, logits, label)
+    return Scores(loss, len(label), values, count_pairs(label, predicted))

@@ -39,9 +39,10 @@ class Progress(NamedTuple):
         """Returns the row with the best validation score: the latest if several are equal, or without validation.
 
         Args:
-          by: "accuracy" or "balanced_accuracy".
+          by: see `Config.best_by`.
         """
-        return max(self.rows, key=lambda row: (row.get(f"validation_{by}", 0.0), row["epoch"]), default=None)
+        sign = -1 if by == "loss" else 1
+        return max(self.rows, key=lambda row: (sign * row.get(f"validation_{by}", 0.0), row["epoch"]), default=None)
 
 
 class EndedEpoch(NamedTuple):
@@ -132,6 +133,11 @@ def restore(run: OpenRun, state: TrainState, sharding: PyTree) -> tuple[TrainSta
     return state, Progress(**known | {"totals": Totals(**saved["totals"])})
 
 
+def share_scores(hosts: Hosts, scores: Scores) -> Scores:
+    """Returns scores with the values of process 0: a function of the user may round differently in another one."""
+    return scores._replace(values=hosts.share(lambda: scores.values))
+
+
 def add_steps(run: OpenRun, progress: Progress, metrics: Metrics, steps: tuple[int, int], seconds: float) -> Progress:
     """Returns the progress after some steps of an epoch, and reports it.
 
@@ -172,7 +178,7 @@ def end_epoch(
         progress, must_save = progress._replace(stopped_within=run.config.num_epochs), True
     if must_save or ended.validation is not None or not run.checkpoints.is_busy():
         scores = ended.validation
-        validation = {"num_examples": 0} if scores is None else {"score": getattr(scores, run.config.best_by)}
+        validation = {"num_examples": 0} if scores is None else {"score": scores.rank(run.config.best_by)}
         save(run, ended.state, progress, validation)
     write_progress(run, progress)
     run.report.epoch(row, run.config.num_epochs)
@@ -250,7 +256,9 @@ def metrics_row(ended: EndedEpoch) -> Row:
         names = ("loss", "accuracy", "balanced_accuracy")
         row |= {f"validation_{name}": getattr(ended.validation, name) for name in names}
     row["params_sha256"] = tree_sha256(ended.state.params)
-    return row | {f"train_{name}": value for name, value in values.items()}
+    row |= {f"train_{name}": value for name, value in values.items()}
+    own = {} if ended.validation is None else ended.validation.values
+    return row | {f"validation_{name}": value for name, value in own.items() if name != "accuracy"}
 
 
 def write_progress(run: OpenRun, progress: Progress) -> None:

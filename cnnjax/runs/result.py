@@ -13,7 +13,7 @@ from cnnjax.files import file_sha256, tree_sha256
 from cnnjax.prepare import Setup, count_params, device_name
 from cnnjax.program import evaluate
 from cnnjax.runs.directory import OpenRun
-from cnnjax.runs.progress import Progress
+from cnnjax.runs.progress import Progress, share_scores
 from cnnjax.runs.schema import Result
 from cnnjax.step import TrainState
 
@@ -34,8 +34,8 @@ def score_test_set(
     state = last
     if best["step"] != int(last.step):
         state, _ = run.checkpoints.restore(best["step"], last, setup.placement.of_state(last))
-    options: Any = {"tta": config.tta, "placement": setup.placement, "keep_logits": True}
-    scores = evaluate(state, pixels, model=config.model, **options)
+    options: Any = {"tta": config.tta, "placement": setup.placement, "metrics_fn": config.metrics}
+    scores = share_scores(run.hosts, evaluate(state, pixels, model=config.model, keep_logits=True, **options))
     if not math.isfinite(scores.loss):
         raise NonFiniteLossError(f"The test loss must be finite, got {scores.loss}. Try a lower `optim.learning_rate`.")
     names = setup.facts.class_names
@@ -69,4 +69,10 @@ def score_test_set(
         "classes": classes.rows(names),
         "confusion_matrix": confusion_matrix(scores.confusion, len(names)),
     }
+    if config.metrics is not None:
+        values: Any = best
+        own = {name: value for name, value in scores.values.items() if name != "accuracy"}
+        result["test_metrics"] = own
+        if "validation_loss" in best:
+            result["best_validation_metrics"] = {name: values[f"validation_{name}"] for name in own}
     return result, state, scores.logits

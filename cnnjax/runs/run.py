@@ -27,7 +27,7 @@ from cnnjax.metrics import Scores
 from cnnjax.process.settings import start_jax
 from cnnjax.program import evaluate
 from cnnjax.runs.checkpoints import Checkpoints
-from cnnjax.runs.codec import collect_names
+from cnnjax.runs.codec import check_complete, collect_names
 from cnnjax.runs.inference import check_images, features_of, in_batches, outputs_of
 from cnnjax.runs.manifest import read_manifest
 from cnnjax.runs.predictions import FilePrediction, predict_files
@@ -283,6 +283,7 @@ class Run:
           UserError: the data are not those of the run, or it has no validation part.
         """
         dataset, config = self._dataset(split, data_dir), self.config
+        check_complete(config, "metrics")
         parts = (
             [dataset.open("test")] if split == "test" else dataset.open_parts(config.seed, config.validation_fraction)
         )
@@ -290,7 +291,8 @@ class Run:
         if tta is None:
             tta = self.config.tta if split == "test" else "none"
         placement = place(1, [*self.state.step.devices()])
-        return evaluate(self.state, pixels, model=self.config.model, tta=tta, placement=placement)
+        options: Any = {"tta": tta, "placement": placement, "metrics_fn": config.metrics}
+        return evaluate(self.state, pixels, model=config.model, **options)
 
 
 def load_run(run_dir: str | os.PathLike[str], config: Config | None = None, *, step: int | None = None) -> Run:

@@ -92,6 +92,7 @@ class Row(TypedDict):
       train_accuracy: if the labels in training are class indices.
       train_grad_norm: the mean of the steps.
       train_<name>: the mean of a value that the loss returns, perhaps infinite or nan.
+      validation_<name>: a score that `Config.metrics` returns, perhaps infinite or nan.
     """
 
     epoch: Positive
@@ -177,6 +178,7 @@ class Result(TypedDict):
       test_balanced_accuracy, test_macro_recall: the same number under both of its names.
       test_macro_precision, test_macro_recall, test_macro_f1: the means over the classes that have test images.
       best_validation_*: at the best epoch, which is the best by the `best_by` of the configuration.
+      test_metrics, best_validation_metrics: the scores that `Config.metrics` returns, perhaps infinite or nan.
       num_epochs: of the configuration.
       stopped_epoch: the epoch after which `on_epoch` stopped the run, or None.
       classes: the scores of each class on the test set, in the order of the labels.
@@ -201,6 +203,8 @@ class Result(TypedDict):
     seed: Count
     device: str
     sha256: Digests
+    test_metrics: NotRequired[dict[str, float]]
+    best_validation_metrics: NotRequired[dict[str, float]]
     classes: Annotated[list[ClassResult], Field(min_length=1)]
     confusion_matrix: list[list[Count]] | None
 

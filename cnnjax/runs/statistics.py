@@ -10,11 +10,29 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cnnjax.errors import UserError, check
+from cnnjax.runs.schema import Result
 
 CONFIDENCE = 0.95
 POWER = 0.8  # The probability of detecting a real difference; Cohen 1988, "Statistical Power Analysis", section 2.4.
 MAX_MORE_SEEDS = 10_000
+METRICS = (
+    "test_loss",
+    "test_accuracy",
+    "test_balanced_accuracy",
+    "test_macro_precision",
+    "test_macro_recall",
+    "test_macro_f1",
+    "best_validation_accuracy",
+    "best_validation_balanced_accuracy",
+)
+CLASS_METRICS = ("precision", "recall", "f1")  # Of a class: recall:CLASS.
 UNBOUNDED = (-math.inf, math.inf)
+
+
+def own_metrics(result: Result) -> dict[str, float]:
+    """Returns the scores of `Config.metrics` by the names test_NAME and best_validation_NAME."""
+    parts = {"test": result.get("test_metrics", {}), "best_validation": result.get("best_validation_metrics", {})}
+    return {f"{part}_{name}": value for part, scores in parts.items() for name, value in scores.items()}
 
 
 class Summary(NamedTuple):
@@ -223,7 +241,8 @@ def verdicts(
 
 def _verdict(names: tuple[str, str], c: Comparison, metric: str) -> list[str]:
     test = "paired t test, the same seeds" if c.paired else "Welch's t test"
-    in_points, digits = metric != "test_loss", 2 if metric != "test_loss" else 4
+    in_points = _is_fraction(metric)
+    digits = 2 if in_points else 4
     size, low, high = (f"{value * (100 if in_points else 1):+.{digits}f}" for value in (c.difference, c.low, c.high))
     difference = f"{names[1]} minus {names[0]}: {size}{' points' if in_points else ''}"
     if math.isnan(c.p_value):
@@ -253,6 +272,8 @@ def _verdict(names: tuple[str, str], c: Comparison, metric: str) -> list[str]:
 
 def describe(values: list[float], metric: str = "test_accuracy") -> str:
     """Returns mean, deviation, 95% interval and n, in words."""
+    if not np.isfinite(values).all():
+        return f"{metric} {', '.join(_show(value, metric) for value in values)}, which are not all finite"
     s = summarize(values, bounds=_bounds(metric))
     if s.n == 1:
         return f"{metric} {_show(s.mean, metric)} (one seed)"
@@ -264,9 +285,14 @@ def describe(values: list[float], metric: str = "test_accuracy") -> str:
     )
 
 
+def _is_fraction(metric: str) -> bool:
+    """Returns whether a metric is between 0 and 1, as all of ours are except the loss."""
+    return (metric in METRICS and metric != "test_loss") or metric.partition(":")[0] in CLASS_METRICS
+
+
 def _bounds(metric: str) -> tuple[float, float]:
-    return (0.0, math.inf) if metric == "test_loss" else (0.0, 1.0)
+    return (0.0, math.inf) if metric == "test_loss" else (0.0, 1.0) if _is_fraction(metric) else UNBOUNDED
 
 
 def _show(value: float, metric: str) -> str:
-    return f"{value:z.4f}" if metric == "test_loss" else f"{value:.2%}"
+    return f"{value:.2%}" if _is_fraction(metric) else f"{value:z.4f}"

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -43,6 +44,27 @@ def save(image, path):
     return path
 
 
+def test_a_run_with_scores_of_its_own_needs_its_file_only_to_be_scored(
+    run_dir, prepared_dir, test_images, tmp_path, capsys
+):
+    copy = shutil.copytree(run_dir, tmp_path / "run")
+    (copy / "SHA256SUMS").unlink()
+    content = json.loads((copy / "config.json").read_text())
+    assert "metrics" not in content["config"]  # As in the runs of earlier versions.
+    content["config"]["metrics"] = {"function": "top2"}
+    (copy / "config.json").write_text(json.dumps(content))
+    image = save(test_images.image[0], tmp_path / "photos" / "Coat" / "0.png")
+    main(["predict", str(copy), str(image)])
+    capsys.readouterr()
+    for options in ([], ["--ensemble", str(run_dir)], ["--data", str(tmp_path / "photos")]):
+        with pytest.raises(SystemExit) as stopped:
+            main(["eval", str(copy), "--data-dir", str(prepared_dir), *options])
+        message = (
+            "`metrics` of this run is top2, which is not part of cnnjax, and a run directory imports no code. Pass"
+        )
+        assert message in f"{stopped.value} {capsys.readouterr().err}"
+
+
 def test_eval_prints_the_score_of_every_image_of_a_split(run_dir, prepared_dir, capsys):
     result = json.loads((run_dir / "result.json").read_text())
     row = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[result["best_epoch"] - 1])
@@ -62,7 +84,7 @@ def test_eval_prints_the_score_of_every_image_of_a_split(run_dir, prepared_dir, 
     for name in ("classes", "confusion_matrix"):
         assert values.pop(name) == result[name]
     low, high = values.pop("accuracy_interval")
-    counts = {"num_examples": 170, "num_unreadable": 0}
+    counts = {"num_examples": 170, "num_unreadable": 0, "metrics": {}}
     assert values == {"runs": [str(run_dir)], "unfinished": [], "data": "test", **counts}
     test, validation = lines[24], lines[49]
     assert test == (

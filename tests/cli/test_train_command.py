@@ -209,6 +209,7 @@ def test_help_lists_the_words(capsys):
     main(["train", "--help"])
     out = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
     assert "--model cnn|efficientnetlite0|mlp|resnet18|resnet50|speednet --optim adam|muon|sgd --augment " in out
+    assert "--metrics" not in out  # A function cannot be written on a command line.
 
 
 def test_an_experiment_is_found_by_its_name(tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""An experiment whose network, optimizer, augmentation, loss and data are not cnnjax's.
+"""An experiment whose network, optimizer, augmentation, loss, metrics and data are not cnnjax's.
 
 Nothing in it is symmetric: height and width, the channels, and an image and its mirror image differ, and so do the
 epochs with the best training accuracy (2), the best validation accuracy (1) and the last parameters (3).
@@ -75,6 +75,14 @@ def focal_loss(logits, batch):
     return -((1 - jnp.exp(log_p)) ** 2) * log_p
 
 
+def second_guess(logits, label):
+    """Returns how often the true class is one of the two most probable ones, and the mean probability of it."""
+    probability = np.exp(logits - logits.max(1, keepdims=True))
+    probability /= probability.sum(1, keepdims=True)
+    of_label = probability[np.arange(len(label)), label]
+    return {"top2": np.mean((probability > of_label[:, None]).sum(1) < 2), "probability": of_label.mean()}
+
+
 CONFIG = Config(
     name="research",
     dataset=make_arrays(),
@@ -87,6 +95,7 @@ CONFIG = Config(
     optim=Derailed(learning_rate=0.1, groups=(ParamGroup("Dense_1/bias", multiplier=0.5, num_epochs=1),)),
     augment=Noise(flip="random"),
     loss=focal_loss,
+    metrics=second_guess,
 )
 
 if __name__ == "__main__":

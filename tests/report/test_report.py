@@ -71,6 +71,10 @@ def test_figures_are_svg_files_without_variables(trained, tmp_path):
     assert {path.stem for path in tmp_path.glob("three/*")} == {"learning_curves", "scores"}
     panels = (tmp_path / "three/learning_curves.svg").read_text()
     assert all(f"{part} {metric}" in panels for part in ("Training", "Validation") for metric in ("loss", "accuracy"))
+    assert "Validation top2" in panels and "Training top2" not in panels  # A score of the user.
+    page = (tmp_path / "a.html").read_text()
+    assert re.search(rf"<dt>Test top2</dt><dd>[^/]*{trained.run.result['test_metrics']['top2']:.4f}<", page)
+    assert 'id="metric-top2"' in page and 'id="metric-result"' in page
     for path in tmp_path.glob("*/*.svg"):
         content = path.read_text()
         assert ElementTree.fromstring(content).tag.endswith("svg")

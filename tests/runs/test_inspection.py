@@ -301,7 +301,8 @@ def test_compare_accepts_the_scores_of_every_class(seeds, tmp_path, capsys, monk
             first, second, *others = json.loads((run_dir / "result.json").read_text())["classes"]
             score = 0.975 + gain + 0.001 * seed * (1 + gain)
             classes = [{**first, "name": name, "recall": score}, {**second, "f1": None}, *others]
-            change(run_dir / "result.json", classes=classes, test_macro_f1=score - 0.5)
+            own = {"test_metrics": {"cost": -40 * score}, "best_validation_metrics": {"cost": 2.0}}
+            change(run_dir / "result.json", classes=classes, test_macro_f1=score - 0.5, **own)
     main(["compare", "a", "b", "--metric", f"recall:{name}"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == (
@@ -313,7 +314,16 @@ def test_compare_accepts_the_scores_of_every_class(seeds, tmp_path, capsys, monk
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("b: test_macro_f1 49.60% ± 0.10%")
     assert lines[3] == "The difference is resolved: b is better."
+    main(["compare", "b", "a", "--metric", "test_cost"])  # Of `Config.metrics`.
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(
+        "b: test_cost -39.8408 ± 0.0408 (sample deviation), 95% interval of the mean -39.9422 to "
+    )
+    assert lines[2].startswith("a minus b: +0.8008 (95% interval +0.7988 to +0.8028)")
+    assert lines[3] == "The difference is resolved: a is better."
+    assert scores("a", "best_validation_cost")[0] == {0: 2.0, 1: 2.0, 2: 2.0}
     for metric, message in (
+        ("test_costs", r"`metric` must be a known name, got 'test_costs'\. Did you mean test_cost or "),
         ("precision:Coatt", r"`precision:CLASS` must be a known name, got 'Coatt'\. Did you mean Coat\?"),
         ("f1:????????", r"`f1:CLASS` must be a known name, got '\?{8}'\. Valid names: .*, T-shirt: 赤 %s, "),
         ("test_balanced", r"`metric` must be a known name, got 'test_balanced'\. Did you mean test_balanced_accuracy"),

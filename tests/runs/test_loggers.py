@@ -143,6 +143,8 @@ def test_tensorboard_reads_the_metrics_the_scores_and_the_configuration(logged):
     assert found.pop("learning_rate") == [(6, np.float32(0.1)), (12, -2), (18, 0)]  # Of the optimizer in research.py.
     for name in ("accuracy", "balanced_accuracy", "loss", "macro_precision", "macro_recall", "macro_f1"):
         assert found.pop(f"test/{name}") == [(18, np.float32(run.result[f"test_{name}"]))]
+    for name in ("top2", "probability"):  # Of research.py.
+        assert found.pop(f"test/{name}") == [(18, np.float32(run.result["test_metrics"][name]))]
     assert not found
     matrix = [
         [int(cell) for cell in row.split("|")[2:-1]] for row in text(events, "test/confusion_matrix").split("\n")[2:]
