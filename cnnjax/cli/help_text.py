@@ -8,7 +8,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from tyro.conf import arg
+from tyro.conf import Fixed, Suppress, arg
 from tyro.constructors import (
     ConstructorRegistry,
     PrimitiveConstructorSpec,
@@ -49,6 +49,8 @@ class _Readable:
 
 def _readable(field: StructFieldSpec) -> StructFieldSpec:
     kind, text = field.type, partial(_join, field.helptext)
+    if kind in (Any, type(None)) and field.default is None:  # No other value can be written on a command line.
+        return dataclasses.replace(field, type=Annotated[kind, Suppress, Fixed])
     if dataclasses.is_dataclass(field.default) and not _has_choices(kind):
         kind = type(field.default)  # Its fields become options.
         field = dataclasses.replace(field, type=kind)

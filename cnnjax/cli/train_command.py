@@ -191,7 +191,9 @@ def _options(x: Any, prefix: str = "--") -> Iterator[str]:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             yield from [name] if f.name in (*PARTS, "dataset") else []
             yield from _options(value, prefix if f.name == "config" else f"{name}.")
-        elif prefix == "--" or f.name not in ("parent", "name"):  # Flax's own.
+        elif prefix != "--" and f.name in ("parent", "name"):  # Flax's own.
+            continue
+        elif value is not None or f.type is not Any:  # Else it may only be set in Python.
             yield name
 
 
@@ -243,9 +245,9 @@ def _choose(config: Config, part: str, words: dict[str, type], arguments: list[s
 
 
 def _opaque(info: Any) -> StructConstructorSpec | None:
-    """Hides a field whose value is a function or class, or may be one: it cannot be written on a command line."""
+    """Hides a field whose value is a function or class: it cannot be written on a command line."""
     value = info.default
-    if ((info.type is not Any or value is not None) and not callable(value)) or dataclasses.is_dataclass(value):
+    if not callable(value) or dataclasses.is_dataclass(value):
         return None
     return StructConstructorSpec(instantiate=lambda: value, fields=())
 
