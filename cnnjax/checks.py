@@ -1,4 +1,4 @@
-"""Checks of what the parts of a run return for the shapes of its batches, without computing anything."""
+"""Checks of what the parts of a run return: for the shapes of its batches, or random logits, before anything else."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -22,6 +22,8 @@ from cnnjax.optim.optimizer import REST, Optimizer, param_labels
 from cnnjax.program import Program
 from cnnjax.step import TrainState, init_from_data, init_optimizer, update
 from cnnjax.typing import AnyArray, BatchLike, LossFn, MetricsFn
+
+MAX_LABELS = 10_000
 
 
 def check_augment(
@@ -179,12 +181,22 @@ def check_training(
         ) from error
 
 
-def check_metrics(metrics_fn: MetricsFn, best_by: str, label: Int[np.ndarray, " N"], num_classes: int) -> None:
-    """Checks what the user's scores are for random logits, and that the one that selects the best checkpoint is there.
+def check_metrics(
+    metrics_fn: MetricsFn,
+    best_by: str,
+    train_label: Int[np.ndarray, " N"],
+    validation_label: Int[np.ndarray, " M"],
+    num_classes: int,
+) -> None:
+    """Checks what the user's own scores are for random logits, and that `best_by` is one of them or of ours.
 
     Args:
-      label: of the validation set.
+      train_label: used if there is no validation, as far as their logits fit into memory with many classes.
+
+    Raises:
+      UserError: `metrics_fn` raised an exception, or returned something else; or `best_by` is no score.
     """
+    label = validation_label if len(validation_label) else train_label[:: -(-len(train_label) // MAX_LABELS)]
     logits = np.random.default_rng(0).standard_normal((len(label), num_classes), np.float32)
     names = call_metrics(metrics_fn, logits, label)
     check_name("best_by", best_by, (*BEST_BY, *names))

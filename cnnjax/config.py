@@ -28,7 +28,7 @@ Arrays = tuple[Any, Any, Any, Any] | tuple[Any, Any, Any, Any, Any, Any]
 class Config:
     """A run. The same configuration and seed on the same machine give the same bits.
 
-    Network, optimizer, augmentation and loss are objects, whose fields are options.
+    Network, optimizer, augmentation, loss and metrics are objects, whose fields are options.
     """
 
     name: str = ""
@@ -61,11 +61,11 @@ class Config:
     """The training loss, (logits [B K], batch) -> loss [B]. Validation and test report the cross-entropy."""
     sampling: str = "none"
     """none: an epoch visits every example once; balanced: it draws equally often from every class."""
-    metrics: Any = None
-    """Scores of your own, computed after each epoch on the validation images and at the end on the test images: a
-    function (logits [N K], label [N]) -> {name: number} of NumPy arrays."""
     class_weights: str = "none"
     """none; balanced: weights the loss of each example so that all classes have the same total weight."""
+    metrics: Any = None
+    """Your own scores, the higher the better, of the validation images after each epoch and of the test images at the
+    end: a function (logits [N K], label [N]) -> {name: number} of NumPy arrays."""
     best_by: str = "accuracy"
     """The validation score that selects the best checkpoint: accuracy, balanced_accuracy (mean recall), loss (the
     lowest), or a name that `metrics` returns (the highest)."""
@@ -98,8 +98,8 @@ class Config:
         )
         for name, valid in (("resize", RESIZE), ("sampling", BALANCING), ("class_weights", BALANCING)):
             check_name(name, getattr(self, name), valid)
-        if self.metrics is None:
-            check_name("best_by", self.best_by, BEST_BY)
+        rule = f"{', '.join(BEST_BY)}, or a name that `metrics` returns"
+        check("best_by", rule, self.metrics is not None or self.best_by in BEST_BY, repr(self.best_by))
         both = self.sampling == self.class_weights == "balanced"
         check("class_weights", "none if `sampling` is balanced: use one of the two", not both, "balanced")
         size = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,)
@@ -118,12 +118,15 @@ class Config:
         check_name("tta", self.tta, TTA)
         check_network(self.model)
         check("loss", "a function of logits and a batch", callable(self.loss), show(self.loss))
-        valid = self.metrics is None or (callable(self.metrics) and not isinstance(self.metrics, type))
-        check("metrics", "a function of logits and labels", valid, show(self.metrics))
-        for name in ("model", "optim", "augment", "loss"):
+        metrics, got = self.metrics, show(self.metrics)
+        if isinstance(metrics, type):
+            got = f"the class {metrics.__name__}. Create an instance: {metrics.__name__}()"
+        valid = metrics is None or (callable(metrics) and not isinstance(metrics, type))
+        check("metrics", "a function of logits and labels", valid, got)
+        for name in ("model", "optim", "augment", "loss", "metrics"):
             value = getattr(self, name)
             try:
-                hash(value)  # `jit` compiles once for equal values.
+                hash(value)  # `jit` compiles once for equal values; and a value that changes is not the recorded one.
             except TypeError as error:
                 raise UserError(
                     f"`{name}` must be hashable, got {show(value)} ({error}). Use @dataclass(frozen=True), and tuples."
@@ -166,7 +169,7 @@ class Config:
           UserError: a `num_classes` was set to another value.
         """
         changes = {}
-        for name in ("model", "augment", "loss"):
+        for name in ("model", "augment", "loss", "metrics"):
             part = getattr(self, name)
             if "num_classes" not in getattr(part, "__dataclass_fields__", {}):
                 continue

@@ -206,9 +206,9 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Returns the values that differ between two nested dicts: {dotted name: (in a, in b)}."""
+    """Returns the values that differ between two nested dicts: {dotted name: (in a, in b)}. Nan equals nan."""
     x, y = flatten(a), flatten(b)
-    same = {name for name in x.keys() & y.keys() if x[name] == y[name]}
+    same = {name for name in x.keys() & y.keys() if x[name] == y[name] or (x[name] != x[name] and y[name] != y[name])}
     return {name: (x.get(name), y.get(name)) for name in {**x, **y} if name not in same}
 
 

@@ -27,7 +27,7 @@ from cnnjax.runs.progress import (
     end_epoch,
     raise_if_stopped,
     save_within_epoch,
-    share_scores,
+    score_own,
 )
 from cnnjax.sharding import fetch, put
 from cnnjax.step import TrainState, copy_state
@@ -89,7 +89,7 @@ def fit(
             next_dispatch, snapshot = next(dispatches), None
             # So that the device need not wait for the host at the end of each epoch.
             if setup.queues_validation and not tracer.traces(step, steps):
-                snapshot = start_validation(setup, state)
+                snapshot = start_validation(setup, state, run)
                 if step < setup.program.num_steps and may_queue(run, epoch_seconds):
                     state, queued = start(state, next_dispatch, step=step, statics=statics(epoch + 1))
             metrics = fetch(metrics)  # Waits for the device.
@@ -104,7 +104,7 @@ def fit(
                 continue
             epoch_seconds = time.perf_counter() - epoch_start
             images_per_second = (progress.totals.num_examples - examples_before) / epoch_seconds
-            snapshot, validate = snapshot or start_validation(setup, state)
+            snapshot, validate = snapshot or start_validation(setup, state, run)
             scores = validate()
             seconds = time.perf_counter() - begin
             ended = EndedEpoch(
@@ -112,7 +112,7 @@ def fit(
                 steps=(first, step),
                 train=progress.totals.means(),
                 grad_norm=progress.grad_norm / steps,
-                validation=None if scores is None else share_scores(run.hosts, scores),
+                validation=scores,
                 timing=make_timing(
                     epoch + 1, images_per_second, seconds, at_peak[setup.train_shape(statics(epoch)[0])]
                 ),
@@ -167,7 +167,7 @@ def start_steps(
     return train_steps(state, *arguments, **options)
 
 
-def start_validation(setup: Setup, state: TrainState) -> tuple[TrainState, Callable[[], Scores | None]]:
+def start_validation(setup: Setup, state: TrainState, run: OpenRun) -> tuple[TrainState, Callable[[], Scores | None]]:
     """Copies the state at the end of an epoch, and starts to score the copy.
 
     Does not wait for the device if the validation set has few batches, see `Setup.queues_validation`.
@@ -178,9 +178,9 @@ def start_validation(setup: Setup, state: TrainState) -> tuple[TrainState, Calla
     snapshot = copy_state(state)
     if not len(setup.validation.label):
         return snapshot, lambda: None
-    config = setup.config
-    options: Any = {"metrics_fn": config.metrics}
-    return snapshot, start_evaluation(snapshot, setup.validation, config.model, setup.placement, **options)
+    keeps = setup.config.metrics is not None
+    finish = start_evaluation(snapshot, setup.validation, setup.config.model, setup.placement, keep_logits=keeps)
+    return snapshot, lambda: score_own(run, finish(), fetch(setup.validation.label))
 
 
 def training_input(setup: Setup, step: int) -> AbstractContextManager[Iterator[Any]]:

@@ -1,7 +1,7 @@
 """Metrics: sums over the examples of a batch on the device, and totals and means on the host."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -10,11 +10,21 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from cnnjax.class_scores import Confusion, class_scores
-from cnnjax.errors import ArgumentError, UserError, check, describe_shapes, user_code
+from cnnjax.errors import ArgumentError, UserError, describe_shapes, user_code
+from cnnjax.fields import shorten
 from cnnjax.network import logits_of
 from cnnjax.typing import AnyArray, BatchLike, LossFn, MetricsFn
 
-_TAKEN = ("loss", "accuracy", "balanced_accuracy", "macro_precision", "macro_recall", "macro_f1")
+# The names of our own scores, which a user's function must not return.
+RESERVED_NAMES = (
+    "loss",
+    "accuracy",
+    "balanced_accuracy",
+    "macro_precision",
+    "macro_recall",
+    "macro_f1",
+    "confusion_matrix",
+)
 
 
 class Metrics(NamedTuple):
@@ -138,9 +148,10 @@ class Scores(NamedTuple):
     """Means over `num_examples` examples.
 
     Attributes:
-      values: "accuracy", and the named values of the loss in training, or those of `Config.metrics` in evaluation.
+      values: "accuracy", and in training the named values of the loss.
       confusion: {(true class, predicted class): number of examples}, see `class_scores`; empty in training.
       logits: of every example, in order, if `evaluate` kept them.
+      metrics: the user's own scores, see `Config.metrics`; empty in training.
     """
 
     loss: float
@@ -148,6 +159,7 @@ class Scores(NamedTuple):
     values: dict[str, float]
     confusion: Confusion = {}  # noqa: RUF012  Never changed.
     logits: Float[np.ndarray, "N K"] | None = None
+    metrics: dict[str, float] = {}  # noqa: RUF012  Never changed.
 
     @property
     def accuracy(self) -> float:
@@ -165,41 +177,52 @@ class Scores(NamedTuple):
             raise ArgumentError("`scores` must be those of an evaluation to have a balanced accuracy, got others.")
         return class_scores(self.confusion, 1 + max(map(max, self.confusion))).means()["recall"]
 
-    def rank(self, by: str) -> float:
-        """Returns the number by which a checkpoint is ranked, the higher the better.
 
-        Args:
-          by: see `Config.best_by`.
-
-        Raises:
-          UserError: there is no such score, or it is infinite or nan.
-        """
-        value = {"loss": -self.loss, "balanced_accuracy": self.balanced_accuracy, **self.values}.get(by)
-        if value is None or not np.isfinite(value):
-            got = f"{by} {value}" if value is not None else f"only {', '.join(self.values)}"
-            raise UserError(f"`metrics` must return a finite {by}, which selects the best checkpoint, got {got}.")
-        return value
-
-
-def call_metrics(
-    metrics_fn: MetricsFn, logits: Float[np.ndarray, "N K"], label: Int[np.ndarray, " N"]
-) -> dict[str, float]:
-    """Returns the scores of a function of the user.
+def with_metrics(
+    scores: Scores,
+    metrics_fn: MetricsFn | None,
+    label: Int[AnyArray, " N"],
+    share: Callable[[Callable[[], Any]], Any] = lambda compute: compute(),
+) -> Scores:
+    """Returns scores with those of a user's function, see `Config.metrics`.
 
     Args:
-      metrics_fn: receives copies, the logits as float32.
+      scores: with logits, unless `metrics_fn` is None.
+      share: see `Hosts.share`.
+    """
+    if metrics_fn is None:
+        return scores
+    return scores._replace(metrics=share(lambda: call_metrics(metrics_fn, scores.logits, label)))
+
+
+def call_metrics(metrics_fn: MetricsFn, logits: Any, label: Int[AnyArray, " N"]) -> dict[str, float]:
+    """Returns the scores that a user's function computes.
+
+    Args:
+      metrics_fn: receives copies in NumPy, of float32 and int32.
+      logits: [N K].
 
     Raises:
-      UserError: it raised an exception, or returned something else than {name: number}.
+      UserError: it raised an exception, or returned anything other than {name: number}.
     """
     with user_code("`metrics`"):
-        scores: Any = metrics_fn(np.array(logits, np.float32), np.array(label))
-    rule = "`metrics` must return {name: number}, names of letters, digits and underscores"
-    if not isinstance(scores, Mapping):
-        raise UserError(f"{rule}, got {describe_shapes(scores)}.")
-    for name, value in scores.items():
-        number = np.ndim(value) == 0 and np.asarray(value).dtype.kind in "biuf"
-        if not number or not isinstance(name, str) or re.fullmatch("[A-Za-z][A-Za-z0-9_]*", name) is None:
-            raise UserError(f"{rule}, got {{{name!r}: {describe_shapes(value)}}}.")
-        check("metrics", "a function whose names are not taken", name not in _TAKEN, repr(name))
-    return {name: float(value) for name, value in scores.items()}
+        scores: Any = metrics_fn(np.array(logits, np.float32), np.array(label, np.int32))
+        valid = isinstance(scores, Mapping) and all(map(_is_number, scores.values()))
+        numbers = {name: float(value) for name, value in scores.items()} if valid else {}
+    if not valid:
+        raise UserError(f"`metrics` must return {{name: number}}, got {shorten(describe_shapes(scores))}.")
+    for name in numbers:
+        if not isinstance(name, str) or re.fullmatch("[A-Za-z][A-Za-z0-9_]*", name) is None:
+            rule = "must return names of ASCII letters, digits and underscores that begin with a letter"
+            raise UserError(f"`metrics` {rule}, got {name!r}.")
+        if name in RESERVED_NAMES:
+            raise UserError(f"`metrics` must not name a score {', '.join(RESERVED_NAMES)}, got {name!r}. Rename it.")
+    return numbers
+
+
+def _is_number(value: Any) -> bool:
+    dtype = getattr(value, "dtype", None)
+    if dtype is None:
+        return isinstance(value, (bool, int, float))
+    kinds = (jnp.bool_, jnp.integer, jnp.floating)
+    return np.shape(value) == () and any(jnp.issubdtype(dtype, kind) for kind in kinds)

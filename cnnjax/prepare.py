@@ -47,7 +47,6 @@ from cnnjax.step import TrainState, init_from_data
 from cnnjax.typing import AnyArray
 
 INIT_IMAGES = 5000  # Number of training images that a network may be initialized from.
-MAX_LABELS = 10_000  # Number of training labels on which the user's scores are tried if there are none of validation.
 
 
 class Setup(NamedTuple):
@@ -151,9 +150,7 @@ def set_up(
     got = f"{config.num_epochs} epochs of {steps} steps"
     check("num_epochs", "a number that gives fewer than 2**31 steps", steps * config.num_epochs < 2**31, got)
     if config.metrics is not None:
-        # Not all training labels: with many classes, the logits of each would not fit into memory.
-        label = validation.label if len(validation.label) else train.label[:: -(-num_examples // MAX_LABELS)]
-        check_metrics(config.metrics, config.best_by, label, dataset.num_classes)
+        check_metrics(config.metrics, config.best_by, train.label, validation.label, dataset.num_classes)
     loss_fn = config.loss
     if config.class_weights == "balanced":
         loss_fn = ClassWeighted(loss_fn, balanced_weights(train.label, dataset.num_classes))

@@ -19,13 +19,13 @@ from cnnjax.data.batches import Pixels, StreamedPixels, make_batch
 from cnnjax.data.feed import StreamedSet
 from cnnjax.data.order import Plan, plain_plan
 from cnnjax.losses import softmax_cross_entropy
-from cnnjax.metrics import Metrics, Scores, Totals, call_metrics, sum_metrics
+from cnnjax.metrics import Metrics, Scores, Totals, sum_metrics
 from cnnjax.network import Network, logits_of
 from cnnjax.optim.optimizer import Optimizer
 from cnnjax.pretrained import VariablePath
 from cnnjax.sharding import Placement, fetch, place, put
 from cnnjax.step import TrainState, apply_views, init_state, replace_variables, train_step
-from cnnjax.typing import AnyArray, LossFn, MetricsFn
+from cnnjax.typing import AnyArray, LossFn
 
 # Examples; divisors of the usual test sets. The larger one is for images of up to 32 by 32 on an accelerator.
 EVAL_BATCH_SIZE, ACCELERATOR_EVAL_BATCH_SIZE = 500, 2000
@@ -161,7 +161,6 @@ def evaluate(
     model: Network,
     tta: str = "none",
     placement: Placement | None = None,
-    metrics_fn: MetricsFn | None = None,
     keep_logits: bool = False,
 ) -> Scores:
     """Scores every example once: cross-entropy, accuracy and the confusion of classes. Waits for the device.
@@ -170,12 +169,10 @@ def evaluate(
       pixels: the data set, on the device, on the host or on disk.
       tta: see `eval_step`.
       placement: how devices share a batch; None: the first device works alone.
-      metrics_fn: adds scores of the user, see `Config.metrics`.
       keep_logits: whether to return the logits, too.
     """
     placement = placement or place(1, jax.local_devices())
-    options: Any = {"tta": tta, "metrics_fn": metrics_fn, "keep_logits": keep_logits}
-    return start_evaluation(state, pixels, model, placement, **options)()
+    return start_evaluation(state, pixels, model, placement, tta=tta, keep_logits=keep_logits)()
 
 
 def start_evaluation(
@@ -185,7 +182,6 @@ def start_evaluation(
     placement: Placement,
     *,
     tta: str = "none",
-    metrics_fn: MetricsFn | None = None,
     keep_logits: bool = False,
 ) -> Callable[[], Scores]:
     """Starts to `evaluate`; the function that it returns waits for the device, and returns the scores."""
@@ -194,7 +190,6 @@ def start_evaluation(
     options = _score_options(model, tta, placement)
     rows = put([plan.row(i) for i in range(len(plan.example))], placement.batch_sharding)
     few_at_a_time = placement.device.platform == "cpu" or isinstance(pixels, StreamedSet)
-    keeps_logits = keep_logits or metrics_fn is not None
     batches: list[tuple[Metrics, Array, Array | None]] = []
     with _inputs(pixels, plan.example.shape[1], placement) as inputs:
         for row in rows:
@@ -202,20 +197,15 @@ def start_evaluation(
             if batches and few_at_a_time:
                 # At most two at a time: each has its own scratch memory or images.
                 jax.block_until_ready(batches[-1])
-            batches.append((metrics, predicted, logits if keeps_logits else None))
+            batches.append((metrics, predicted, logits if keep_logits else None))
 
     def finish() -> Scores:
-        totals, (metrics, predicted, kept) = Totals(), zip(*fetch(batches), strict=True)
+        totals, (metrics, predicted, logits) = Totals(), zip(*fetch(batches), strict=True)
         for sums in metrics:
             totals = totals.add(sums)
-        label = fetch(pixels.label)
-        confusion = count_pairs(label, np.concatenate(predicted)[:num_examples])  # Without the padding.
+        confusion = count_pairs(fetch(pixels.label), np.concatenate(predicted)[:num_examples])  # Without the padding.
         scores = totals.means()._replace(confusion=confusion)
-        if keeps_logits:
-            logits = np.concatenate(kept)[:num_examples]
-            own = {} if metrics_fn is None else call_metrics(metrics_fn, logits, label)
-            scores = scores._replace(values={**scores.values, **own}, logits=logits if keep_logits else None)
-        return scores
+        return scores._replace(logits=np.concatenate(logits)[:num_examples]) if keep_logits else scores
 
     return finish
 

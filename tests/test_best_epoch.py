@@ -14,6 +14,7 @@ import pytest
 from cnnjax import Config, Optimizer, UserError, load_run, train_and_evaluate
 from cnnjax.cli.experiment import Experiment
 from cnnjax.cli.train_command import parse_train
+from cnnjax.runs.inspection import diff, reproduce
 
 
 class Threshold(nn.Module):
@@ -42,7 +43,9 @@ def make_split(size):
 
 def nearness(logits, label):
     """Returns how near the threshold is to the mean brightness, which is 0; the logits are its distances."""
-    return {"nearness": -abs(logits[:, 1].mean()), "above": np.float32((logits[:, 1] > 0).mean())}
+    scores = {"nearness": -abs(logits[:, 1].mean()), "above": np.float32((logits[:, 1] > 0).mean())}
+    logits[:], label[:] = 0, 0  # They are copies.
+    return scores
 
 
 def undefined(logits, label):
@@ -63,11 +66,11 @@ def column(run, name):
 @pytest.mark.parametrize(
     ("best_by", "best", "kept"),
     [
-        ("accuracy", 1, [1, 2, 4, 5]),
-        ("balanced_accuracy", 2, [2, 4, 5]),
-        ("loss", 1, [1, 2, 4, 5]),
-        ("nearness", 2, [1, 2, 4, 5]),
-        ("above", 5, [4, 5]),
+        ("accuracy", [1, 1, 1, 1, 1], [1, 2, 4, 5]),
+        ("balanced_accuracy", [1, 2, 2, 2, 2], [2, 4, 5]),
+        ("loss", [1, 1, 1, 1, 1], [1, 2, 4, 5]),
+        ("nearness", [1, 2, 2, 2, 2], [1, 2, 4, 5]),
+        ("above", [1, 2, 3, 4, 5], [4, 5]),
     ],
 )
 def test_the_best_epoch_and_the_kept_checkpoints_follow_best_by(best_by, best, kept, tmp_path):
@@ -84,12 +87,12 @@ def test_the_best_epoch_and_the_kept_checkpoints_follow_best_by(best_by, best, k
     brightness = np.array([2.3 * epoch - 4.5 for epoch in range(1, 6)])
     assert column(run, "validation_nearness") == pytest.approx((-abs(brightness)).tolist(), abs=0.15)
     assert column(run, "validation_above") == pytest.approx([0.0, 0.55, 1, 1, 1], abs=0.06)
-    first = {"above": [1, 2, 3, 4, 5]}.get(best_by, [min(i, best) for i in range(1, 6)])
-    assert seen == [*zip(range(1, 6), first, column(run, f"validation_{best_by}"), strict=True)]
+    assert seen == [*zip(range(1, 6), best, column(run, f"validation_{best_by}"), strict=True)]
+    best = best[-1]
     assert sorted(int(path.name) // 3 for path in (run.run_dir / "checkpoints").iterdir()) == kept
     result = run.finished_result()
     assert result["best_epoch"] == best
-    for name in ("accuracy", "balanced_accuracy"):
+    for name in ("accuracy", "balanced_accuracy", "loss"):
         assert result[f"best_validation_{name}"] == column(run, f"validation_{name}")[best - 1]
     for name in ("nearness", "above"):
         assert result["best_validation_metrics"][name] == column(run, f"validation_{name}")[best - 1]
@@ -97,18 +100,85 @@ def test_the_best_epoch_and_the_kept_checkpoints_follow_best_by(best_by, best, k
     assert result["sha256"]["best_params"] == column(run, "params_sha256")[best - 1]
     scores = load_run(run.run_dir, run.config).evaluate("validation")
     assert scores.balanced_accuracy == result["best_validation_balanced_accuracy"]
-    assert {**scores.values} == {"accuracy": scores.accuracy, **result["best_validation_metrics"]}
+    assert scores.metrics == result["best_validation_metrics"]
 
 
 def test_a_score_that_selects_the_best_epoch_must_be_finite(tmp_path):
-    message = r"`metrics` must return a finite undefined, which selects the best checkpoint, got undefined nan\."
+    seen = []
+    message = (
+        r"^`metrics` must return a finite undefined, by which the best checkpoint is selected, got none after "
+        r"epoch 1\. Checkpoints are kept: correct the function, and resume the run: resume=True\.$"
+    )
     with pytest.raises(UserError, match=message):
-        train_and_evaluate(config("undefined", undefined), run_dir=tmp_path / "run")
+        train_and_evaluate(
+            config("undefined", undefined), run_dir=tmp_path / "run", on_epoch=lambda row, state: seen.append(row)
+        )
+    assert not seen
     run = train_and_evaluate(config("loss", undefined), run_dir=tmp_path / "other")
     assert np.isnan(column(run, "validation_undefined")).all() and len(column(run, "epoch")) == 5
     assert np.isnan(run.history["validation_undefined"]).all()
+    assert not diff(run.run_dir, run.run_dir)["outcome"]  # Nan is the same as nan.
     again = load_run(run.run_dir, run.config).finished_result()
     assert np.isnan(again["test_metrics"]["undefined"]) and np.isnan(again["best_validation_metrics"]["undefined"])
+
+
+def of_each_class(logits, label):
+    """Returns a score for each class that occurs."""
+    return {f"recall_{k}": np.mean(logits.argmax(1)[label == k] == k) for k in np.unique(label)}
+
+
+def test_scores_may_depend_on_the_classes_that_occur(tmp_path, capsys):
+    """The validation split lacks class 0, the test split has both."""
+    (image, label), test = make_split(60), make_split(40)
+    options: Any = {"model": Threshold(), "optim": Sink(), "metrics": of_each_class, "best_by": "recall_1"}
+    options |= {"num_epochs": 2, "batch_size": 20}
+    splits = (image, label, image[label == 1], label[label == 1], *test)
+    jax.devices()
+    runs, experiment = tmp_path / "runs", Experiment(Config(dataset=splits, **options), {})
+    parse_train(experiment, ["--seeds", "0:2", "--run-dir", str(runs), "--no-report"])()
+    lines = capsys.readouterr().out.splitlines()
+    assert "2 seeds, 0:2: test_recall_0 0.5000, the same for all 2 seeds, so that its noise is unknown" in lines[-2]
+    assert "2 seeds, 0:2: test_recall_1 1.0000, the same" in lines[-1]
+    result = load_run(runs / "seed0", experiment.config).finished_result()
+    assert result["best_validation_metrics"] == {"recall_1": 1.0}
+    assert result["test_metrics"] == {"recall_0": 0.5, "recall_1": 1.0}
+    sentence = "(loss 0.7" in lines[-5] and "recall_0 0.5000, recall_1 1.0000) on all 40 test images" in lines[-5]
+    assert sentence and "(validation accuracy 100.00%, balanced accuracy 100.00%, recall_1 1.0000)" in lines[-5]
+
+
+FAILS = []
+
+
+def fails_on_the_test_images(logits, label):
+    if FAILS and len(label) == 40:
+        raise LookupError("in the test")
+    return {"one": 1.0}
+
+
+def test_a_function_that_fails_later_can_be_corrected(tmp_path, monkeypatch):
+    monkeypatch.setattr("test_best_epoch.FAILS", [True])
+    failing = config("one", fails_on_the_test_images)
+    with pytest.raises(UserError, match=r"LookupError: in the test\. Checkpoints are kept: correct the fun"):
+        train_and_evaluate(failing, run_dir=tmp_path / "run")
+    monkeypatch.setattr("test_best_epoch.FAILS", [])
+    assert train_and_evaluate(failing, run_dir=tmp_path / "run", resume=True).finished_result()["best_epoch"] == 5
+
+
+CALLS = []
+
+
+def counts_its_calls(logits, label):
+    CALLS.append(1)
+    return {"calls": len(CALLS)}
+
+
+def test_a_reproduction_names_a_function_that_returns_other_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr("test_best_epoch.CALLS", [])
+    run = train_and_evaluate(config("accuracy", counts_its_calls), run_dir=tmp_path / "run")
+    found = reproduce(run.run_dir, run.config, into=tmp_path / "again")
+    assert not found.same and found.first_epoch is None and not found.environment
+    # One call before the first step, one for each epoch, and one for the test images.
+    assert found.moved["metrics"] == "calls 2.0 there, 9.0 here in epoch 1, with the same parameters"
 
 
 def test_an_interrupted_run_has_the_scores_of_each_class(tmp_path):

@@ -160,6 +160,10 @@ def per_class(logits, label):
     return {"recall": np.eye(3).mean(0)}
 
 
+def ragged(logits, label):
+    return {"counts": [[1], [2, 3]]}
+
+
 def percent(logits, label):
     return {"top-2": 0.5}
 
@@ -169,9 +173,16 @@ def taken(logits, label):
 
 
 def top2(logits, label):
-    assert logits.dtype == np.float32 and logits.shape == (*label.shape, 3) and label.dtype.kind == "i"
-    logits[:], label[:] = 0, 0  # Copies: nothing else may see this.
     return {"top2": 0.5}
+
+
+@dataclass
+class Counter:
+    calls: int = 0
+
+    def __call__(self, logits, label):
+        self.calls += 1
+        return {"calls": self.calls}
 
 
 def arrays_of_two_classes():
@@ -326,18 +337,23 @@ def test_an_exception_in_the_users_loss_names_its_arguments(tmp_path):
         ),
         (
             {"metrics": no_dict},
-            "`metrics` must return {name: number}, names of letters, digits and underscores, got float64[].",
+            "`metrics` must return {name: number}, got float64[].",
         ),
         (
             {"metrics": per_class},
-            "`metrics` must return {name: number}, names of letters, digits and underscores, got {'recall': "
-            "float64[3]}.",
+            "`metrics` must return {name: number}, got {'recall': float64[3]}.",
         ),
         (
             {"metrics": percent},
-            "`metrics` must return {name: number}, names of letters, digits and underscores, got {'top-2': 0.5}.",
+            "`metrics` must return names of ASCII letters, digits and underscores that begin with a letter, got "
+            "'top-2'.",
         ),
-        ({"metrics": taken}, "`metrics` must be a function whose names are not taken, got 'accuracy'."),
+        ({"metrics": ragged}, "`metrics` must return {name: number}, got {'counts': ((1), (2, 3))}."),
+        (
+            {"metrics": taken},
+            "`metrics` must not name a score loss, accuracy, balanced_accuracy, macro_precision, macro_recall, "
+            "macro_f1, confusion_matrix, got 'accuracy'. Rename it.",
+        ),
         (
             {"metrics": top2, "best_by": "top3"},
             "`best_by` must be a known name, got 'top3'. Did you mean top2?",
@@ -351,6 +367,30 @@ def test_an_exception_in_the_users_loss_names_its_arguments(tmp_path):
 )
 def test_what_no_step_can_use(changes, message, tmp_path):
     assert str(refused(tmp_path, **changes)).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"metrics": Counter},
+            "`metrics` must be a function of logits and labels, got the class Counter. Crea",
+        ),
+        ({"metrics": 3}, "`metrics` must be a function of logits and labels, got 3."),
+        (
+            {"metrics": Counter()},
+            "`metrics` must be hashable, got Counter(calls=0) (unhashable type: 'Counter'). ",
+        ),
+        (
+            {"best_by": "auroc"},
+            "`best_by` must be accuracy, balanced_accuracy, loss, or a name that `metrics` returns",
+        ),
+    ],
+)
+def test_metrics_are_a_function_that_does_not_change(changes, message):
+    with pytest.raises(UserError) as error:
+        replace(CONFIG, **changes)
+    assert str(error.value).startswith(message)
 
 
 def test_a_batch_without_an_example_is_an_error(tmp_path):

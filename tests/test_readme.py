@@ -37,6 +37,13 @@ def test_the_experiment_file_trains_and_is_scored(mine, capsys):
     main(["eval", "runs/mine-seed0", "--experiment", "mine"])
     out = capsys.readouterr().out
     assert re.findall(r"Test accuracy (\S+)%", out) == re.findall(r"test accuracy (\S+)%", out) != []
+    run = load_run("runs/mine-seed0", load_experiment("mine").config)
+    image, label = run.load_data("test")
+    margin = run.logits(image) @ [-1.0, 1.0]
+    pairs = margin[label == 1][:, None] - margin[label == 0]
+    auroc = np.mean((pairs > 0) + 0.5 * (pairs == 0))
+    assert run.finished_result()["test_metrics"]["auroc"] == pytest.approx(auroc)
+    assert re.findall(r"[Tt]est accuracy .*?auroc (\d\.\d{4})", out) == 2 * [f"{auroc:.4f}"]
 
 
 @pytest.mark.parametrize(("name", "options"), OPTIONS)

@@ -63,6 +63,7 @@ class Runs:
         """Prints the table."""
         from cnnjax.files import check_local
         from cnnjax.runs.inspection import find_runs, read_info
+        from cnnjax.runs.progress import best_row
 
         try:
             folders = [path for path in sorted(self.folder.iterdir()) if path.is_dir() and not path.is_symlink()]
@@ -81,9 +82,8 @@ class Runs:
             except (UserError, OSError) as error:  # OSError: it was moved away a moment ago.
                 others.append(str(error) if str(run_dir) in str(error) else f"{run_dir}: {error}")
                 continue
-            validation = max(
-                (row["validation_accuracy"] for row in info.rows if "validation_accuracy" in row), default=None
-            )
+            best = best_row(info.rows, info.config.get("best_by", "accuracy"))
+            validation = None if best is None else best.get("validation_accuracy")
             test = info.result["test_accuracy"] if info.result else None
             scores = ("" if value is None else f"{value:.2%}" for value in (validation, test))
             epochs = f"{len(info.rows)}/{info.config['num_epochs']}"
@@ -168,6 +168,8 @@ class Reproduce:
         if differences:
             print("What differs between the two:")
             _print_changes(differences)
+        elif "metrics" in found.moved:
+            print("The parameters of all epochs are the same: `metrics` does not return the same numbers twice.")
         elif not found.same:
             print(
                 "Neither data, source code, versions nor device differ: the device does not give the same bits twice."
@@ -211,7 +213,7 @@ class Compare:
     """The metric to compare: test_accuracy, test_balanced_accuracy (the mean recall of the classes), test_loss,
     test_macro_precision, test_macro_recall, test_macro_f1; precision:CLASS, recall:CLASS or f1:CLASS, of a class in the
     test set; test_NAME, of a score that `metrics` returns. Make choices with best_validation_accuracy,
-    best_validation_balanced_accuracy or best_validation_NAME."""
+    best_validation_balanced_accuracy, best_validation_loss or best_validation_NAME."""
 
     def __call__(self) -> None:
         """Prints the means, their differences and the verdicts."""

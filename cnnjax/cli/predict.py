@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -16,7 +16,7 @@ from tyro.conf import Positional, arg
 
 from cnnjax.cli.inspection import RunDir, config_of
 from cnnjax.errors import UserError, check
-from cnnjax.process.tables import accuracies, class_lines, list_scores, printable
+from cnnjax.process.tables import accuracies, class_lines, printable, scores_suffix
 
 if TYPE_CHECKING:
     from cnnjax.metrics import Scores
@@ -33,7 +33,8 @@ class Eval:
     """Score a trained network on every image of a split, or of a labelled folder, and on those of each class.
 
     Files of the folder that cannot be read are reported on standard error; the others are scored, and the exit code
-    is 2.
+    is 2. So it is if your own `metrics` fail. With --data or --ensemble their logits are the logarithms of the
+    probabilities.
     """
 
     run: Positional[RunDir]
@@ -50,8 +51,8 @@ class Eval:
     ensemble: tuple[Path, ...] = ()
     """More run directories: score the mean of the probabilities of all runs."""
     json: bool = False
-    """Print a JSON object instead: the accuracy with its 95% interval, balanced accuracy, loss (null if it is not
-    finite, as in the user's metrics), the scores of each class, and the confusion matrix (null above 300 classes)."""
+    """Print a JSON object instead: the accuracy with its 95% interval, balanced accuracy, loss, your own
+    metrics (null if not finite), the scores of each class, and the confusion matrix (null above 300 classes)."""
     data_dir: Path | None = None
     """The tfds directory; $TFDS_DATA_DIR or ~/tensorflow_datasets by default."""
     experiment: str | None = None
@@ -59,22 +60,34 @@ class Eval:
 
     def __call__(self) -> int:
         """Prints the scores of the classes, accuracy and loss."""
-        from cnnjax.runs.predictions import evaluate_ensemble
-
         check("split", "left out with `data`", self.data is None or self.split == "test", self.split)
         alone = not self.ensemble or self.split == "test"
         check("split", "test for an ensemble: the other runs may have been trained on it", alone, self.split)
-        runs = _load([self.run, *self.ensemble], self.experiment)
-        unreadable = 0
+        runs, failed = _load([self.run, *self.ensemble], self.experiment), False
         with redirect_stdout(sys.stderr) if self.json else nullcontext():  # Lines about the data.
-            if self.data is not None:
-                scores, unreadable = self._score_files(runs, Path(os.path.expanduser(self.data)))
-            elif self.ensemble:
-                scores = evaluate_ensemble(runs, tta=self.tta, data_dir=self.data_dir)
-            else:
-                scores = runs[0].evaluate(self.split, tta=self.tta, data_dir=self.data_dir)
+            try:
+                scores, unreadable = self._score(runs)
+            except UserError as error:
+                if runs[0].config.metrics is None:
+                    raise
+                # They may be unknown without --experiment, or undefined for the images of a folder.
+                config = replace(runs[0].config, metrics=None, best_by="accuracy")
+                runs[0] = replace(runs[0], config=config)
+                scores, unreadable = self._score(runs)  # Raises the error again if it has another reason.
+                print(printable(error), file=sys.stderr)
+                failed = True
         self._show(runs, scores, unreadable)
-        return 2 if unreadable else 0
+        return 2 if unreadable or failed else 0
+
+    def _score(self, runs: Sequence["Run"]) -> tuple["Scores", int]:
+        """Returns the scores, and the number of files that cannot be read."""
+        from cnnjax.runs.predictions import evaluate_ensemble
+
+        if self.data is not None:
+            return self._score_files(runs, Path(os.path.expanduser(self.data)))
+        if self.ensemble:
+            return evaluate_ensemble(runs, tta=self.tta, data_dir=self.data_dir), 0
+        return runs[0].evaluate(self.split, tta=self.tta, data_dir=self.data_dir), 0
 
     def _score_files(self, runs: Sequence["Run"], data: Path) -> tuple["Scores", int]:
         """Returns the scores, and the number of files that cannot be read."""
@@ -113,7 +126,6 @@ class Eval:
         names = runs[0].facts.class_names
         classes, matrix = class_scores(scores.confusion, len(names)), confusion_matrix(scores.confusion, len(names))
         low, high = wilson_interval(scores.accuracy, scores.num_examples)
-        own = {name: value for name, value in scores.values.items() if name != "accuracy"}
         what = self.split if self.data is None else os.path.expanduser(self.data)
         if self.json:
             values = {
@@ -126,7 +138,7 @@ class Eval:
                 "accuracy_interval": [low, high],
                 "balanced_accuracy": scores.balanced_accuracy,
                 "loss": _finite(scores.loss),
-                "metrics": {name: _finite(value) for name, value in own.items()},
+                "metrics": {name: _finite(value) for name, value in scores.metrics.items()},
                 "classes": classes.rows(names),
                 "confusion_matrix": matrix,
             }
@@ -143,7 +155,7 @@ class Eval:
         of_runs = ", ".join(f"{run.run_dir}{'' if run.result else ', which is not finished'}" for run in runs)
         score = accuracies(scores.accuracy, scores.balanced_accuracy, uneven)
         print(
-            f"{printable(what)} {score}, loss {scores.loss:z.4f}{list_scores(own)}, on {images}; "
+            f"{printable(what)} {score}, loss {scores.loss:z.4f}{scores_suffix(scores.metrics)}, on {images}; "
             f"95% interval of the accuracy {low:.2%} to {high:.2%} ({of_runs})"
         )
 

@@ -109,7 +109,7 @@ class Train:
         from cnnjax.cli.report import report_on_run, report_on_seeds
         from cnnjax.process.console import Report
         from cnnjax.runs.profile import parse_steps
-        from cnnjax.runs.statistics import describe, own_metrics
+        from cnnjax.runs.statistics import describe
         from cnnjax.seeds import parse_seeds, train_seeds, use_cores
         from cnnjax.sharding import parse_mesh
         from cnnjax.train import train_and_evaluate
@@ -134,9 +134,13 @@ class Train:
         folder = expand(self.run_dir)
         results = train_seeds(self.config, seeds, folder=folder, **options)
         uneven = is_uneven([row["count"] for row in results[0]["classes"]])
-        own = [name for name in own_metrics(results[0]) if name.startswith("test_")]
-        for metric in ("test_accuracy", *(["test_balanced_accuracy"] if uneven else []), *own):
-            summary = describe([{**result, **own_metrics(result)}[metric] for result in results], metric)
+        scores = {name: [result[name] for result in results] for name in ("test_accuracy", "test_balanced_accuracy")}
+        if not uneven:
+            del scores["test_balanced_accuracy"]
+        own = [result.get("test_metrics", {}) for result in results]
+        scores |= {f"test_{name}": [x[name] for x in own] for name in own[0] if all(name in x for x in own)}
+        for metric, values in scores.items():
+            summary = describe(values, metric)
             report.say(f"{len(results)} seed{'s' if len(results) > 1 else ''}, {self.seeds}: {summary}")
         if self.report:
             report_on_seeds(self.config, seeds, folder, self.data_dir, report.say)

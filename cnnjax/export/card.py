@@ -14,7 +14,7 @@ from jaxtyping import Float, Integer, UInt8
 from cnnjax.class_scores import calibrate, is_uneven, top_confusions
 from cnnjax.data.image_files import MODES
 from cnnjax.data.weights import weights_of
-from cnnjax.process.tables import accuracies, list_scores, printable
+from cnnjax.process.tables import accuracies, printable, scores_suffix
 from cnnjax.runs.codec import encode
 from cnnjax.runs.run import Run
 from cnnjax.runs.statistics import wilson_interval
@@ -226,7 +226,7 @@ def _results(run: Run, live: Live) -> Iterator[str]:
     result, names = run.finished_result(), ("precision", "recall", "f1")
     low, high = wilson_interval(result["test_accuracy"], result["num_test_examples"])
     scores = accuracies(result["test_accuracy"], result["test_balanced_accuracy"], True)
-    own = _cell(list_scores(result.get("test_metrics", {})))
+    own = _cell(scores_suffix(result.get("test_metrics", {})))
     yield _text(
         f"Test {scores}, loss {result['test_loss']:z.4f}{own}, {_with_tta(run.config.tta)}. The 95% "
         f"interval of the accuracy, from the number of test images, is {low:.2%} to {high:.2%}."

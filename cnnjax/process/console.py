@@ -15,7 +15,8 @@ from rich.progress import track as rich_track
 
 from cnnjax.class_scores import is_uneven
 from cnnjax.process.streams import Output, reason
-from cnnjax.process.tables import accuracies, class_lines, list_scores, rate
+from cnnjax.process.tables import accuracies, class_lines, rate, scores_suffix
+from cnnjax.runs.schema import own_scores
 
 T = TypeVar("T")
 
@@ -131,8 +132,7 @@ class Report:
         accuracy, balanced = row.get("validation_accuracy"), validation["balanced accuracy"]
         if accuracy is None or balanced is None or abs(accuracy - balanced) < 0.01:
             del validation["balanced accuracy"]
-        own = {name.removeprefix("validation_"): value for name, value in row.items() if name.startswith("validation_")}
-        validation |= {name: value for name, value in own.items() if name not in names}
+        validation |= own_scores(row)
         self.say(
             f"epoch {row['epoch']:>{len(str(num_epochs))}}/{num_epochs}  {_scores(train)}  "
             + (f"validation {_scores(validation)}  " if "validation_loss" in row else "")
@@ -153,11 +153,11 @@ class Report:
         validation = "no validation"
         if best is not None:
             validation = f"validation {accuracies(best, result['best_validation_balanced_accuracy'], uneven)}"
-            validation += list_scores(result.get("best_validation_metrics", {}))
+            validation += scores_suffix(result.get("best_validation_metrics", {}))
         stopped = result["stopped_epoch"]
         early = "" if stopped is None else f", stopped after epoch {stopped}"
         self.say(
-            f"Test {test} (loss {result['test_loss']:z.4f}{list_scores(result.get('test_metrics', {}))}) on all "
+            f"Test {test} (loss {result['test_loss']:z.4f}{scores_suffix(result.get('test_metrics', {}))}) on all "
             f"{result['num_test_examples']:,} test images, with the parameters of epoch {result['best_epoch']} of "
             f"{result['num_epochs']} ({validation}{early}); seed {result['seed']}, {result['num_params']:,} "
             f"parameters, {result['training_seconds']:.0f} s of training on {result['device']}. All of it is in "

@@ -67,8 +67,8 @@ def accuracies(accuracy: float, balanced_accuracy: float, uneven: bool) -> str:
     return f"accuracy {accuracy:.2%}" + (f", balanced accuracy {balanced_accuracy:.2%}" if uneven else "")
 
 
-def list_scores(scores: Mapping[str, float]) -> str:
-    """Returns scores of the user as the rest of a list: ", name 0.1234" for each."""
+def scores_suffix(scores: Mapping[str, float]) -> str:
+    """Returns `, name 0.1234` for each of the user's own scores."""
     return "".join(f", {name} {value:z.4f}" for name, value in scores.items())
 
 

@@ -8,12 +8,11 @@ import numpy as np
 from cnnjax.class_scores import Calibration
 from cnnjax.report import charts, prediction_charts
 from cnnjax.report.analysis import Band, Fit, band
-from cnnjax.runs.schema import Result
+from cnnjax.runs.schema import Result, own_scores
 from cnnjax.runs.statistics import Summary
 
 MATRIX_CLASSES = 30  # If there are more, those with the most mistakes are shown.
 METRICS = ("loss", "accuracy")
-NOT_DRAWN = ("balanced_accuracy",)
 PARTS = {charts.TRAINING: "train", charts.VALIDATION: "validation"}
 
 
@@ -42,7 +41,7 @@ class Figure(NamedTuple):
 
 
 def learning_curves(history: Mapping[str, np.ndarray], fit: Fit) -> list[Figure]:
-    """Returns loss and accuracy over the epochs, as far as the history has them."""
+    """Returns loss, accuracy and the user's own scores over the epochs, as far as the history has them."""
     found = []
     for metric in _metrics([history]):
         bands = {part: band([history], f"{prefix}_{metric}") for part, prefix in PARTS.items()}
@@ -80,9 +79,7 @@ def overlaid_curves(histories: Mapping[str, Sequence[Mapping[str, np.ndarray]]])
 
 def _metrics(histories: Sequence[Mapping[str, np.ndarray]]) -> list[str]:
     """Returns the metrics that are drawn: ours, and those of `Config.metrics`."""
-    validation = [key for history in histories for key in history if key.startswith("validation_")]
-    names = dict.fromkeys([*METRICS, *(key.removeprefix("validation_") for key in validation)])
-    return [name for name in names if name not in NOT_DRAWN]
+    return [*dict.fromkeys([*METRICS, *(name for history in histories for name in own_scores(history))])]
 
 
 def _title(metric: str) -> str:

@@ -167,7 +167,7 @@ def _scores(run: Run, files: dict[str, Any]) -> dict[str, Any]:
     return {
         "interval": wilson_interval(result["test_accuracy"], result["num_test_examples"]),
         "uneven": is_uneven([row["count"] for row in classes]),
-        "best_by": run.config.best_by.replace("_", " "),
+        "best_by": {"balanced_accuracy": "balanced accuracy"}.get(run.config.best_by, run.config.best_by),
         "time": words.duration(result["training_seconds"]),
         "classes": shown,
         "num_classes": len(classes),

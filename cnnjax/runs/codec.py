@@ -122,7 +122,7 @@ def encode(config: Config, objects: list[Any] | None = None) -> EncodedConfig:
     if isinstance(config.dataset, tuple):
         values["dataset"] = ARRAYS  # Identified by their digests.
     if config.metrics is None:
-        del values["metrics"]  # Older runs have no such field.
+        del values["metrics"]  # So that it equals a configuration that was recorded before the field existed.
     encoded: Any = {name: encoder.encode(value, name) for name, value in values.items()}
     return encoded
 
@@ -170,8 +170,13 @@ class _Encoder(NamedTuple):
         owner = getattr(inspect.unwrap(x), "__self__", None) if callable(x) else None
         has_state = not isinstance(owner, (type, ModuleType, NoneType))  # A method of an object.
         if name is None or "<" in name or has_state:
-            fix = " Write it with `def` at the top level of a file." if inspect.isfunction(x) else ""
-            fix = " Make it a dataclass with a method `__call__`, whose fields are recorded." if has_state else fix
+            as_class = "a dataclass with a method `__call__`, whose fields are recorded."
+            fix = f" Make it {as_class}" if has_state or callable(x) else ""
+            fix = (
+                f" Write it with `def` at the top level of a file, or make it {as_class}"
+                if inspect.isfunction(x)
+                else fix
+            )
             raise UserError(
                 f"`{path}` must be a value that config.json can name (a number, a string, a dataclass, or a class or "
                 f"function at the top level of a file), got {show(x)}.{fix}"
@@ -196,7 +201,8 @@ def decode(content: Mapping[str, Any], names: Mapping[str, Any], files: Iterable
       UserError: a name is missing in the network or the optimizer, or the content is of another version.
     """
     try:
-        if missing := [f.name for f in dataclasses.fields(Config) if f.name not in (*content, "metrics")]:
+        known = {*content, "metrics"}  # See `encode`.
+        if missing := [f.name for f in dataclasses.fields(Config) if f.name not in known]:
             raise UserError(f"config.json: `{missing[0]}` must be there, got nothing.")
         values = {}
         for key, value in content.items():

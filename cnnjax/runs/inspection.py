@@ -4,6 +4,7 @@ A run directory is data, perhaps from someone else: it is parsed and compared, a
 followed.
 """
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -15,15 +16,15 @@ import jax
 import numpy as np
 
 from cnnjax.config import Config
-from cnnjax.errors import UserError, check_name, unknown_name
+from cnnjax.errors import UserError, check, check_name, suggest, unknown_name
 from cnnjax.files import SUMS, changes, check_local, check_sums, file_sha256, is_inside, show
 from cnnjax.inputs import load_inputs
 from cnnjax.process.console import Report
 from cnnjax.runs import directory, loggers, manifest, profile, records, recovery
 from cnnjax.runs.run import make_run
-from cnnjax.runs.schema import EncodedConfig, Result, Row, Session
+from cnnjax.runs.schema import EncodedConfig, Result, Row, Session, own_metrics, own_scores
 from cnnjax.runs.source import source_of
-from cnnjax.runs.statistics import CLASS_METRICS, METRICS, own_metrics
+from cnnjax.runs.statistics import CLASS_METRICS, METRICS
 from cnnjax.step import TrainState
 from cnnjax.train import train_run
 
@@ -231,6 +232,11 @@ def reproduce(
             "test loss": f"{old['test_loss']:.6g} there, {new['test_loss']:.6g} here",
             "training loss": f"by at most {change:.6g} over all epochs",
         }
+        different = [row for row in rows if changes(*map(own_scores, row))]
+        if different and not epochs:
+            pairs = changes(*map(own_scores, different[0])).items()
+            listed = ", ".join(f"{name} {there} there, {here} here" for name, (there, here) in pairs)
+            moved["metrics"] = f"{listed} in epoch {different[0][0]['epoch']}, with the same parameters"
         with suppress(UserError):  # The checkpoint may be gone.
             moved["best parameters"] = f"by {_distance(run_dir, into, config):.1e} of their norm"
     return Reproduction(
@@ -298,9 +304,10 @@ def scores(target: str, metric: str) -> tuple[dict[int, float], list[Path]]:
                     f"The runs of {target} must have different seeds, got seed {seed} in {of_seed[seed]} and "
                     f"in {folder}. Pass a folder, or a name, that holds one of them."
                 )
-            score = _score(result, metric)
+            score = _score(result, metric, folder)
             if score is None:
                 raise UserError(f"`metric` must be one that every run has, got {metric}, which {folder} lacks.")
+            check("metric", "finite in every run", math.isfinite(score), f"{metric} {score} in {folder}")
             found[seed], of_seed[seed] = score, folder
     if not found:
         listed = ", ".join(map(str, unfinished))
@@ -312,16 +319,17 @@ def scores(target: str, metric: str) -> tuple[dict[int, float], list[Path]]:
     return found, unfinished
 
 
-def _score(result: Result, metric: str) -> float | None:
+def _score(result: Result, metric: str, folder: Path) -> float | None:
     """Returns a metric of a run, see `scores`."""
     kind, colon, name = metric.partition(":")
     of_class = {row["name"]: row for row in result["classes"]}
     if colon and kind in CLASS_METRICS:
         check_name(f"{kind}:CLASS", name, of_class)
         return of_class[name][kind]
-    own = own_metrics(result)
-    check_name("metric", metric, (*METRICS, *(f"{kind}:CLASS" for kind in CLASS_METRICS), *own))
-    return own[metric] if metric in own else result[metric]
+    known = {**dict.fromkeys(METRICS), **{f"{kind}:CLASS": None for kind in CLASS_METRICS}, **own_metrics(result)}
+    if metric not in known:
+        raise UserError(f"`metric` must be a score of {folder}, got {metric!r}. {suggest(metric, known, 'Its scores')}")
+    return known[metric] if metric not in METRICS else result.get(metric)
 
 
 def _outcome(run_dir: Path) -> dict[str, Any]:

@@ -234,6 +234,6 @@ def epoch_values(row: Mapping[str, Any]) -> dict[str, float]:
 
 def test_values(result: Mapping[str, Any]) -> dict[str, float]:
     """Returns the test scores of a result: test/accuracy and so on."""
-    values = {name.replace("_", "/", 1): value for name, value in result.items() if name.startswith("test_")}
-    own = values.pop("test/metrics", {})
-    return values | {f"test/{name}": value for name, value in own.items()}
+    values = {name: value for name, value in result.items() if name.startswith("test_")}
+    values |= {f"test_{name}": value for name, value in values.pop("test_metrics", {}).items()}
+    return {name.replace("_", "/", 1): value for name, value in values.items()}

@@ -15,7 +15,7 @@ from cnnjax.class_scores import count_pairs
 from cnnjax.data.image_files import AHEAD, check_channels, fit_image, on_all_cores, open_image
 from cnnjax.data.stored import digest
 from cnnjax.errors import UserError, check
-from cnnjax.metrics import Scores, call_metrics
+from cnnjax.metrics import Scores, with_metrics
 from cnnjax.runs.codec import check_complete
 from cnnjax.runs.inference import batch_size_of
 from cnnjax.typing import MetricsFn
@@ -187,7 +187,7 @@ def _mean(probabilities: Sequence[Float[np.ndarray, "N K"]]) -> Float[np.ndarray
 
 
 def evaluate_ensemble(runs: Sequence["Run"], *, tta: str | None = None, data_dir: Path | None = None) -> Scores:
-    """Scores the mean probabilities of several runs on their test split.
+    """Scores the mean probabilities of several runs on their test split, with the `Config.metrics` of the first, too.
 
     Args:
       tta, data_dir: see `Run.evaluate`.
@@ -213,10 +213,10 @@ def scores_of(
     """Returns the scores of predictions. The loss of an example is at most 87 nats, that of the least normal float32.
 
     Args:
-      metrics_fn: adds scores of the user, see `Config.metrics`; the logits are the logarithms of the probabilities.
+      metrics_fn: see `Config.metrics`; the logits are the logarithms of the probabilities.
     """
     predicted, logits = probabilities.argmax(axis=1), np.log(np.maximum(probabilities.astype(np.float64), _TINY))
     loss = float(-logits[np.arange(len(label)), label].mean())
     values = {"accuracy": float((predicted == label).mean())}
-    values |= {} if metrics_fn is None else call_metrics(metrics_fn, logits, label)
-    return Scores(loss, len(label), values, count_pairs(label, predicted))
+    scores = Scores(loss, len(label), values, confusion=count_pairs(label, predicted), logits=logits)
+    return with_metrics(scores, metrics_fn, label)._replace(logits=None)

@@ -1,7 +1,7 @@
 """The progress of a run: records, reports and saves it after steps and epochs, and decides whether the run stops."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -9,10 +9,10 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from cnnjax.errors import NonFiniteLossError, UserError
+from cnnjax.errors import NonFiniteLossError, UserError, option
 from cnnjax.files import tree_sha256
 from cnnjax.hosts import Hosts, alone
-from cnnjax.metrics import Metrics, Scores, Totals
+from cnnjax.metrics import Metrics, Scores, Totals, with_metrics
 from cnnjax.process.signals import Interrupted
 from cnnjax.runs.checkpoints import all_finite
 from cnnjax.runs.directory import OpenRun
@@ -36,13 +36,8 @@ class Progress(NamedTuple):
     stopped_within: int | None = None  # See `SavedProgress`.
 
     def best(self, by: str) -> Row | None:
-        """Returns the row with the best validation score: the latest if several are equal, or without validation.
-
-        Args:
-          by: see `Config.best_by`.
-        """
-        sign = -1 if by == "loss" else 1
-        return max(self.rows, key=lambda row: (sign * row.get(f"validation_{by}", 0.0), row["epoch"]), default=None)
+        """Returns the best of `rows`, see `best_row`."""
+        return best_row(self.rows, by)
 
 
 class EndedEpoch(NamedTuple):
@@ -124,6 +119,27 @@ class Callbacks:
         return bool(decision)
 
 
+def rank(row: Mapping[str, Any], by: str) -> float:
+    """Returns the score by which an epoch is ranked, the higher the better: 0 without validation, nan if it is missing.
+
+    Args:
+      row: of metrics.jsonl.
+      by: see `Config.best_by`.
+    """
+    if "validation_loss" not in row:
+        return 0.0
+    return -row["validation_loss"] if by == "loss" else row.get(f"validation_{by}", math.nan)
+
+
+def best_row(rows: Sequence[Row], by: str) -> Row | None:
+    """Returns the row with the best validation score: the latest if several are equal, or without validation.
+
+    Args:
+      by: see `Config.best_by`.
+    """
+    return max(rows, key=lambda row: (rank(row, by), row["epoch"]), default=None)
+
+
 def restore(run: OpenRun, state: TrainState, sharding: PyTree) -> tuple[TrainState, Progress]:
     """Returns the latest checkpoint, or `state` and no progress if there is none."""
     if (latest := run.checkpoints.latest()) is None:
@@ -133,9 +149,23 @@ def restore(run: OpenRun, state: TrainState, sharding: PyTree) -> tuple[TrainSta
     return state, Progress(**known | {"totals": Totals(**saved["totals"])})
 
 
-def share_scores(hosts: Hosts, scores: Scores) -> Scores:
-    """Returns scores with the values of process 0: a function of the user may round differently in another one."""
-    return scores._replace(values=hosts.share(lambda: scores.values))
+def score_own(run: OpenRun, scores: Scores, label: Any) -> Scores:
+    """Returns scores with those of `Config.metrics`, which process 0 computes.
+
+    Args:
+      scores: with logits, if there are such metrics.
+
+    Raises:
+      UserError: the user's function failed.
+    """
+    try:
+        return with_metrics(scores, run.config.metrics, label, run.hosts.share)
+    except UserError as error:
+        raise UserError(f"{error} {_correct()}") from error
+
+
+def _correct() -> str:
+    return f"Checkpoints are kept: correct the function, and resume the run: {option('resume')}."
 
 
 def add_steps(run: OpenRun, progress: Progress, metrics: Metrics, steps: tuple[int, int], seconds: float) -> Progress:
@@ -171,6 +201,12 @@ def end_epoch(
     if ended.validation is not None and not math.isfinite(ended.validation.loss):
         raise make_non_finite_error(f"The validation loss became {ended.validation.loss}", ended.steps, run)
     rows, timing = [*progress.rows, metrics_row(ended)], [*progress.timing, ended.timing]
+    if not math.isfinite(score := rank(rows[-1], run.config.best_by)):
+        got, epoch = "none" if math.isnan(score) else score, rows[-1]["epoch"]
+        raise UserError(
+            f"`metrics` must return a finite {run.config.best_by}, by which the best checkpoint is selected, got {got} "
+            f"after epoch {epoch}. {_correct()}"
+        )
     progress = progress._replace(rows=rows, timing=timing)
     row: Any = {**rows[-1], **ended.timing}
     row["best_epoch"] = (progress.best(run.config.best_by) or row)["epoch"]
@@ -178,7 +214,7 @@ def end_epoch(
         progress, must_save = progress._replace(stopped_within=run.config.num_epochs), True
     if must_save or ended.validation is not None or not run.checkpoints.is_busy():
         scores = ended.validation
-        validation = {"num_examples": 0} if scores is None else {"score": scores.rank(run.config.best_by)}
+        validation = {"num_examples": 0} if scores is None else {"score": rank(rows[-1], run.config.best_by)}
         save(run, ended.state, progress, validation)
     write_progress(run, progress)
     run.report.epoch(row, run.config.num_epochs)
@@ -257,8 +293,8 @@ def metrics_row(ended: EndedEpoch) -> Row:
         row |= {f"validation_{name}": getattr(ended.validation, name) for name in names}
     row["params_sha256"] = tree_sha256(ended.state.params)
     row |= {f"train_{name}": value for name, value in values.items()}
-    own = {} if ended.validation is None else ended.validation.values
-    return row | {f"validation_{name}": value for name, value in own.items() if name != "accuracy"}
+    own = {} if ended.validation is None else ended.validation.metrics
+    return row | {f"validation_{name}": value for name, value in own.items()}
 
 
 def write_progress(run: OpenRun, progress: Progress) -> None:

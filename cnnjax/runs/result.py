@@ -1,7 +1,6 @@
 """The test score, and what result.json contains."""
 
 import math
-from typing import Any
 
 import numpy as np
 
@@ -13,8 +12,9 @@ from cnnjax.files import file_sha256, tree_sha256
 from cnnjax.prepare import Setup, count_params, device_name
 from cnnjax.program import evaluate
 from cnnjax.runs.directory import OpenRun
-from cnnjax.runs.progress import Progress, share_scores
-from cnnjax.runs.schema import Result
+from cnnjax.runs.progress import Progress, score_own
+from cnnjax.runs.schema import Result, own_scores
+from cnnjax.sharding import fetch
 from cnnjax.step import TrainState
 
 
@@ -34,8 +34,8 @@ def score_test_set(
     state = last
     if best["step"] != int(last.step):
         state, _ = run.checkpoints.restore(best["step"], last, setup.placement.of_state(last))
-    options: Any = {"tta": config.tta, "placement": setup.placement, "metrics_fn": config.metrics}
-    scores = share_scores(run.hosts, evaluate(state, pixels, model=config.model, keep_logits=True, **options))
+    scores = evaluate(state, pixels, model=config.model, tta=config.tta, placement=setup.placement, keep_logits=True)
+    scores = score_own(run, scores, fetch(pixels.label))
     if not math.isfinite(scores.loss):
         raise NonFiniteLossError(f"The test loss must be finite, got {scores.loss}. Try a lower `optim.learning_rate`.")
     names = setup.facts.class_names
@@ -52,6 +52,7 @@ def score_test_set(
         "num_test_examples": scores.num_examples,
         "best_validation_accuracy": best.get("validation_accuracy"),
         "best_validation_balanced_accuracy": best.get("validation_balanced_accuracy"),
+        "best_validation_loss": best.get("validation_loss"),
         "best_epoch": best["epoch"],
         "num_epochs": config.num_epochs,
         "stopped_epoch": None if progress.stopped_within is None else len(progress.rows),
@@ -70,9 +71,6 @@ def score_test_set(
         "confusion_matrix": confusion_matrix(scores.confusion, len(names)),
     }
     if config.metrics is not None:
-        values: Any = best
-        own = {name: value for name, value in scores.values.items() if name != "accuracy"}
-        result["test_metrics"] = own
-        if "validation_loss" in best:
-            result["best_validation_metrics"] = {name: values[f"validation_{name}"] for name in own}
+        result["test_metrics"] = scores.metrics
+        result["best_validation_metrics"] = own_scores(best)
     return result, state, scores.logits

@@ -23,7 +23,7 @@ from cnnjax.data.stored import Examples
 from cnnjax.data.tta import TTA
 from cnnjax.errors import UserError, check_name, option
 from cnnjax.files import tree_sha256
-from cnnjax.metrics import Scores
+from cnnjax.metrics import Scores, with_metrics
 from cnnjax.process.settings import start_jax
 from cnnjax.program import evaluate
 from cnnjax.runs.checkpoints import Checkpoints
@@ -34,7 +34,7 @@ from cnnjax.runs.predictions import FilePrediction, predict_files
 from cnnjax.runs.records import read_record, read_result, read_rows, read_timing, run_argument
 from cnnjax.runs.recovery import list_steps
 from cnnjax.runs.schema import DataFacts, Result, Row, Timing
-from cnnjax.sharding import place
+from cnnjax.sharding import fetch, place
 from cnnjax.step import TrainState, abstract_state, check_tx, eval_params, init_optimizer
 
 
@@ -282,8 +282,8 @@ class Run:
         Raises:
           UserError: the data are not those of the run, or it has no validation part.
         """
+        check_complete(self.config, "metrics")
         dataset, config = self._dataset(split, data_dir), self.config
-        check_complete(config, "metrics")
         parts = (
             [dataset.open("test")] if split == "test" else dataset.open_parts(config.seed, config.validation_fraction)
         )
@@ -291,8 +291,9 @@ class Run:
         if tta is None:
             tta = self.config.tta if split == "test" else "none"
         placement = place(1, [*self.state.step.devices()])
-        options: Any = {"tta": tta, "placement": placement, "metrics_fn": config.metrics}
-        return evaluate(self.state, pixels, model=config.model, **options)
+        keeps = config.metrics is not None
+        scores = evaluate(self.state, pixels, model=config.model, tta=tta, placement=placement, keep_logits=keeps)
+        return with_metrics(scores, config.metrics, fetch(pixels.label))._replace(logits=None)
 
 
 def load_run(run_dir: str | os.PathLike[str], config: Config | None = None, *, step: int | None = None) -> Run:

@@ -1,5 +1,6 @@
 """The content of the JSON files of a run directory: keys, types and bounds, which `files.read_json` checks."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal, NotRequired
 
@@ -106,6 +107,12 @@ class Row(TypedDict):
     params_sha256: Sha256
 
 
+def own_scores(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the scores of `Config.metrics` in a row of metrics.jsonl, or in a history, by their names."""
+    values = {name.removeprefix("validation_"): value for name, value in row.items() if name.startswith("validation_")}
+    return {name: value for name, value in values.items() if name not in ("loss", "accuracy", "balanced_accuracy")}
+
+
 class Timing(TypedDict):
     """A line of timing.jsonl.
 
@@ -195,6 +202,7 @@ class Result(TypedDict):
     num_test_examples: Positive
     best_validation_accuracy: Fraction | None
     best_validation_balanced_accuracy: Fraction | None
+    best_validation_loss: NotRequired[FiniteFloat | None]
     best_epoch: Positive
     num_epochs: Positive
     stopped_epoch: Positive | None
@@ -207,6 +215,12 @@ class Result(TypedDict):
     best_validation_metrics: NotRequired[dict[str, float]]
     classes: Annotated[list[ClassResult], Field(min_length=1)]
     confusion_matrix: list[list[Count]] | None
+
+
+def own_metrics(result: Result) -> dict[str, float]:
+    """Returns the scores of `Config.metrics` in a result, by the names test_NAME and best_validation_NAME."""
+    parts = {"test": result.get("test_metrics", {}), "best_validation": result.get("best_validation_metrics", {})}
+    return {f"{part}_{name}": value for part, scores in parts.items() for name, value in scores.items()}
 
 
 @with_config(ConfigDict(extra="allow"))  # See `manifest.environment` and `source.source_code`.

@@ -10,29 +10,24 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cnnjax.errors import UserError, check
-from cnnjax.runs.schema import Result
 
 CONFIDENCE = 0.95
 POWER = 0.8  # The probability of detecting a real difference; Cohen 1988, "Statistical Power Analysis", section 2.4.
 MAX_MORE_SEEDS = 10_000
 METRICS = (
-    "test_loss",
     "test_accuracy",
     "test_balanced_accuracy",
+    "test_loss",
     "test_macro_precision",
     "test_macro_recall",
     "test_macro_f1",
     "best_validation_accuracy",
     "best_validation_balanced_accuracy",
+    "best_validation_loss",
 )
+LOSSES = ("test_loss", "best_validation_loss")
 CLASS_METRICS = ("precision", "recall", "f1")  # Of a class: recall:CLASS.
 UNBOUNDED = (-math.inf, math.inf)
-
-
-def own_metrics(result: Result) -> dict[str, float]:
-    """Returns the scores of `Config.metrics` by the names test_NAME and best_validation_NAME."""
-    parts = {"test": result.get("test_metrics", {}), "best_validation": result.get("best_validation_metrics", {})}
-    return {f"{part}_{name}": value for part, scores in parts.items() for name, value in scores.items()}
 
 
 class Summary(NamedTuple):
@@ -252,8 +247,9 @@ def _verdict(names: tuple[str, str], c: Comparison, metric: str) -> list[str]:
     difference += f" (95% interval {low} to {high}), p = {c.p_value:.2g} ({test})"
     difference += f", {c.corrected:.2g} corrected for {c.comparisons} comparisons." if c.comparisons > 1 else "."
     if c.resolved:
-        better = (c.difference > 0) == (metric != "test_loss")
-        return [difference, f"The difference is resolved: {names[better]} is better."]
+        better = (c.difference > 0) == (metric not in LOSSES)
+        how = "better" if metric in LOSSES or in_points else "higher"  # Of a user's own score we cannot know.
+        return [difference, f"The difference is resolved: {names[better]} is {how}."]
     if c.difference == 0:
         return [difference, "The means are equal."]
     if c.comparisons > 1:
@@ -287,11 +283,11 @@ def describe(values: list[float], metric: str = "test_accuracy") -> str:
 
 def _is_fraction(metric: str) -> bool:
     """Returns whether a metric is between 0 and 1, as all of ours are except the loss."""
-    return (metric in METRICS and metric != "test_loss") or metric.partition(":")[0] in CLASS_METRICS
+    return (metric in METRICS and metric not in LOSSES) or metric.partition(":")[0] in CLASS_METRICS
 
 
 def _bounds(metric: str) -> tuple[float, float]:
-    return (0.0, math.inf) if metric == "test_loss" else (0.0, 1.0) if _is_fraction(metric) else UNBOUNDED
+    return (0.0, math.inf) if metric in LOSSES else (0.0, 1.0) if _is_fraction(metric) else UNBOUNDED
 
 
 def _show(value: float, metric: str) -> str:

@@ -53,16 +53,28 @@ def test_a_run_with_scores_of_its_own_needs_its_file_only_to_be_scored(
     assert "metrics" not in content["config"]  # As in the runs of earlier versions.
     content["config"]["metrics"] = {"function": "top2"}
     (copy / "config.json").write_text(json.dumps(content))
-    image = save(test_images.image[0], tmp_path / "photos" / "Coat" / "0.png")
+    coat = test_images.label.tolist().index(4)
+    image = save(test_images.image[coat], tmp_path / "photos" / "Coat" / "0.png")
     main(["predict", str(copy), str(image)])
     capsys.readouterr()
+    experiment = tmp_path / "own.py"
+    experiment.write_text(
+        "import numpy as np\nfrom cnnjax import Config\n\n\ndef top2(logits, label):\n"
+        "    of_label = np.take_along_axis(logits, label[:, None], axis=1)\n"
+        '    return {"top2": np.mean((logits > of_label).sum(1) < 2), "nan": np.nan}\n\n\n'
+        "CONFIG = Config(metrics=top2)\n"
+    )
     for options in ([], ["--ensemble", str(run_dir)], ["--data", str(tmp_path / "photos")]):
+        command = ["eval", str(copy), "--data-dir", str(prepared_dir), *options]
         with pytest.raises(SystemExit) as stopped:
-            main(["eval", str(copy), "--data-dir", str(prepared_dir), *options])
-        message = (
-            "`metrics` of this run is top2, which is not part of cnnjax, and a run directory imports no code. Pass"
-        )
-        assert message in f"{stopped.value} {capsys.readouterr().err}"
+            main(command)
+        out, err = capsys.readouterr()
+        assert stopped.value.code == 2 and "accuracy 100.00%, loss" in out and "top2" not in out
+        assert "`metrics` of this run is top2, which is not part of cnnjax, and a run directory imports no" in err
+        main([*command, "--experiment", str(experiment)])
+        assert ", top2 1.0000, nan nan, on all " in capsys.readouterr().out
+        main([*command, "--experiment", str(experiment), "--json"])
+        assert json.loads(capsys.readouterr().out)["metrics"] == {"top2": 1.0, "nan": None}
 
 
 def test_eval_prints_the_score_of_every_image_of_a_split(run_dir, prepared_dir, capsys):

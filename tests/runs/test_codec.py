@@ -160,7 +160,7 @@ def test_what_cannot_be_named_is_refused():
         )
         with pytest.raises(UserError, match=re.escape(message)):
             encode(Config(model=Net(norm=value)))
-    with pytest.raises(UserError, match=r"`loss` must be .* Write it with `def` at the top level of a file\.$"):
+    with pytest.raises(UserError, match=r"`loss` must be .* Write it with `def` at the top level of a file, or "):
         encode(Config(loss=lambda logits, batch: logits))
     with pytest.raises(UserError, match=r"`model\.blocks\.0\.activation` must be a value that config\.json can name"):
         encode(Config(model=Net(blocks=(Block(activation=lambda x: x),))))

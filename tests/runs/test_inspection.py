@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import re
 import shutil
@@ -159,7 +160,7 @@ def test_diff_shows_configuration_data_environment_and_outcome(seeds, run_dir, c
         <= {
             "best_epoch",
             *("test_accuracy", "test_balanced_accuracy"),
-            *("best_validation_accuracy", "best_validation_balanced_accuracy"),
+            *("best_validation_accuracy", "best_validation_balanced_accuracy", "best_validation_loss"),
             *("test_macro_precision", "test_macro_recall", "test_macro_f1"),
             "test_loss",
             *(f"sha256.{name}" for name in ("params", "opt_state", "best_params", "metrics")),
@@ -301,7 +302,7 @@ def test_compare_accepts_the_scores_of_every_class(seeds, tmp_path, capsys, monk
             first, second, *others = json.loads((run_dir / "result.json").read_text())["classes"]
             score = 0.975 + gain + 0.001 * seed * (1 + gain)
             classes = [{**first, "name": name, "recall": score}, {**second, "f1": None}, *others]
-            own = {"test_metrics": {"cost": -40 * score}, "best_validation_metrics": {"cost": 2.0}}
+            own = {"test_metrics": {"cost": -40 * score}, "best_validation_metrics": {"cost": 2.0, "odd": math.inf}}
             change(run_dir / "result.json", classes=classes, test_macro_f1=score - 0.5, **own)
     main(["compare", "a", "b", "--metric", f"recall:{name}"])
     lines = capsys.readouterr().out.splitlines()
@@ -320,13 +321,17 @@ def test_compare_accepts_the_scores_of_every_class(seeds, tmp_path, capsys, monk
         "b: test_cost -39.8408 ± 0.0408 (sample deviation), 95% interval of the mean -39.9422 to "
     )
     assert lines[2].startswith("a minus b: +0.8008 (95% interval +0.7988 to +0.8028)")
-    assert lines[3] == "The difference is resolved: a is better."
+    assert lines[3] == "The difference is resolved: a is higher."  # Whether that is better is not known.
     assert scores("a", "best_validation_cost")[0] == {0: 2.0, 1: 2.0, 2: 2.0}
     for metric, message in (
-        ("test_costs", r"`metric` must be a known name, got 'test_costs'\. Did you mean test_cost or "),
+        ("test_costs", r"`metric` must be a score of runs/a-seed0, got 'test_costs'\. Did you mean test_cost or "),
         ("precision:Coatt", r"`precision:CLASS` must be a known name, got 'Coatt'\. Did you mean Coat\?"),
         ("f1:????????", r"`f1:CLASS` must be a known name, got '\?{8}'\. Valid names: .*, T-shirt: 赤 %s, "),
-        ("test_balanced", r"`metric` must be a known name, got 'test_balanced'\. Did you mean test_balanced_accuracy"),
+        (
+            "test_balanced",
+            r"`metric` must be a score of runs/a-seed0, got 'test_balanced'\. Did you mean test_bal",
+        ),
+        ("best_validation_odd", "`metric` must be finite in every run, got best_validation_odd inf in runs/a-seed0"),
         ("f1:Trouser", "`metric` must be one that every run has, got f1:Trouser, which runs/a-seed0 lacks"),
     ):
         with pytest.raises(UserError, match=message):

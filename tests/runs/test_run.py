@@ -395,8 +395,8 @@ def test_scores_equal_those_of_the_run(research_run, run):
     )
     assert (validation.loss, validation.accuracy) == (best["validation_loss"], best["validation_accuracy"])
     for name in ("top2", "probability"):
-        assert validation.values[name] == best[f"validation_{name}"] == result["best_validation_metrics"][name]
-        assert test.values[name] == result["test_metrics"][name]
+        assert validation.metrics[name] == best[f"validation_{name}"] == result["best_validation_metrics"][name]
+        assert test.metrics[name] == result["test_metrics"][name]
     logits = run.logits(run.load_data("test").image, tta="flip")
     assert CONFIG.metrics(logits, run.load_data("test").label) == pytest.approx(result["test_metrics"])
     assert validation.num_examples == 110 - 88
