@@ -11,11 +11,9 @@ import jax
 from cnnjax.compiler import compiler_options
 from cnnjax.data.batches import Pixels
 from cnnjax.data.feed import StreamedSet, pixels_of
-from cnnjax.data.order import plain_plan
-from cnnjax.prepare import Setup
-from cnnjax.program import compile_evaluation, train_steps
+from cnnjax.prepare import Setup, trace_steps
+from cnnjax.program import compile_evaluation
 from cnnjax.runs.progress import Progress
-from cnnjax.sharding import put
 from cnnjax.step import TrainState
 
 EVALUATION = "evaluation"
@@ -68,6 +66,9 @@ def prepared_ahead(setup: Setup, state: TrainState, progress: Progress) -> Itera
 
             return thread.submit(copy_context().run, call)
 
+        def compile_steps(statics: tuple[Any, tuple[str, ...]]) -> None:
+            trace_steps(setup, shapes, statics).lower().compile()
+
         def compile_score() -> None:
             pixels: Any = test.result()  # In memory, as the training set.
             compile_evaluation(shapes, pixels, model=model, tta=tta, placement=placement)
@@ -79,24 +80,10 @@ def prepared_ahead(setup: Setup, state: TrainState, progress: Progress) -> Itera
             stopped = progress.stopped_within == setup.config.num_epochs
             epochs = range(first, first if stopped else setup.config.num_epochs)
             # The first epoch compiles its own program, which is shorter if the run resumes within it.
-            later = list(dict.fromkeys(setup.statics(shapes, epoch) for epoch in epochs))[0 if within else 1 :]
-            programs |= {statics: submit(compile_steps, setup, shapes, statics) for statics in later}
+            later = list(dict.fromkeys(setup.statics(epoch) for epoch in epochs))[0 if within else 1 :]
+            programs |= {statics: submit(compile_steps, statics) for statics in later}
             programs[EVALUATION] = submit(compile_score)
         try:
             yield Ahead(test.result, programs)
         finally:
             thread.shutdown(wait=False, cancel_futures=True)  # A run that ends early waits for one compilation at most.
-
-
-def compile_steps(setup: Setup, state: Any, statics: tuple[Any, tuple[str, ...]]) -> None:
-    """Compiles the program of a whole epoch.
-
-    Args:
-      state: the shapes of the state, with their shardings.
-      statics: the arguments `program` and `frozen` of `train_steps`.
-    """
-    placement, size = setup.placement, setup.steps_per_dispatch * setup.batch_size
-    plan = put(plain_plan(size, setup.batch_size), placement.plan_sharding)
-    keys = setup.train_key, put(setup.augment_key, placement.replicated)
-    program, frozen = statics
-    train_steps.lower(state, setup.train_input, plan, *keys, program=program, frozen=frozen).compile()

@@ -69,6 +69,8 @@ class Config:
     best_by: str = "accuracy"
     """The validation score that selects the best checkpoint: accuracy, balanced_accuracy (mean recall), loss (the
     lowest), or a name that `metrics` returns (the highest)."""
+    patience: int | None = None
+    """Stop after this number of epochs without a better validation score, see `best_by`; None: train all epochs."""
     image_size: int | tuple[int, int] | None = None
     """Height and width to which images are resized; None: the network's for a folder, else unchanged."""
     resize: str = "crop"
@@ -109,12 +111,20 @@ class Config:
         check("test_fraction", "above 0 and below 1", 0 < self.test_fraction < 1, self.test_fraction)
         check("test_seed", "between 0 and 2**32 - 1", 0 <= self.test_seed < 2**32, self.test_seed)
         check("seed", "between 0 and 2**32 - 1", 0 <= self.seed < 2**32, self.seed)
-        for name in ("num_epochs", "batch_size"):
+        for name in ("num_epochs", "batch_size", "patience"):
             if (value := getattr(self, name)) is not None:
                 check(name, "at least 1", value >= 1, value)
                 check(name, "below 2**31", value < 2**31, value)
         fraction = self.validation_fraction
         check("validation_fraction", "at least 0 and below 1", 0 <= fraction < 1, fraction)
+        if not fraction:
+            check(
+                "best_by",
+                "accuracy without validation: only the last epoch counts",
+                self.best_by == "accuracy",
+                self.best_by,
+            )
+        check("patience", "None without validation", self.patience is None or fraction > 0, self.patience)
         check_name("tta", self.tta, TTA)
         check_network(self.model)
         check("loss", "a function of logits and a batch", callable(self.loss), show(self.loss))

@@ -69,7 +69,7 @@ def fit(
     # The previous epoch, until it is reported; the metrics of steps that are queued on the device.
     ended = queued = None
     start = partial(start_steps, setup, ahead=ahead, tracer=tracer)
-    statics = cache(lambda epoch: setup.statics(state, epoch))
+    statics = cache(setup.statics)
     with training_input(setup, step) as inputs, run.report.progress(config.num_epochs, steps, start=step):
         dispatches = zip(inputs, plan_dispatches(setup, step), strict=True)
         next_dispatch = next(dispatches)
@@ -97,7 +97,7 @@ def fit(
             callbacks.report_steps(first + 1, metrics)
             progress = add_steps(run, progress, metrics, (first, step), time.perf_counter() - begin)
             is_due = run.checkpoints.is_due(checkpoint_seconds)
-            signum, is_due = run.hosts.agreed(step, stop=run.stop.signum, save=is_due)
+            signum, is_due = run.hosts.agreed(stop=run.stop.signum, save=is_due)
             if step % steps:  # The last step of an epoch is saved with its scores, in `end_epoch`.
                 if signum is not None or is_due:
                     save_within_epoch(run, state, progress, (first, step), signum)
@@ -118,7 +118,7 @@ def fit(
                 ),
             )
             progress = progress._replace(totals=Totals(), grad_norm=0.0, seconds=seconds)
-            signum = signum or run.hosts.agreed(step, stop=run.stop.signum, save=False)[0]  # It may have arrived now.
+            signum = signum or run.hosts.agreed(stop=run.stop.signum, save=False)[0]  # It may have arrived now.
             # Steps that are traced must not be timed with this.
             if signum is not None or step == setup.program.num_steps or tracer.traces(step, setup.steps_per_dispatch):
                 progress = end_epoch(run, progress, ended, callbacks, must_save=True)
@@ -180,7 +180,7 @@ def start_validation(setup: Setup, state: TrainState, run: OpenRun) -> tuple[Tra
         return snapshot, lambda: None
     keeps = setup.config.metrics is not None
     finish = start_evaluation(snapshot, setup.validation, setup.config.model, setup.placement, keep_logits=keeps)
-    return snapshot, lambda: score_own(run, finish(), fetch(setup.validation.label))
+    return snapshot, lambda: score_own(run, finish(), setup.validation.label)
 
 
 def training_input(setup: Setup, step: int) -> AbstractContextManager[Iterator[Any]]:

@@ -127,7 +127,7 @@ def find_learning_rate(
         num_steps = 10 * (NUM_UPDATES + 1) * config.optim.accumulate_steps
         num_epochs = max(config.num_epochs, -(-num_steps // setup.steps_per_epoch))
         program = setup.program._replace(num_steps=num_epochs * setup.steps_per_epoch, num_epochs=num_epochs)
-        frozen = setup.frozen_names(state, 0)
+        frozen = setup.frozen_names(0)
         setup = setup._replace(program=program.at_epoch(0))
         with training_input(setup, 0) as inputs:
             return _sweep(inputs, setup, state, low * RANGE ** np.linspace(0, 2, NUM_UPDATES), frozen)

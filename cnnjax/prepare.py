@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Key, PyTree
 
 from cnnjax.checks import (
     check_augment,
@@ -65,6 +65,7 @@ class Setup(NamedTuple):
     train_key: Key[Array, ""]
     augment_key: Key[Array, ""]
     placement: Placement
+    params: PyTree = None  # The shapes of the parameters, once they are known.
 
     def train_shape(self, program: Program) -> tuple[int, ...]:
         """Returns the shape (H, W, C) of the images that the network is trained on by a program."""
@@ -78,7 +79,7 @@ class Setup(NamedTuple):
             return self.train.spec(self.batch_size, self.placement)
         return self.train
 
-    def frozen_names(self, state: TrainState, epoch: int) -> tuple[str, ...]:
+    def frozen_names(self, epoch: int) -> tuple[str, ...]:
         """Returns the top-level names in the parameters whose gradients need not be computed in an epoch (from 0).
 
         Without them it is another program. On a CPU compiling it takes longer than it saves, except for parameters that
@@ -88,7 +89,7 @@ class Setup(NamedTuple):
         # The last step, too: a layer may thaw within an epoch if batches are accumulated.
         steps = [first, first + self.steps_per_epoch - 1]
         steps += [0] if self.placement.device.platform == "cpu" else []
-        frozen = [self.program.frozen_names(state.params, step) for step in steps]
+        frozen = [self.program.frozen_names(self.params, step) for step in steps]
         return tuple(name for name in frozen[0] if all(name in names for names in frozen))
 
     @property
@@ -101,9 +102,9 @@ class Setup(NamedTuple):
             return False
         return len(self.validation.label) <= 16 * evaluation_batch_size(self.validation, self.placement)
 
-    def statics(self, state: TrainState, epoch: int) -> tuple[Program, tuple[str, ...]]:
+    def statics(self, epoch: int) -> tuple[Program, tuple[str, ...]]:
         """Returns the arguments `program` and `frozen` of `train_steps` in an epoch (from 0)."""
-        return self.program.at_epoch(epoch), self.frozen_names(state, epoch)
+        return self.program.at_epoch(epoch), self.frozen_names(epoch)
 
 
 def set_up(
@@ -187,6 +188,7 @@ def set_up(
     )
     with tracing_anew():
         shapes, variables = check_parts(setup)
+    setup = setup._replace(params=shapes.params)
     step = check_step(setup, shapes)
     say(f"{title}: {_describe_run(setup, shapes, step)}")
     num_idle = len(jax.devices() if devices is None else devices) - placement.num_devices
@@ -317,14 +319,10 @@ def check_step(setup: Setup, state: TrainState) -> Any:
       UserError: it does not, or the network or the optimizer raised an exception.
     """
     device, placement, batch_size = setup.placement.device, setup.placement, setup.batch_size
-    plan = plain_plan(setup.steps_per_dispatch * batch_size, batch_size)
-    plan = put(plan, placement.plan_sharding)
     program = max(setup.program.distinct(), key=lambda program: math.prod(setup.train_shape(program)))
-    frozen = setup.frozen_names(state, 0)
-    keys = setup.train_key, put(setup.augment_key, placement.replicated)
     placed: Any = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), state, placement.of_state(state))
     with user_code("The training step of `model`, `loss` and `optim`"):
-        step = train_steps.trace(placed, setup.train_input, plan, *keys, program=program, frozen=frozen)
+        step = trace_steps(setup, placed, (program, setup.frozen_names(0)))
     after, _ = step.out_info
     old, new = (
         {jax.tree_util.keystr(path): f"{x.dtype}{list(x.shape)}" for path, x in jax.tree.leaves_with_path(tree)}
@@ -350,6 +348,19 @@ def check_step(setup: Setup, state: TrainState) -> Any:
             f"the largest result of a layer, and {gib(data)} for the data. Lower {fix}."
         )
     return step.jaxpr
+
+
+def trace_steps(setup: Setup, state: TrainState, statics: tuple[Program, tuple[str, ...]]) -> Any:
+    """Traces `train_steps` for a dispatch, without computing anything.
+
+    Args:
+      state: its shapes, with their shardings.
+      statics: see `Setup.statics`.
+    """
+    placement, batch_size = setup.placement, setup.batch_size
+    plan = put(plain_plan(setup.steps_per_dispatch * batch_size, batch_size), placement.plan_sharding)
+    keys, (program, frozen) = (setup.train_key, put(setup.augment_key, placement.replicated)), statics
+    return train_steps.trace(state, setup.train_input, plan, *keys, program=program, frozen=frozen)
 
 
 def count_params(state: TrainState) -> int:

@@ -179,8 +179,9 @@ def train_run(
             hosts.check_same("mesh", "the same in all processes", mesh)
             streams = inputs.dataset.streams
             hosts.check_same("stream", f"the same in all processes (give {option('stream')} to all)", streams)
-            setup, state, progress = _begin(run, inputs, tracer, devices=devices, mesh=mesh, resume=resume)
-            options: Any = {"callbacks": callbacks, "tracer": tracer, "checkpoint_seconds": checkpoint_seconds}
+            options: Any = {"devices": devices, "mesh": mesh, "resume": resume, "on_epoch": on_epoch}
+            setup, state, progress = _begin(run, inputs, tracer, **options)
+            options = {"callbacks": callbacks, "tracer": tracer, "checkpoint_seconds": checkpoint_seconds}
             trained = _train(run, setup, state, progress, **options)
         run.stop.finished = stop is None
     report.result(trained.finished_result(), run_dir)
@@ -195,6 +196,7 @@ def _begin(
     devices: Sequence[Any] | None,
     mesh: str | None,
     resume: bool | Literal["auto"],
+    on_epoch: OnEpoch | None,
 ) -> tuple[Setup, TrainState, Progress]:
     """Sets up a run and begins a session of it, with its latest checkpoint if there is one."""
     say = run.report.say
@@ -203,10 +205,9 @@ def _begin(
     placement, num_steps = setup.placement, setup.program.num_steps
     tracer.check(0, num_steps)  # Before anything is written.
     streams = inputs.dataset.streams
-    run.begin(
-        setup.facts,
-        manifest.environment(placement.devices, placement.state_mesh, run.hosts.names, stream=streams),
-    )
+    environment = manifest.environment(placement.devices, placement.state_mesh, run.hosts.names, stream=streams)
+    stops = on_epoch and getattr(on_epoch, "__qualname__", type(on_epoch).__qualname__)  # The run may end by it.
+    run.begin(setup.facts, {**environment, "on_epoch": stops})
     state, progress = restore(run, state, placement.of_state(state))
     tracer.check(int(state.step), num_steps)
     run.write_config(setup.facts, only_new=True)

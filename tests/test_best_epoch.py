@@ -1,7 +1,7 @@
 """A run on uneven classes, of which every score is known: nine of ten images are of class 0, half of them dark."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import flax.linen as nn
@@ -106,8 +106,8 @@ def test_the_best_epoch_and_the_kept_checkpoints_follow_best_by(best_by, best, k
 def test_a_score_that_selects_the_best_epoch_must_be_finite(tmp_path):
     seen = []
     message = (
-        r"^`metrics` must return a finite undefined, by which the best checkpoint is selected, got none after "
-        r"epoch 1\. Checkpoints are kept: correct the function, and resume the run: resume=True\.$"
+        r"^`metrics` must return a finite undefined, by which the best checkpoint is selected, got {'undefined': nan} "
+        r"after epoch 1\. Correct the function, and resume the run: resume=True\.$"
     )
     with pytest.raises(UserError, match=message):
         train_and_evaluate(
@@ -158,7 +158,7 @@ def fails_on_the_test_images(logits, label):
 def test_a_function_that_fails_later_can_be_corrected(tmp_path, monkeypatch):
     monkeypatch.setattr("test_best_epoch.FAILS", [True])
     failing = config("one", fails_on_the_test_images)
-    with pytest.raises(UserError, match=r"LookupError: in the test\. Checkpoints are kept: correct the fun"):
+    with pytest.raises(UserError, match=r"test\. Correct the function, and resume the run, from step 15 on: r"):
         train_and_evaluate(failing, run_dir=tmp_path / "run")
     monkeypatch.setattr("test_best_epoch.FAILS", [])
     assert train_and_evaluate(failing, run_dir=tmp_path / "run", resume=True).finished_result()["best_epoch"] == 5
@@ -179,6 +179,35 @@ def test_a_reproduction_names_a_function_that_returns_other_numbers(tmp_path, mo
     assert not found.same and found.first_epoch is None and not found.environment
     # One call before the first step, one for each epoch, and one for the test images.
     assert found.moved["metrics"] == "calls 2.0 there, 9.0 here in epoch 1, with the same parameters"
+
+
+def test_a_run_stops_without_a_better_score_and_an_equal_one_is_no_gain(tmp_path, capsys):
+    jax.devices()
+    experiment = Experiment(replace(config("accuracy"), num_epochs=9), {})  # Accuracies 0.9, 0.55, 0.1, 0.1, ...
+    parse_train(experiment, ["--patience", "3", "--run-dir", str(tmp_path / "accuracy"), "--no-report"])()
+    out = capsys.readouterr().out
+    assert "epoch 1 of 9 (validation accuracy 90.00%, balanced accuracy 50.00%, stopped after epoch 4)" in out
+    above = replace(experiment.config, metrics=nearness, best_by="above", patience=2)  # 0, 0.55, 1, 1, 1, ...
+
+    def interrupt(step, metrics):
+        if step == 10:
+            raise KeyboardInterrupt
+
+    whole = train_and_evaluate(above, run_dir=tmp_path / "whole").finished_result()
+    assert (whole["stopped_epoch"], whole["best_epoch"]) == (5, 5)  # The latest of the equal ones is the best.
+    with pytest.raises(KeyboardInterrupt):
+        train_and_evaluate(above, run_dir=tmp_path / "parts", on_step=interrupt, checkpoint_seconds=0.0)
+    parts = train_and_evaluate(above, run_dir=tmp_path / "parts", resume=True).finished_result()
+    assert parts["sha256"] == whole["sha256"] and parts["stopped_epoch"] == 5
+    assert reproduce(tmp_path / "whole", above, into=tmp_path / "again").same
+    with pytest.raises(UserError, match="`patience` must be None without validation, got 2"):
+        replace(above, validation_fraction=0.0, best_by="accuracy")
+    with pytest.raises(
+        UserError, match="`best_by` must be accuracy without validation: only the last epoch counts, got a"
+    ):
+        replace(above, validation_fraction=0.0)
+    with pytest.raises(UserError, match="`patience` must be at least 1, got 0"):
+        replace(above, patience=0)
 
 
 def test_an_interrupted_run_has_the_scores_of_each_class(tmp_path):

@@ -283,7 +283,7 @@ def test_a_single_process_agrees_with_itself():
     with alone() as hosts:
         assert (hosts.index, hosts.count, hosts.leads) == (0, 1, True)
         assert hosts.share(lambda: (1, 2)) == (1, 2)
-        assert hosts.agreed(3, stop=15, save=True) == (15, True)
+        assert hosts.agreed(stop=15, save=True) == (15, True)
         hosts.barrier("any")
 
 

@@ -82,10 +82,12 @@ class Runs:
             except (UserError, OSError) as error:  # OSError: it was moved away a moment ago.
                 others.append(str(error) if str(run_dir) in str(error) else f"{run_dir}: {error}")
                 continue
-            best = best_row(info.rows, info.config.get("best_by", "accuracy"))
-            validation = None if best is None else best.get("validation_accuracy")
+            by = info.config.get("best_by", "accuracy")
+            best: Any = best_row(info.rows, by) or {}
             test = info.result["test_accuracy"] if info.result else None
-            scores = ("" if value is None else f"{value:.2%}" for value in (validation, test))
+            scores = ["" if x is None else f"{x:.2%}" for x in (best.get("validation_accuracy"), test)]
+            if by != "accuracy" and f"validation_{by}" in best:
+                scores[0] += f", {by} {best[f'validation_{by}']:.4f}"
             epochs = f"{len(info.rows)}/{info.config['num_epochs']}"
             rows.append([name, info.state, str(info.config["seed"]), epochs, *scores, f"{info.seconds:.0f} s"])
         if rows:

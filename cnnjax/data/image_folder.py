@@ -119,15 +119,17 @@ def pixels_of(folder: Path, files: Sequence[str]) -> tuple[bytes, ...]:
     return tuple(found[file] for file in files)
 
 
-def check_folder(path: Path, data_dir: Path, say: Callable[[str], None] = print) -> None:
-    """Reports on a folder or a list of images, and checks that a network can be trained on it. Writes nothing.
+def check_folder(path: Path, data_dir: Path) -> None:
+    """Prints a report on a folder or a list of images, and checks that a network can be trained on it.
+
+    Writes no file.
 
     Raises:
       UserError: it cannot be used.
     """
     listing = scan(path)
     found = _find(path, data_dir, listing, None)
-    _report(found[1] if found else _read(path, listing, None, None, say), path, False, say)
+    _report(found[1] if found else _read(path, listing, None, None, print), path, False, print)
 
 
 def _report(inspection: Inspection, path: Path, skip_unreadable: bool, say: Callable[[str], None]) -> None:

@@ -134,11 +134,11 @@ def check_counts(counts: Counter[str], class_names: Iterable[str], path: Path) -
     refuse(few, "have at least two training images of each class", path, "Add images, or remove the class.")
 
 
-def refuse(found: Sequence[str], rule: str, path: Path, fix: str, shown: int = 3) -> None:
-    """Raises a `UserError` with the first of what was `found` and the number of the others, unless it is empty."""
+def refuse(found: Sequence[str], rule: str, path: Path, fix: str) -> None:
+    """Raises a `UserError` with the first three that were `found`, and the number of the others, if there are any."""
     if found:
-        more = f" and {len(found) - shown:,} more" if len(found) > shown else ""
-        raise UserError(f"`dataset` must {rule}, got {', '.join(found[:shown])}{more} in {path}. {fix}")
+        more = f" and {len(found) - 3:,} more" if len(found) > 3 else ""
+        raise UserError(f"`dataset` must {rule}, got {', '.join(found[:3])}{more} in {path}. {fix}")
 
 
 # --- Folders --------------------------------------------------------------------------------------------------------

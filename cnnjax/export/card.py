@@ -1,6 +1,7 @@
 """The model card: a README.md with the front matter of the Hugging Face hub."""
 
 import json
+import math
 import re
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
@@ -100,6 +101,7 @@ def _front_matter(run: Run) -> Iterator[str]:
     """Yields YAML, in which each value is JSON. Source: huggingface.co/docs/hub/model-cards."""
     result, dataset = run.finished_result(), run.config.dataset_word
     metrics = {"accuracy": result["test_accuracy"], "balanced_accuracy": result["test_balanced_accuracy"]}
+    metrics |= {name: value for name, value in result.get("test_metrics", {}).items() if math.isfinite(value)}
     measured = [{"type": name, "value": round(value, 4)} for name, value in metrics.items()]
     task, name = {"type": "image-classification"}, type(run.config.model).__name__
     scores = {"task": task, "dataset": {"name": dataset, "type": dataset, "split": "test"}, "metrics": measured}

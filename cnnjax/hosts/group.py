@@ -83,14 +83,13 @@ class Hosts:
         self._barriers += 1
         self._client.wait_at_barrier(f"{self._prefix}barrier/{self._barriers}/{name}", _FOREVER)
 
-    def agreed(self, step: int, *, stop: int | None, save: bool) -> tuple[int | None, bool]:
+    def agreed(self, *, stop: int | None, save: bool) -> tuple[int | None, bool]:
         """Returns the signal to stop for, or None, and whether to save: the same in all processes at the same step.
 
         Call it at each boundary between steps. It takes microseconds unless something is asked for; then the processes
         need a few tenths of a second to choose a boundary, often a later one than this.
 
         Args:
-          step: the number of steps so far.
           stop: the signal that this process has received, or None.
           save: whether a checkpoint is due; process 0 decides.
         """

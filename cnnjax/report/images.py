@@ -24,10 +24,10 @@ def to_picture(image: UInt8[np.ndarray, "H W C"]) -> Image.Image:
     return Image.fromarray(image[..., 0] if channels == 1 else image.mean(axis=-1).astype(np.uint8))
 
 
-def thumbnail(image: UInt8[np.ndarray, "H W C"], side: int = THUMBNAIL) -> str:
-    """Returns a data URI of an image, reduced to at most `side` pixels."""
+def thumbnail(image: UInt8[np.ndarray, "H W C"]) -> str:
+    """Returns a data URI of an image, reduced to at most `THUMBNAIL` pixels per side."""
     picture = to_picture(image)
-    picture.thumbnail((side, side))
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
     return _data_uri(picture)
 
 

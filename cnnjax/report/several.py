@@ -1,6 +1,7 @@
 """The content of the report on several runs: groups of seeds, what they differ in, and which is better."""
 
 import json
+import math
 from collections.abc import Sequence
 from itertools import combinations
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from cnnjax.runs.inspection import read_info
 from cnnjax.runs.manifest import DECISIVE, read_manifest
 from cnnjax.runs.records import read_record
 from cnnjax.runs.run import Run
+from cnnjax.runs.schema import own_metrics
 from cnnjax.runs.statistics import Summary, describe, summarize, verdicts
 
 MAX_PAIRS = 10  # Pairs of groups that are compared.
@@ -90,7 +92,8 @@ def several_content(runs: Sequence[Run]) -> tuple[dict[str, Any], dict[str, Any]
         "scores": dots,
         "labels": [*of_label],
         "differences": {name: [_show(value) for value in row] for name, row in differences.items()},
-        "verdicts": _verdicts(of_label),
+        "verdicts": _verdicts({label: group.scores for label, group in of_label.items()}, of_label),
+        "own": _own(of_label),
         "num_pairs": len(groups) * (len(groups) - 1) // 2,
     }
     return content, files
@@ -138,9 +141,32 @@ def _run_row(label: str, run: Run) -> dict[str, Any]:
     }
 
 
-def _verdicts(groups: dict[str, Group]) -> list[tuple[str, list[str]]]:
-    """Returns the names of every pair of groups, and the lines that `cnnjax compare` prints about them."""
-    found = verdicts({label: group.scores for label, group in groups.items() if len(group.scores) > 1})
+def _own(groups: dict[str, Group]) -> dict[str, Any] | None:
+    """Returns name, values and verdicts of the user's own score that selects the checkpoints, if one does."""
+    name, *others = {group.runs[0].config.best_by for group in groups.values()}
+    metric, scores = f"test_{name}", {}
+    for label, group in groups.items():
+        found = {run.config.seed: own_metrics(run.result).get(metric) for run in group.runs if run.result is not None}
+        scores[label] = {seed: value for seed, value in found.items() if value is not None and math.isfinite(value)}
+    if others or not any(scores.values()):
+        return None
+    described = {label: describe([*values.values()], metric) for label, values in scores.items() if values}
+    return {"name": name, "words": described, "verdicts": _verdicts(scores, groups, metric)}
+
+
+def _verdicts(
+    scores: dict[str, dict[int, float]], groups: dict[str, Group], metric: str = "test_accuracy"
+) -> list[tuple[str, list[str]]]:
+    """Returns the names of every pair of groups, and the lines that `cnnjax compare` prints about them.
+
+    If none can be compared, they share one line.
+
+    Args:
+      scores: of each seed of each group.
+    """
+    found = verdicts({label: values for label, values in scores.items() if len(values) > 1}, metric)
+    if not found and len(groups) > 1:
+        return [("All pairs", ["Two groups can be compared if both have at least two finished seeds: --seeds."])]
     digests = {
         label: {name: value for name, value in group.facts.items() if name.startswith("data.sha256.")}
         for label, group in groups.items()

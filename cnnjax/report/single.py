@@ -111,7 +111,7 @@ def run_content(
         else:
             content |= _examples(run, scored, files)
     try:
-        content |= _network(run, scored, data_dir, files)
+        content |= _network(run, scored, files)
     except UserError as error:
         lack(f"The report lacks the layers of the network: {error}")
     return content, files
@@ -232,7 +232,7 @@ def _examples(run: Run, scored: Scored, files: dict[str, Any]) -> dict[str, Any]
     }
 
 
-def _network(run: Run, scored: Scored | None, data_dir: Path | None, files: dict[str, Any]) -> dict[str, Any]:
+def _network(run: Run, scored: Scored | None, files: dict[str, Any]) -> dict[str, Any]:
     """Returns layers, filters and feature maps."""
     layers = layer_table(run.config.model, run.facts.image_shape)
     content: dict[str, Any] = {

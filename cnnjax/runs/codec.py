@@ -32,6 +32,7 @@ from cnnjax.files import changes, file_sha256
 from cnnjax.runs.schema import EncodedConfig
 
 ARRAYS = "(arrays in memory)"
+_LATER = ("metrics", "patience")  # Fields that older runs lack; None by default.
 OPTIONAL = ("loss", "metrics", "augment", "dataset")  # A network predicts without them.
 
 
@@ -121,8 +122,9 @@ def encode(config: Config, objects: list[Any] | None = None) -> EncodedConfig:
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     if isinstance(config.dataset, tuple):
         values["dataset"] = ARRAYS  # Identified by their digests.
-    if config.metrics is None:
-        del values["metrics"]  # So that it equals a configuration that was recorded before the field existed.
+    for name in _LATER:
+        if values[name] is None:
+            del values[name]  # So that it equals a configuration that was recorded before the field existed.
     encoded: Any = {name: encoder.encode(value, name) for name, value in values.items()}
     return encoded
 
@@ -201,7 +203,7 @@ def decode(content: Mapping[str, Any], names: Mapping[str, Any], files: Iterable
       UserError: a name is missing in the network or the optimizer, or the content is of another version.
     """
     try:
-        known = {*content, "metrics"}  # See `encode`.
+        known = {*content, *_LATER}  # See `encode`.
         if missing := [f.name for f in dataclasses.fields(Config) if f.name not in known]:
             raise UserError(f"config.json: `{missing[0]}` must be there, got nothing.")
         values = {}

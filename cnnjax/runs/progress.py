@@ -126,7 +126,7 @@ def rank(row: Mapping[str, Any], by: str) -> float:
       row: of metrics.jsonl.
       by: see `Config.best_by`.
     """
-    if "validation_loss" not in row:
+    if not any(name.startswith("validation_") for name in row):
         return 0.0
     return -row["validation_loss"] if by == "loss" else row.get(f"validation_{by}", math.nan)
 
@@ -138,6 +138,16 @@ def best_row(rows: Sequence[Row], by: str) -> Row | None:
       by: see `Config.best_by`.
     """
     return max(rows, key=lambda row: (rank(row, by), row["epoch"]), default=None)
+
+
+def epochs_without_gain(rows: Sequence[Row], by: str) -> int:
+    """Returns the number of epochs since the first one with the best validation score: an equal one is no gain.
+
+    Args:
+      by: see `Config.best_by`.
+    """
+    scores = [rank(row, by) for row in rows]
+    return len(scores) - 1 - scores.index(max(scores))
 
 
 def restore(run: OpenRun, state: TrainState, sharding: PyTree) -> tuple[TrainState, Progress]:
@@ -161,11 +171,14 @@ def score_own(run: OpenRun, scores: Scores, label: Any) -> Scores:
     try:
         return with_metrics(scores, run.config.metrics, label, run.hosts.share)
     except UserError as error:
-        raise UserError(f"{error} {_correct()}") from error
+        raise UserError(f"{error} {_correct(run)}") from error
 
 
-def _correct() -> str:
-    return f"Checkpoints are kept: correct the function, and resume the run: {option('resume')}."
+def _correct(run: OpenRun) -> str:
+    run.checkpoints.wait()
+    latest = run.checkpoints.latest()
+    where = "" if latest is None else f", from step {latest} on"
+    return f"Correct the function, and resume the run{where}: {option('resume')}."
 
 
 def add_steps(run: OpenRun, progress: Progress, metrics: Metrics, steps: tuple[int, int], seconds: float) -> Progress:
@@ -201,16 +214,18 @@ def end_epoch(
     if ended.validation is not None and not math.isfinite(ended.validation.loss):
         raise make_non_finite_error(f"The validation loss became {ended.validation.loss}", ended.steps, run)
     rows, timing = [*progress.rows, metrics_row(ended)], [*progress.timing, ended.timing]
-    if not math.isfinite(score := rank(rows[-1], run.config.best_by)):
-        got, epoch = "none" if math.isnan(score) else score, rows[-1]["epoch"]
+    if not math.isfinite(rank(rows[-1], run.config.best_by)):
+        name, values = run.config.best_by, ended.validation and ended.validation.metrics
         raise UserError(
-            f"`metrics` must return a finite {run.config.best_by}, by which the best checkpoint is selected, got {got} "
-            f"after epoch {epoch}. {_correct()}"
+            f"`metrics` must return a finite {name}, by which the best checkpoint is selected, got {values} after "
+            f"epoch {rows[-1]['epoch']}. {_correct(run)}"
         )
     progress = progress._replace(rows=rows, timing=timing)
     row: Any = {**rows[-1], **ended.timing}
     row["best_epoch"] = (progress.best(run.config.best_by) or row)["epoch"]
-    if callbacks.stops(dict(row), ended.state) and row["epoch"] < run.config.num_epochs:
+    stops, patience = callbacks.stops(dict(row), ended.state), run.config.patience
+    stops = stops or (patience is not None and epochs_without_gain(rows, run.config.best_by) >= patience)
+    if stops and row["epoch"] < run.config.num_epochs:
         progress, must_save = progress._replace(stopped_within=run.config.num_epochs), True
     if must_save or ended.validation is not None or not run.checkpoints.is_busy():
         scores = ended.validation

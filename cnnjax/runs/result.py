@@ -14,7 +14,6 @@ from cnnjax.program import evaluate
 from cnnjax.runs.directory import OpenRun
 from cnnjax.runs.progress import Progress, score_own
 from cnnjax.runs.schema import Result, own_scores
-from cnnjax.sharding import fetch
 from cnnjax.step import TrainState
 
 
@@ -35,7 +34,7 @@ def score_test_set(
     if best["step"] != int(last.step):
         state, _ = run.checkpoints.restore(best["step"], last, setup.placement.of_state(last))
     scores = evaluate(state, pixels, model=config.model, tta=config.tta, placement=setup.placement, keep_logits=True)
-    scores = score_own(run, scores, fetch(pixels.label))
+    scores = score_own(run, scores, pixels.label)
     if not math.isfinite(scores.loss):
         raise NonFiniteLossError(f"The test loss must be finite, got {scores.loss}. Try a lower `optim.learning_rate`.")
     names = setup.facts.class_names

@@ -34,7 +34,7 @@ from cnnjax.runs.predictions import FilePrediction, predict_files
 from cnnjax.runs.records import read_record, read_result, read_rows, read_timing, run_argument
 from cnnjax.runs.recovery import list_steps
 from cnnjax.runs.schema import DataFacts, Result, Row, Timing
-from cnnjax.sharding import fetch, place
+from cnnjax.sharding import place
 from cnnjax.step import TrainState, abstract_state, check_tx, eval_params, init_optimizer
 
 
@@ -293,7 +293,7 @@ class Run:
         placement = place(1, [*self.state.step.devices()])
         keeps = config.metrics is not None
         scores = evaluate(self.state, pixels, model=config.model, tta=tta, placement=placement, keep_logits=keeps)
-        return with_metrics(scores, config.metrics, fetch(pixels.label))._replace(logits=None)
+        return with_metrics(scores, config.metrics, pixels.label)._replace(logits=None)
 
 
 def load_run(run_dir: str | os.PathLike[str], config: Config | None = None, *, step: int | None = None) -> Run:

@@ -141,7 +141,8 @@ class SavedProgress(TypedDict):
     Keys:
       totals, grad_norm: the sums of the current epoch.
       seconds: of training, in all sessions.
-      stopped_within: the `num_epochs` of the run if `on_epoch` stopped it after this epoch. A longer run continues.
+      stopped_within: the `num_epochs` of the run if `on_epoch` or its `patience` stopped it after this epoch. A longer
+        run continues.
       best_step: the step of the best checkpoint; None without validation.
       validation: at the end of an epoch, its "score", which ranks the checkpoint, if there is one; None within one.
       files: the names of the other files of the checkpoint, except SHA256SUMS.
@@ -187,7 +188,7 @@ class Result(TypedDict):
       best_validation_*: at the best epoch, which is the best by the `best_by` of the configuration.
       test_metrics, best_validation_metrics: the scores that `Config.metrics` returns, perhaps infinite or nan.
       num_epochs: of the configuration.
-      stopped_epoch: the epoch after which `on_epoch` stopped the run, or None.
+      stopped_epoch: the epoch after which `on_epoch` or the `patience` of the configuration stopped the run, or None.
       classes: the scores of each class on the test set, in the order of the labels.
       confusion_matrix: the number of test images of each true class (rows) that were predicted as each class (columns);
         None if there are more than `class_scores.MAX_CLASSES` classes.

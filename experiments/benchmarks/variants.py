@@ -323,10 +323,10 @@ def train(setup: Setup, state: TrainState, num_steps: int, one_program: bool = F
     return state
 
 
-def steps_to_warm_up(setup: Setup, state: TrainState) -> int:
+def steps_to_warm_up(setup: Setup) -> int:
     """Returns the number of steps until each program has run for an epoch."""
     steps, num_epochs = setup.steps_per_epoch, setup.config.num_epochs
-    frozen = [setup.frozen_names(state, epoch) for epoch in range(num_epochs)]
+    frozen = [setup.frozen_names(epoch) for epoch in range(num_epochs)]
     return steps * (1 + frozen.index(frozen[-1]))
 
 
@@ -470,7 +470,7 @@ def main() -> None:
         test = jax.device_put(test, setup.placement.replicated)
 
     def warm_up() -> float:
-        num_steps = setup.program.num_steps if variant.one_program else steps_to_warm_up(setup, initial_state)
+        num_steps = setup.program.num_steps if variant.one_program else steps_to_warm_up(setup)
         timed_run(setup, 1_000_000, test, variant.one_program, num_steps)  # Not a seed that is timed.
         return time.perf_counter() - start
 

@@ -45,6 +45,11 @@ def test_the_list_shows_state_seed_epochs_accuracy_and_time(runs, capsys):
     rows = [json.loads(line) for line in (first / "metrics.jsonl").read_text().splitlines()]
     rows = [{**row, "validation_accuracy": accuracy} for row, accuracy in zip(rows, (0.5, 0.75, 0.625), strict=True)]
     (first / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = shutil.copytree(first, Path("runs") / "own")
+    rows = [{**row, "validation_auroc": score} for row, score in zip(rows, (0.5, 0.5, 0.75), strict=True)]
+    (own / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = json.loads((own / "config.json").read_text())["config"]
+    change(own / "config.json", config={**config, "best_by": "auroc", "metrics": {"function": "auroc"}})
     (session,) = json.loads((first / "manifest.json").read_text())["sessions"]
     rows = [json.loads(line) for line in (first / "timing.jsonl").read_text().splitlines()]
     rows[-1]["seconds"] = 12.3  # Of training, in all sessions.
@@ -57,6 +62,8 @@ def test_the_list_shows_state_seed_epochs_accuracy_and_time(runs, capsys):
     header, *lines = capsys.readouterr().out.splitlines()
     assert header.split() == ["run", "state", "seed", "epoch", "validation", "test", "time"]
     assert lines[0].split() == [first.name, "finished", "0", "3/3", "75.00%", "87.50%", "12", "s"]  # The best epoch.
+    own = lines.pop([line.split()[0] for line in lines].index("own"))
+    assert own.split()[4:7] == ["62.50%,", "auroc", "0.7500"]
     assert lines[1].split()[:4] == [second.name, "killed", "1", "3/3"] and lines[1].count("%") == 1
 
 

@@ -43,7 +43,7 @@ def train(hosts, *, reduces, seconds=60.0):
         if reduces:
             multihost_utils.process_allgather(np.ones(3))
         due = time.monotonic() - last > 0.3 + 10 * index  # Process 0 decides.
-        stop, save = hosts.agreed(step, stop=received[0] if received else None, save=due)
+        stop, save = hosts.agreed(stop=received[0] if received else None, save=due)
         if save:
             saved.append(step)
             last = time.monotonic()

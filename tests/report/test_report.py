@@ -31,7 +31,7 @@ from cnnjax.report.images import filter_pictures, maps_picture
 from cnnjax.report.several import group_runs
 from cnnjax.report.write import write_report
 from cnnjax.runs.directory import LOCK
-from cnnjax.runs.statistics import verdicts
+from cnnjax.runs.statistics import describe, verdicts
 
 
 @pytest.fixture
@@ -186,6 +186,13 @@ def test_runs_that_differ_in_their_seed_are_one_group(trained, copy, tmp_path):
     assert re.sub("&#39;", "'", re.findall(r'class="verdict"><b>.*?</b> (.*?)</p>', page)[0]) == " ".join(lines)
     rows = re.findall(r'<th scope="row">([\w.]+)</th><td>(.*?)</td><td>(.*?)</td></tr>', page)
     assert rows == [("optim.learning_rate", "0.003", "0.5")]
+    own = page.partition("<h3>top2, by which checkpoints are selected</h3>")[2]  # The score that selects them.
+    scores = {run.config.seed: run.result["test_metrics"]["top2"] for run in trained.runs}
+    assert f"<b>tiny (1):</b> {describe([*scores.values()], 'test_top2')}" in own
+    lines = verdicts({"tiny (1)": scores, "tiny (2)": {k: scores[k] for k in (0, 1)}}, "test_top2")
+    assert " ".join(lines["tiny (1)", "tiny (2)"]).replace("'", "&#39;") in own
+    alone = write_report([trained.runs[0], others[0]], tmp_path / "alone.html").read_text()
+    assert alone.count("Two groups can be compared if both have at least two finished seeds: --seeds.") == 2
     assert len(re.findall(r"<p><b>tiny \([12]\):</b> No run clearly over-fits\.", page)) == 2
 
 

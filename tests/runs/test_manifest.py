@@ -149,7 +149,12 @@ def test_a_session_in_another_environment_or_under_a_clock_that_went_back(tmp_pa
         pass
     assert changes_since_last_session(tmp_path, environment) == []
     other = {**environment, "versions": {"jax": "0.10.2"}, "files": {"own.py": "b"}}
-    (line,) = changes_since_last_session(tmp_path, other)
+    with session(tmp_path, {**environment, "on_epoch": "patience"}, ()):  # Those before recorded none.
+        pass
+    (line,) = changes_since_last_session(tmp_path, {**environment, "on_epoch": None})
+    assert line == "`on_epoch`, which may stop the run, was patience and is None: the run may end in another epoch."
+    assert changes_since_last_session(tmp_path, {**environment, "on_epoch": "patience"}) == []
+    (line,) = changes_since_last_session(tmp_path, {**other, "on_epoch": "patience"})
     assert line == (
         "This run resumes in another environment, so its bits may differ: files.own.py was a and is b; "
         "versions.jax was 0.9.0 and is 0.10.2."
@@ -159,7 +164,7 @@ def test_a_session_in_another_environment_or_under_a_clock_that_went_back(tmp_pa
     content["sessions"][-1]["ended"] = "2999-01-01T00:00:00+00:00"
     path.write_text(json.dumps(content))
     (tmp_path / "SHA256SUMS").unlink()
-    (line,) = changes_since_last_session(tmp_path, environment)
+    (line,) = changes_since_last_session(tmp_path, {**environment, "on_epoch": "patience"})
     assert line.startswith("The clock says 20")
     assert "before the last session of this run (2999-01-01T00:00:00+00:00). The dates in" in line
 
