@@ -62,7 +62,7 @@ def train_and_evaluate(
       ...     config,
       ...     run_dir="runs/mine",
       ...     resume="auto",
-      ...     on_epoch=lambda row, state: row["epoch"] - row["best_epoch"] >= 5,
+      ...     on_epoch=lambda row, state: row["validation_accuracy"] > 0.9,
       ...     loggers=[TensorBoard()],
       ...     report=Report(),
       ... )
