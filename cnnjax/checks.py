@@ -1,4 +1,4 @@
-"""Checks of what the parts of a run return: for the shapes of its batches, or random logits, before anything else."""
+"""Checks of what the parts of a run return for the shapes of its batches, and for random logits."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -23,7 +23,7 @@ from cnnjax.program import Program
 from cnnjax.step import TrainState, init_from_data, init_optimizer, update
 from cnnjax.typing import AnyArray, BatchLike, LossFn, MetricsFn
 
-MAX_LABELS = 10_000
+MAX_LABELS = 10_000  # With 1,000 classes their logits take 40 MB.
 
 
 def check_augment(
@@ -188,16 +188,18 @@ def check_metrics(
     validation_label: Int[np.ndarray, " M"],
     num_classes: int,
 ) -> None:
-    """Checks what the user's own scores are for random logits, and that `best_by` is one of them or of ours.
+    """Checks what `metrics` returns for random logits, and that `best_by` is one of these scores or of ours.
 
     Args:
-      train_label: used if there is no validation, as far as their logits fit into memory with many classes.
+      train_label: replaces `validation_label` if there is no validation; at most `MAX_LABELS` of them, so that the
+        logits of many classes fit into memory.
 
     Raises:
       UserError: `metrics_fn` raised an exception, or returned something else; or `best_by` is no score.
     """
-    label = validation_label if len(validation_label) else train_label[:: -(-len(train_label) // MAX_LABELS)]
-    logits = np.random.default_rng(0).standard_normal((len(label), num_classes), np.float32)
+    rng = np.random.default_rng(0)
+    label = validation_label if len(validation_label) else rng.permutation(train_label)[:MAX_LABELS]
+    logits = rng.standard_normal((len(label), num_classes), np.float32)
     names = call_metrics(metrics_fn, logits, label)
     check_name("best_by", best_by, (*BEST_BY, *names))
 

@@ -64,8 +64,8 @@ class Config:
     class_weights: str = "none"
     """none; balanced: weights the loss of each example so that all classes have the same total weight."""
     metrics: Any = None
-    """Your own scores, the higher the better, of the validation images after each epoch and of the test images at the
-    end: a function (logits [N K], label [N]) -> {name: number} of NumPy arrays."""
+    """Your own scores, of the validation images after each epoch and of the test images at the end: a function
+    (logits [N K], label [N]) -> {name: number} of NumPy arrays."""
     best_by: str = "accuracy"
     """The validation score that selects the best checkpoint: accuracy, balanced_accuracy (mean recall), loss (the
     lowest), or a name that `metrics` returns (the highest)."""
@@ -100,7 +100,7 @@ class Config:
         )
         for name, valid in (("resize", RESIZE), ("sampling", BALANCING), ("class_weights", BALANCING)):
             check_name(name, getattr(self, name), valid)
-        rule = f"{', '.join(BEST_BY)}, or a name that `metrics` returns"
+        rule = f"{', '.join(BEST_BY)}, or a name that `metrics` returns, if they are set"
         check("best_by", rule, self.metrics is not None or self.best_by in BEST_BY, repr(self.best_by))
         both = self.sampling == self.class_weights == "balanced"
         check("class_weights", "none if `sampling` is balanced: use one of the two", not both, "balanced")
@@ -117,14 +117,8 @@ class Config:
                 check(name, "below 2**31", value < 2**31, value)
         fraction = self.validation_fraction
         check("validation_fraction", "at least 0 and below 1", 0 <= fraction < 1, fraction)
-        if not fraction:
-            check(
-                "best_by",
-                "accuracy without validation: only the last epoch counts",
-                self.best_by == "accuracy",
-                self.best_by,
-            )
-        check("patience", "None without validation", self.patience is None or fraction > 0, self.patience)
+        rule = "None without validation: set `validation_fraction`"
+        check("patience", rule, self.patience is None or fraction > 0, self.patience)
         check_name("tta", self.tta, TTA)
         check_network(self.model)
         check("loss", "a function of logits and a batch", callable(self.loss), show(self.loss))
@@ -132,11 +126,13 @@ class Config:
         if isinstance(metrics, type):
             got = f"the class {metrics.__name__}. Create an instance: {metrics.__name__}()"
         valid = metrics is None or (callable(metrics) and not isinstance(metrics, type))
-        check("metrics", "a function of logits and labels", valid, got)
+        check("metrics", "a function (logits, label), or None", valid, got)
         for name in ("model", "optim", "augment", "loss", "metrics"):
             value = getattr(self, name)
             try:
-                hash(value)  # `jit` compiles once for equal values; and a value that changes is not the recorded one.
+                hash(
+                    value
+                )  # `jit` compiles once for equal values, and a mutable value could differ from the recorded one.
             except TypeError as error:
                 raise UserError(
                     f"`{name}` must be hashable, got {show(value)} ({error}). Use @dataclass(frozen=True), and tuples."

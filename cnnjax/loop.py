@@ -48,7 +48,7 @@ def fit(
     tracer: Profile,
     checkpoint_seconds: float,
 ) -> tuple[TrainState, Progress]:
-    """Trains to the last epoch, or until `on_epoch` stops the run; `state` is donated.
+    """Trains to the last epoch, or until `on_epoch` or `Config.patience` stops the run; `state` is donated.
 
     Returns:
       The last state, and its progress.

@@ -214,7 +214,7 @@ def call_metrics(metrics_fn: MetricsFn, logits: Any, label: Int[AnyArray, " N"])
     for name in numbers:
         if not isinstance(name, str) or re.fullmatch("[A-Za-z][A-Za-z0-9_]*", name) is None:
             rule = "must return names of ASCII letters, digits and underscores that begin with a letter"
-            raise UserError(f"`metrics` {rule}, got {name!r}.")
+            raise UserError(f"`metrics` {rule}, got {name!r}. Rename it.")
         if name in RESERVED_NAMES:
             raise UserError(f"`metrics` must not name a score {', '.join(RESERVED_NAMES)}, got {name!r}. Rename it.")
     return numbers

@@ -28,6 +28,7 @@ from cnnjax.runs.progress import (
     OnEpoch,
     OnStep,
     Progress,
+    is_out_of_patience,
     restore,
     write_progress,
 )
@@ -206,8 +207,8 @@ def _begin(
     tracer.check(0, num_steps)  # Before anything is written.
     streams = inputs.dataset.streams
     environment = manifest.environment(placement.devices, placement.state_mesh, run.hosts.names, stream=streams)
-    stops = on_epoch and getattr(on_epoch, "__qualname__", type(on_epoch).__qualname__)  # The run may end by it.
-    run.begin(setup.facts, {**environment, "on_epoch": stops})
+    name = None if on_epoch is None else getattr(on_epoch, "__qualname__", type(on_epoch).__qualname__)
+    run.begin(setup.facts, {**environment, "on_epoch": name})
     state, progress = restore(run, state, placement.of_state(state))
     tracer.check(int(state.step), num_steps)
     run.write_config(setup.facts, only_new=True)
@@ -230,6 +231,8 @@ def _train(
 ) -> Run:
     """Trains to the end, and scores the best checkpoint on the test set; `state` is donated."""
     begun = Run(run.run_dir, setup.config, setup.facts, None)
+    if len(progress.rows) < run.config.num_epochs and is_out_of_patience(progress.rows, run.config):
+        progress = progress._replace(stopped_within=run.config.num_epochs)
     with (
         callbacks.loggers.started(begun, int(state.step), setup.program.num_steps, run.stop),
         prepared_ahead(setup, state, progress) as ahead,

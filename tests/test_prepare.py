@@ -346,7 +346,7 @@ def test_an_exception_in_the_users_loss_names_its_arguments(tmp_path):
         (
             {"metrics": percent},
             "`metrics` must return names of ASCII letters, digits and underscores that begin with a letter, got "
-            "'top-2'.",
+            "'top-2'. Rename it.",
         ),
         ({"metrics": ragged}, "`metrics` must return {name: number}, got {'counts': ((1), (2, 3))}."),
         (
@@ -374,9 +374,9 @@ def test_what_no_step_can_use(changes, message, tmp_path):
     [
         (
             {"metrics": Counter},
-            "`metrics` must be a function of logits and labels, got the class Counter. Crea",
+            "`metrics` must be a function (logits, label), or None, got the class Counter. Crea",
         ),
-        ({"metrics": 3}, "`metrics` must be a function of logits and labels, got 3."),
+        ({"metrics": 3}, "`metrics` must be a function (logits, label), or None, got 3."),
         (
             {"metrics": Counter()},
             "`metrics` must be hashable, got Counter(calls=0) (unhashable type: 'Counter'). ",

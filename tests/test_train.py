@@ -60,7 +60,7 @@ from cnnjax.runs.codec import encode
 from cnnjax.runs.directory import check_run
 from cnnjax.runs.inspection import reproduce, verify
 from cnnjax.runs.manifest import read_manifest
-from cnnjax.runs.progress import Progress
+from cnnjax.runs.progress import best_row
 from cnnjax.runs.records import Record, read_record, write_record
 
 # Dropout, augmentation and a partial last batch: 390 training examples make 25 steps per epoch, the last with 6.
@@ -208,7 +208,7 @@ def test_a_run_equals_a_loop_by_hand(whole_research):
 def test_the_best_epoch_is_that_of_the_best_validation_score():
     def best(*scores, name="validation_accuracy", by="accuracy"):
         rows = [{"epoch": i, "train_accuracy": i / 10, name: value} for i, value in enumerate(scores, 1)]
-        row = Progress(rows, []).best(by)
+        row = best_row(rows, by)
         return None if row is None else row["epoch"]
 
     assert best(0.5, 0.8, 0.7) == 2
@@ -216,6 +216,8 @@ def test_the_best_epoch_is_that_of_the_best_validation_score():
     assert best(0.5, 0.4, name="other") == 2  # Without validation, the latest.
     assert best(0.5, 0.4, name="validation_balanced_accuracy") == 2
     assert best(0.5, 0.4, name="validation_balanced_accuracy", by="balanced_accuracy") == 1
+    assert best(0.5, 0.4, 0.4, 0.6, name="validation_loss", by="loss") == 3
+    assert best(-0.5, -0.4, -0.6, name="validation_score", by="score") == 2
     assert best() is None
 
 

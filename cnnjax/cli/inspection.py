@@ -170,9 +170,9 @@ class Reproduce:
         if differences:
             print("What differs between the two:")
             _print_changes(differences)
-        elif "metrics" in found.moved:
+        if "metrics" in found.moved:
             print("The parameters of all epochs are the same: `metrics` does not return the same numbers twice.")
-        elif not found.same:
+        elif not found.same and not differences:
             print(
                 "Neither data, source code, versions nor device differ: the device does not give the same bits twice."
             )

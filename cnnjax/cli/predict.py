@@ -7,10 +7,10 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
@@ -33,8 +33,8 @@ class Eval:
     """Score a trained network on every image of a split, or of a labelled folder, and on those of each class.
 
     Files of the folder that cannot be read are reported on standard error; the others are scored, and the exit code
-    is 2. So it is if your own `metrics` fail. With --data or --ensemble their logits are the logarithms of the
-    probabilities.
+    is 2, as it is if your own `metrics` fail. With --data or --ensemble these receive the logarithms of the
+    probabilities as logits.
     """
 
     run: Positional[RunDir]
@@ -51,8 +51,8 @@ class Eval:
     ensemble: tuple[Path, ...] = ()
     """More run directories: score the mean of the probabilities of all runs."""
     json: bool = False
-    """Print a JSON object instead: the accuracy with its 95% interval, balanced accuracy, loss, your own
-    metrics (null if not finite), the scores of each class, and the confusion matrix (null above 300 classes)."""
+    """Print a JSON object instead: the accuracy with its 95% interval, balanced accuracy, loss and your own metrics
+    (each null if it is not finite), the scores of each class, and the confusion matrix (null above 300 classes)."""
     data_dir: Path | None = None
     """The tfds directory; $TFDS_DATA_DIR or ~/tensorflow_datasets by default."""
     experiment: str | None = None
@@ -63,42 +63,37 @@ class Eval:
         check("split", "left out with `data`", self.data is None or self.split == "test", self.split)
         alone = not self.ensemble or self.split == "test"
         check("split", "test for an ensemble: the other runs may have been trained on it", alone, self.split)
+        from cnnjax.metrics import with_metrics
+
         runs, failed = _load([self.run, *self.ensemble], self.experiment), False
         with redirect_stdout(sys.stderr) if self.json else nullcontext():  # Lines about the data.
+            scores, label, unreadable = self._score(runs)
             try:
-                scores, unreadable = self._score(runs)
-            except UserError as error:
-                if runs[0].config.metrics is None:
-                    raise
-                # They may be unknown without --experiment, or undefined for the images of a folder.
-                config = replace(runs[0].config, metrics=None, best_by="accuracy")
-                runs[0] = replace(runs[0], config=config)
-                scores, unreadable = self._score(runs)  # Raises the error again if it has another reason.
+                scores = with_metrics(scores, runs[0].config.metrics, label)
+            except UserError as error:  # Unknown without --experiment, or undefined for the images of a folder.
                 print(printable(error), file=sys.stderr)
                 failed = True
         self._show(runs, scores, unreadable)
         return 2 if unreadable or failed else 0
 
-    def _score(self, runs: Sequence["Run"]) -> tuple["Scores", int]:
-        """Returns the scores, and the number of files that cannot be read."""
+    def _score(self, runs: Sequence["Run"]) -> tuple["Scores", Any, int]:
+        """Returns the scores, the labels, and the number of files that cannot be read."""
         from cnnjax.runs.predictions import evaluate_ensemble
 
         if self.data is not None:
             return self._score_files(runs, Path(os.path.expanduser(self.data)))
         if self.ensemble:
-            return evaluate_ensemble(runs, tta=self.tta, data_dir=self.data_dir), 0
-        return runs[0].evaluate(self.split, tta=self.tta, data_dir=self.data_dir), 0
+            return *evaluate_ensemble(runs, tta=self.tta, data_dir=self.data_dir), 0
+        return *runs[0].evaluate_ours(self.split, tta=self.tta, data_dir=self.data_dir), 0
 
-    def _score_files(self, runs: Sequence["Run"], data: Path) -> tuple["Scores", int]:
-        """Returns the scores, and the number of files that cannot be read."""
+    def _score_files(self, runs: Sequence["Run"], data: Path) -> tuple["Scores", Any, int]:
+        """Returns the scores, the labels, and the number of files that cannot be read."""
         import numpy as np
 
         from cnnjax.data.image_paths import find_labelled
         from cnnjax.process.console import track
-        from cnnjax.runs.codec import check_complete
         from cnnjax.runs.predictions import predict_files, scores_of
 
-        check_complete(runs[0].config, "metrics")
         names = runs[0].facts.class_names
         files = find_labelled(data, names)
         if files.split is not None:
@@ -116,8 +111,8 @@ class Eval:
             label.append(k)
             probabilities.append(prediction.probabilities)
         check("data", "a folder with an image that can be read", bool(label), f"{data} without one")
-        scores = scores_of(np.array(probabilities), np.array(label), runs[0].config.metrics)
-        return scores, len(files.paths) - len(label)
+        labels = np.array(label)
+        return scores_of(np.array(probabilities), labels), labels, len(files.paths) - len(label)
 
     def _show(self, runs: Sequence["Run"], scores: "Scores", unreadable: int) -> None:
         from cnnjax.class_scores import class_scores, confusion_matrix, is_uneven

@@ -134,9 +134,8 @@ class Train:
         folder = expand(self.run_dir)
         results = train_seeds(self.config, seeds, folder=folder, **options)
         uneven = is_uneven([row["count"] for row in results[0]["classes"]])
-        scores = {name: [result[name] for result in results] for name in ("test_accuracy", "test_balanced_accuracy")}
-        if not uneven:
-            del scores["test_balanced_accuracy"]
+        names = ("test_accuracy", *(["test_balanced_accuracy"] if uneven else []))
+        scores = {name: [result[name] for result in results] for name in names}
         own = [result.get("test_metrics", {}) for result in results]
         scores |= {f"test_{name}": [x[name] for x in own] for name in own[0] if all(name in x for x in own)}
         for metric, values in scores.items():

@@ -78,8 +78,8 @@ def _examples(split: str, x: Any, y: Any) -> Examples:
     check(x_name, "at least one image", image.size > 0, f"the shape {image.shape}")
     fix = f"Use `{y_name}.argmax(-1)` for one-hot labels, `{y_name}.ravel()` for a column"
     check(y_name, "of shape [N]", label.ndim == 1, f"{label.shape}. {fix}")
-    names = ". Number the classes: np.unique(labels, return_inverse=True)" if label.dtype.kind in "USO" else ""
-    check(y_name, "integers", label.dtype.kind in "iu", f"{label.dtype}{names}")
+    fix = f". Number the classes: names, {y_name} = np.unique({y_name}, return_inverse=True)"
+    check(y_name, "integers", label.dtype.kind in "iu", f"{label.dtype}{fix if label.dtype.kind in 'USO' else ''}")
     check(y_name, f"one label for each of the {len(image)} images", len(label) == len(image), len(label))
     low, high = int(label.min()), int(label.max())
     check(y_name, f"between 0 and K - 1, K <= {MAX_CLASSES}", low >= 0 and high < MAX_CLASSES, f"{low} to {high}")

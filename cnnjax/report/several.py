@@ -166,7 +166,7 @@ def _verdicts(
     """
     found = verdicts({label: values for label, values in scores.items() if len(values) > 1}, metric)
     if not found and len(groups) > 1:
-        return [("All pairs", ["Two groups can be compared if both have at least two finished seeds: --seeds."])]
+        return [("All pairs", ["Train at least two seeds of each group to compare them: --seeds."])]
     digests = {
         label: {name: value for name, value in group.facts.items() if name.startswith("data.sha256.")}
         for label, group in groups.items()

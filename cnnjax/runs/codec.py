@@ -41,7 +41,7 @@ class _MissingNameError(UserError):
 
 
 class _Missing:
-    """Takes the place of a loss or of data. A call raises the error.
+    """Takes the place of a loss, of metrics or of data. A call raises the error.
 
     Attributes:
       recorded: the part of the configuration as JSON.
@@ -191,8 +191,8 @@ class _Encoder(NamedTuple):
 def decode(content: Mapping[str, Any], names: Mapping[str, Any], files: Iterable[str] = ()) -> Config:
     """Returns the configuration that `encode` wrote.
 
-    If names are missing in its loss, augmentation or data, a placeholder that keeps their JSON takes their place. Using
-    it raises the error, see `check_complete`: a network predicts without them.
+    If names are missing in its loss, metrics, augmentation or data, a placeholder that keeps their JSON takes their
+    place. Using it raises the error, see `check_complete`: a network predicts without them.
 
     Args:
       content: of `encode`.

@@ -222,25 +222,31 @@ def reproduce(
 
     options: Any = {"resume": resume, "devices": devices, "report": report, "inputs": inputs}
     new = train_run(config, run_dir=into, on_epoch=on_epoch, mesh=mesh, **options).finished_result()
-    rows = list(zip(*(records.read_rows(folder) for folder in (run_dir, into)), strict=True))
+    both = [records.read_rows(folder) for folder in (run_dir, into)]
+    rows = list(zip(*both, strict=False))  # With `patience` the new run may end in another epoch.
     epochs = [x["epoch"] for x, y in rows if x["params_sha256"] != y["params_sha256"]]
-    moved = {}
+    moved: dict[str, str] = {}
+    if len(both[0]) != len(both[1]):
+        moved["epochs"] = f"{len(both[0])} there, {len(both[1])} here"
+    own = [(f"epoch {x['epoch']}", own_scores(x), own_scores(y)) for x, y in rows]
+    own += [("the result", own_metrics(old), own_metrics(new))]
+    if not epochs and (found := [(place, changes(x, y)) for place, x, y in own if changes(x, y)]):
+        place, different = found[0]
+        pairs = ((name, show(there), show(here)) for name, (there, here) in different.items())
+        listed = ", ".join(f"{name} {there} there, {here} here" for name, there, here in pairs)
+        moved["metrics"] = f"{listed} in {place}, with the same parameters"
+    same = new["sha256"] == old["sha256"] and not moved
     if new["sha256"] != old["sha256"]:
         change = max(abs(x["train_loss"] - y["train_loss"]) for x, y in rows)
-        moved = {
+        moved |= {
             "test accuracy": f"{old['test_accuracy']:.2%} there, {new['test_accuracy']:.2%} here",
             "test loss": f"{old['test_loss']:.6g} there, {new['test_loss']:.6g} here",
             "training loss": f"by at most {change:.6g} over all epochs",
         }
-        different = [row for row in rows if changes(*map(own_scores, row))]
-        if different and not epochs:
-            pairs = changes(*map(own_scores, different[0])).items()
-            listed = ", ".join(f"{name} {there} there, {here} here" for name, (there, here) in pairs)
-            moved["metrics"] = f"{listed} in epoch {different[0][0]['epoch']}, with the same parameters"
         with suppress(UserError):  # The checkpoint may be gone.
             moved["best parameters"] = f"by {_distance(run_dir, into, config):.1e} of their norm"
     return Reproduction(
-        same=new["sha256"] == old["sha256"],
+        same=same,
         environment=environment,
         data=diff(run_dir, into)["data"],
         first_epoch=epochs[0] if epochs else None,

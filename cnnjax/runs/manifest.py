@@ -206,7 +206,9 @@ def changes_since_last_session(run_dir: Path, environment: dict[str, Any]) -> li
         lines = [f"This run resumes in another environment, so its bits may differ: {'; '.join(lines)}."]
     old, new = last.get("on_epoch"), environment.get("on_epoch")
     if "on_epoch" in last and old != new:
-        lines.append(f"`on_epoch`, which may stop the run, was {old} and is {new}: the run may end in another epoch.")
+        lines.append(
+            f"`on_epoch`, which may stop the run, was {show(old)} and is {show(new)}: it may end in another epoch."
+        )
     before = last.get("ended") or last["started"]
     if before > _now():
         lines.append(

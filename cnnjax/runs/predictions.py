@@ -15,10 +15,8 @@ from cnnjax.class_scores import count_pairs
 from cnnjax.data.image_files import AHEAD, check_channels, fit_image, on_all_cores, open_image
 from cnnjax.data.stored import digest
 from cnnjax.errors import UserError, check
-from cnnjax.metrics import Scores, with_metrics
-from cnnjax.runs.codec import check_complete
+from cnnjax.metrics import Scores
 from cnnjax.runs.inference import batch_size_of
-from cnnjax.typing import MetricsFn
 
 if TYPE_CHECKING:
     from cnnjax.runs.run import Run
@@ -186,8 +184,10 @@ def _mean(probabilities: Sequence[Float[np.ndarray, "N K"]]) -> Float[np.ndarray
     return probabilities[0] if len(probabilities) == 1 else np.mean(probabilities, axis=0)
 
 
-def evaluate_ensemble(runs: Sequence["Run"], *, tta: str | None = None, data_dir: Path | None = None) -> Scores:
-    """Scores the mean probabilities of several runs on their test split, with the `Config.metrics` of the first, too.
+def evaluate_ensemble(
+    runs: Sequence["Run"], *, tta: str | None = None, data_dir: Path | None = None
+) -> tuple[Scores, Int[np.ndarray, " N"]]:
+    """Scores the mean probabilities of several runs on their test split; returns the labels, too.
 
     Args:
       tta, data_dir: see `Run.evaluate`.
@@ -196,7 +196,6 @@ def evaluate_ensemble(runs: Sequence["Run"], *, tta: str | None = None, data_dir
       UserError: the runs have other classes, or other test examples.
     """
     check_ensemble(runs)
-    check_complete(runs[0].config, "metrics")
     probabilities, tested = [], []
     for run in runs:
         examples = run.load_data("test", data_dir=data_dir)
@@ -204,19 +203,16 @@ def evaluate_ensemble(runs: Sequence["Run"], *, tta: str | None = None, data_dir
         rule = f"runs with the test examples of {runs[0].run_dir}"
         check("ensemble", rule, tested[-1].equals(tested[0]), f"{run.run_dir} with others")
         probabilities.append(run.predict(examples.image, tta=run.config.tta if tta is None else tta))
-    return scores_of(_mean(probabilities), np.asarray(tested[0].label), runs[0].config.metrics)
+    label = np.asarray(tested[0].label)
+    return scores_of(_mean(probabilities), label), label
 
 
-def scores_of(
-    probabilities: Float[np.ndarray, "N K"], label: Int[np.ndarray, " N"], metrics_fn: MetricsFn | None = None
-) -> Scores:
-    """Returns the scores of predictions. The loss of an example is at most 87 nats, that of the least normal float32.
+def scores_of(probabilities: Float[np.ndarray, "N K"], label: Int[np.ndarray, " N"]) -> Scores:
+    """Returns the scores of predictions, with the logarithms of the probabilities, float32, as logits.
 
-    Args:
-      metrics_fn: see `Config.metrics`; the logits are the logarithms of the probabilities.
+    The loss of an example is at most 87 nats, that of the least normal float32.
     """
-    predicted, logits = probabilities.argmax(axis=1), np.log(np.maximum(probabilities.astype(np.float64), _TINY))
-    loss = float(-logits[np.arange(len(label)), label].mean())
-    values = {"accuracy": float((predicted == label).mean())}
-    scores = Scores(loss, len(label), values, confusion=count_pairs(label, predicted), logits=logits)
-    return with_metrics(scores, metrics_fn, label)._replace(logits=None)
+    predicted, of_label = probabilities.argmax(axis=1), probabilities[np.arange(len(label)), label]
+    loss = float(-np.log(np.maximum(of_label.astype(np.float64), _TINY)).mean())
+    values, logits = {"accuracy": float((predicted == label).mean())}, np.log(np.maximum(probabilities, _TINY))
+    return Scores(loss, len(label), values, count_pairs(label, predicted), logits)

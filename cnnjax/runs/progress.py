@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from cnnjax.config import Config
 from cnnjax.errors import NonFiniteLossError, UserError, option
 from cnnjax.files import tree_sha256
 from cnnjax.hosts import Hosts, alone
@@ -34,10 +35,6 @@ class Progress(NamedTuple):
     grad_norm: float = 0.0  # The sum over the steps of the current epoch.
     seconds: float = 0.0  # The duration of training, in all sessions.
     stopped_within: int | None = None  # See `SavedProgress`.
-
-    def best(self, by: str) -> Row | None:
-        """Returns the best of `rows`, see `best_row`."""
-        return best_row(self.rows, by)
 
 
 class EndedEpoch(NamedTuple):
@@ -119,8 +116,10 @@ class Callbacks:
         return bool(decision)
 
 
-def rank(row: Mapping[str, Any], by: str) -> float:
-    """Returns the score by which an epoch is ranked, the higher the better: 0 without validation, nan if it is missing.
+def ranking_score(row: Mapping[str, Any], by: str) -> float:
+    """Returns the score by which an epoch is ranked, the higher the better.
+
+    It is 0 without validation, and nan if the row lacks the score.
 
     Args:
       row: of metrics.jsonl.
@@ -128,7 +127,8 @@ def rank(row: Mapping[str, Any], by: str) -> float:
     """
     if not any(name.startswith("validation_") for name in row):
         return 0.0
-    return -row["validation_loss"] if by == "loss" else row.get(f"validation_{by}", math.nan)
+    score = row.get(f"validation_{by}", math.nan)
+    return -score if by == "loss" else score
 
 
 def best_row(rows: Sequence[Row], by: str) -> Row | None:
@@ -137,17 +137,15 @@ def best_row(rows: Sequence[Row], by: str) -> Row | None:
     Args:
       by: see `Config.best_by`.
     """
-    return max(rows, key=lambda row: (rank(row, by), row["epoch"]), default=None)
+    return max(rows, key=lambda row: (ranking_score(row, by), row["epoch"]), default=None)
 
 
-def epochs_without_gain(rows: Sequence[Row], by: str) -> int:
-    """Returns the number of epochs since the first one with the best validation score: an equal one is no gain.
-
-    Args:
-      by: see `Config.best_by`.
-    """
-    scores = [rank(row, by) for row in rows]
-    return len(scores) - 1 - scores.index(max(scores))
+def is_out_of_patience(rows: Sequence[Row], config: Config) -> bool:
+    """Returns whether `Config.patience` epochs have passed since the first one with the best validation score."""
+    if config.patience is None or not rows:
+        return False
+    scores = [ranking_score(row, config.best_by) for row in rows]
+    return len(scores) - 1 - scores.index(max(scores)) >= config.patience
 
 
 def restore(run: OpenRun, state: TrainState, sharding: PyTree) -> tuple[TrainState, Progress]:
@@ -171,10 +169,11 @@ def score_own(run: OpenRun, scores: Scores, label: Any) -> Scores:
     try:
         return with_metrics(scores, run.config.metrics, label, run.hosts.share)
     except UserError as error:
-        raise UserError(f"{error} {_correct(run)}") from error
+        raise UserError(f"{error} {_how_to_correct(run)}") from error
 
 
-def _correct(run: OpenRun) -> str:
+def _how_to_correct(run: OpenRun) -> str:
+    """Returns the end of a message about the user's function; waits for the last save."""
     run.checkpoints.wait()
     latest = run.checkpoints.latest()
     where = "" if latest is None else f", from step {latest} on"
@@ -206,7 +205,7 @@ def end_epoch(
     """Reports an epoch and saves it, unless the disk is busy; returns the progress with its rows.
 
     Args:
-      callbacks: decide whether the run stops. The checkpoint contains the decision.
+      callbacks: decide whether the run stops, as does `Config.patience`. The checkpoint contains the decision.
       must_save: if False, an epoch without validation is not saved if it follows the previous save too soon, see
         `Checkpoints.is_busy`: without validation only the latest checkpoint matters.
     """
@@ -214,22 +213,22 @@ def end_epoch(
     if ended.validation is not None and not math.isfinite(ended.validation.loss):
         raise make_non_finite_error(f"The validation loss became {ended.validation.loss}", ended.steps, run)
     rows, timing = [*progress.rows, metrics_row(ended)], [*progress.timing, ended.timing]
-    if not math.isfinite(rank(rows[-1], run.config.best_by)):
-        name, values = run.config.best_by, ended.validation and ended.validation.metrics
+    if not math.isfinite(ranking_score(rows[-1], run.config.best_by)):
+        name = run.config.best_by
+        got: Any = "none" if ended.validation is None else ended.validation.metrics.get(name, "none")
         raise UserError(
-            f"`metrics` must return a finite {name}, by which the best checkpoint is selected, got {values} after "
-            f"epoch {rows[-1]['epoch']}. {_correct(run)}"
+            f"`metrics` must return a finite {name}, by which the best checkpoint is selected, got {got} after epoch "
+            f"{rows[-1]['epoch']}. {_how_to_correct(run)}"
         )
     progress = progress._replace(rows=rows, timing=timing)
     row: Any = {**rows[-1], **ended.timing}
-    row["best_epoch"] = (progress.best(run.config.best_by) or row)["epoch"]
-    stops, patience = callbacks.stops(dict(row), ended.state), run.config.patience
-    stops = stops or (patience is not None and epochs_without_gain(rows, run.config.best_by) >= patience)
-    if stops and row["epoch"] < run.config.num_epochs:
+    row["best_epoch"] = (best_row(progress.rows, run.config.best_by) or row)["epoch"]
+    stops = callbacks.stops(dict(row), ended.state)
+    if (stops or is_out_of_patience(rows, run.config)) and row["epoch"] < run.config.num_epochs:
         progress, must_save = progress._replace(stopped_within=run.config.num_epochs), True
     if must_save or ended.validation is not None or not run.checkpoints.is_busy():
         scores = ended.validation
-        validation = {"num_examples": 0} if scores is None else {"score": rank(rows[-1], run.config.best_by)}
+        validation = {"num_examples": 0} if scores is None else {"score": ranking_score(rows[-1], run.config.best_by)}
         save(run, ended.state, progress, validation)
     write_progress(run, progress)
     run.report.epoch(row, run.config.num_epochs)
@@ -244,7 +243,7 @@ def check_finite(run: OpenRun, state: TrainState, steps: tuple[int, int]) -> Non
 
 def save(run: OpenRun, state: TrainState, progress: Progress, validation: dict[str, Any] | None = None) -> None:
     """Starts to save a state, which must not be donated; `validation` are the scores at the end of an epoch."""
-    best = progress.best(run.config.best_by)
+    best = best_row(progress.rows, run.config.best_by)
     if best is None or "validation_accuracy" not in best:  # Only the latest matters.
         best = {"step": None}
     kept = {**progress._asdict(), "totals": progress.totals._asdict(), "best_step": best["step"]}

@@ -12,7 +12,7 @@ from cnnjax.files import file_sha256, tree_sha256
 from cnnjax.prepare import Setup, count_params, device_name
 from cnnjax.program import evaluate
 from cnnjax.runs.directory import OpenRun
-from cnnjax.runs.progress import Progress, score_own
+from cnnjax.runs.progress import Progress, best_row, score_own
 from cnnjax.runs.schema import Result, own_scores
 from cnnjax.step import TrainState
 
@@ -27,7 +27,7 @@ def score_test_set(
     Args:
       pixels: the test set.
     """
-    best, config = progress.best(setup.config.best_by), setup.config
+    best, config = best_row(progress.rows, setup.config.best_by), setup.config
     if best is None:
         raise UserError(f"The checkpoints in {run.run_dir} must include the end of an epoch, got none. Train again.")
     state = last

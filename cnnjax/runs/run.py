@@ -283,6 +283,13 @@ class Run:
           UserError: the data are not those of the run, or it has no validation part.
         """
         check_complete(self.config, "metrics")
+        scores, label = self.evaluate_ours(split, tta=tta, data_dir=data_dir)
+        return with_metrics(scores, self.config.metrics, label)._replace(logits=None)
+
+    def evaluate_ours(
+        self, split: str, *, tta: str | None, data_dir: str | os.PathLike[str] | None
+    ) -> tuple[Scores, Any]:
+        """Does what `evaluate` does without `Config.metrics`; returns the labels, and logits if there are metrics."""
         dataset, config = self._dataset(split, data_dir), self.config
         parts = (
             [dataset.open("test")] if split == "test" else dataset.open_parts(config.seed, config.validation_fraction)
@@ -293,7 +300,7 @@ class Run:
         placement = place(1, [*self.state.step.devices()])
         keeps = config.metrics is not None
         scores = evaluate(self.state, pixels, model=config.model, tta=tta, placement=placement, keep_logits=keeps)
-        return with_metrics(scores, config.metrics, pixels.label)._replace(logits=None)
+        return scores, pixels.label
 
 
 def load_run(run_dir: str | os.PathLike[str], config: Config | None = None, *, step: int | None = None) -> Run:

@@ -142,7 +142,7 @@ class SavedProgress(TypedDict):
       totals, grad_norm: the sums of the current epoch.
       seconds: of training, in all sessions.
       stopped_within: the `num_epochs` of the run if `on_epoch` or its `patience` stopped it after this epoch. A longer
-        run continues.
+        run continues, unless it is out of patience.
       best_step: the step of the best checkpoint; None without validation.
       validation: at the end of an epoch, its "score", which ranks the checkpoint, if there is one; None within one.
       files: the names of the other files of the checkpoint, except SHA256SUMS.
@@ -230,6 +230,7 @@ class Session(TypedDict):
 
     Keys:
       checkpoints: the steps of the checkpoints at the end.
+      on_epoch: the name of the function that may stop the run, or None.
     """
 
     state: Literal["running", "finished", "interrupted", "failed", "killed"]
@@ -240,6 +241,7 @@ class Session(TypedDict):
     cores: Positive
     num_devices: Positive
     checkpoints: NotRequired[list[Count]]
+    on_epoch: NotRequired[str | None]
 
 
 class Versioned(TypedDict):

@@ -269,7 +269,7 @@ def _verdict(names: tuple[str, str], c: Comparison, metric: str) -> list[str]:
 def describe(values: list[float], metric: str = "test_accuracy") -> str:
     """Returns mean, deviation, 95% interval and n, in words."""
     if not np.isfinite(values).all():
-        return f"{metric} {', '.join(_show(value, metric) for value in values)}, which are not all finite"
+        return f"{metric} {', '.join(_show(value, metric) for value in values)} (not finite)"
     s = summarize(values, bounds=_bounds(metric))
     if s.n == 1:
         return f"{metric} {_show(s.mean, metric)} (one seed)"

@@ -117,6 +117,14 @@ def send_signal_at(moment, count, signum):
     Hosts.agreed, Hosts.barrier, checkpoints.ocp.save_checkpointables = own_agreed, own_barrier, own_save
 
 
+def top2(logits, label):
+    """Fails in all processes but the first, whose scores count."""
+    if PROCESS != "0":
+        raise RuntimeError("not here")
+    of_label = np.take_along_axis(logits, label[:, None], axis=1)
+    return {"top2": np.mean((logits > of_label).sum(1) < 2), "nan": np.nan}
+
+
 CONFIG = Config(
     name="distributed",
     dataset=patterns,
@@ -126,6 +134,8 @@ CONFIG = Config(
     model=Net(),
     optim=Momentum(learning_rate=0.01),
     augment=Augment(flip="random"),
+    metrics=top2,
+    best_by="top2",
 )
 
 if os.environ.get("SIGNAL"):

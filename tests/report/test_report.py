@@ -192,7 +192,7 @@ def test_runs_that_differ_in_their_seed_are_one_group(trained, copy, tmp_path):
     lines = verdicts({"tiny (1)": scores, "tiny (2)": {k: scores[k] for k in (0, 1)}}, "test_top2")
     assert " ".join(lines["tiny (1)", "tiny (2)"]).replace("'", "&#39;") in own
     alone = write_report([trained.runs[0], others[0]], tmp_path / "alone.html").read_text()
-    assert alone.count("Two groups can be compared if both have at least two finished seeds: --seeds.") == 2
+    assert alone.count("Train at least two seeds of each group to compare them: --seeds.") == 2
     assert len(re.findall(r"<p><b>tiny \([12]\):</b> No run clearly over-fits\.", page)) == 2
 
 

@@ -152,7 +152,7 @@ def test_a_session_in_another_environment_or_under_a_clock_that_went_back(tmp_pa
     with session(tmp_path, {**environment, "on_epoch": "patience"}, ()):  # Those before recorded none.
         pass
     (line,) = changes_since_last_session(tmp_path, {**environment, "on_epoch": None})
-    assert line == "`on_epoch`, which may stop the run, was patience and is None: the run may end in another epoch."
+    assert line == "`on_epoch`, which may stop the run, was patience and is None: it may end in another epoch."
     assert changes_since_last_session(tmp_path, {**environment, "on_epoch": "patience"}) == []
     (line,) = changes_since_last_session(tmp_path, {**other, "on_epoch": "patience"})
     assert line == (
