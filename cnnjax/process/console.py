@@ -15,7 +15,7 @@ from rich.progress import track as rich_track
 
 from cnnjax.class_scores import is_uneven
 from cnnjax.process.streams import Output, reason
-from cnnjax.process.tables import accuracies, class_lines, rate, scores_suffix
+from cnnjax.process.tables import accuracies, class_lines, rate, scores_suffix, show_score
 from cnnjax.runs.schema import own_scores
 
 T = TypeVar("T")
@@ -186,8 +186,9 @@ class _Cell:
 
 
 def _scores(values: Mapping[str, Any]) -> str:
-    percent = ("accuracy", "balanced accuracy")
-    return "  ".join(f"{name} {value:{'.2%' if name in percent else 'z.4f'}}" for name, value in values.items())
+    formats = {"loss": "z.4f", "accuracy": ".2%", "balanced accuracy": ".2%"}
+    shown = {name: format(x, formats[name]) if name in formats else show_score(x) for name, x in values.items()}
+    return "  ".join(f"{name} {value}" for name, value in shown.items())
 
 
 def _console(file: Any, **options: Any) -> Console:

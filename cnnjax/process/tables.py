@@ -69,7 +69,12 @@ def accuracies(accuracy: float, balanced_accuracy: float, uneven: bool) -> str:
 
 def scores_suffix(scores: Mapping[str, float]) -> str:
     """Returns `, name 0.1234` for each of the user's own scores."""
-    return "".join(f", {name} {value:z.4f}" for name, value in scores.items())
+    return "".join(f", {name} {show_score(value)}" for name, value in scores.items())
+
+
+def show_score(value: float) -> str:
+    """Returns a number of any size with four decimals, or four digits if these would be too few or too many."""
+    return f"{value:z.4f}" if value == 0 or 1e-3 <= abs(value) < 1e6 else f"{value:.4g}"
 
 
 def _right_aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:

@@ -340,7 +340,8 @@ def _score(result: Result, metric: str, folder: Path) -> float | None:
 
 def _outcome(run_dir: Path) -> dict[str, Any]:
     info = read_info(run_dir)
-    left_out = ("training_seconds", "device", "seed", "classes", "confusion_matrix")
+    # Runs of an earlier version did not record the last one; metrics.jsonl has it.
+    left_out = ("training_seconds", "device", "seed", "classes", "confusion_matrix", "best_validation_loss")
     result = {k: v for k, v in (info.result or {}).items() if k not in left_out}
     return {"state": info.state, **result}
 

@@ -108,7 +108,7 @@ class Callbacks:
                 f"`on_epoch` must return True to stop, or False or None to continue, got {decision!r} of type "
                 f"{type(decision).__name__}. Convert it: bool(...)."
             )
-        decision = self.hosts.share(lambda: bool(decision)) if self.on_epoch else None
+        decision = None if self.on_epoch is None else self.hosts.share(lambda: bool(decision))
         if any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
             raise UserError(
                 "`on_epoch` must keep its state, got one that was donated. Pass donate=False to `train_step`."

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cnnjax.errors import UserError, check
+from cnnjax.process.tables import show_score
 
 CONFIDENCE = 0.95
 POWER = 0.8  # The probability of detecting a real difference; Cohen 1988, "Statistical Power Analysis", section 2.4.
@@ -291,4 +292,6 @@ def _bounds(metric: str) -> tuple[float, float]:
 
 
 def _show(value: float, metric: str) -> str:
-    return f"{value:.2%}" if _is_fraction(metric) else f"{value:z.4f}"
+    if metric in LOSSES:
+        return f"{value:z.4f}"
+    return f"{value:.2%}" if _is_fraction(metric) else show_score(value)
