@@ -111,7 +111,7 @@ QUICKLY := env -u PYTHONDONTWRITEBYTECODE XLA_FLAGS="$$XLA_FLAGS --xla_backend_o
 test: setup
 	$(BIN)/ruff check $(CODE) && $(BIN)/ruff format --check $(CODE) && $(BIN)/pyright --pythonpath $(BIN)/python
 	$(CLANG_FORMAT) --dry-run -Werror cnnjax/onednn/*.c
-	$(QUICKLY) $(BIN)/pytest -n 2 --dist loadfile -m 'not slow' $(ARGS)
+	$(QUICKLY) $(BIN)/pytest -n 2 -m 'not slow' $(ARGS)
 
 test-slow: setup
 	$(BIN)/pytest -m slow $(ARGS)

@@ -130,9 +130,7 @@ class Config:
         for name in ("model", "optim", "augment", "loss", "metrics"):
             value = getattr(self, name)
             try:
-                hash(
-                    value
-                )  # `jit` compiles once for equal values, and a mutable value could differ from the recorded one.
+                hash(value)  # `jit` compiles once for equal values; a mutable one could differ from what is recorded.
             except TypeError as error:
                 raise UserError(
                     f"`{name}` must be hashable, got {show(value)} ({error}). Use @dataclass(frozen=True), and tuples."

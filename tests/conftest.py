@@ -1,6 +1,5 @@
 """Fixtures: a small generated data set that a network can learn, in the format of tfds; quick compilation."""
 
-import gc
 import os
 import resource
 import shutil
@@ -21,10 +20,6 @@ from cnnjax.program import train_steps
 from cnnjax.seeds import train_seeds
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
-# Otherwise Python looks through all that jax has ever traced again and again, a twelfth of the time of the tests.
-gc.freeze()
-gc.set_threshold(10_000, 10, 20)
 
 # A shell ignores signals of what it starts in the background, and so would training.
 for signum, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):

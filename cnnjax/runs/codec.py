@@ -173,12 +173,8 @@ class _Encoder(NamedTuple):
         has_state = not isinstance(owner, (type, ModuleType, NoneType))  # A method of an object.
         if name is None or "<" in name or has_state:
             as_class = "a dataclass with a method `__call__`, whose fields are recorded."
-            fix = f" Make it {as_class}" if has_state or callable(x) else ""
-            fix = (
-                f" Write it with `def` at the top level of a file, or make it {as_class}"
-                if inspect.isfunction(x)
-                else fix
-            )
+            write = "Write it with `def` at the top level of a file, or make" if inspect.isfunction(x) else "Make"
+            fix = f" {write} it {as_class}" if callable(x) else ""
             raise UserError(
                 f"`{path}` must be a value that config.json can name (a number, a string, a dataclass, or a class or "
                 f"function at the top level of a file), got {show(x)}.{fix}"
