@@ -1,7 +1,7 @@
-"""Scores of the classes, frequent mistakes, and the calibration of predictions."""
+"""Scores of the classes, frequent mistakes, the calibration of predictions, and which scores are the user's own."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -14,6 +14,15 @@ MAX_CLASSES = 300  # The confusion matrix in result.json then has 90,000 numbers
 UNEVEN = 1.5  # MNIST, whose largest class has 1.27 times the test images of its smallest, counts as even.
 NUM_BINS = 15  # Bins of a calibration curve; Guo et al. 2017.
 DIGITS = 5  # A confidence is rounded, so that batches of another size give the same order and bins.
+
+
+OUR_SCORES = ("loss", "accuracy", "balanced_accuracy")  # Of a validation set, in the order of a row of metrics.jsonl.
+
+
+def own_scores(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the scores of `Config.metrics` in a row of metrics.jsonl, or in a history, by their names."""
+    values = {name.removeprefix("validation_"): value for name, value in row.items() if name.startswith("validation_")}
+    return {name: value for name, value in values.items() if name not in OUR_SCORES}
 
 
 class ClassScores(NamedTuple):

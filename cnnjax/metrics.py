@@ -9,22 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from cnnjax.class_scores import Confusion, class_scores
+from cnnjax.class_scores import OUR_SCORES, Confusion, class_scores
 from cnnjax.errors import ArgumentError, UserError, describe_shapes, user_code
 from cnnjax.fields import shorten
 from cnnjax.network import logits_of
 from cnnjax.typing import AnyArray, BatchLike, LossFn, MetricsFn
 
 # The names of our own scores, which a user's function must not return.
-RESERVED_NAMES = (
-    "loss",
-    "accuracy",
-    "balanced_accuracy",
-    "macro_precision",
-    "macro_recall",
-    "macro_f1",
-    "confusion_matrix",
-)
+RESERVED_NAMES = (*OUR_SCORES, "macro_precision", "macro_recall", "macro_f1", "confusion_matrix")
 
 
 class Metrics(NamedTuple):

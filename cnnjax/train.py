@@ -180,9 +180,10 @@ def train_run(
             hosts.check_same("mesh", "the same in all processes", mesh)
             streams = inputs.dataset.streams
             hosts.check_same("stream", f"the same in all processes (give {option('stream')} to all)", streams)
-            options: Any = {"devices": devices, "mesh": mesh, "resume": resume, "on_epoch": on_epoch}
-            setup, state, progress = _begin(run, inputs, tracer, **options)
-            options = {"callbacks": callbacks, "tracer": tracer, "checkpoint_seconds": checkpoint_seconds}
+            setup, state, progress = _begin(
+                run, inputs, tracer, devices=devices, mesh=mesh, resume=resume, on_epoch=on_epoch
+            )
+            options: Any = {"callbacks": callbacks, "tracer": tracer, "checkpoint_seconds": checkpoint_seconds}
             trained = _train(run, setup, state, progress, **options)
         run.stop.finished = stop is None
     report.result(trained.finished_result(), run_dir)

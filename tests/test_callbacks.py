@@ -285,6 +285,25 @@ def test_a_bool_of_numpy_stops_the_run_and_the_report_gets_its_result(tmp_path):
     assert report == [run.result]
 
 
+class Seen(list):
+    """A function that is false until it is called."""
+
+    def __call__(self, row, state):
+        self.append(row["epoch"])
+        return len(self) == 2
+
+
+def test_the_function_that_may_stop_a_run_is_recorded_by_its_name(tmp_path):
+    said, report = [], Report(quiet=True)
+    report.say = said.append
+    run = train_and_evaluate(CONFIG, run_dir=tmp_path, on_epoch=Seen())
+    assert run.result["stopped_epoch"] == 2
+    (tmp_path / "result.json").unlink()
+    train_and_evaluate(CONFIG, run_dir=tmp_path, on_epoch=never, resume=True, report=report)
+    assert [session["on_epoch"] for session in read_manifest(tmp_path)["sessions"]] == ["Seen", "never"]
+    assert "`on_epoch`, which may stop the run, was Seen and is never: it may end in another epoch." in said
+
+
 def test_what_on_epoch_puts_into_its_state_is_not_saved(plain, tmp_path):
     def wipe(row, state):
         for part in state.params.values():

@@ -12,7 +12,7 @@ from tyro.conf import Positional, arg
 
 from cnnjax.errors import UserError, check
 from cnnjax.process.streams import reason
-from cnnjax.process.tables import printable, table
+from cnnjax.process.tables import printable, show_score, table
 
 if TYPE_CHECKING:
     from cnnjax.config import Config
@@ -87,7 +87,7 @@ class Runs:
             test = info.result["test_accuracy"] if info.result else None
             scores = ["" if x is None else f"{x:.2%}" for x in (best.get("validation_accuracy"), test)]
             if by != "accuracy" and f"validation_{by}" in best:
-                scores[0] += f", {by} {best[f'validation_{by}']:.4f}"
+                scores[0] += f", {by} {show_score(best[f'validation_{by}'])}"
             epochs = f"{len(info.rows)}/{info.config['num_epochs']}"
             rows.append([name, info.state, str(info.config["seed"]), epochs, *scores, f"{info.seconds:.0f} s"])
         if rows:

@@ -79,12 +79,13 @@ class Eval:
     def _score(self, runs: Sequence["Run"]) -> tuple["Scores", Any, int]:
         """Returns the scores, the labels, and the number of files that cannot be read."""
         from cnnjax.runs.predictions import evaluate_ensemble
+        from cnnjax.runs.run import evaluate_ours
 
         if self.data is not None:
             return self._score_files(runs, Path(os.path.expanduser(self.data)))
         if self.ensemble:
             return *evaluate_ensemble(runs, tta=self.tta, data_dir=self.data_dir), 0
-        return *runs[0].evaluate_ours(self.split, tta=self.tta, data_dir=self.data_dir), 0
+        return *evaluate_ours(runs[0], self.split, tta=self.tta, data_dir=self.data_dir), 0
 
     def _score_files(self, runs: Sequence["Run"], data: Path) -> tuple["Scores", Any, int]:
         """Returns the scores, the labels, and the number of files that cannot be read."""

@@ -13,10 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.progress import track as rich_track
 
-from cnnjax.class_scores import is_uneven
+from cnnjax.class_scores import OUR_SCORES, is_uneven, own_scores
 from cnnjax.process.streams import Output, reason
 from cnnjax.process.tables import accuracies, class_lines, rate, scores_suffix, show_score
-from cnnjax.runs.schema import own_scores
 
 T = TypeVar("T")
 
@@ -127,8 +126,7 @@ class Report:
         """
         train = {name.removeprefix("train_"): value for name, value in row.items() if name.startswith("train_")}
         train.pop("grad_norm", None)
-        names = ("loss", "accuracy", "balanced_accuracy")
-        validation = {name.replace("_", " "): row.get(f"validation_{name}") for name in names}
+        validation = {name.replace("_", " "): row.get(f"validation_{name}") for name in OUR_SCORES}
         accuracy, balanced = row.get("validation_accuracy"), validation["balanced accuracy"]
         if accuracy is None or balanced is None or abs(accuracy - balanced) < 0.01:
             del validation["balanced accuracy"]

@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cnnjax.class_scores import Calibration
+from cnnjax.class_scores import Calibration, own_scores
 from cnnjax.report import charts, prediction_charts
 from cnnjax.report.analysis import Band, Fit, band
-from cnnjax.runs.schema import Result, own_scores
+from cnnjax.runs.schema import Result
 from cnnjax.runs.statistics import Summary
 
 MATRIX_CLASSES = 30  # If there are more, those with the most mistakes are shown.

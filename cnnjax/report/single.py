@@ -19,6 +19,7 @@ from cnnjax.data.stored import Examples
 from cnnjax.errors import UserError
 from cnnjax.files import flatten, show
 from cnnjax.process.console import track
+from cnnjax.process.tables import show_score
 from cnnjax.report import charts, figures, images, words
 from cnnjax.report.activations import FeatureMap, feature_maps, first_filters
 from cnnjax.report.analysis import Shown, judge_fit, most_confident
@@ -166,6 +167,7 @@ def _scores(run: Run, files: dict[str, Any]) -> dict[str, Any]:
         files["confusion"] = found[0].draw(min(max(40 * len(found[0].rows), 160), 700))
     return {
         "interval": wilson_interval(result["test_accuracy"], result["num_test_examples"]),
+        "own": {name: show_score(value) for name, value in result.get("test_metrics", {}).items()},
         "uneven": is_uneven([row["count"] for row in classes]),
         "best_by": {"balanced_accuracy": "balanced accuracy"}.get(run.config.best_by, run.config.best_by),
         "time": words.duration(result["training_seconds"]),

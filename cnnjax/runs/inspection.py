@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from cnnjax.class_scores import own_scores
 from cnnjax.config import Config
 from cnnjax.errors import UserError, check, check_name, suggest, unknown_name
 from cnnjax.files import SUMS, changes, check_local, check_sums, file_sha256, is_inside, show
@@ -22,7 +23,7 @@ from cnnjax.inputs import load_inputs
 from cnnjax.process.console import Report
 from cnnjax.runs import directory, loggers, manifest, profile, records, recovery
 from cnnjax.runs.run import make_run
-from cnnjax.runs.schema import EncodedConfig, Result, Row, Session, own_metrics, own_scores
+from cnnjax.runs.schema import EncodedConfig, Result, Row, Session, own_metrics
 from cnnjax.runs.source import source_of
 from cnnjax.runs.statistics import CLASS_METRICS, METRICS
 from cnnjax.step import TrainState

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from cnnjax.class_scores import OUR_SCORES
 from cnnjax.config import Config
 from cnnjax.errors import NonFiniteLossError, UserError, option
 from cnnjax.files import tree_sha256
@@ -303,8 +304,7 @@ def metrics_row(ended: EndedEpoch) -> Row:
         row["train_accuracy"] = values.pop("accuracy")
     row["train_grad_norm"] = ended.grad_norm
     if ended.validation is not None:
-        names = ("loss", "accuracy", "balanced_accuracy")
-        row |= {f"validation_{name}": getattr(ended.validation, name) for name in names}
+        row |= {f"validation_{name}": getattr(ended.validation, name) for name in OUR_SCORES}
     row["params_sha256"] = tree_sha256(ended.state.params)
     row |= {f"train_{name}": value for name, value in values.items()}
     own = {} if ended.validation is None else ended.validation.metrics

@@ -152,7 +152,13 @@ def read_rows(run_dir: Path) -> list[Row]:
     Raises:
       UserError: it cannot be read, or a line is not a `Row`.
     """
-    return _read_lines(run_dir / "metrics.jsonl", Row)
+    path = run_dir / "metrics.jsonl"
+    rows = _read_lines(path, Row)
+    for i, row in enumerate(rows, 1):
+        for name, value in row.items():  # The schema does not know the names of the user's own scores.
+            if name.startswith(("train_", "validation_")) and type(value) not in (int, float):
+                raise UserError(f"`{name}` in {path}, line {i} must be a number, got {value!r}. {rewrite()}")
+    return rows
 
 
 def read_timing(run_dir: Path) -> list[Timing]:

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from cnnjax.class_scores import class_scores, confusion_matrix
+from cnnjax.class_scores import class_scores, confusion_matrix, own_scores
 from cnnjax.data.batches import Pixels
 from cnnjax.data.feed import StreamedSet
 from cnnjax.errors import NonFiniteLossError, UserError
@@ -13,7 +13,7 @@ from cnnjax.prepare import Setup, count_params, device_name
 from cnnjax.program import evaluate
 from cnnjax.runs.directory import OpenRun
 from cnnjax.runs.progress import Progress, best_row, score_own
-from cnnjax.runs.schema import Result, own_scores
+from cnnjax.runs.schema import Result
 from cnnjax.step import TrainState
 
 

@@ -283,24 +283,23 @@ class Run:
           UserError: the data are not those of the run, or it has no validation part.
         """
         check_complete(self.config, "metrics")
-        scores, label = self.evaluate_ours(split, tta=tta, data_dir=data_dir)
+        scores, label = evaluate_ours(self, split, tta=tta, data_dir=data_dir)
         return with_metrics(scores, self.config.metrics, label)._replace(logits=None)
 
-    def evaluate_ours(
-        self, split: str, *, tta: str | None, data_dir: str | os.PathLike[str] | None
-    ) -> tuple[Scores, Any]:
-        """Does what `evaluate` does without `Config.metrics`; returns the labels, and logits if there are metrics."""
-        dataset, config = self._dataset(split, data_dir), self.config
-        parts = (
-            [dataset.open("test")] if split == "test" else dataset.open_parts(config.seed, config.validation_fraction)
-        )
-        pixels = pixels_of(parts[-1], self.facts.standardization)
-        if tta is None:
-            tta = self.config.tta if split == "test" else "none"
-        placement = place(1, [*self.state.step.devices()])
-        keeps = config.metrics is not None
-        scores = evaluate(self.state, pixels, model=config.model, tta=tta, placement=placement, keep_logits=keeps)
-        return scores, pixels.label
+
+def evaluate_ours(
+    run: Run, split: str, *, tta: str | None, data_dir: str | os.PathLike[str] | None
+) -> tuple[Scores, Any]:
+    """Does what `Run.evaluate` does without `Config.metrics`; returns the labels, and logits if there are metrics."""
+    dataset, config = run._dataset(split, data_dir), run.config
+    parts = [dataset.open("test")] if split == "test" else dataset.open_parts(config.seed, config.validation_fraction)
+    pixels = pixels_of(parts[-1], run.facts.standardization)
+    if tta is None:
+        tta = config.tta if split == "test" else "none"
+    placement = place(1, [*run.state.step.devices()])
+    keeps = config.metrics is not None
+    scores = evaluate(run.state, pixels, model=config.model, tta=tta, placement=placement, keep_logits=keeps)
+    return scores, pixels.label
 
 
 def load_run(run_dir: str | os.PathLike[str], config: Config | None = None, *, step: int | None = None) -> Run:

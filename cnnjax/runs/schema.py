@@ -1,6 +1,5 @@
 """The content of the JSON files of a run directory: keys, types and bounds, which `files.read_json` checks."""
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal, NotRequired
 
@@ -105,12 +104,6 @@ class Row(TypedDict):
     validation_accuracy: NotRequired[Fraction]
     validation_balanced_accuracy: NotRequired[Fraction]
     params_sha256: Sha256
-
-
-def own_scores(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the scores of `Config.metrics` in a row of metrics.jsonl, or in a history, by their names."""
-    values = {name.removeprefix("validation_"): value for name, value in row.items() if name.startswith("validation_")}
-    return {name: value for name, value in values.items() if name not in ("loss", "accuracy", "balanced_accuracy")}
 
 
 class Timing(TypedDict):

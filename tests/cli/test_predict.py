@@ -18,7 +18,7 @@ from generated import status
 from PIL import Image
 from sklearn.metrics import accuracy_score, confusion_matrix, log_loss
 
-from cnnjax import Run, UserError, load_run
+from cnnjax import UserError, load_run
 from cnnjax.cli.main import main
 from cnnjax.data.datasets import load_dataset
 from cnnjax.metrics import Scores
@@ -111,7 +111,7 @@ def test_eval_prints_the_score_of_every_image_of_a_split(run_dir, prepared_dir, 
 
 def test_eval_prints_no_loss_of_minus_zero(run_dir, monkeypatch, capsys):
     scores = Scores(-1e-9, 2, {"accuracy": 1.0}, {(0, 0): 1, (1, 1): 1})
-    monkeypatch.setattr(Run, "evaluate_ours", lambda *arguments, **options: (scores, np.array([0, 1])))
+    monkeypatch.setattr("cnnjax.runs.run.evaluate_ours", lambda *arguments, **options: (scores, np.array([0, 1])))
     main(["eval", str(run_dir)])
     assert "loss 0.0000, on all 2 images" in capsys.readouterr().out
 

@@ -151,6 +151,18 @@ def test_a_changed_line_of_metrics_is_not_used(line, message, run_dir):
         read_rows(run_dir)
 
 
+@pytest.mark.parametrize("name", ["train_margin", "validation_auroc"])
+def test_the_scores_of_a_user_are_numbers(name, tmp_path):
+    row = {"epoch": 1, "step": 9, "train_loss": 1.0, "train_grad_norm": 1.0, "params_sha256": 64 * "0"}
+    write_rows(tmp_path / "metrics.jsonl", [{**row, name: float("nan")}, {**row, name: 1}])  # type: ignore[list-item]
+    assert len(read_rows(tmp_path)) == 2
+    write_rows(tmp_path / "metrics.jsonl", [{**row, name: "high"}])  # type: ignore[list-item]
+    with pytest.raises(
+        UserError, match=rf"^`{name}` in .*metrics\.jsonl, line 1 must be a number, got 'high'\. Resume"
+    ):
+        read_rows(tmp_path)
+
+
 def test_rows_are_written_once(seeds, tmp_path):
     assert read_rows(tmp_path) == []
     rows = read_rows(seeds.folder / "seed0")
