@@ -194,19 +194,23 @@ def training_input(setup: Setup, step: int) -> AbstractContextManager[Iterator[A
     return nullcontext(repeat(train))
 
 
-def plan_dispatches(setup: Setup, step: int) -> Iterator[tuple[Plan, Key[Array, ""]]]:
-    """Yields what each call of `train_steps` needs from `step` on, without end: a plan, and the key of its epoch."""
+def plan_dispatches(setup: Setup, step: int, program: Program | None = None) -> Iterator[tuple[Plan, Key[Array, ""]]]:
+    """Yields what each call of `train_steps` needs from `step` on, without end: a plan, and the key of its epoch.
+
+    Args:
+      program: the program of all epochs; None: each epoch has its own.
+    """
     config, train, placement = setup.config, setup.train, setup.placement
     epoch, first = divmod(step, setup.steps_per_epoch)
     while True:
-        program = setup.program.at_epoch(epoch)
-        height, width, _ = setup.train_shape(program)
+        used = program or setup.program.at_epoch(epoch)
+        height, width, _ = setup.train_shape(used)
         plan = epoch_plan(
             config.seed,
             epoch,
             len(train.label),
             batch_size=setup.batch_size,
-            augment=program.augment,
+            augment=used.augment,
             image_size=(height, width),
             balanced_label=setup.balanced_label,
         )

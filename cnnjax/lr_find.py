@@ -107,8 +107,8 @@ def find_learning_rate(
     """
     start_jax()
     say = (report or Report(quiet=True)).say
-    inputs = load_inputs(config, data_dir, say)
     with explain_out_of_memory():
+        inputs = load_inputs(config, data_dir, say)
         used, low = [], config.optim.learning_rate / RANGE
         rising = optax.exponential_decay(low, NUM_UPDATES - 1, RANGE**2)
 
@@ -126,9 +126,10 @@ def find_learning_rate(
         # A lookahead holds the parameters back towards the end of a run, so the sweep must be far from it.
         num_steps = 10 * (NUM_UPDATES + 1) * config.optim.accumulate_steps
         num_epochs = max(config.num_epochs, -(-num_steps // setup.steps_per_epoch))
-        program = setup.program._replace(num_steps=num_epochs * setup.steps_per_epoch, num_epochs=num_epochs)
         frozen = setup.frozen_names(0)
-        setup = setup._replace(program=program.at_epoch(0))
+        program = setup.program.at_epoch(0)  # Of the run: an augmentation may depend on its number of epochs.
+        program = program._replace(num_steps=num_epochs * setup.steps_per_epoch, num_epochs=num_epochs)
+        setup = setup._replace(program=program)
         with training_input(setup, 0) as inputs:
             return _sweep(inputs, setup, state, low * RANGE ** np.linspace(0, 2, NUM_UPDATES), frozen)
 
@@ -153,7 +154,7 @@ def _with_schedule(optim: Optimizer, schedule: Callable[[Any], Any]) -> Optimize
 def _sweep(
     inputs: Iterator[Any], setup: Setup, state: TrainState, rates: Float[np.ndarray, " U"], frozen: tuple[str, ...]
 ) -> RangeTest:
-    dispatches = plan_dispatches(setup._replace(steps_per_dispatch=1), 0)
+    dispatches = plan_dispatches(setup._replace(steps_per_dispatch=1), 0, setup.program)
     found, first = RangeTest(rates[:0], rates[:0], False), math.nan
     # The loss of the first batches precedes every update.
     for i in track(range(len(rates) + 1), "learning rates", total=len(rates) + 1):

@@ -22,6 +22,8 @@ RESERVED_NAMES = (*OUR_SCORES, "macro_precision", "macro_recall", "macro_f1", "c
 class Metrics(NamedTuple):
     """Sums over the unmasked examples; divide by `num_examples` once, on the host.
 
+    `jax.tree.map(jnp.add, a, b)` adds the metrics of two batches; `a + b` would concatenate tuples.
+
     Attributes:
       loss: the sum of the losses; the losses that the network sows count once per example.
       num_examples: number of unmasked examples.

@@ -106,6 +106,7 @@ def train_seeds(
     start_jax()
     is_silent, report = report is None, report or Report(quiet=True)
     check("seeds", "different, and at least one", len({*seeds}) == len(seeds) > 0, seeds)
+    size = math.prod(parse_mesh(mesh)) if mesh is not None else 1
     configs = [replace(config, seed=seed) for seed in seeds]
     folders = [run_dir_of(c, folder) for c in configs]
     for run_dir, c in zip(folders, configs, strict=True):
@@ -118,7 +119,7 @@ def train_seeds(
     inputs = None
     if not (resume and all(_is_finished(run_dir, config) for run_dir in folders)):  # Else no data are needed.
         inputs = load_inputs(config, data_dir, report.say, version=version, stream=stream)
-    devices, size = jax.local_devices(), math.prod(parse_mesh(mesh)) if mesh is not None else 1
+    devices = jax.local_devices()
     rule = f"of at most the {len(devices)} device{'s' if len(devices) > 1 else ''} of this process"
     check("mesh", rule, size <= len(devices), mesh)
     groups = [devices[i : i + size] for i in range(0, len(devices) - size + 1, size)]

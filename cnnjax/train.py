@@ -36,7 +36,7 @@ from cnnjax.runs.records import data_version, read_record
 from cnnjax.runs.result import score_test_set
 from cnnjax.runs.run import Run, make_run
 from cnnjax.runs.source import SourceCode
-from cnnjax.sharding import move
+from cnnjax.sharding import move, parse_mesh
 from cnnjax.step import TrainState
 
 
@@ -154,7 +154,7 @@ def train_run(
     check("config", "a Config", isinstance(config, Config), repr(config))
     check("report", "a Report or None", report is None or isinstance(report, Report), repr(report))
     check_loggers(loggers)
-    _check_options(resume, profile, checkpoint_seconds, devices, on_step=on_step, on_epoch=on_epoch)
+    _check_options(resume, profile, checkpoint_seconds, devices, mesh, on_step=on_step, on_epoch=on_epoch)
     _check_paths(run_dir=run_dir, data_dir=data_dir)
     start_jax()
     hosts = current()
@@ -261,7 +261,9 @@ def _train(
     return replace(begun, result=result, test_logits=test_logits, _trained=(kept, progress.rows, progress.timing))
 
 
-def _check_options(resume: Any, profile: Any, checkpoint_seconds: Any, devices: Any, **callbacks: Any) -> None:
+def _check_options(
+    resume: Any, profile: Any, checkpoint_seconds: Any, devices: Any, mesh: Any, **callbacks: Any
+) -> None:
     check("resume", "False, True or 'auto'", isinstance(resume, bool) or resume == "auto", repr(resume))
     check("profile", "two numbers of steps, or None", profile is None or is_range(profile), repr(profile))
     seconds = isinstance(checkpoint_seconds, int | float) and checkpoint_seconds >= 0
@@ -270,6 +272,8 @@ def _check_options(resume: Any, profile: Any, checkpoint_seconds: Any, devices: 
     distinct = all(isinstance(device, jax.Device) for device in some) and len({*some}) == len(some) > 0
     valid = devices is None or distinct
     check("devices", "a sequence of different devices, or None", valid, repr(devices))
+    if mesh is not None:
+        parse_mesh(mesh)
     for name, callback in callbacks.items():
         check(name, "a function or None", callback is None or callable(callback), repr(callback))
 

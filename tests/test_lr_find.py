@@ -1,7 +1,7 @@
 """The learning-rate range test, on losses whose course is known."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -14,6 +14,7 @@ import pytest
 
 from cnnjax import SGD, Augment, Config, Optimizer, ParamGroup, UserError
 from cnnjax.cli.main import main
+from cnnjax.data.order import epoch_plan
 from cnnjax.lr_find import RangeTest, find_learning_rate
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (24, 4, 4, 1), np.uint8)
@@ -47,6 +48,41 @@ def test_each_update_uses_its_learning_rate_times_the_factor_of_the_group():
     np.testing.assert_allclose(found.learning_rate, rates, rtol=1e-9)
     np.testing.assert_allclose(found.loss, 10 - 1.5 * np.cumsum(rates), rtol=2e-5, atol=2e-5)
     assert not found.diverged
+
+
+@dataclass(frozen=True)
+class Grow(Augment):
+    """Its images are larger in a run of one epoch, and from the second epoch on; applied twice, twice as much."""
+
+    factor: int = 1
+
+    def output_size(self, image_size):
+        return image_size[0] * self.factor, image_size[1] * self.factor
+
+    def transform_pixels(self, key, image):
+        return jnp.repeat(jnp.repeat(image, self.factor, 1), self.factor, 2)
+
+    def at_epoch(self, epoch, num_epochs):
+        return replace(self, factor=self.factor + (num_epochs == 1) + (epoch > 0))
+
+
+def test_all_updates_have_the_augmentation_of_the_first_epoch(monkeypatch):
+    drawn, trained = set(), set()
+
+    def draw(*arguments, **options):
+        drawn.add(options["image_size"])
+        return epoch_plan(*arguments, **options)
+
+    def loss(logits, batch):
+        trained.add(batch.image.shape[1:3])
+        return linear(logits, batch)
+
+    monkeypatch.setattr("cnnjax.loop.epoch_plan", draw)
+    config = Config(
+        dataset=ARRAYS, num_epochs=1, model=Scalars(), optim=SGD(learning_rate=1e-3), augment=Grow(), loss=loss
+    )
+    assert len(find_learning_rate(config).loss) > 100
+    assert drawn == trained == {(8, 8)}
 
 
 def test_it_stops_when_the_loss_diverges():

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -12,7 +13,9 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
+from cnnjax import Config, train_and_evaluate
 from cnnjax.errors import UserError
+from cnnjax.seeds import train_seeds
 from cnnjax.sharding import AXES, MIN_DIVIDED, Placement, parse_mesh, place
 
 PROGRAM = Path(__file__).parent / "programs" / "devices.py"
@@ -167,6 +170,18 @@ def test_anything_else_is_refused(text):
         UserError, match="`mesh` must be sizes of the axes data and model, such as data=8 or data=4,mod"
     ):
         parse_mesh(text)
+
+
+def data_that_must_not_be_loaded():
+    raise AssertionError
+
+
+@pytest.mark.parametrize("train", [train_and_evaluate, partial(train_seeds, seeds=(0, 1))])
+def test_a_mesh_of_another_form_is_refused_before_the_data_are_loaded(train, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"`mesh` must be sizes of the axes data and model, .* got 'eight'"):
+        train(Config(dataset=data_that_must_not_be_loaded), mesh="eight")
+    assert not [*tmp_path.iterdir()]
 
 
 class Device:
