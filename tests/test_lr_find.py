@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -16,6 +17,7 @@ from cnnjax import SGD, Augment, Config, Optimizer, ParamGroup, UserError
 from cnnjax.cli.main import main
 from cnnjax.data.order import epoch_plan
 from cnnjax.lr_find import RangeTest, find_learning_rate
+from cnnjax.seeds import train_seeds
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (24, 4, 4, 1), np.uint8)
 ARRAYS = (IMAGES, np.arange(24) % 2, IMAGES, np.arange(24) % 2)
@@ -234,3 +236,15 @@ def test_a_run_after_it_has_the_bits_of_a_run_without_it(tmp_path, monkeypatch, 
     with pytest.raises(SystemExit):
         main(["lr-find", "mine.py", "--plot", "found.txt"])
     assert "`plot` must be a file .svg or .html, got found.txt." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("function", [find_learning_rate, partial(train_seeds, seeds=(0, 1))])
+def test_data_that_do_not_fit_into_memory_are_a_message(function, tmp_path, monkeypatch):
+    def load(*arguments, **options):
+        raise MemoryError("Unable to allocate 9 TiB.")
+
+    monkeypatch.chdir(tmp_path)
+    for module in ("lr_find", "seeds"):
+        monkeypatch.setattr(f"cnnjax.{module}.load_inputs", load)
+    with pytest.raises(UserError, match=r"^The run must fit into memory, got: Unable to allocate 9 TiB\. Lower"):
+        function(Config(dataset=ARRAYS))
