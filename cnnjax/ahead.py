@@ -11,9 +11,9 @@ import jax
 from cnnjax.compiler import compiler_options
 from cnnjax.data.batches import Pixels
 from cnnjax.data.feed import StreamedSet, pixels_of
-from cnnjax.prepare import Setup, trace_steps
-from cnnjax.program import compile_evaluation
+from cnnjax.program import Program, compile_evaluation
 from cnnjax.runs.progress import Progress
+from cnnjax.setup import Setup, trace_steps
 from cnnjax.step import TrainState
 
 EVALUATION = "evaluation"
@@ -24,8 +24,8 @@ class Ahead(NamedTuple):
 
     Attributes:
       open_test: returns the test set.
-      programs: the compilations, by the arguments `program` and `frozen` of `train_steps`, and `EVALUATION`, in the
-        order in which they are needed. What fails here fails again where it is needed.
+      programs: the compilations, by the argument of `train_steps`, and `EVALUATION`, in the order in which they are
+        needed. What fails here fails again where it is needed.
     """
 
     open_test: Callable[[], Pixels | StreamedSet]
@@ -66,8 +66,8 @@ def prepared_ahead(setup: Setup, state: TrainState, progress: Progress) -> Itera
 
             return thread.submit(copy_context().run, call)
 
-        def compile_steps(statics: tuple[Any, tuple[str, ...]]) -> None:
-            trace_steps(setup, shapes, statics).lower().compile()
+        def compile_steps(program: Program) -> None:
+            trace_steps(setup, shapes, program).lower().compile()
 
         def compile_score() -> None:
             pixels: Any = test.result()  # In memory, as the training set.
@@ -77,11 +77,10 @@ def prepared_ahead(setup: Setup, state: TrainState, progress: Progress) -> Itera
         # Otherwise XLA selects kernels by timing them, for which the device must be idle.
         if placement.device.platform != "gpu" or "xla_gpu_deterministic_ops" in compiler_options():
             first, within = divmod(int(state.step), setup.steps_per_epoch)
-            stopped = progress.stopped_within == setup.config.num_epochs
-            epochs = range(first, first if stopped else setup.config.num_epochs)
+            epochs = range(first, first if progress.stopped else setup.config.num_epochs)
             # The first epoch compiles its own program, which is shorter if the run resumes within it.
-            later = list(dict.fromkeys(setup.statics(epoch) for epoch in epochs))[0 if within else 1 :]
-            programs |= {statics: submit(compile_steps, statics) for statics in later}
+            later = list(dict.fromkeys(setup.program_at(epoch) for epoch in epochs))[0 if within else 1 :]
+            programs |= {program: submit(compile_steps, program) for program in later}
             programs[EVALUATION] = submit(compile_score)
         try:
             yield Ahead(test.result, programs)

@@ -1,22 +1,14 @@
 """The loop: epochs, each with its validation, on a device that does not wait for the host."""
 
-import math
-import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from functools import cache, partial
-from itertools import repeat
-from typing import Any
+from collections.abc import Callable
+from functools import partial
 
 import jax
-from jaxtyping import Array, Key
 
 from cnnjax.ahead import Ahead
-from cnnjax.data.feed import StreamedSet
-from cnnjax.data.order import Plan, epoch_plan
+from cnnjax.dispatch import Dispatch, open_dispatches
 from cnnjax.metrics import Metrics, Scores, Totals
-from cnnjax.prepare import Setup
-from cnnjax.program import Program, start_evaluation, train_steps
+from cnnjax.program import start_evaluation, train_steps
 from cnnjax.runs.directory import OpenRun
 from cnnjax.runs.profile import Profile
 from cnnjax.runs.progress import (
@@ -24,14 +16,15 @@ from cnnjax.runs.progress import (
     EndedEpoch,
     Progress,
     add_steps,
-    end_epoch,
     raise_if_stopped,
+    record_epoch,
     save_within_epoch,
     score_own,
 )
-from cnnjax.sharding import fetch, put
+from cnnjax.setup import Setup
+from cnnjax.sharding import fetch
 from cnnjax.step import TrainState, copy_state
-from cnnjax.throughput import make_timing, seconds_at_peak
+from cnnjax.throughput import Clock, make_timing, seconds_at_peak
 
 # Longer epochs are not queued: a process that is stopped ends when the device has computed what is queued.
 QUEUED_SECONDS = 5.0
@@ -58,73 +51,66 @@ def fit(
       StorageError: a checkpoint could not be written.
       Interrupted: a signal arrived.
     """
-    config, steps = setup.config, setup.steps_per_epoch
-    step = int(state.step)
-    begin = time.perf_counter() - progress.seconds  # When a run without interruptions would have begun.
+    steps_per_epoch, num_epochs = setup.steps_per_epoch, setup.program.num_epochs
+    clock = Clock(progress.seconds)
     at_peak = {
-        shape: seconds_at_peak(config.model, shape, setup.placement.devices)
+        shape: seconds_at_peak(setup.config.model, shape, setup.placement.devices)
         for shape in {setup.train_shape(program) for program in setup.program.distinct()}
     }
-    progress = progress._replace(stopped_within=None)
-    # The previous epoch, until it is reported; the metrics of steps that are queued on the device.
-    ended = queued = None
+    is_due = partial(run.checkpoints.is_due, checkpoint_seconds)
     start = partial(start_steps, setup, ahead=ahead, tracer=tracer)
-    statics = cache(setup.statics)
-    with training_input(setup, step) as inputs, run.report.progress(config.num_epochs, steps, start=step):
-        dispatches = zip(inputs, plan_dispatches(setup, step), strict=True)
-        next_dispatch = next(dispatches)
-        epoch_start, epoch_seconds, examples_before = time.perf_counter(), math.inf, progress.totals.num_examples
-        while step < setup.program.num_steps and progress.stopped_within is None:
-            metrics, queued, epoch = queued, None, step // steps
+    ended: EndedEpoch | None = None  # The previous epoch, until it is recorded.
+    queued: Metrics | None = None  # Of steps that were started before the metrics of the previous ones were read.
+    with (
+        open_dispatches(setup, int(state.step)) as dispatches,
+        run.report.progress(num_epochs, steps_per_epoch, start=int(state.step)),
+    ):
+        dispatch = next(dispatches, None)
+        clock.start_epoch(progress.totals.num_examples)
+        while dispatch is not None and not progress.stopped:
+            metrics, queued = queued, None
             if metrics is None:
-                state, metrics = start(state, next_dispatch, step=step, statics=statics(epoch))
-            first, step = step, step + len(next_dispatch[1][0].example)
+                state, metrics = start(state, dispatch)
+            (first, step), shape = dispatch.steps, setup.train_shape(dispatch.program)
             if ended is not None:  # The device computes meanwhile.
-                progress = end_epoch(
-                    run, progress, ended, callbacks, must_save=run.checkpoints.is_due(checkpoint_seconds)
-                )
-                if progress.stopped_within is not None:
+                progress = record_epoch(run, progress, ended, callbacks, must_save=is_due())
+                if progress.stopped:
                     return ended.state, progress  # Discards what was dispatched.
                 ended = None
-            next_dispatch, snapshot = next(dispatches), None
+            dispatch, validation = next(dispatches, None), None
             # So that the device need not wait for the host at the end of each epoch.
-            if setup.queues_validation and not tracer.traces(step, steps):
-                snapshot = start_validation(setup, state, run)
-                if step < setup.program.num_steps and may_queue(run, epoch_seconds):
-                    state, queued = start(state, next_dispatch, step=step, statics=statics(epoch + 1))
+            if setup.queues_validation and not tracer.traces(step, steps_per_epoch):
+                validation = start_validation(setup, state, run)
+                if dispatch is not None and may_queue(run, clock.epoch_seconds):
+                    state, queued = start(state, dispatch)
             metrics = fetch(metrics)  # Waits for the device.
             tracer.end(step)
             callbacks.report_steps(first + 1, metrics)
-            progress = add_steps(run, progress, metrics, (first, step), time.perf_counter() - begin)
-            is_due = run.checkpoints.is_due(checkpoint_seconds)
-            signum, is_due = run.hosts.agreed(stop=run.stop.signum, save=is_due)
-            if step % steps:  # The last step of an epoch is saved with its scores, in `end_epoch`.
-                if signum is not None or is_due:
+            progress = add_steps(run, progress, metrics, (first, step), clock.seconds())
+            signum, must_save = run.hosts.agreed(stop=run.stop.signum, save=is_due())
+            if step % steps_per_epoch:  # The last step of an epoch is saved with its scores, in `record_epoch`.
+                if signum is not None or must_save:
                     save_within_epoch(run, state, progress, (first, step), signum)
                 continue
-            epoch_seconds = time.perf_counter() - epoch_start
-            images_per_second = (progress.totals.num_examples - examples_before) / epoch_seconds
-            snapshot, validate = snapshot or start_validation(setup, state, run)
-            scores = validate()
-            seconds = time.perf_counter() - begin
+            images_per_second = clock.end_steps(progress.totals.num_examples)
+            snapshot, validate = validation or start_validation(setup, state, run)
+            scores, seconds = validate(), clock.seconds()
             ended = EndedEpoch(
                 state=snapshot,
                 steps=(first, step),
                 train=progress.totals.means(),
-                grad_norm=progress.grad_norm / steps,
+                grad_norm=progress.grad_norm / steps_per_epoch,
                 validation=scores,
-                timing=make_timing(
-                    epoch + 1, images_per_second, seconds, at_peak[setup.train_shape(statics(epoch)[0])]
-                ),
+                timing=make_timing(step // steps_per_epoch, images_per_second, seconds, at_peak[shape]),
             )
             progress = progress._replace(totals=Totals(), grad_norm=0.0, seconds=seconds)
             signum = signum or run.hosts.agreed(stop=run.stop.signum, save=False)[0]  # It may have arrived now.
             # Steps that are traced must not be timed with this.
-            if signum is not None or step == setup.program.num_steps or tracer.traces(step, setup.steps_per_dispatch):
-                progress = end_epoch(run, progress, ended, callbacks, must_save=True)
+            if signum is not None or dispatch is None or tracer.traces(step, setup.steps_per_dispatch):
+                progress = record_epoch(run, progress, ended, callbacks, must_save=True)
                 raise_if_stopped(run, step, signum)
                 ended = None
-            epoch_start, examples_before = time.perf_counter(), 0
+            clock.start_epoch()
     return state, progress
 
 
@@ -139,32 +125,22 @@ def may_queue(run: OpenRun, epoch_seconds: float) -> bool:
 
 
 def start_steps(
-    setup: Setup,
-    state: TrainState,
-    dispatch: tuple[Any, tuple[Plan, Key[Array, ""]]],
-    *,
-    step: int,
-    statics: tuple[Program, tuple[str, ...]],
-    ahead: Ahead,
-    tracer: Profile,
+    setup: Setup, state: TrainState, dispatch: Dispatch, *, ahead: Ahead, tracer: Profile
 ) -> tuple[TrainState, Metrics]:
     """Calls `train_steps`, and marks the steps in the trace if they are traced; does not wait for the device.
 
     Args:
       state: donated.
-      dispatch: what `training_input` and `plan_dispatches` yield.
-      step: the number of steps that are done.
-      statics: the arguments `program` and `frozen` of `train_steps`.
     """
-    pixels, (plan, augment_key) = dispatch
-    arguments, (program, frozen) = (pixels, plan, setup.train_key, augment_key), statics
-    options: Any = {"program": program, "frozen": frozen}
-    if len(plan.example) == setup.steps_per_dispatch:  # Not the rest of an epoch within which the run resumes.
-        ahead.wait_for(statics)
-    if tracer.is_new_program(step, len(plan.example), statics):  # Compiles it outside of what is measured.
-        jax.block_until_ready(train_steps(copy_state(state), *arguments, **options))
-    tracer.begin(step, len(plan.example), step // setup.steps_per_epoch)
-    return train_steps(state, *arguments, **options)
+    (step, after), program = dispatch.steps, dispatch.program
+    num_steps = after - step
+    arguments = (dispatch.pixels, dispatch.plan, setup.train_key, dispatch.augment_key)
+    if num_steps == setup.steps_per_dispatch:  # Not the rest of an epoch within which the run resumes.
+        ahead.wait_for(program)
+    if tracer.is_new_program(step, num_steps, program):  # Compiles it outside of what is measured.
+        jax.block_until_ready(train_steps(copy_state(state), *arguments, program=program))
+    tracer.begin(step, num_steps, step // setup.steps_per_epoch)
+    return train_steps(state, *arguments, program=program)
 
 
 def start_validation(setup: Setup, state: TrainState, run: OpenRun) -> tuple[TrainState, Callable[[], Scores | None]]:
@@ -181,40 +157,3 @@ def start_validation(setup: Setup, state: TrainState, run: OpenRun) -> tuple[Tra
     keeps = setup.config.metrics is not None
     finish = start_evaluation(snapshot, setup.validation, setup.config.model, setup.placement, keep_logits=keeps)
     return snapshot, lambda: score_own(run, finish(), setup.validation.label)
-
-
-def training_input(setup: Setup, step: int) -> AbstractContextManager[Iterator[Any]]:
-    """Opens the argument `pixels` of each call of `train_steps` from `step` on, without end.
-
-    It is the training set every time, or one streamed batch after another.
-    """
-    train, batch_size = setup.train, setup.batch_size
-    if isinstance(train, StreamedSet):
-        return train.training_batches(setup.config.seed, step, batch_size, setup.balanced_label, setup.placement)
-    return nullcontext(repeat(train))
-
-
-def plan_dispatches(setup: Setup, step: int, program: Program | None = None) -> Iterator[tuple[Plan, Key[Array, ""]]]:
-    """Yields what each call of `train_steps` needs from `step` on, without end: a plan, and the key of its epoch.
-
-    Args:
-      program: the program of all epochs; None: each epoch has its own.
-    """
-    config, train, placement = setup.config, setup.train, setup.placement
-    epoch, first = divmod(step, setup.steps_per_epoch)
-    while True:
-        used = program or setup.program.at_epoch(epoch)
-        height, width, _ = setup.train_shape(used)
-        plan = epoch_plan(
-            config.seed,
-            epoch,
-            len(train.label),
-            batch_size=setup.batch_size,
-            augment=used.augment,
-            image_size=(height, width),
-            balanced_label=setup.balanced_label,
-        )
-        key = put(jax.random.fold_in(setup.augment_key, epoch), placement.replicated)
-        for i in range(first, setup.steps_per_epoch, setup.steps_per_dispatch):
-            yield put(plan.row(slice(i, i + setup.steps_per_dispatch)), placement.plan_sharding), key
-        epoch, first = epoch + 1, 0

@@ -11,16 +11,17 @@ import optax
 from jaxtyping import Float
 
 from cnnjax.config import Config, word
+from cnnjax.dispatch import Dispatch, open_dispatches
 from cnnjax.errors import UserError
 from cnnjax.inputs import load_inputs
-from cnnjax.loop import plan_dispatches, training_input
 from cnnjax.memory import explain_out_of_memory
 from cnnjax.metrics import Totals
 from cnnjax.optim.optimizer import Optimizer
-from cnnjax.prepare import Setup, set_up
+from cnnjax.prepare import set_up
 from cnnjax.process.console import Report, track
 from cnnjax.process.settings import start_jax
 from cnnjax.program import train_steps
+from cnnjax.setup import Setup
 from cnnjax.step import TrainState
 
 RANGE = 1e4  # From 1e-7 to 10 for the usual 1e-3, as in fastai.
@@ -126,12 +127,11 @@ def find_learning_rate(
         # A lookahead holds the parameters back towards the end of a run, so the sweep must be far from it.
         num_steps = 10 * (NUM_UPDATES + 1) * config.optim.accumulate_steps
         num_epochs = max(config.num_epochs, -(-num_steps // setup.steps_per_epoch))
-        frozen = setup.frozen_names(0)
-        program = setup.program.at_epoch(0)  # Of the run: an augmentation may depend on its number of epochs.
+        program = setup.program_at(0)  # Of the run: an augmentation may depend on its number of epochs.
         program = program._replace(num_steps=num_epochs * setup.steps_per_epoch, num_epochs=num_epochs)
-        setup = setup._replace(program=program)
-        with training_input(setup, 0) as inputs:
-            return _sweep(inputs, setup, state, low * RANGE ** np.linspace(0, 2, NUM_UPDATES), frozen)
+        setup = setup._replace(program=program, steps_per_dispatch=1)
+        with open_dispatches(setup, 0, lambda epoch: program) as dispatches:
+            return _sweep(setup, state, dispatches, low * RANGE ** np.linspace(0, 2, NUM_UPDATES))
 
 
 def _as_in_first_epoch(config: Config) -> Optimizer:
@@ -152,18 +152,16 @@ def _with_schedule(optim: Optimizer, schedule: Callable[[Any], Any]) -> Optimize
 
 
 def _sweep(
-    inputs: Iterator[Any], setup: Setup, state: TrainState, rates: Float[np.ndarray, " U"], frozen: tuple[str, ...]
+    setup: Setup, state: TrainState, dispatches: Iterator[Dispatch], rates: Float[np.ndarray, " U"]
 ) -> RangeTest:
-    dispatches = plan_dispatches(setup._replace(steps_per_dispatch=1), 0, setup.program)
     found, first = RangeTest(rates[:0], rates[:0], False), math.nan
     # The loss of the first batches precedes every update.
     for i in track(range(len(rates) + 1), "learning rates", total=len(rates) + 1):
         totals = Totals()
         for _ in range(setup.config.optim.accumulate_steps):
-            plan, augment_key = next(dispatches)
-            state, metrics = train_steps(
-                state, next(inputs), plan, setup.train_key, augment_key, program=setup.program, frozen=frozen
-            )
+            dispatch = next(dispatches)
+            arguments = (dispatch.pixels, dispatch.plan, setup.train_key, dispatch.augment_key)
+            state, metrics = train_steps(state, *arguments, program=dispatch.program)
             totals = totals.add(metrics)  # Waits for the device.
         loss = totals.means().loss
         if i == 0:

@@ -3,12 +3,12 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Float, Int, Key
 
 from cnnjax.checks import (
     check_augment,
@@ -21,10 +21,10 @@ from cnnjax.checks import (
     never_trained,
 )
 from cnnjax.config import Config, word
-from cnnjax.data.batches import Pixels, Standardization, pixel_statistics, standardize
+from cnnjax.data.batches import Standardization, pixel_statistics, standardize
 from cnnjax.data.datasets import ImageDataset
-from cnnjax.data.feed import StreamedSet, pixels_of
-from cnnjax.data.order import plain_plan, steps_per_epoch
+from cnnjax.data.feed import pixels_of
+from cnnjax.data.order import steps_per_epoch
 from cnnjax.data.stored import Examples
 from cnnjax.data.stream import Streamed, StreamedImages
 from cnnjax.edits import notice_edits, tracing_anew
@@ -37,74 +37,15 @@ from cnnjax.memory import device_memory, explain_out_of_memory, gib, largest_res
 from cnnjax.network import apply_in_evaluation, init_variables
 from cnnjax.onednn.library import kernels
 from cnnjax.pretrained import Weights, replacements
-from cnnjax.process.settings import num_cores
-from cnnjax.program import Program, evaluation_batch_size, init_run, train_steps
+from cnnjax.program import Program, init_run
 from cnnjax.runs.checkpoints import all_finite
 from cnnjax.runs.records import make_facts
-from cnnjax.runs.schema import DataFacts
+from cnnjax.setup import Setup, count_params, device_name, trace_steps
 from cnnjax.sharding import Placement, place, put
 from cnnjax.step import TrainState, init_from_data
 from cnnjax.typing import AnyArray
 
 INIT_IMAGES = 5000  # Number of training images that a network may be initialized from.
-
-
-class Setup(NamedTuple):
-    """Everything that a run does not change."""
-
-    config: Config
-    dataset: ImageDataset
-    facts: DataFacts
-    batch_size: int
-    balanced_label: np.ndarray | None  # The training labels, if classes are drawn equally often.
-    train: Pixels | StreamedSet  # On every device, or on disk.
-    validation: Pixels | StreamedSet
-    program: Program
-    steps_per_epoch: int
-    steps_per_dispatch: int
-    train_key: Key[Array, ""]
-    augment_key: Key[Array, ""]
-    placement: Placement
-    params: PyTree = None  # The shapes of the parameters, once they are known.
-
-    def train_shape(self, program: Program) -> tuple[int, ...]:
-        """Returns the shape (H, W, C) of the images that the network is trained on by a program."""
-        height, width, channels = self.facts.image_shape
-        return *program.augment.output_size((height, width)), channels
-
-    @property
-    def train_input(self) -> Any:
-        """The data set, or the shapes of a batch of it, with which `train_steps` is traced."""
-        if isinstance(self.train, StreamedSet):
-            return self.train.spec(self.batch_size, self.placement)
-        return self.train
-
-    def frozen_names(self, epoch: int) -> tuple[str, ...]:
-        """Returns the top-level names in the parameters whose gradients need not be computed in an epoch (from 0).
-
-        Without them it is another program. On a CPU compiling it takes longer than it saves, except for parameters that
-        are frozen from the start, as in fine-tuning.
-        """
-        first = epoch * self.steps_per_epoch
-        # The last step, too: a layer may thaw within an epoch if batches are accumulated.
-        steps = [first, first + self.steps_per_epoch - 1]
-        steps += [0] if self.placement.device.platform == "cpu" else []
-        frozen = [self.program.frozen_names(self.params, step) for step in steps]
-        return tuple(name for name in frozen[0] if all(name in names for names in frozen))
-
-    @property
-    def queues_validation(self) -> bool:
-        """Whether the score of the validation set can wait on the device for the steps of its epoch.
-
-        XLA queues at most 32 programs on a GPU, each of which scores a batch.
-        """
-        if self.steps_per_dispatch == 1:
-            return False
-        return len(self.validation.label) <= 16 * evaluation_batch_size(self.validation, self.placement)
-
-    def statics(self, epoch: int) -> tuple[Program, tuple[str, ...]]:
-        """Returns the arguments `program` and `frozen` of `train_steps` in an epoch (from 0)."""
-        return self.program.at_epoch(epoch), self.frozen_names(epoch)
 
 
 def set_up(
@@ -127,40 +68,25 @@ def set_up(
     with user_code("The configuration"):
         config = config.with_num_classes(dataset.num_classes)
     train, validation = dataset.open_parts(config.seed, config.validation_fraction)
-    num_examples, got = len(train.label), f"only {dataset.class_names[train.label[0]]!r}. Add images of another class"
-    several = bool(np.ptp(train.label)) or not isinstance(config.loss, CrossEntropy)  # A loss may ignore labels.
-    check("dataset", "a set with training images of at least two classes", several, got)
+    _check_classes(train, dataset, config)
+    num_examples = len(train.label)
     batch_size = config.batch_size or min(128, max(8, num_examples // 8), num_examples)
     steps = steps_per_epoch(num_examples, batch_size)
     placement = place(batch_size, devices, mesh)
-    size, available = num_bytes(train) + num_bytes(validation), device_memory(placement.device)
-    # Arrays in memory may be files that are mapped.
-    if not dataset.streams and available is not None and size > available:
-        raise UserError(
-            f"`dataset` must fit into the {gib(available)} of memory, got images of {gib(size)}. Images from files can "
-            f"be read while training: {option('stream')}."
-        )
-    image_shape = train.image.shape[1:]
-    check("channels", "3 for pretrained weights", weights is None or image_shape[-1] == 3, image_shape[-1])
-    if weights is not None:
-        standardization = weights.standardization
-    else:
-        standardization = pixel_statistics(train.image) if isinstance(train, Examples) else train.image.statistics()
+    if not dataset.streams:
+        _check_images_fit(num_bytes(train) + num_bytes(validation), placement.device)
+    standardization = _standardization(train, weights)
     for line in oddities(train, dataset.num_classes):
         say(line)
     got = f"{config.num_epochs} epochs of {steps} steps"
     check("num_epochs", "a number that gives fewer than 2**31 steps", steps * config.num_epochs < 2**31, got)
     if config.metrics is not None:
         check_metrics(config.metrics, config.best_by, train.label, validation.label, dataset.num_classes)
-    loss_fn = config.loss
-    if config.class_weights == "balanced":
-        loss_fn = ClassWeighted(loss_fn, balanced_weights(train.label, dataset.num_classes))
-    optim = config.optim.for_network(config.model)
-    num_steps, divided = steps * config.num_epochs, placement if placement.is_fully_sharded else None
-    program = Program(config.model, optim, config.augment, loss_fn, num_steps, config.num_epochs, divided)
+    program = _make_program(config, train.label, dataset.num_classes, steps, placement)
+    height, width, _ = train.image.shape[1:]
     with user_code("`augment`"):
         for distinct in program.distinct():
-            distinct.augment.check_size((image_shape[0], image_shape[1]))
+            distinct.augment.check_size((height, width))
     init_key, train_key, augment_key = jax.random.split(jax.random.key(config.seed), 3)
     train_pixels, validation_pixels = (pixels_of(part, standardization) for part in (train, validation))
     if not dataset.streams:
@@ -191,14 +117,57 @@ def set_up(
     setup = setup._replace(params=shapes.params)
     step = check_step(setup, shapes)
     say(f"{title}: {_describe_run(setup, shapes, step)}")
-    num_idle = len(jax.devices() if devices is None else devices) - placement.num_devices
-    if mesh is None and num_idle:
-        count = num_idle + placement.num_devices
-        say(f"{num_idle} of {count} devices are idle: `batch_size` {batch_size} is not a multiple of {count}.")
+    num_devices = len(jax.devices() if devices is None else devices)
+    if mesh is None and (num_idle := num_devices - placement.num_devices):
+        say(
+            f"{num_idle} of {num_devices} devices are idle: `batch_size` {batch_size} is not a multiple of {num_devices}."
+        )
     for line in never_trained(config.optim, program.optim, shapes.params, config.num_epochs):
         say(line)
     state = _initial_state(setup, init_key, variables, weights, partial(_init_images, train, standardization))
     return setup, put(state, placement.of_state(state))
+
+
+def _check_classes(train: Examples | Streamed, dataset: ImageDataset, config: Config) -> None:
+    several = bool(np.ptp(train.label)) or not isinstance(config.loss, CrossEntropy)  # A loss may ignore labels.
+    got = f"only {dataset.class_names[train.label[0]]!r}. Add images of another class"
+    check("dataset", "a set with training images of at least two classes", several, got)
+
+
+def _check_images_fit(size: int, device: Any) -> None:
+    """Raises a `UserError` if images of so many bytes do not fit; arrays in memory may be files that are mapped."""
+    available = device_memory(device)
+    if available is not None and size > available:
+        raise UserError(
+            f"`dataset` must fit into the {gib(available)} of memory, got images of {gib(size)}. Images from files can "
+            f"be read while training: {option('stream')}."
+        )
+
+
+def _standardization(train: Examples | Streamed, weights: Weights | None) -> Standardization:
+    """Returns the standardization of the weights, or of the training images."""
+    if weights is not None:
+        num_channels = train.image.shape[-1]
+        check("channels", "3 for pretrained weights", num_channels == 3, num_channels)
+        return weights.standardization
+    return pixel_statistics(train.image) if isinstance(train, Examples) else train.image.statistics()
+
+
+def _make_program(
+    config: Config, label: Int[np.ndarray, " N"], num_classes: int, steps_per_epoch: int, placement: Placement
+) -> Program:
+    loss_fn = config.loss
+    if config.class_weights == "balanced":
+        loss_fn = ClassWeighted(loss_fn, balanced_weights(label, num_classes))
+    return Program(
+        model=config.model,
+        optim=config.optim.for_network(config.model),
+        augment=config.augment,
+        loss_fn=loss_fn,
+        num_steps=steps_per_epoch * config.num_epochs,
+        num_epochs=config.num_epochs,
+        placement=placement if placement.is_fully_sharded else None,
+    )
 
 
 def _describe_run(setup: Setup, state: TrainState, step: Any) -> str:
@@ -322,7 +291,7 @@ def check_step(setup: Setup, state: TrainState) -> Any:
     program = max(setup.program.distinct(), key=lambda program: math.prod(setup.train_shape(program)))
     placed: Any = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), state, placement.of_state(state))
     with user_code("The training step of `model`, `loss` and `optim`"):
-        step = trace_steps(setup, placed, (program, setup.frozen_names(0)))
+        step = trace_steps(setup, placed, program._replace(frozen=setup.frozen_names(0)))
     after, _ = step.out_info
     old, new = (
         {jax.tree_util.keystr(path): f"{x.dtype}{list(x.shape)}" for path, x in jax.tree.leaves_with_path(tree)}
@@ -348,29 +317,3 @@ def check_step(setup: Setup, state: TrainState) -> Any:
             f"the largest result of a layer, and {gib(data)} for the data. Lower {fix}."
         )
     return step.jaxpr
-
-
-def trace_steps(setup: Setup, state: TrainState, statics: tuple[Program, tuple[str, ...]]) -> Any:
-    """Traces `train_steps` for a dispatch, without computing anything.
-
-    Args:
-      state: its shapes, with their shardings.
-      statics: see `Setup.statics`.
-    """
-    placement, batch_size = setup.placement, setup.batch_size
-    plan = put(plain_plan(setup.steps_per_dispatch * batch_size, batch_size), placement.plan_sharding)
-    keys, (program, frozen) = (setup.train_key, put(setup.augment_key, placement.replicated)), statics
-    return train_steps.trace(state, setup.train_input, plan, *keys, program=program, frozen=frozen)
-
-
-def count_params(state: TrainState) -> int:
-    """Returns the number of trainable parameters."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
-
-
-def device_name(device: Any) -> str:
-    """Describes a device of jax in words."""
-    if device.platform == "cpu":
-        count = num_cores()
-        return f"cpu, {count} core{'s' if count != 1 else ''}"
-    return f"{device.platform}, {device.device_kind}"

@@ -41,6 +41,7 @@ class Program(NamedTuple):
     num_steps: int  # In the whole run.
     num_epochs: int
     placement: Placement | None = None  # Only if it divides the state.
+    frozen: tuple[str, ...] = ()  # See `train_step`.
 
     def make_tx(self) -> optax.GradientTransformation:
         """Returns the optimizer."""
@@ -52,8 +53,7 @@ class Program(NamedTuple):
         return self.placement is not None and not hasattr(self.model, "init_from_data")
 
     def at_epoch(self, epoch: int) -> "Program":
-        """Returns the program of an epoch (from 0; after the last one, its program), with its augmentation."""
-        epoch = min(epoch, self.num_epochs - 1)
+        """Returns the program of an epoch (from 0), with its augmentation."""
         return self._replace(augment=self.augment.at_epoch(epoch, self.num_epochs))
 
     def distinct(self) -> "list[Program]":
@@ -89,7 +89,7 @@ def init_run(
     return lax.with_sharding_constraint(state, program.placement.of_state(state))
 
 
-@jit(static_argnames=("program", "frozen"), donate_argnames=("state",))
+@jit(static_argnames=("program",), donate_argnames=("state",))
 def train_steps(
     state: TrainState,
     pixels: Pixels | StreamedPixels,
@@ -98,7 +98,6 @@ def train_steps(
     augment_key: Key[Array, ""],
     *,
     program: Program,
-    frozen: tuple[str, ...] = (),
 ) -> tuple[TrainState, Metrics]:
     """Applies `train_step` to each row of a plan; one program that never waits for the host.
 
@@ -109,7 +108,6 @@ def train_steps(
       key: the same for every step, see `train_step`.
       augment_key: the key of the epoch, see `make_batch`.
       program: the static arguments.
-      frozen: see `train_step`.
 
     Returns:
       The next state, and the metrics of each step [S].
@@ -125,7 +123,7 @@ def train_steps(
             model=program.model,
             tx=tx,
             loss_fn=program.loss_fn,
-            frozen=frozen,
+            frozen=program.frozen,
             placement=program.placement,
         )
 

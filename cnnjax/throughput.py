@@ -1,6 +1,8 @@
-"""Model FLOPs utilization: how close training comes to the peak of a known device."""
+"""The clock of a run, and model FLOPs utilization: how close training comes to the peak of a known device."""
 
+import math
 import re
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,6 +56,32 @@ def seconds_at_peak(model: Network, image_shape: tuple[int, ...], devices: Seque
     """
     peak = peak_flops(devices[0].device_kind)
     return None if peak is None else 3 * forward_flops(model, image_shape) / (peak * len(devices))
+
+
+class Clock:
+    """Measures a run, in all of its sessions, and the steps of its epochs.
+
+    Attributes:
+      epoch_seconds: the duration of the steps of the last epoch; infinite before its end.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        """Begins a session, after so many seconds of earlier ones."""
+        self._begin = time.perf_counter() - seconds  # When a run without interruptions would have begun.
+        self.epoch_seconds = math.inf
+
+    def seconds(self) -> float:
+        """Returns the duration of the run so far."""
+        return time.perf_counter() - self._begin
+
+    def start_epoch(self, num_examples: int = 0) -> None:
+        """Starts an epoch of which so many examples have been trained in earlier sessions."""
+        self._start, self._before = time.perf_counter(), num_examples
+
+    def end_steps(self, num_examples: int) -> float:
+        """Ends the steps of an epoch with so many examples; returns the images per second of this session."""
+        self.epoch_seconds = time.perf_counter() - self._start
+        return (num_examples - self._before) / self.epoch_seconds
 
 
 def make_timing(epoch: int, images_per_second: float, seconds: float, at_peak: float | None) -> Timing:

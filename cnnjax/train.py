@@ -15,7 +15,7 @@ from cnnjax.hosts import current
 from cnnjax.inputs import Inputs, load_inputs
 from cnnjax.loop import fit
 from cnnjax.memory import explain_out_of_memory
-from cnnjax.prepare import Setup, set_up
+from cnnjax.prepare import set_up
 from cnnjax.process.console import Report
 from cnnjax.process.settings import start_jax
 from cnnjax.process.signals import Stop
@@ -23,19 +23,12 @@ from cnnjax.runs import manifest
 from cnnjax.runs.directory import OpenRun, open_run
 from cnnjax.runs.loggers import Logger, Loggers, check_loggers
 from cnnjax.runs.profile import FOLDER, Profile, is_range
-from cnnjax.runs.progress import (
-    Callbacks,
-    OnEpoch,
-    OnStep,
-    Progress,
-    is_out_of_patience,
-    restore,
-    write_progress,
-)
+from cnnjax.runs.progress import Callbacks, OnEpoch, OnStep, Progress, restore, write_progress
 from cnnjax.runs.records import data_version, read_record
 from cnnjax.runs.result import score_test_set
 from cnnjax.runs.run import Run, make_run
 from cnnjax.runs.source import SourceCode
+from cnnjax.setup import Setup
 from cnnjax.sharding import move, parse_mesh
 from cnnjax.step import TrainState
 
@@ -232,8 +225,6 @@ def _train(
 ) -> Run:
     """Trains to the end, and scores the best checkpoint on the test set; `state` is donated."""
     begun = Run(run.run_dir, setup.config, setup.facts, None)
-    if len(progress.rows) < run.config.num_epochs and is_out_of_patience(progress.rows, run.config):
-        progress = progress._replace(stopped_within=run.config.num_epochs)
     with (
         callbacks.loggers.started(begun, int(state.step), setup.program.num_steps, run.stop),
         prepared_ahead(setup, state, progress) as ahead,
@@ -241,7 +232,7 @@ def _train(
         run.write_config(setup.facts)
         write_progress(run, progress)
         with tracer:
-            if progress.stopped_within != run.config.num_epochs:  # Else it was killed after it had stopped.
+            if not progress.stopped and int(state.step) < setup.program.num_steps:  # Else it was killed at its end.
                 state, progress = fit(
                     setup,
                     state,

@@ -20,7 +20,7 @@ from programs.research import make_arrays
 from cnnjax import SGD, Augment, Config, Interrupted, PhotoAugment, UserError, load_dataset, train_and_evaluate
 from cnnjax.cli.main import main
 from cnnjax.data.imagenet import ARCHIVES, archive_folder
-from cnnjax.loop import plan_dispatches
+from cnnjax.dispatch import open_dispatches
 from cnnjax.runs.directory import check_run
 from cnnjax.runs.records import read_record, read_rows
 
@@ -239,17 +239,14 @@ def test_cutout_is_drawn_for_the_size_of_the_epoch(monkeypatch, tmp_path):
 
     def record(setup, step):
         setups.append(setup)
-        return plan_dispatches(setup, step)
+        return open_dispatches(setup, step)
 
-    monkeypatch.setattr("cnnjax.loop.plan_dispatches", record)
+    monkeypatch.setattr("cnnjax.loop.open_dispatches", record)
     train_and_evaluate(replace(OWN, augment=Enlarge(cutout=3), num_epochs=1), run_dir=tmp_path / "run")
     setup = setups[0]._replace(program=setups[0].program._replace(num_epochs=2))
-    dispatches = plan_dispatches(setup, 0)
-    corners = [
-        np.concatenate([np.asarray(next(dispatches)[0].cutout)[0] for _ in range(setup.steps_per_epoch)]).max(0)
-        for _ in range(2)
-    ]
-    np.testing.assert_array_equal(corners, [(3, 2), (9, 7)])
+    with open_dispatches(setup, 0) as dispatches:
+        cutouts = np.concatenate([dispatch.plan.cutout for dispatch in dispatches])  # [S B 2]
+    np.testing.assert_array_equal(cutouts.reshape(2, -1, 2).max(1), [(3, 2), (9, 7)])
 
 
 @dataclass(frozen=True)

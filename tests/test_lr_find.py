@@ -79,7 +79,7 @@ def test_all_updates_have_the_augmentation_of_the_first_epoch(monkeypatch):
         trained.add(batch.image.shape[1:3])
         return linear(logits, batch)
 
-    monkeypatch.setattr("cnnjax.loop.epoch_plan", draw)
+    monkeypatch.setattr("cnnjax.dispatch.epoch_plan", draw)
     config = Config(
         dataset=ARRAYS, num_epochs=1, model=Scalars(), optim=SGD(learning_rate=1e-3), augment=Grow(), loss=loss
     )

@@ -49,8 +49,8 @@ from cnnjax.data.named import NAMED_SETS
 from cnnjax.data.order import epoch_plan, split_validation
 from cnnjax.data.sources import RawSet, RawSplit
 from cnnjax.data.tfds_format import write_tfds
+from cnnjax.dispatch import open_dispatches
 from cnnjax.inputs import load_inputs
-from cnnjax.loop import plan_dispatches
 from cnnjax.prepare import set_up
 from cnnjax.process.console import Report
 from cnnjax.process.signals import Interrupted, stop_signals
@@ -262,10 +262,11 @@ def test_the_keys_of_augmentation_depend_on_seed_epoch_and_example_only(tmp_path
         config = replace(RESEARCH, augment=ShowKey(), **changes)
         setup, _ = set_up(config, load_inputs(config), None, title="", say=print)
         found = {}
-        for step, (plan, key) in enumerate(islice(plan_dispatches(setup, start), steps), start):
-            batch = make(setup.train, plan.row(0), config.augment, key)
-            epoch = step // setup.steps_per_epoch
-            found |= {(epoch, int(e)): float(v) for e, v in zip(plan.example[0], batch.image[:, 0, 0, 0], strict=True)}
+        with open_dispatches(setup, start) as dispatches:
+            for step, (_, pixels, plan, key, _) in enumerate(islice(dispatches, steps), start):
+                batch, epoch = make(pixels, plan.row(0), config.augment, key), step // setup.steps_per_epoch
+                values = zip(plan.example[0], batch.image[:, 0, 0, 0], strict=True)
+                found |= {(epoch, int(example)): float(value) for example, value in values}
         return found, setup
 
     whole, setup = keys(12)
@@ -397,10 +398,11 @@ def test_a_finished_run_is_not_trained_again(whole, tmp_path):
     assert report.steps == []
 
 
-def test_metrics_are_restored_from_the_checkpoint(whole_research, tmp_path):
+def test_metrics_are_restored_from_the_last_checkpoint_and_no_data_are_opened(whole_research, tmp_path, monkeypatch):
     run_dir = shutil.copytree(whole_research[0], tmp_path / "run")
     (run_dir / "result.json").unlink()
     (run_dir / "metrics.jsonl").write_text('{"epoch": 1')
+    monkeypatch.setattr("cnnjax.loop.open_dispatches", lambda *arguments: pytest.fail("No step is left."))
     train(RESEARCH, run_dir=run_dir, resume=True)
     assert read_rows(run_dir) == read_rows(whole_research[0])
 

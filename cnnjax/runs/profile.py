@@ -97,15 +97,15 @@ class Profile:
         if not self._failed:
             self._say(f"The run ended before step {self._steps[1]}: there is no complete profile.")
 
-    def is_new_program(self, step: int, num_steps: int, statics: Hashable) -> bool:
+    def is_new_program(self, step: int, num_steps: int, program: Hashable) -> bool:
         """Returns whether the next `num_steps` steps are traced and their program must be compiled first.
 
         Args:
-          statics: the static arguments of `train_steps`. With the number of steps they determine the program.
+          program: the argument of `train_steps`. With the number of steps it determines what is compiled.
         """
-        if not self.traces(step, num_steps) or (num_steps, statics) in self._compiled:
+        if not self.traces(step, num_steps) or (num_steps, program) in self._compiled:
             return False
-        self._compiled.add((num_steps, statics))
+        self._compiled.add((num_steps, program))
         return True
 
     def begin(self, step: int, num_steps: int, epoch: int) -> None:

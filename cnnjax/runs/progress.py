@@ -37,6 +37,11 @@ class Progress(NamedTuple):
     seconds: float = 0.0  # The duration of training, in all sessions.
     stopped_within: int | None = None  # See `SavedProgress`.
 
+    @property
+    def stopped(self) -> bool:
+        """Whether `on_epoch` or `Config.patience` stopped the run."""
+        return self.stopped_within is not None
+
 
 class EndedEpoch(NamedTuple):
     """An epoch that is saved and reported while the device trains the next one."""
@@ -150,12 +155,18 @@ def is_out_of_patience(rows: Sequence[Row], config: Config) -> bool:
 
 
 def restore(run: OpenRun, state: TrainState, sharding: PyTree) -> tuple[TrainState, Progress]:
-    """Returns the latest checkpoint, or `state` and no progress if there is none."""
+    """Returns the latest checkpoint, or `state` and no progress if there is none.
+
+    A run that had stopped within fewer epochs than it has now is not stopped, unless it is out of patience.
+    """
     if (latest := run.checkpoints.latest()) is None:
         return state, Progress([], [])
     state, saved = run.checkpoints.restore(latest, state, sharding)
     known: Any = {name: saved[name] for name in Progress._fields}
-    return state, Progress(**known | {"totals": Totals(**saved["totals"])})
+    progress, num_epochs = Progress(**known | {"totals": Totals(**saved["totals"])}), run.config.num_epochs
+    stopped = progress.stopped_within == num_epochs
+    stopped |= len(progress.rows) < num_epochs and is_out_of_patience(progress.rows, run.config)
+    return state, progress._replace(stopped_within=num_epochs if stopped else None)
 
 
 def score_own(run: OpenRun, scores: Scores, label: Any) -> Scores:
@@ -200,7 +211,7 @@ def add_steps(run: OpenRun, progress: Progress, metrics: Metrics, steps: tuple[i
     return progress._replace(totals=totals, grad_norm=grad_norm, seconds=seconds)
 
 
-def end_epoch(
+def record_epoch(
     run: OpenRun, progress: Progress, ended: EndedEpoch, callbacks: Callbacks, *, must_save: bool
 ) -> Progress:
     """Reports an epoch and saves it, unless the disk is busy; returns the progress with its rows.

@@ -9,11 +9,11 @@ from cnnjax.data.batches import Pixels
 from cnnjax.data.feed import StreamedSet
 from cnnjax.errors import NonFiniteLossError, UserError
 from cnnjax.files import file_sha256, tree_sha256
-from cnnjax.prepare import Setup, count_params, device_name
 from cnnjax.program import evaluate
 from cnnjax.runs.directory import OpenRun
 from cnnjax.runs.progress import Progress, best_row, score_own
 from cnnjax.runs.schema import Result
+from cnnjax.setup import Setup, count_params, device_name
 from cnnjax.step import TrainState
 
 
@@ -54,7 +54,7 @@ def score_test_set(
         "best_validation_loss": best.get("validation_loss"),
         "best_epoch": best["epoch"],
         "num_epochs": config.num_epochs,
-        "stopped_epoch": None if progress.stopped_within is None else len(progress.rows),
+        "stopped_epoch": len(progress.rows) if progress.stopped else None,
         "training_seconds": progress.timing[-1]["seconds"],
         "num_params": count_params(state),
         "seed": config.seed,

@@ -82,8 +82,9 @@ def compile_variant(name: str) -> dict[str, Any]:
     arguments = (state, Pixels(images, labels, Standardization(float32, float32)), plan, key, key)
     sharding = jax.sharding.SingleDeviceSharding(device)
     placed: Any = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
-    frozen = () if variant.one_program else program.frozen_names(state.params, steps * num_epochs // 2)
-    compiled: Any = train_steps.lower(*placed, program=program, frozen=frozen).compile()
+    if not variant.one_program:
+        program = program._replace(frozen=program.frozen_names(state.params, steps * num_epochs // 2))
+    compiled: Any = train_steps.lower(*placed, program=program).compile()
     return {"text": compiled.as_text(), "temporary": compiled.memory_analysis().temp_size_in_bytes}
 
 

@@ -247,8 +247,8 @@ def environment(peers: str) -> str:
     import jax
 
     from cnnjax.onednn.library import kernels
-    from cnnjax.prepare import device_name
     from cnnjax.runs.source import source_code
+    from cnnjax.setup import device_name
 
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     model = next(iter(re.findall(r"model name\s*: (.*)", cpuinfo)), platform.processor())

@@ -144,8 +144,8 @@ def waiting_device(epoch_seconds: float, batch_seconds: float) -> Callable[[], l
         steps = lax.while_loop(lambda c: c[0] < 1, lambda c: (c[0] + 1, call(c[1], seconds=seconds)), (0, x))
         return steps[1]
 
-    @partial(jax.jit, static_argnames=("program", "frozen"), donate_argnames="state")
-    def train_steps(state: Any, pixels: Any, plan: Any, *keys: Any, program: Any, frozen: Any) -> Any:
+    @partial(jax.jit, static_argnames="program", donate_argnames="state")
+    def train_steps(state: Any, pixels: Any, plan: Any, *keys: Any, program: Any) -> Any:
         state = state._replace(step=wait(state.step, epoch_seconds) + len(plan.example))
         n = plan.mask.sum(axis=1, dtype=jnp.int32)
         return state, Metrics(2.0 * n, n, {"accuracy": n // 2}, jnp.ones(len(n)))

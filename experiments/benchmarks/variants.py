@@ -11,10 +11,11 @@ import argparse
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache, partial
-from itertools import islice, pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
@@ -44,15 +45,16 @@ from cnnjax import program as steps
 from cnnjax.cli.experiment import load_experiment
 from cnnjax.data import batches
 from cnnjax.data.batches import Pixels, standardize
+from cnnjax.dispatch import Dispatch, open_dispatches
 from cnnjax.files import tree_sha256
 from cnnjax.inputs import load_inputs
 from cnnjax.layers import conv, norm, ops
-from cnnjax.loop import plan_dispatches
 from cnnjax.models import speednet
 from cnnjax.models.speednet import SpeedConv
 from cnnjax.optim import transforms
-from cnnjax.prepare import INIT_IMAGES, Setup, set_up
+from cnnjax.prepare import INIT_IMAGES, set_up
 from cnnjax.program import Program, evaluate, init_run
+from cnnjax.setup import Setup
 from cnnjax.step import TrainState
 from cnnjax.train import train_run
 
@@ -307,27 +309,28 @@ def timed_run(setup: Setup, seed: int, test: Pixels, one_program: bool, num_step
 
 def train(setup: Setup, state: TrainState, num_steps: int, one_program: bool = False) -> TrainState:
     """Trains the first `num_steps` steps, as one program per dispatch or as a single one."""
-    dispatches, step, on_cpu = plan_dispatches(setup, 0), 0, jax.default_backend() == "cpu"
-    if one_program:  # Only the first epoch's key is used: nothing in the ladder depends on it.
-        plans, keys = zip(*islice(dispatches, num_steps // setup.steps_per_dispatch), strict=True)
-        dispatches = iter([(jax.tree.map(lambda *rows: jnp.concatenate(rows), *plans), keys[0])])
-    while step < num_steps:
-        plan, key = next(dispatches)  # The host draws it while the device computes.
-        if len(plan.example) > num_steps - step:
-            plan = plan.row(slice(num_steps - step))
-        keys, frozen = (setup.train_key, key), () if on_cpu else setup.program.frozen_names(state.params, step)
-        state, _ = steps.train_steps(
-            state, cast(Pixels, setup.train), plan, *keys, program=setup.program, frozen=frozen
-        )
-        step += len(plan.example)
+    with open_dispatches(setup, 0) as of_run:
+        dispatches = [merged(of_run, num_steps, setup.program)] if one_program else of_run
+        for (step, after), pixels, plan, augment_key, program in dispatches:  # Drawn while the device computes.
+            rows = plan if after <= num_steps else plan.row(slice(num_steps - step))
+            state, _ = steps.train_steps(state, pixels, rows, setup.train_key, augment_key, program=program)
+            if after >= num_steps:
+                break
     return state
+
+
+def merged(dispatches: Iterator[Dispatch], num_steps: int, program: Program) -> Dispatch:
+    """Returns all steps as one dispatch, with the key of the first epoch: nothing in the ladder depends on it."""
+    parts = [*takewhile(lambda dispatch: dispatch.steps[0] < num_steps, dispatches)]
+    plan = jax.tree.map(lambda *rows: jnp.concatenate(rows), *(part.plan for part in parts))
+    return parts[0]._replace(steps=(0, parts[-1].steps[1]), plan=plan, program=program)
 
 
 def steps_to_warm_up(setup: Setup) -> int:
     """Returns the number of steps until each program has run for an epoch."""
     steps, num_epochs = setup.steps_per_epoch, setup.config.num_epochs
-    frozen = [setup.frozen_names(epoch) for epoch in range(num_epochs)]
-    return steps * (1 + frozen.index(frozen[-1]))
+    programs = [setup.program_at(epoch) for epoch in range(num_epochs)]
+    return steps * (1 + programs.index(programs[-1]))
 
 
 def seconds_to_train(setup: Setup, seeds: Sequence[int], way: str) -> float:
@@ -339,26 +342,26 @@ def seconds_to_train(setup: Setup, seeds: Sequence[int], way: str) -> float:
     setups, states = zip(*(of_seed(setup, seed) for seed in seeds), strict=True)
     stack = partial(jax.tree.map, lambda *leaves: jnp.stack(leaves))
     stacked = jax.block_until_ready(stack(*states)) if way == "vmap" else None
-    start, step, num_steps = time.perf_counter(), 0, setup.program.num_steps
+    start = time.perf_counter()
     if way == "sequential":
         for one, state in zip(setups, states, strict=True):
-            jax.block_until_ready(train(one, state, num_steps))
+            jax.block_until_ready(train(one, state, setup.program.num_steps))
         return time.perf_counter() - start
-    dispatches, keys = [plan_dispatches(one, 0) for one in setups], jnp.stack([one.train_key for one in setups])
-    while step < num_steps:
-        plans, augment_keys = zip(*map(next, dispatches), strict=True)
-        frozen = () if jax.default_backend() == "cpu" else setup.program.frozen_names(states[0].params, step)
-        program = vmapped_steps(setup.program, frozen)
-        stacked, _ = program(stacked, setup.train, stack(*plans), keys, jnp.stack(augment_keys))
-        step += len(plans[0].example)
+    keys = jnp.stack([one.train_key for one in setups])
+    with ExitStack() as opened:
+        all_dispatches = [opened.enter_context(open_dispatches(one, 0)) for one in setups]
+        for dispatches in zip(*all_dispatches, strict=True):
+            plans, augment_keys = stack(*(one.plan for one in dispatches)), [one.augment_key for one in dispatches]
+            train_steps = vmapped_steps(dispatches[0].program)
+            stacked, _ = train_steps(stacked, setup.train, plans, keys, jnp.stack(augment_keys))
     jax.block_until_ready(stacked)
     return time.perf_counter() - start
 
 
 @cache
-def vmapped_steps(program: Program, frozen: tuple[str, ...]) -> Any:
+def vmapped_steps(program: Program) -> Any:
     """Returns `train_steps` for many states, plans and keys at the same time."""
-    steps_of_one = partial(steps.train_steps, program=program, frozen=frozen)
+    steps_of_one = partial(steps.train_steps, program=program)
     many = jax.vmap(steps_of_one, in_axes=(0, None, 0, 0, 0))
     return jax.jit(many, donate_argnums=0, compiler_options=compiler_options())
 

@@ -26,10 +26,10 @@ from research import Noise
 
 from cnnjax import CNN, MLP, Config, Optimizer, train_and_evaluate
 from cnnjax.data.batches import make_batch
+from cnnjax.dispatch import open_dispatches
 from cnnjax.files import tree_sha256
 from cnnjax.inputs import load_inputs
 from cnnjax.layers.modules import Dropout
-from cnnjax.loop import plan_dispatches
 from cnnjax.prepare import set_up
 from cnnjax.program import init_run, train_steps
 from cnnjax.sharding import place
@@ -64,10 +64,15 @@ def name_of(path):
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def arguments(setup, dispatch):
+    return dispatch.pixels, dispatch.plan, setup.train_key, dispatch.augment_key
+
+
 def collectives(setup, state):
     """Returns the communication of the program that trains: kind, and dtype and shape of the results."""
-    plan, key = next(plan_dispatches(setup, 0))
-    lowered = steps.lower(state, setup.train, plan, setup.train_key, key, program=setup.program, frozen=())
+    with open_dispatches(setup, 0) as dispatches:
+        dispatch = next(dispatches)
+    lowered = steps.lower(state, *arguments(setup, dispatch), program=setup.program)
     return [(c.kind, c.results) for c in hlo.collectives(lowered.compile().as_text())]
 
 
@@ -86,10 +91,11 @@ def train(mesh, data_dir):
     setup, state = open_on(mesh, CONFIG, data_dir)
     compiled, batches, loss, before = steps._cache_size(), [], 0.0, vector(state)
     communication = collectives(setup, state)
-    for plan, key in islice(plan_dispatches(setup, 0), setup.steps_per_epoch):
-        batches.append(make(setup.train, plan.row(0), CONFIG.augment, key))
-        state, metrics = steps(state, setup.train, plan, setup.train_key, key, program=setup.program, frozen=())
-        loss += float(metrics.loss[0])
+    with open_dispatches(setup, 0) as dispatches:
+        for dispatch in islice(dispatches, setup.steps_per_epoch):
+            batches.append(make(setup.train, dispatch.plan.row(0), CONFIG.augment, dispatch.augment_key))
+            state, metrics = steps(state, *arguments(setup, dispatch), program=setup.program)
+            loss += float(metrics.loss[0])
     x = jax.device_put(jnp.ones((16, 8, 8, 4)), setup.placement.batch_sharding)
     dropped = jax.jit(lambda x: Dropout(0.25).apply({}, x, train=True, rngs={"dropout": jax.random.key(7)}))(x)
     summary = {
