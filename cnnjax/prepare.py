@@ -117,11 +117,9 @@ def set_up(
     setup = setup._replace(params=shapes.params)
     step = check_step(setup, shapes)
     say(f"{title}: {_describe_run(setup, shapes, step)}")
-    num_devices = len(jax.devices() if devices is None else devices)
-    if mesh is None and (num_idle := num_devices - placement.num_devices):
-        say(
-            f"{num_idle} of {num_devices} devices are idle: `batch_size` {batch_size} is not a multiple of {num_devices}."
-        )
+    count = len(jax.devices() if devices is None else devices)
+    if mesh is None and (num_idle := count - placement.num_devices):
+        say(f"{num_idle} of {count} devices are idle: `batch_size` {batch_size} is not a multiple of {count}.")
     for line in never_trained(config.optim, program.optim, shapes.params, config.num_epochs):
         say(line)
     state = _initial_state(setup, init_key, variables, weights, partial(_init_images, train, standardization))
