@@ -290,14 +290,20 @@ def of_seed(setup: Setup, seed: int) -> tuple[Setup, TrainState]:
     return setup, jax.block_until_ready(init_run(init_key, image, program=setup.program))
 
 
+def initialized_from_data(setup: Setup, state: TrainState) -> TrainState:
+    """Returns a state that is initialized from the first training images, if the network is."""
+    if not hasattr(setup.config.model, "init_from_data"):
+        return state
+    pixels = cast(Pixels, setup.train)  # They fit into memory.
+    image = standardize(pixels.image[:INIT_IMAGES], pixels.standardization)
+    return init_from_data(state, image, model=setup.config.model, tx=setup.program.make_tx())
+
+
 def timed_run(setup: Setup, seed: int, test: Pixels, one_program: bool, num_steps: int) -> dict[str, Any]:
     """Trains a seed. The seconds are those in total, of the initialization from data, of training and of scoring."""
     setup, state = of_seed(setup, seed)
-    config, program, pixels = setup.config, setup.program, cast(Pixels, setup.train)  # They fit into memory.
-    times = [time.perf_counter()]
-    if hasattr(config.model, "init_from_data"):
-        image = standardize(pixels.image[:INIT_IMAGES], pixels.standardization)
-        state = jax.block_until_ready(init_from_data(state, image, model=config.model, tx=program.make_tx()))
+    config, times = setup.config, [time.perf_counter()]
+    state = jax.block_until_ready(initialized_from_data(setup, state))
     times.append(time.perf_counter())
     state = jax.block_until_ready(train(setup, state, num_steps, one_program))
     times.append(time.perf_counter())
@@ -340,6 +346,7 @@ def seconds_to_train(setup: Setup, seeds: Sequence[int], way: str) -> float:
       way: "sequential", or "vmap": one program for all of them.
     """
     setups, states = zip(*(of_seed(setup, seed) for seed in seeds), strict=True)
+    states = jax.block_until_ready([*map(initialized_from_data, setups, states)])
     stack = partial(jax.tree.map, lambda *leaves: jnp.stack(leaves))
     stacked = jax.block_until_ready(stack(*states)) if way == "vmap" else None
     start = time.perf_counter()
