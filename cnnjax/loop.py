@@ -16,10 +16,10 @@ from cnnjax.runs.progress import (
     EndedEpoch,
     Progress,
     add_steps,
+    add_user_scores,
     raise_if_stopped,
     record_epoch,
     save_within_epoch,
-    score_own,
 )
 from cnnjax.setup import Setup
 from cnnjax.sharding import fetch
@@ -55,7 +55,7 @@ def fit(
     clock = Clock(progress.seconds)
     at_peak = {
         shape: seconds_at_peak(setup.config.model, shape, setup.placement.devices)
-        for shape in {setup.train_shape(program) for program in setup.program.distinct()}
+        for shape in {setup.train_shape(program) for program in setup.program.distinct_programs()}
     }
     is_due = partial(run.checkpoints.is_due, checkpoint_seconds)
     start = partial(start_steps, setup, ahead=ahead, tracer=tracer)
@@ -156,4 +156,4 @@ def start_validation(setup: Setup, state: TrainState, run: OpenRun) -> tuple[Tra
         return snapshot, lambda: None
     keeps = setup.config.metrics is not None
     finish = start_evaluation(snapshot, setup.validation, setup.config.model, setup.placement, keep_logits=keeps)
-    return snapshot, lambda: score_own(run, finish(), setup.validation.label)
+    return snapshot, lambda: add_user_scores(run, finish(), setup.validation.label)

@@ -37,7 +37,7 @@ from cnnjax.memory import device_memory, explain_out_of_memory, gib, largest_res
 from cnnjax.network import apply_in_evaluation, init_variables
 from cnnjax.onednn.library import kernels
 from cnnjax.pretrained import Weights, replacements
-from cnnjax.program import Program, init_run
+from cnnjax.program import Program, init_train_state
 from cnnjax.runs.checkpoints import all_finite
 from cnnjax.runs.records import make_facts
 from cnnjax.setup import Setup, count_params, device_name, trace_steps
@@ -85,7 +85,7 @@ def set_up(
     program = _make_program(config, train.label, dataset.num_classes, steps, placement)
     height, width, _ = train.image.shape[1:]
     with user_code("`augment`"):
-        for distinct in program.distinct():
+        for distinct in program.distinct_programs():
             distinct.augment.check_size((height, width))
     init_key, train_key, augment_key = jax.random.split(jax.random.key(config.seed), 3)
     train_pixels, validation_pixels = (pixels_of(part, standardization) for part in (train, validation))
@@ -164,7 +164,7 @@ def _make_program(
         loss_fn=loss_fn,
         num_steps=steps_per_epoch * config.num_epochs,
         num_epochs=config.num_epochs,
-        placement=placement if placement.is_fully_sharded else None,
+        placement=placement if placement.divides_state else None,
     )
 
 
@@ -207,7 +207,7 @@ def _initial_state(
         loaded = None if weights is None else replacements(variables, weights, model)
     if program.divides_initial_state:
         key, image, loaded = put((key, image, loaded), setup.placement.replicated)
-    state = init_run(key, image, loaded, program=program)
+    state = init_train_state(key, image, loaded, program=program)
     if hasattr(model, "init_from_data"):
         standardized = images()
         with user_code("`model.init_from_data`"), explain_out_of_memory():
@@ -250,7 +250,7 @@ def check_parts(setup: Setup) -> tuple[TrainState, dict[str, Any]]:
     batch_size, image_shape, num_classes = setup.batch_size, setup.facts.image_shape, setup.dataset.num_classes
     batches = [
         check_augment(program.augment, setup.train_input, batch_size, setup.train_shape(program), key)
-        for program in setup.program.distinct()
+        for program in setup.program.distinct_programs()
     ]
     with user_code("`model`"):
         image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
@@ -286,7 +286,7 @@ def check_step(setup: Setup, state: TrainState) -> Any:
       UserError: it does not, or the network or the optimizer raised an exception.
     """
     device, placement, batch_size = setup.placement.device, setup.placement, setup.batch_size
-    program = max(setup.program.distinct(), key=lambda program: math.prod(setup.train_shape(program)))
+    program = max(setup.program.distinct_programs(), key=lambda program: math.prod(setup.train_shape(program)))
     placed: Any = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), state, placement.of_state(state))
     with user_code("The training step of `model`, `loss` and `optim`"):
         step = trace_steps(setup, placed, program._replace(frozen=setup.frozen_names(0)))

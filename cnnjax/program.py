@@ -56,7 +56,7 @@ class Program(NamedTuple):
         """Returns the program of an epoch (from 0), with its augmentation."""
         return self._replace(augment=self.augment.at_epoch(epoch, self.num_epochs))
 
-    def distinct(self) -> "list[Program]":
+    def distinct_programs(self) -> "list[Program]":
         """Returns the distinct programs of the epochs, in the order of their first use."""
         if type(self.augment).at_epoch is Augment.at_epoch:
             return [self]
@@ -68,7 +68,7 @@ class Program(NamedTuple):
 
 
 @jit(static_argnames=("program",), runs_once=True)
-def init_run(
+def init_train_state(
     key: Key[Array, ""],
     image: Float[AnyArray, "B H W C"],
     loaded: dict[VariablePath, Array] | None = None,
@@ -230,7 +230,7 @@ def evaluation_batch_size(pixels: Pixels | StreamedSet, placement: Placement) ->
 
 
 def _score_options(model: Network, tta: str, placement: Placement) -> Any:
-    return {"model": model, "tta": tta, "placement": placement if placement.is_fully_sharded else None}
+    return {"model": model, "tta": tta, "placement": placement if placement.divides_state else None}
 
 
 def _inputs(

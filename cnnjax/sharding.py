@@ -47,14 +47,14 @@ class Placement(NamedTuple):
         return NamedSharding(self.mesh, PartitionSpec())
 
     @property
-    def is_fully_sharded(self) -> bool:
+    def divides_state(self) -> bool:
         """Whether large arrays of the state are divided."""
         return self.mesh.shape["model"] > 1
 
     @property
     def state_mesh(self) -> str | None:
         """The mesh if it divides the state, see `parse_mesh`."""
-        return str(self) if self.is_fully_sharded else None
+        return str(self) if self.divides_state else None
 
     @property
     def devices(self) -> list[Any]:

@@ -248,7 +248,7 @@ def _train(
         run.write_result(result)
         callbacks.loggers.result(result)
     # A state that is divided may be too large for one device. It is read from its checkpoint when it is used.
-    kept = None if setup.placement.is_fully_sharded else move(best, setup.placement.device)
+    kept = None if setup.placement.divides_state else move(best, setup.placement.device)
     return replace(begun, result=result, test_logits=test_logits, _trained=(kept, progress.rows, progress.timing))
 
 

@@ -334,7 +334,7 @@ def test_stopping_after_the_last_epoch_is_no_early_stop(plain, tmp_path):
 @pytest.mark.parametrize("value", [1, 0, 0.93, "stop", np.array([True]), jnp.bool_(True)], ids=repr)
 def test_another_return_value_is_an_error(value):
     with pytest.raises(UserError, match=r"`on_epoch` must return True to stop, or False or None to continue, got .*"):
-        Callbacks(on_epoch=lambda row, state: value).stops({}, TrainState(jnp.int32(0), {}, {}, ()))
+        Callbacks(on_epoch=lambda row, state: value).report_epoch({}, TrainState(jnp.int32(0), {}, {}, ()))
 
 
 def test_a_state_that_was_donated_is_an_error(tmp_path):

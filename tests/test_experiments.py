@@ -13,7 +13,7 @@ from cnnjax import init_from_data
 from cnnjax.cli.experiment import load_experiment
 from cnnjax.data.batches import Pixels, pixel_statistics, standardize
 from cnnjax.data.order import epoch_plan
-from cnnjax.program import Program, init_run, train_steps
+from cnnjax.program import Program, init_train_state, train_steps
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 HERE = Path(__file__).parent.parent / "experiments"
@@ -42,7 +42,7 @@ def test_every_experiment_runs_two_steps(path):
     optim = replace(config.optim, freeze_epochs=0).for_network(model)  # Every layer moves.
     program = Program(model, optim, config.augment, config.loss, 100, 10)
     key = jax.random.key(0)
-    state = init_run(key, jnp.zeros((1, *shape)), program=program)
+    state = init_train_state(key, jnp.zeros((1, *shape)), program=program)
     if hasattr(model, "init_from_data"):
         images = standardize(image, pixels.standardization)
         state = init_from_data(state, images, model=model, tx=program.make_tx())

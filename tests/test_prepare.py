@@ -473,7 +473,7 @@ def test_the_limit_is_the_state_its_copy_the_first_checkpoint_and_the_data(tmp_p
     with pytest.raises(UserError, match=rf"`model` must fit into the 0\.0 GiB of memory, got {num_params} parameters"):
         train_and_evaluate(config, run_dir=tmp_path / "run", devices=jax.devices()[:1])
     monkeypatch.setattr(prepare_module, "device_memory", lambda device: needed)
-    monkeypatch.setattr(prepare_module, "init_run", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(prepare_module, "init_train_state", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):  # It would begin.
         train_and_evaluate(config, run_dir=tmp_path / "run", devices=jax.devices()[:1])
 

@@ -32,7 +32,7 @@ from cnnjax.data.order import epoch_plan
 from cnnjax.data.tta import mean_logits
 from cnnjax.metrics import Scores, Totals
 from cnnjax.optim.transforms import lookahead
-from cnnjax.program import Program, evaluate, init_run, train_steps
+from cnnjax.program import Program, evaluate, init_train_state, train_steps
 from cnnjax.sharding import Placement, place
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -291,7 +291,7 @@ def test_no_key_is_used_twice():
     pixels, augment = random_pixels(20), Noise(flip="random", translate=1, cutout=2)
     program = Program(MODEL, Adam(), augment, softmax_cross_entropy, num_steps=4, num_epochs=2)
     with jax.debug_key_reuse(True):
-        state = init_run(jax.random.key(1), jnp.zeros((1, *SHAPE)), program=program)
+        state = init_train_state(jax.random.key(1), jnp.zeros((1, *SHAPE)), program=program)
         for epoch in range(2):
             plan = epoch_plan(0, epoch, 20, batch_size=10, augment=augment, image_size=SHAPE[:2])
             state, _ = train_steps(state, pixels, plan, KEY, jax.random.key(epoch), program=program)

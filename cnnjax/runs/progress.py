@@ -100,7 +100,7 @@ class Callbacks:
             if self.on_step is not None:
                 self._call(self.on_step, first + i, means)
 
-    def stops(self, row: dict[str, Any], state: TrainState) -> bool:
+    def report_epoch(self, row: dict[str, Any], state: TrainState) -> bool:
         """Reports an epoch; returns the decision of `on_epoch`.
 
         Raises:
@@ -169,7 +169,7 @@ def restore(run: OpenRun, state: TrainState, sharding: PyTree) -> tuple[TrainSta
     return state, progress._replace(stopped_within=num_epochs if stopped else None)
 
 
-def score_own(run: OpenRun, scores: Scores, label: Any) -> Scores:
+def add_user_scores(run: OpenRun, scores: Scores, label: Any) -> Scores:
     """Returns scores with those of `Config.metrics`, which process 0 computes.
 
     Args:
@@ -235,7 +235,7 @@ def record_epoch(
     progress = progress._replace(rows=rows, timing=timing)
     row: Any = {**rows[-1], **ended.timing}
     row["best_epoch"] = (best_row(progress.rows, run.config.best_by) or row)["epoch"]
-    stops = callbacks.stops(dict(row), ended.state)
+    stops = callbacks.report_epoch(dict(row), ended.state)
     if (stops or is_out_of_patience(rows, run.config)) and row["epoch"] < run.config.num_epochs:
         progress, must_save = progress._replace(stopped_within=run.config.num_epochs), True
     if must_save or ended.validation is not None or not run.checkpoints.is_busy():

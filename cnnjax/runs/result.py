@@ -11,7 +11,7 @@ from cnnjax.errors import NonFiniteLossError, UserError
 from cnnjax.files import file_sha256, tree_sha256
 from cnnjax.program import evaluate
 from cnnjax.runs.directory import OpenRun
-from cnnjax.runs.progress import Progress, best_row, score_own
+from cnnjax.runs.progress import Progress, add_user_scores, best_row
 from cnnjax.runs.schema import Result
 from cnnjax.setup import Setup, count_params, device_name
 from cnnjax.step import TrainState
@@ -34,7 +34,7 @@ def score_test_set(
     if best["step"] != int(last.step):
         state, _ = run.checkpoints.restore(best["step"], last, setup.placement.of_state(last))
     scores = evaluate(state, pixels, model=config.model, tta=config.tta, placement=setup.placement, keep_logits=True)
-    scores = score_own(run, scores, pixels.label)
+    scores = add_user_scores(run, scores, pixels.label)
     if not math.isfinite(scores.loss):
         raise NonFiniteLossError(f"The test loss must be finite, got {scores.loss}. Try a lower `optim.learning_rate`.")
     names = setup.facts.class_names

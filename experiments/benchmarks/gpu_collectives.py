@@ -93,7 +93,7 @@ def compile_step(network: str, mesh: str, small: bool) -> dict[str, Any]:
     batch_size = num_devices * IMAGES_PER_DEVICE
     placement = place(batch_size, topology.devices, mesh)
     program, shape = make_program(network, small)
-    program = program._replace(placement=placement if placement.is_fully_sharded else None)
+    program = program._replace(placement=placement if placement.divides_state else None)
 
     def on(tree: Any, sharding: Any) -> Any:
         return jax.tree.map(lambda x: x.update(sharding=sharding), tree)

@@ -53,7 +53,7 @@ from cnnjax.models import speednet
 from cnnjax.models.speednet import SpeedConv
 from cnnjax.optim import transforms
 from cnnjax.prepare import INIT_IMAGES, set_up
-from cnnjax.program import Program, evaluate, init_run
+from cnnjax.program import Program, evaluate, init_train_state
 from cnnjax.setup import Setup
 from cnnjax.step import TrainState
 from cnnjax.train import train_run
@@ -287,7 +287,7 @@ def of_seed(setup: Setup, seed: int) -> tuple[Setup, TrainState]:
     config = replace(setup.config, seed=seed)
     setup = setup._replace(config=config, train_key=train_key, augment_key=augment_key)
     image = jnp.zeros((1, *setup.train.image.shape[1:]))
-    return setup, jax.block_until_ready(init_run(init_key, image, program=setup.program))
+    return setup, jax.block_until_ready(init_train_state(init_key, image, program=setup.program))
 
 
 def initialized_from_data(setup: Setup, state: TrainState) -> TrainState:

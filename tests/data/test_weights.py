@@ -25,7 +25,7 @@ from cnnjax.data.weights import load_weights
 from cnnjax.inputs import load_inputs
 from cnnjax.models.torch_names import Place, head_names, variables_from_torch
 from cnnjax.pretrained import insert_weights, replacements
-from cnnjax.program import Program, init_run
+from cnnjax.program import Program, init_train_state
 from cnnjax.typing import Preprocessing, PublishedWeights
 
 RNG = np.random.default_rng(0)
@@ -134,13 +134,13 @@ def test_a_run_draws_only_what_the_weights_do_not_replace(num_classes, tmp_path)
     model = Tiny(num_classes, str(tmp_path / "w.safetensors"))
     program = Program(model, Adam(ema=0.9), Augment(), softmax_cross_entropy, 10, 1)
     loaded, key, image = load_weights(model, say=print), jax.random.key(3), jnp.zeros((1, 4, 4, 3))
-    before = init_run(key, image, program=program)
+    before = init_train_state(key, image, program=program)
     expected = init_from_weights(before, loaded, model=model, tx=program.make_tx())
     new = replacements({"params": before.params}, loaded, model)
-    state = init_run(key, image, new, program=program)
+    state = init_train_state(key, image, new, program=program)
     assert jax.tree.structure(state) == jax.tree.structure(expected)
     jax.tree.map(np.testing.assert_array_equal, state, expected)
-    text = init_run.lower(key, image, new, program=program).compile().as_text()
+    text = init_train_state.lower(key, image, new, program=program).compile().as_text()
     assert ("xor" in text) == (num_classes == 2)  # Random bits, of the head.
 
 

@@ -31,7 +31,7 @@ from cnnjax.files import tree_sha256
 from cnnjax.inputs import load_inputs
 from cnnjax.layers.modules import Dropout
 from cnnjax.prepare import set_up
-from cnnjax.program import init_run, train_steps
+from cnnjax.program import init_train_state, train_steps
 from cnnjax.sharding import place
 
 MESHES = ("data=1", "data=2", "data=8", "model=8", "data=4,model=2")
@@ -119,7 +119,7 @@ def initial_bytes(setup):
     key, image = jax.device_put(
         (jax.random.key(0), jnp.zeros((1, *setup.facts.image_shape))), setup.placement.replicated
     )
-    used = init_run.lower(key, image, program=setup.program).compile().memory_analysis()
+    used = init_train_state.lower(key, image, program=setup.program).compile().memory_analysis()
     return used.output_size_in_bytes + used.temp_size_in_bytes
 
 
