@@ -34,15 +34,8 @@ with _epy.lazy_api_imports(globals()):  # `cnnjax --help` does not wait for jax.
     from cnnjax.runs.run import Run, load_run
     from cnnjax.runs.tensorboard import TensorBoard
     from cnnjax.runs.trackers import MLflow, WandB
-    from cnnjax.step import (
-        TrainState,
-        eval_params,
-        eval_step,
-        init_from_data,
-        init_from_weights,
-        init_state,
-        train_step,
-    )
+    from cnnjax.state import TrainState, eval_params, init_from_data, init_from_weights, init_state
+    from cnnjax.step import eval_step, train_step
     from cnnjax.train import train_and_evaluate
     from cnnjax.typing import Batch
 

@@ -14,7 +14,7 @@ from cnnjax.data.feed import StreamedSet, pixels_of
 from cnnjax.program import Program, compile_evaluation
 from cnnjax.runs.progress import Progress
 from cnnjax.setup import Setup, trace_steps
-from cnnjax.step import TrainState
+from cnnjax.state import TrainState
 
 EVALUATION = "evaluation"
 

@@ -20,7 +20,8 @@ from cnnjax.metrics import call_metrics, sum_metrics
 from cnnjax.network import Network, apply_in_training, logits_of
 from cnnjax.optim.optimizer import REST, Optimizer, param_labels
 from cnnjax.program import Program
-from cnnjax.step import TrainState, init_from_data, init_optimizer, update
+from cnnjax.state import TrainState, init_from_data, init_optimizer
+from cnnjax.step import update
 from cnnjax.typing import AnyArray, BatchLike, LossFn, MetricsFn
 
 MAX_LABELS = 10_000  # With 1,000 classes their logits take 40 MB.

@@ -23,7 +23,7 @@ from cnnjax.runs.progress import (
 )
 from cnnjax.setup import Setup
 from cnnjax.sharding import fetch
-from cnnjax.step import TrainState, copy_state
+from cnnjax.state import TrainState, copy_state
 from cnnjax.throughput import Clock, make_timing, seconds_at_peak
 
 # Longer epochs are not queued: a process that is stopped ends when the device has computed what is queued.

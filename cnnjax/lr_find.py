@@ -22,7 +22,7 @@ from cnnjax.process.console import Report, track
 from cnnjax.process.settings import start_jax
 from cnnjax.program import train_steps
 from cnnjax.setup import Setup
-from cnnjax.step import TrainState
+from cnnjax.state import TrainState
 
 RANGE = 1e4  # From 1e-7 to 10 for the usual 1e-3, as in fastai.
 NUM_UPDATES, HALF_DECADE = 161, 10  # 20 per factor of 10. More than an epoch of a small data set, less of a large one.

@@ -42,7 +42,7 @@ from cnnjax.runs.checkpoints import all_finite
 from cnnjax.runs.records import make_facts
 from cnnjax.setup import Setup, count_params, device_name, trace_steps
 from cnnjax.sharding import Placement, place, put
-from cnnjax.step import TrainState, init_from_data
+from cnnjax.state import TrainState, init_from_data
 from cnnjax.typing import AnyArray
 
 INIT_IMAGES = 5000  # Number of training images that a network may be initialized from.

@@ -24,7 +24,8 @@ from cnnjax.network import Network, logits_of
 from cnnjax.optim.optimizer import Optimizer
 from cnnjax.pretrained import VariablePath
 from cnnjax.sharding import Placement, fetch, place, put
-from cnnjax.step import TrainState, apply_views, init_state, replace_variables, train_step
+from cnnjax.state import TrainState, init_state, replace_variables
+from cnnjax.step import apply_views, train_step
 from cnnjax.typing import AnyArray, LossFn
 
 # Examples; divisors of the usual test sets. The larger one is for images of up to 32 by 32 on an accelerator.

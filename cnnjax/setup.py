@@ -16,7 +16,7 @@ from cnnjax.process.settings import num_cores
 from cnnjax.program import Program, evaluation_batch_size, train_steps
 from cnnjax.runs.schema import DataFacts
 from cnnjax.sharding import Placement, put
-from cnnjax.step import TrainState
+from cnnjax.state import TrainState
 
 
 class Setup(NamedTuple):

@@ -18,7 +18,7 @@ from jaxtyping import PyTree
 from cnnjax.jaxprs import programs_in
 from cnnjax.layers.derivatives import plain_operations
 from cnnjax.network import Network, apply_in_evaluation, logits_of, mode_of
-from cnnjax.step import abstract_state, eval_params
+from cnnjax.state import abstract_state, eval_params
 
 Path = tuple[str, ...]
 

@@ -30,7 +30,7 @@ from cnnjax.runs.run import Run, make_run
 from cnnjax.runs.source import SourceCode
 from cnnjax.setup import Setup
 from cnnjax.sharding import move, parse_mesh
-from cnnjax.step import TrainState
+from cnnjax.state import TrainState
 
 
 def train_and_evaluate(

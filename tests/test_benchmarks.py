@@ -24,7 +24,7 @@ from cnnjax.layers import conv, norm, ops
 from cnnjax.models import speednet
 from cnnjax.onednn.library import processor_flags
 from cnnjax.optim import transforms
-from cnnjax.step import abstract_state
+from cnnjax.state import abstract_state
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 HERE = EXPERIMENTS / "benchmarks"

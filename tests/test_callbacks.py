@@ -30,7 +30,7 @@ from cnnjax.runs.inspection import reproduce, verify
 from cnnjax.runs.manifest import read_manifest
 from cnnjax.runs.progress import Callbacks
 from cnnjax.sharding import fetch
-from cnnjax.step import TrainState
+from cnnjax.state import TrainState
 
 PROGRAMS = Path(research.__file__).parent
 
@@ -321,7 +321,7 @@ def test_a_decision_of_numpy_can_be_sent_to_other_processes(no_type_checks):
             return json.loads(json.dumps(compute()))
 
     for value in (np.False_, np.True_, None):
-        stops = Callbacks(on_epoch=lambda row, state, value=value: value, hosts=Two()).stops
+        stops = Callbacks(on_epoch=lambda row, state, value=value: value, hosts=Two()).report_epoch
         assert stops({}, TrainState(jnp.int32(0), {}, {}, ())) == bool(value)
 
 

@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from cnnjax.models.resnet import ResNet50
-from cnnjax.step import abstract_state
+from cnnjax.state import abstract_state
 from cnnjax.summary import forward_flops
 
 HERE = Path(__file__).parent.parent / "experiments" / "benchmarks"

@@ -38,7 +38,7 @@ from cnnjax.export.predictor import any_batch, make_predictor, read_stablehlo, t
 from cnnjax.files import check_sums, tree_sha256
 from cnnjax.optim.transforms import AverageState
 from cnnjax.runs.schema import DataFacts
-from cnnjax.step import TrainState
+from cnnjax.state import TrainState
 
 PROGRAMS = Path(__file__).parent / "programs"
 RESEARCH = PROGRAMS / "research.py"  # A user's Linen module, data and optimizer; tta is "flip".

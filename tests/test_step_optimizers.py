@@ -30,7 +30,7 @@ from cnnjax import (
 )
 from cnnjax.optim.transforms import lookahead
 from cnnjax.pretrained import Weights
-from cnnjax.step import eval_params
+from cnnjax.state import eval_params
 from cnnjax.typing import Preprocessing
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

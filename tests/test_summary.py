@@ -15,7 +15,7 @@ from cnnjax.models.mlp import MLP
 from cnnjax.models.resnet import ResNet18, ResNet50
 from cnnjax.models.speednet import SpeedNet
 from cnnjax.network import Functions
-from cnnjax.step import abstract_state
+from cnnjax.state import abstract_state
 from cnnjax.summary import Layer, forward_flops, layer_table
 
 

@@ -23,7 +23,7 @@ from cnnjax.files import check_local, is_key, raw_keys, tree_sha256, write_file,
 from cnnjax.process.console import track
 from cnnjax.runs.inference import batch_size_of
 from cnnjax.runs.run import Run
-from cnnjax.step import TrainState, eval_params
+from cnnjax.state import TrainState, eval_params
 
 FORMATS = {"safetensors": "model.safetensors", "stablehlo": "predictor.stablehlo", "onnx": "model.onnx"}
 NUM_IMAGES = 1000

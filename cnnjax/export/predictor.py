@@ -15,7 +15,7 @@ from cnnjax.errors import UserError, describe
 from cnnjax.layers.derivatives import plain_operations
 from cnnjax.network import apply_in_evaluation, logits_of
 from cnnjax.runs.run import Run
-from cnnjax.step import eval_params
+from cnnjax.state import eval_params
 from cnnjax.typing import AnyArray
 
 PLATFORMS = ("cpu", "cuda", "tpu")

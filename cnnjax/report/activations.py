@@ -12,7 +12,7 @@ from jaxtyping import Float, UInt8
 
 from cnnjax.report.interpreter import Interpreter, Record
 from cnnjax.runs.run import Run
-from cnnjax.step import eval_params
+from cnnjax.state import eval_params
 from cnnjax.summary import trace
 
 NUM_MAPS = 16  # Maps that are shown of a layer.

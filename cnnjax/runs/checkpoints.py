@@ -33,7 +33,7 @@ from cnnjax.runs.records import run_argument
 from cnnjax.runs.recovery import PROGRESS, find_faults, list_steps, read_progress
 from cnnjax.runs.schema import SavedProgress
 from cnnjax.sharding import fetch
-from cnnjax.step import TrainState
+from cnnjax.state import TrainState
 
 _SYSTEM = re.compile("|".join(re.escape(os.strerror(code)) for code in errno.errorcode))
 # Orbax's threads synchronize through state of the process. Without this lock, simultaneous saves of two seeds deadlock.

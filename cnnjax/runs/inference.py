@@ -14,7 +14,8 @@ from cnnjax.config import word
 from cnnjax.data.batches import Standardization, standardize
 from cnnjax.errors import UserError, check
 from cnnjax.network import Network, layers_of, logits_of
-from cnnjax.step import TrainState, apply_views, eval_params
+from cnnjax.state import TrainState, eval_params
+from cnnjax.step import apply_views
 from cnnjax.typing import AnyArray, Batch
 
 BATCH_SIZE, LARGE_BATCH_SIZE = 128, 8  # Images per call of a network; the latter above 64 by 64 pixels.

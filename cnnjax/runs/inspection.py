@@ -26,7 +26,7 @@ from cnnjax.runs.run import make_run
 from cnnjax.runs.schema import EncodedConfig, Result, Row, Session, own_metrics
 from cnnjax.runs.source import source_of
 from cnnjax.runs.statistics import CLASS_METRICS, METRICS
-from cnnjax.step import TrainState
+from cnnjax.state import TrainState
 from cnnjax.train import train_run
 
 NOT_LISTED = "not listed in SHA256SUMS"  # A file that we list when we write it.

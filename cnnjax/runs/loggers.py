@@ -21,7 +21,7 @@ from cnnjax.optim.optimizer import Optimizer
 from cnnjax.process.signals import Stop
 from cnnjax.runs.codec import encode
 from cnnjax.runs.schema import Result
-from cnnjax.step import TrainState, copy_state
+from cnnjax.state import TrainState, copy_state
 
 if TYPE_CHECKING:
     from cnnjax.runs.run import Run

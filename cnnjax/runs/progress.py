@@ -21,7 +21,7 @@ from cnnjax.runs.directory import OpenRun
 from cnnjax.runs.loggers import Loggers
 from cnnjax.runs.records import write_rows
 from cnnjax.runs.schema import Row, Timing
-from cnnjax.step import TrainState, copy_state
+from cnnjax.state import TrainState, copy_state
 
 OnStep = Callable[[int, dict[str, float]], object]
 OnEpoch = Callable[[dict[str, Any], TrainState], object]

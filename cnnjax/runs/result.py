@@ -14,7 +14,7 @@ from cnnjax.runs.directory import OpenRun
 from cnnjax.runs.progress import Progress, add_user_scores, best_row
 from cnnjax.runs.schema import Result
 from cnnjax.setup import Setup, count_params, device_name
-from cnnjax.step import TrainState
+from cnnjax.state import TrainState
 
 
 def score_test_set(

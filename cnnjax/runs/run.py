@@ -35,7 +35,7 @@ from cnnjax.runs.records import read_record, read_result, read_rows, read_timing
 from cnnjax.runs.recovery import list_steps
 from cnnjax.runs.schema import DataFacts, Result, Row, Timing
 from cnnjax.sharding import place
-from cnnjax.step import TrainState, abstract_state, check_tx, eval_params, init_optimizer
+from cnnjax.state import TrainState, abstract_state, check_tx, eval_params, init_optimizer
 
 
 @dataclass(frozen=True, eq=False, repr=False)

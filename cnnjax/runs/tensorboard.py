@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from cnnjax.runs.loggers import Logger, config_values, epoch_values, step_values, test_values
-from cnnjax.step import TrainState
+from cnnjax.state import TrainState
 
 if TYPE_CHECKING:
     from cnnjax.runs.run import Run

@@ -14,7 +14,7 @@ from uuid import uuid4
 from cnnjax.errors import UserError, check
 from cnnjax.files import write_file
 from cnnjax.runs.loggers import Logger, config_values, epoch_values, step_values, test_values
-from cnnjax.step import TrainState
+from cnnjax.state import TrainState
 
 if TYPE_CHECKING:
     from cnnjax.runs.run import Run

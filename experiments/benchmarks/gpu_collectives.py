@@ -84,7 +84,7 @@ def compile_step(network: str, mesh: str, small: bool) -> dict[str, Any]:
     from cnnjax.data.order import plain_plan
     from cnnjax.program import train_steps
     from cnnjax.sharding import place
-    from cnnjax.step import abstract_state
+    from cnnjax.state import abstract_state
 
     jax.default_backend = lambda: "gpu"  # Compiles with the options of a GPU.
     num_devices = MESHES[mesh]

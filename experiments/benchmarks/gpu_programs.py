@@ -27,7 +27,7 @@ from cnnjax.cli.experiment import load_experiment
 from cnnjax.data.batches import Pixels, Standardization
 from cnnjax.data.order import epoch_plan
 from cnnjax.program import Program, train_steps
-from cnnjax.step import abstract_state
+from cnnjax.state import abstract_state
 
 BANDWIDTH = 3.35e12  # Bytes per second. Source: NVIDIA's data sheet of the H100 SXM.
 

@@ -60,7 +60,7 @@ def cost(args: argparse.Namespace) -> str:
     from cnnjax.files import tree_sha256
     from cnnjax.runs import manifest
     from cnnjax.runs.checkpoints import Checkpoints
-    from cnnjax.step import copy_state
+    from cnnjax.state import copy_state
 
     keep_memory()
     config = load_experiment(str(harness.EXPERIMENTS / "cifar10_cnn.py")).config

@@ -91,7 +91,7 @@ def compile_step(small: bool) -> dict[str, Any]:
     from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
     from cnnjax import Batch, compiler_options, train_step
-    from cnnjax.step import abstract_state
+    from cnnjax.state import abstract_state
     from cnnjax.summary import forward_flops
 
     model, tx, shape = make_network(small)
@@ -149,7 +149,7 @@ def checkpoint(args: argparse.Namespace) -> str:
 
     from cnnjax import init_state
     from cnnjax.runs.checkpoints import Checkpoints
-    from cnnjax.step import abstract_state, copy_state
+    from cnnjax.state import abstract_state, copy_state
 
     model, tx, shape = make_network(args.small)
     state = init_state(jax.random.key(0), jnp.zeros((1, *shape)), model=model, tx=tx)

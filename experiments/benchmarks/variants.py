@@ -55,7 +55,7 @@ from cnnjax.optim import transforms
 from cnnjax.prepare import INIT_IMAGES, set_up
 from cnnjax.program import Program, evaluate, init_train_state
 from cnnjax.setup import Setup
-from cnnjax.step import TrainState
+from cnnjax.state import TrainState
 from cnnjax.train import train_run
 
 MUON, NINETY_SIX, TUTORIAL = "cifar10_airbench94_muon", "cifar10_airbench96", "cifar10_tutorial"

@@ -19,7 +19,7 @@ from cnnjax.network import Functions
 from cnnjax.report.activations import NUM_MAPS, feature_maps, first_filters
 from cnnjax.runs.run import Run
 from cnnjax.runs.schema import DataFacts
-from cnnjax.step import abstract_state
+from cnnjax.state import abstract_state
 
 IMAGE_SHAPE = (8, 10, 2)
 IMAGE = np.random.default_rng(0).integers(0, 256, IMAGE_SHAPE).astype(np.uint8)

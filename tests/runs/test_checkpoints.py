@@ -10,7 +10,7 @@ from cnnjax import CNN, MLP, UserError
 from cnnjax.errors import StorageError
 from cnnjax.files import check_sums
 from cnnjax.runs.checkpoints import Checkpoints, all_finite, check_characters
-from cnnjax.step import copy_state
+from cnnjax.state import copy_state
 
 
 @pytest.fixture

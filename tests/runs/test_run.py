@@ -16,7 +16,7 @@ from cnnjax import Adam, Batch, UserError, init_state, load_run, softmax_cross_e
 from cnnjax.files import tree_sha256
 from cnnjax.runs.inference import outputs_of
 from cnnjax.runs.run import Run
-from cnnjax.step import eval_params
+from cnnjax.state import eval_params
 
 # Its best epoch is not the last, its seed is not 0, the test split has two views, and there are batch statistics.
 CONFIG: Any = research.CONFIG
