@@ -194,8 +194,13 @@ def apply_in_evaluation(model: Network, params: PyTree, model_state: dict[str, P
 
 def layers_of(model: nn.Module, params: PyTree, model_state: dict[str, PyTree], image: AnyArray) -> dict[str, Array]:
     """Returns the outputs of the submodules of a Linen module in evaluation, and the values that it sows, by name."""
-    options: Any = {"capture_intermediates": True, "mutable": ["intermediates"]}
-    _, written = model.apply({"params": params, **model_state}, image, **mode_of(model, train=False), **options)
+    _, written = model.apply(
+        {"params": params, **model_state},
+        image,
+        **mode_of(model, train=False),
+        capture_intermediates=True,
+        mutable=["intermediates"],
+    )
     found = {}
     for path, values in flatten_dict(written["intermediates"]).items():
         one = values[0] if isinstance(values, tuple) and len(values) == 1 else values

@@ -63,8 +63,7 @@ def train_step(
     check_tx(tx)
     _check_valid(state)
     step = _donating_step if donate else _keeping_step
-    options: Any = {"loss_fn": loss_fn, "frozen": frozen, "placement": placement}
-    return step(state, batch, key, model=model, tx=tx, **options)
+    return step(state, batch, key, model=model, tx=tx, loss_fn=loss_fn, frozen=frozen, placement=placement)
 
 
 def _step(

@@ -176,8 +176,15 @@ def train_run(
             setup, state, progress = _begin(
                 run, inputs, tracer, devices=devices, mesh=mesh, resume=resume, on_epoch=on_epoch
             )
-            options: Any = {"callbacks": callbacks, "tracer": tracer, "checkpoint_seconds": checkpoint_seconds}
-            trained = _train(run, setup, state, progress, **options)
+            trained = _train(
+                run,
+                setup,
+                state,
+                progress,
+                callbacks=callbacks,
+                tracer=tracer,
+                checkpoint_seconds=checkpoint_seconds,
+            )
         run.stop.finished = stop is None
     report.result(trained.finished_result(), run_dir)
     return trained

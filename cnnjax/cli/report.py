@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
@@ -42,8 +42,14 @@ class WriteReport:
         from cnnjax.runs.run import load_run
 
         runs = [load_run(run, config_of(run, self.experiment)) for run in self.runs]
-        options: Any = {"data_dir": self.data_dir, "experiment": self.experiment, "warn": _warn}
-        path = write_report(runs, self.path, figures=self.figures, **options)
+        path = write_report(
+            runs,
+            self.path,
+            figures=self.figures,
+            data_dir=self.data_dir,
+            experiment=self.experiment,
+            warn=_warn,
+        )
         print(f"Report: {printable(path)}")
         if self.figures is not None:
             print(f"Figures: {printable(self.figures)}")

@@ -222,8 +222,9 @@ def load_dataset(
             stream=stream,
         )
     elif isinstance(dataset, str):
-        options: Any = {"version": version, "fit": fit, "test_split": test_split, "stream": stream}
-        stored = load_tfds(dataset.strip("/"), directory, say, **options)
+        stored = load_tfds(
+            dataset.strip("/"), directory, say, version=version, fit=fit, test_split=test_split, stream=stream
+        )
         if channels is None and stored.image_shape[-1] == 4:
             fit = fit._replace(channels=3)
     elif callable(dataset):

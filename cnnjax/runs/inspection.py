@@ -221,8 +221,16 @@ def reproduce(
     def on_epoch(row: Mapping[str, Any], state: TrainState) -> bool:
         return row["epoch"] == last  # A callback had stopped the run here.
 
-    options: Any = {"resume": resume, "devices": devices, "report": report, "inputs": inputs}
-    new = train_run(config, run_dir=into, on_epoch=on_epoch, mesh=mesh, **options).finished_result()
+    new = train_run(
+        config,
+        run_dir=into,
+        resume=resume,
+        on_epoch=on_epoch,
+        devices=devices,
+        mesh=mesh,
+        report=report,
+        inputs=inputs,
+    ).finished_result()
     both = [records.read_rows(folder) for folder in (run_dir, into)]
     rows = list(zip(*both, strict=False))  # With `patience` the new run may end in another epoch.
     epochs = [x["epoch"] for x, y in rows if x["params_sha256"] != y["params_sha256"]]

@@ -201,8 +201,8 @@ class Run:
     def _outputs(self, images: Any, tta: str, *, softmax: bool) -> Float[np.ndarray, "N K"]:
         check_name("tta", tta, TTA)
         images = check_images(images, self.facts.image_shape)
-        options: Any = {"model": self.config.model, "tta": tta, "softmax": softmax}
-        return in_batches(partial(outputs_of, self.state, self.facts.standardization, **options), images)
+        network = partial(outputs_of, model=self.config.model, tta=tta, softmax=softmax)
+        return in_batches(partial(network, self.state, self.facts.standardization), images)
 
     def predict_files(
         self, paths: Iterable[str | os.PathLike[str]], *, tta: str | None = None, invert: bool = False
