@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 
@@ -93,10 +94,11 @@ def fit(
                     save_within_epoch(run, state, progress, (first, step), signum)
                 continue
             images_per_second = clock.end_steps(progress.totals.num_examples)
-            snapshot, validate = validation or start_validation(setup, state, run)
-            scores, seconds = validate(), clock.seconds()
+            validation = validation or start_validation(setup, state, run)
+            scores = validation.wait()
+            seconds = clock.seconds()
             ended = EndedEpoch(
-                state=snapshot,
+                state=validation.state,
                 steps=(first, step),
                 train=progress.totals.means(),
                 grad_norm=progress.grad_norm / steps_per_epoch,
@@ -143,17 +145,21 @@ def start_steps(
     return train_steps(state, *arguments, program=program)
 
 
-def start_validation(setup: Setup, state: TrainState, run: OpenRun) -> tuple[TrainState, Callable[[], Scores | None]]:
+class Validation(NamedTuple):
+    """A validation that was started, perhaps before the device has finished the steps of its epoch."""
+
+    state: TrainState  # A copy of that at the end of the epoch.
+    wait: Callable[[], Scores | None]  # Waits for the scores; None without a validation set.
+
+
+def start_validation(setup: Setup, state: TrainState, run: OpenRun) -> Validation:
     """Copies the state at the end of an epoch, and starts to score the copy.
 
     Does not wait for the device if the validation set has few batches, see `Setup.queues_validation`.
-
-    Returns:
-      The copy, and a function that waits for its scores (None without validation).
     """
     snapshot = copy_state(state)
     if not len(setup.validation.label):
-        return snapshot, lambda: None
+        return Validation(snapshot, lambda: None)
     keeps = setup.config.metrics is not None
     finish = start_evaluation(snapshot, setup.validation, setup.config.model, setup.placement, keep_logits=keeps)
-    return snapshot, lambda: add_user_scores(run, finish(), setup.validation.label)
+    return Validation(snapshot, lambda: add_user_scores(run, finish(), setup.validation.label))

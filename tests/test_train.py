@@ -1,3 +1,4 @@
+import gc
 import json
 import re
 import shutil
@@ -322,6 +323,22 @@ def test_an_epoch_is_saved_and_reported_while_the_next_one_trains(monkeypatch, t
     train(RESEARCH, run_dir=tmp_path, report=Events(quiet=True))
     six = ["step"] * 6
     assert events == [*six, "step", "epoch 1", *six, "epoch 2", *six[1:], "epoch 3"]
+
+
+def test_no_state_of_an_earlier_epoch_stays_in_memory(tmp_path):
+    counts = []
+
+    def on_step(step, metrics):
+        if step in (6, 12):  # The last steps of epochs 1 and 2.
+            for _ in range(100):
+                gc.collect()
+                counts.append(sum(array.shape == (90, 19) for array in jax.live_arrays()))
+                if counts[-1] == counts[0]:
+                    return
+                time.sleep(0.1)  # The checkpoint of epoch 1 may still be being written.
+
+    train(replace(RESEARCH, model=Net(width=19)), run_dir=tmp_path, on_step=on_step)
+    assert counts[-1] == counts[0] > 0
 
 
 def test_a_run_saves_within_an_epoch_and_counts_the_time_of_all_sessions(whole_research, tmp_path):
