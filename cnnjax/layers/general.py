@@ -44,6 +44,8 @@ def conv_general_dilated(  # noqa: PLR0917  As in jax.
       window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count, options: see
         `jax.lax.conv_general_dilated`.
     """
+    if not (isinstance(padding, str) or {*(lhs_dilation or ())} - {1}):
+        lhs, padding = _crop(lhs, rhs, padding, dimension_numbers)
     given = {name: value for name, value in options.items() if value not in (None, 1)}
     dilated = {*(lhs_dilation or ()), *(rhs_dilation or ())} - {1}
     pads = None
@@ -57,6 +59,24 @@ def conv_general_dilated(  # noqa: PLR0917  As in jax.
     if feature_group_count > 1:
         return depthwise_conv2d(lhs, kernel[:, :, 0], pads, window_strides[0])
     return strided_conv2d(lhs, kernel, pads, window_strides[0])
+
+
+def _crop(
+    lhs: Float[Array, "..."], rhs: Float[Array, "..."], padding: Any, dimension_numbers: Any
+) -> tuple[Float[Array, "..."], Any]:
+    """Returns images without what negative padding removes, and the rest of the padding.
+
+    On a CPU XLA reads beyond the end of the images if the padding is negative (seen with jax 0.10).
+    """
+    pads = [pad for pad in padding if len(pad) == 2 and all(isinstance(p, Integral) for p in pad)]
+    if len(pads) < len(padding) or len(pads) != jnp.ndim(lhs) - 2 or min(map(min, pads), default=0) >= 0:
+        return lhs, padding
+    axes = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers).lhs_spec[2:]
+    removed = dict(zip(axes, [tuple(min(int(p), 0) for p in pad) for pad in pads], strict=True))
+    if any(lhs.shape[axis] + sum(pad) < 0 for axis, pad in removed.items()):
+        return lhs, padding
+    rest = [tuple(max(int(p), 0) for p in pad) for pad in pads]
+    return lax.pad(lhs, jnp.zeros((), lhs.dtype), [(*removed.get(i, (0, 0)), 0) for i in range(lhs.ndim)]), rest
 
 
 def _usual_padding(
