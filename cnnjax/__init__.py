@@ -11,11 +11,12 @@ with _epy.lazy_api_imports(globals()):  # `cnnjax --help` does not wait for jax.
     from cnnjax.data.photo_augment import PhotoAugment
     from cnnjax.data.weights import load_weights
     from cnnjax.errors import NonFiniteLossError, UserError
+    from cnnjax.evaluation import evaluate
     from cnnjax.export.bundle import export_run
     from cnnjax.layers.general import conv_general_dilated
     from cnnjax.losses import CrossEntropy, softmax_cross_entropy
     from cnnjax.lr_find import RangeTest, find_learning_rate
-    from cnnjax.metrics import Metrics
+    from cnnjax.metrics import Metrics, Scores
     from cnnjax.models.cnn import CNN
     from cnnjax.models.efficientnet import EfficientNetLite0
     from cnnjax.models.mlp import MLP
@@ -69,6 +70,7 @@ __all__ = [
     "ResNet18",
     "ResNet50",
     "Run",
+    "Scores",
     "SpeedNet",
     "TensorBoard",
     "TrainState",
@@ -78,6 +80,7 @@ __all__ = [
     "conv_general_dilated",
     "eval_params",
     "eval_step",
+    "evaluate",
     "export_run",
     "find_learning_rate",
     "init_from_data",

@@ -11,7 +11,8 @@ import jax
 from cnnjax.compiler import compiler_options
 from cnnjax.data.batches import Pixels
 from cnnjax.data.feed import StreamedSet, pixels_of
-from cnnjax.program import Program, compile_evaluation
+from cnnjax.evaluation import compile_evaluation
+from cnnjax.program import Program
 from cnnjax.runs.progress import Progress
 from cnnjax.setup import Setup, trace_steps
 from cnnjax.state import TrainState

@@ -8,8 +8,9 @@ import jax
 
 from cnnjax.ahead import Ahead
 from cnnjax.dispatch import Dispatch, open_dispatches
+from cnnjax.evaluation import start_evaluation
 from cnnjax.metrics import Metrics, Scores, Totals
-from cnnjax.program import start_evaluation, train_steps
+from cnnjax.program import train_steps
 from cnnjax.runs.directory import OpenRun
 from cnnjax.runs.profile import Profile
 from cnnjax.runs.progress import (

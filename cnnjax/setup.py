@@ -12,8 +12,9 @@ from cnnjax.data.batches import Pixels
 from cnnjax.data.datasets import ImageDataset
 from cnnjax.data.feed import StreamedSet
 from cnnjax.data.order import plain_plan
+from cnnjax.evaluation import evaluation_batch_size
 from cnnjax.process.settings import num_cores
-from cnnjax.program import Program, evaluation_batch_size, train_steps
+from cnnjax.program import Program, train_steps
 from cnnjax.runs.schema import DataFacts
 from cnnjax.sharding import Placement, put
 from cnnjax.state import TrainState

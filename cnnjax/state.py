@@ -67,6 +67,8 @@ def init_from_data(
 ) -> TrainState:
     """Initializes a network from data, by its method `init_from_data(variables, image) -> variables`.
 
+    The arrays that it returns are copied.
+
     Args:
       image: standardized training images.
     """
@@ -75,8 +77,11 @@ def init_from_data(
     before = jax.tree.leaves(state.params)
     network: Any = model
     variables = {**network.init_from_data({"params": state.params, **state.model_state}, image)}
+    unchanged = [*map(id, before)] == [*map(id, jax.tree.leaves(variables["params"]))]
+    ours = {*map(id, before), *map(id, jax.tree.leaves(state.model_state))}
+    # A step donates each array: those of the network's own must stay valid, and each must be another one.
+    variables = jax.tree.map(lambda x: jnp.copy(x) if isinstance(x, jax.Array) and id(x) not in ours else x, variables)
     params = variables.pop("params")
-    unchanged = [*map(id, before)] == [*map(id, jax.tree.leaves(params))]
     opt_state = state.opt_state if unchanged else init_optimizer(tx, params)
     return TrainState(state.step, params, variables, opt_state)
 

@@ -61,7 +61,7 @@ def train_step(
     """
     check_network(model)
     check_tx(tx)
-    _check_valid(state)
+    check_valid(state)
     step = _donating_step if donate else _keeping_step
     return step(state, batch, key, model=model, tx=tx, loss_fn=loss_fn, frozen=frozen, placement=placement)
 
@@ -149,7 +149,7 @@ def eval_step(
       tta: test-time augmentation, see `cnnjax.data.tta.mean_logits`; the loss then receives only the logits.
     """
     check_network(model)
-    _check_valid(state)
+    check_valid(state)
     return _eval_step(state, batch, model=model, loss_fn=loss_fn, tta=tta)
 
 
@@ -159,7 +159,7 @@ def _eval_step(state: TrainState, batch: BatchLike, *, model: Network, loss_fn: 
     return sum_metrics(apply_views(state, batch, model, tta), batch, loss_fn)
 
 
-def _check_valid(state: TrainState) -> None:
+def check_valid(state: TrainState) -> None:
     """Raises a `ValueError` if `state` was donated. Skips tracers, which never are."""
     step: Any = getattr(state, "step", None)
     if isinstance(step, jax.Array) and not isinstance(step, Tracer) and step.is_deleted():

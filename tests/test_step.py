@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from programs.research import Noise
 
@@ -30,9 +31,10 @@ from cnnjax import (
 from cnnjax.data.batches import Pixels, make_batch, pixel_statistics
 from cnnjax.data.order import epoch_plan
 from cnnjax.data.tta import mean_logits
+from cnnjax.evaluation import evaluate_pixels
 from cnnjax.metrics import Scores, Totals
 from cnnjax.optim.transforms import lookahead
-from cnnjax.program import Program, evaluate, init_train_state, train_steps
+from cnnjax.program import Program, init_train_state, train_steps
 from cnnjax.sharding import Placement, place
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -239,6 +241,18 @@ def test_an_optimizer_of_a_configuration_is_not_one_of_optax():
         train_step(make_state(), random_batch(), KEY, model=MODEL, tx=tx)
 
 
+def test_a_state_that_orbax_saved_continues_with_the_same_bits(tmp_path):
+    batch, model = random_batch(), Net(rate=0.5)
+    state, _ = train_step(make_state(model), batch, KEY, model=model, tx=TX)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "state", make_state(model, seed=1))
+    assert isinstance(restored, TrainState)
+    continued, expected = (train_step(s, batch, KEY, model=model, tx=TX)[0] for s in (restored, state))
+    assert_equal(continued, expected)
+
+
 # --- init_from_data -------------------------------------------------------------------------------------------------
 
 
@@ -282,6 +296,20 @@ def test_the_optimizer_sees_parameters_that_a_network_changes_in_place():
     state = init_from_data(make_state(model, tx), random_batch().image, model=model, tx=tx)
     assert_close(state.opt_state, tx.init(state.params))
     assert float(state.params["Dense_0"]["bias"].min()) == 1
+
+
+def test_arrays_that_init_from_data_returns_stay_valid():
+    weights = jnp.ones(10)
+
+    class Loaded(Whitened):
+        def init_from_data(self, variables, image):
+            layer = {**variables["params"]["Dense_0"], "bias": weights}
+            return {**variables, "params": {**variables["params"], "Dense_0": layer}, "loaded": {"same": weights}}
+
+    model, batch = Loaded(), random_batch()
+    state = init_from_data(make_state(model, TX), batch.image, model=model, tx=TX)
+    train_step(state, batch, KEY, model=model, tx=TX)
+    assert not weights.is_deleted()
 
 
 # --- train_steps ----------------------------------------------------------------------------------------------------
@@ -345,7 +373,7 @@ def test_evaluation_of_a_size_that_the_batch_does_not_divide_equals_numpy(tta):
     logits, mirrored = (x.reshape(703, -1) @ kernel + bias for x in (image, image[:, :, ::-1]))
     probability = softmax((logits + mirrored) / 2 if tta == "flip" else logits)
 
-    scores = evaluate(state, pixels, model=model, tta=tta)
+    scores = evaluate_pixels(state, pixels, model=model, tta=tta)
 
     assert scores.num_examples == 703
     assert scores.accuracy == (probability.argmax(1) == pixels.label).mean()
@@ -391,7 +419,7 @@ def test_the_batch_size_of_evaluation_suits_the_device(platform, size, batch_siz
             return jnp.stack([-red, red, *8 * [-9 + 0 * red]], axis=1)
 
     pixels = random_pixels(2100, (size, size, 3))
-    scores = evaluate(TrainState(jnp.zeros((), jnp.int32), {}, {}, ()), pixels, model=Red(), placement=placement)
+    scores = evaluate_pixels(TrainState(jnp.zeros((), jnp.int32), {}, {}, ()), pixels, model=Red(), placement=placement)
     assert seen == [(batch_size, size, size, 3)]
     red = pixels.image[..., 0].mean((1, 2), dtype=np.float64)
     assert scores.accuracy == np.mean((red > red.mean()) == pixels.label)

@@ -8,8 +8,8 @@ from cnnjax.class_scores import class_scores, confusion_matrix, own_scores
 from cnnjax.data.batches import Pixels
 from cnnjax.data.feed import StreamedSet
 from cnnjax.errors import NonFiniteLossError, UserError
+from cnnjax.evaluation import evaluate_pixels
 from cnnjax.files import file_sha256, tree_sha256
-from cnnjax.program import evaluate
 from cnnjax.runs.directory import OpenRun
 from cnnjax.runs.progress import Progress, add_user_scores, best_row
 from cnnjax.runs.schema import Result
@@ -33,7 +33,9 @@ def score_test_set(
     state = last
     if best["step"] != int(last.step):
         state, _ = run.checkpoints.restore(best["step"], last, setup.placement.of_state(last))
-    scores = evaluate(state, pixels, model=config.model, tta=config.tta, placement=setup.placement, keep_logits=True)
+    scores = evaluate_pixels(
+        state, pixels, model=config.model, tta=config.tta, placement=setup.placement, keep_logits=True
+    )
     scores = add_user_scores(run, scores, pixels.label)
     if not math.isfinite(scores.loss):
         raise NonFiniteLossError(f"The test loss must be finite, got {scores.loss}. Try a lower `optim.learning_rate`.")

@@ -22,10 +22,10 @@ from cnnjax.data.feed import pixels_of
 from cnnjax.data.stored import Examples
 from cnnjax.data.tta import TTA
 from cnnjax.errors import UserError, check_name, option
+from cnnjax.evaluation import evaluate_pixels
 from cnnjax.files import tree_sha256
 from cnnjax.metrics import Scores, with_metrics
 from cnnjax.process.settings import start_jax
-from cnnjax.program import evaluate
 from cnnjax.runs.checkpoints import Checkpoints
 from cnnjax.runs.codec import check_complete, collect_names
 from cnnjax.runs.inference import check_images, features_of, in_batches, outputs_of
@@ -298,7 +298,7 @@ def evaluate_ours(
         tta = config.tta if split == "test" else "none"
     placement = place(1, [*run.state.step.devices()])
     keeps = config.metrics is not None
-    scores = evaluate(run.state, pixels, model=config.model, tta=tta, placement=placement, keep_logits=keeps)
+    scores = evaluate_pixels(run.state, pixels, model=config.model, tta=tta, placement=placement, keep_logits=keeps)
     return scores, pixels.label
 
 

@@ -127,7 +127,7 @@ def waiting_device(epoch_seconds: float, batch_seconds: float) -> Callable[[], l
     import jax.numpy as jnp
     from jax import lax
 
-    from cnnjax import loop, program, train
+    from cnnjax import evaluation, loop, train
     from cnnjax.metrics import Metrics
 
     with tempfile.TemporaryDirectory() as folder:
@@ -164,8 +164,8 @@ def waiting_device(epoch_seconds: float, batch_seconds: float) -> Callable[[], l
     for module, name, value in (
         (loop, "train_steps", train_steps),
         (train, "set_up", set_up_device),
-        (program, "_score", score),
-        (program, "EVAL_BATCH_SIZE", program.ACCELERATOR_EVAL_BATCH_SIZE),
+        (evaluation, "_score", score),
+        (evaluation, "EVAL_BATCH_SIZE", evaluation.ACCELERATOR_EVAL_BATCH_SIZE),
     ):
         setattr(module, name, value)
     return lambda: [(first[0], first[0]), *((begin, end) for begin, end in spans[: count.value])]

@@ -46,6 +46,7 @@ from cnnjax.cli.experiment import load_experiment
 from cnnjax.data import batches
 from cnnjax.data.batches import Pixels, standardize
 from cnnjax.dispatch import Dispatch, open_dispatches
+from cnnjax.evaluation import evaluate_pixels
 from cnnjax.files import tree_sha256
 from cnnjax.inputs import load_inputs
 from cnnjax.layers import conv, norm, ops
@@ -53,7 +54,7 @@ from cnnjax.models import speednet
 from cnnjax.models.speednet import SpeedConv
 from cnnjax.optim import transforms
 from cnnjax.prepare import INIT_IMAGES, set_up
-from cnnjax.program import Program, evaluate, init_train_state
+from cnnjax.program import Program, init_train_state
 from cnnjax.setup import Setup
 from cnnjax.state import TrainState
 from cnnjax.train import train_run
@@ -307,7 +308,7 @@ def timed_run(setup: Setup, seed: int, test: Pixels, one_program: bool, num_step
     times.append(time.perf_counter())
     state = jax.block_until_ready(train(setup, state, num_steps, one_program))
     times.append(time.perf_counter())
-    accuracy = evaluate(state, test, model=config.model, tta=config.tta, placement=setup.placement).accuracy
+    accuracy = evaluate_pixels(state, test, model=config.model, tta=config.tta, placement=setup.placement).accuracy
     times.append(time.perf_counter())
     seconds = [times[-1] - times[0], *(b - a for a, b in pairwise(times))]
     return {"accuracy": accuracy, "seconds": seconds, "digest": tree_sha256(state.params)[:8]}
