@@ -202,9 +202,12 @@ def call_metrics(metrics_fn: MetricsFn, logits: Any, label: Int[AnyArray, " N"])
     with user_code("`metrics`"):
         scores: Any = metrics_fn(np.array(logits, np.float32), np.array(label, np.int32))
         valid = isinstance(scores, Mapping) and all(map(_is_number, scores.values()))
-        numbers = {name: float(value) for name, value in scores.items()} if valid else {}
     if not valid:
         raise UserError(f"`metrics` must return {{name: number}}, got {shorten(describe_shapes(scores))}.")
+    numbers = {}
+    for name, value in scores.items():
+        with user_code(f"`metrics`: {name!r}"):
+            numbers[name] = float(value)
     for name in numbers:
         if not isinstance(name, str) or re.fullmatch("[A-Za-z][A-Za-z0-9_]*", name) is None:
             rule = "must return names of ASCII letters, digits and underscores that begin with a letter"

@@ -80,7 +80,7 @@ def train_and_evaluate(
         `Config.best_by`; the latest if several are equal, or without validation). `state` may be kept, but not donated.
         Returning True stops the run, which is then scored; returning False or None continues. The decision should
         depend on the arguments alone: then a run that was killed, and is resumed with the same `on_epoch`, stops after
-        the same epoch.
+        the same epoch. A run that it stopped continues if it is resumed for more epochs.
       loggers: called before `on_step` and `on_epoch`, see `Logger`; they do not change the result.
       profile: trace the steps after the first of these numbers of steps, up to the second, into `run_dir`/profile; no
         bit depends on it. See `Profile`.

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from generated import Lines
 from programs import research
 from programs.research import CONFIG, make_arrays
 
@@ -302,6 +303,37 @@ def test_the_function_that_may_stop_a_run_is_recorded_by_its_name(tmp_path):
     train_and_evaluate(CONFIG, run_dir=tmp_path, on_epoch=never, resume=True, report=report)
     assert [session["on_epoch"] for session in read_manifest(tmp_path)["sessions"]] == ["Seen", "never"]
     assert "`on_epoch`, which may stop the run, was Seen and is never: it may end in another epoch." in said
+
+
+@pytest.mark.parametrize("size", [110, 64])
+def test_what_a_callback_does_to_the_arrays_changes_nothing(size, tmp_path):
+    """Not even if jax could use the memory of the training images as it is, which 64 bytes align."""
+    arrays = [np.array(array) for array in make_arrays(num_train=size)]
+    memory = np.empty(arrays[0].nbytes + 64, np.uint8)
+    aligned = memory[-memory.ctypes.data % 64 :][: arrays[0].nbytes].reshape(arrays[0].shape)
+    aligned[:] = arrays[0]
+    config = replace(CONFIG, dataset=(aligned, *arrays[1:]), validation_fraction=0.0)
+    plain = train_and_evaluate(config, run_dir=tmp_path / "plain").result
+
+    def wipe(row, state):
+        for array in config.dataset:
+            array[:] = 0
+
+    result = train_and_evaluate(config, run_dir=tmp_path / "run", on_epoch=wipe).result
+    assert (result["sha256"], result["test_loss"]) == (plain["sha256"], plain["test_loss"])
+
+
+@pytest.mark.usefixtures("quick_compilation")  # Like the next test that trains these programs.
+def test_a_stopped_run_that_gets_more_epochs_says_that_it_continues(tmp_path):
+    def stop(row, state):
+        return row["epoch"] == 1
+
+    train_and_evaluate(CONSTANT, run_dir=tmp_path, on_epoch=stop)
+    report, longer = Lines(), replace(CONSTANT, num_epochs=4)
+    run = train_and_evaluate(longer, run_dir=tmp_path, resume=True, on_epoch=stop, report=report)
+    line = "`on_epoch` or `patience` had stopped the run after epoch 1 of 3. It continues, because it now has 4."
+    assert line in report.lines
+    assert (run.result["num_epochs"], run.result["stopped_epoch"]) == (4, None)
 
 
 def test_what_on_epoch_puts_into_its_state_is_not_saved(plain, tmp_path):

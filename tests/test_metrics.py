@@ -20,3 +20,5 @@ def test_scores_may_be_numbers_of_every_library():
     assert seen == [(np.float32, np.int32)] and label.tolist() == [1, 2]
     with pytest.raises(UserError, match=r"`metrics` must return \{name: number\}, got \{'a': \(1\+2j\)\}"):
         call_metrics(lambda logits, label: {"a": 1 + 2j}, logits, label)
+    with pytest.raises(UserError, match=r"`metrics`: 'big' failed at .*OverflowError"):
+        call_metrics(lambda logits, label: {"big": 10**400}, logits, label)

@@ -104,6 +104,9 @@ class Broken(Augment):
     def transform_pixels(self, key, image):
         return image > 0 if self.mistake == "pixels" else image
 
+    def at_epoch(self, epoch, num_epochs):
+        return None if self.mistake == "at_epoch" else self
+
     def check_size(self, image_size):
         if self.mistake == "check_size":
             raise ValueError("check_size")
@@ -262,6 +265,11 @@ def test_an_exception_in_the_users_code_is_one_line(changes, part, line, text, t
     assert str(error).startswith(f"{part} ")
     assert f"{line_of(line)}: {text}" in str(error)
     assert error.__cause__ is not None and type(error.__cause__).__name__ == text.partition(":")[0]
+
+
+def test_the_augmentation_of_an_epoch_must_be_one(tmp_path):
+    rule = "`augment.at_epoch` must be a method that returns an Augment"
+    assert str(refused(tmp_path, augment=Broken(mistake="at_epoch"))) == f"{rule}, got None for epoch 0."
 
 
 def test_an_exception_in_the_users_loss_names_its_arguments(tmp_path):

@@ -20,6 +20,7 @@ from cnnjax import (
     Optimizer,
     ParamGroup,
     TrainState,
+    UserError,
     eval_step,
     init_from_data,
     init_from_weights,
@@ -420,6 +421,10 @@ def test_such_an_optimizer_works_with_every_option(of, option):
     tx = Wrapping(of=of, **{option: OPTIONS[option]}).make_tx(4)
     if (of, option) == ("lbfgs", "groups"):  # A line search needs all parameters.
         with pytest.raises(ValueError, match="`tx` must be the optimizer of"):
+            trace(tx, Dropped())
+    elif option == "accumulate_steps" and of != "free":  # The loss is that of the last batch alone.
+        message = "`optim.accumulate_steps` must be 1 for an optimizer that uses `value`, .*got TypeError: .*'value'"
+        with pytest.raises(UserError, match=message):
             trace(tx, Dropped())
     else:
         trace(tx, Dropped())

@@ -75,6 +75,7 @@ def export_run(
       ExportError: a file predicts something else than the network.
       UserError: the run is not finished, its data are missing, `folder` is not empty, or a format is impossible.
     """
+    check("run", "a Run, such as `load_run(run_dir)`", isinstance(run, Run), type(run).__name__)
     folder = Path(os.path.expanduser(folder))
     check_local("folder", folder)
     if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):

@@ -76,7 +76,8 @@ def _crop(
     if any(lhs.shape[axis] + sum(pad) < 0 for axis, pad in removed.items()):
         return lhs, padding
     rest = [tuple(max(int(p), 0) for p in pad) for pad in pads]
-    return lax.pad(lhs, jnp.zeros((), lhs.dtype), [(*removed.get(i, (0, 0)), 0) for i in range(lhs.ndim)]), rest
+    config: Any = [(*removed.get(axis, (0, 0)), 0) for axis in range(lhs.ndim)]
+    return lax.pad(lhs, jnp.zeros((), lhs.dtype), config), rest
 
 
 def _usual_padding(

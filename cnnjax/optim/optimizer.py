@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
-from cnnjax.errors import UserError, check, check_name, describe_shapes, user_code
+from cnnjax.errors import UserError, check, check_name, describe, describe_shapes, user_code
 from cnnjax.fields import check_fields
 from cnnjax.optim.transforms import average, delay, lookahead
 
@@ -195,7 +195,7 @@ class Optimizer(ABC):
         if self.ema:
             tx = average(tx, self.ema)
         if self.accumulate_steps > 1:
-            tx = optax.MultiSteps(tx, self.accumulate_steps).gradient_transformation()
+            tx = optax.MultiSteps(_of_gradients_alone(tx), self.accumulate_steps).gradient_transformation()
         return tx
 
     def _group_tx(
@@ -234,6 +234,23 @@ class Optimizer(ABC):
         timed = self.freeze_epochs or self._timed_groups()
         rounded = self.accumulate_steps > 1 and bool(timed)
         return custom or self.schedule != "constant" or self.lookahead > 0 or rounded
+
+
+def _of_gradients_alone(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Returns an optimizer that receives neither `value`, `grad` nor `value_fn`: they are those of the last batch."""
+
+    def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
+        try:
+            return tx.update(updates, state, params)
+        except (TypeError, KeyError) as error:
+            if not re.search(r"'(value|grad|value_fn)'", str(error)):
+                raise
+            raise UserError(
+                "`optim.accumulate_steps` must be 1 for an optimizer that uses `value`, `grad` or `value_fn`, which "
+                f"belong to the last batch and not to all that are accumulated, got {describe(error)}"
+            ) from error
+
+    return optax.GradientTransformation(tx.init, update)
 
 
 def _one_rate(schedule: optax.Schedule) -> optax.Schedule:

@@ -67,6 +67,8 @@ def write_report(
       OSError: the file cannot be written.
     """
     runs = [runs] if isinstance(runs, Run) else [*runs]
+    kinds = ", ".join(dict.fromkeys(type(run).__name__ for run in runs))
+    check("runs", "Runs, such as `load_run(run_dir)`", all(isinstance(run, Run) for run in runs), kinds)
     check("runs", "at least one run", len(runs) > 0, "none")
     path = Path(os.path.expanduser(path)) if path else (runs[0].run_dir if len(runs) == 1 else Path()) / "report.html"
     data_dir = None if data_dir is None else Path(data_dir)

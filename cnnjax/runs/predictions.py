@@ -75,6 +75,9 @@ def check_ensemble(runs: Sequence["Run"]) -> None:
     Raises:
       UserError: they do not.
     """
+    kinds = ", ".join(dict.fromkeys(type(run).__name__ for run in runs)) or "none"
+    valid = len(runs) > 0 and all(hasattr(run, "facts") for run in runs)
+    check("runs", "at least one Run, such as `load_run(run_dir)`", valid, kinds)
     first, *others = runs
     for run in others:
         if run.facts.class_names != first.facts.class_names:

@@ -166,6 +166,11 @@ def restore(run: OpenRun, state: TrainState, sharding: PyTree) -> tuple[TrainSta
     progress, num_epochs = Progress(**known | {"totals": Totals(**saved["totals"])}), run.config.num_epochs
     stopped = progress.stopped_within == num_epochs
     stopped |= len(progress.rows) < num_epochs and is_out_of_patience(progress.rows, run.config)
+    if progress.stopped and not stopped:
+        run.report.say(
+            f"`on_epoch` or `patience` had stopped the run after epoch {len(progress.rows)} of "
+            f"{progress.stopped_within}. It continues, because it now has {num_epochs}."
+        )
     return state, progress._replace(stopped_within=num_epochs if stopped else None)
 
 

@@ -12,7 +12,18 @@ import optax
 import pytest
 from programs import research
 
-from cnnjax import Adam, Batch, UserError, init_state, load_run, softmax_cross_entropy, train_step
+from cnnjax import (
+    Adam,
+    Batch,
+    UserError,
+    export_run,
+    init_state,
+    load_run,
+    predict_files,
+    softmax_cross_entropy,
+    train_step,
+    write_report,
+)
 from cnnjax.files import tree_sha256
 from cnnjax.runs.inference import outputs_of
 from cnnjax.runs.run import Run
@@ -417,3 +428,16 @@ def test_scoring_other_data_or_a_part_that_does_not_exist(run):
         whole.evaluate("validation")
     with pytest.raises(UserError, match="`split` must be a known name, got 'train'"):
         run.evaluate("train")
+
+
+def test_a_state_is_no_run(run, tmp_path, no_type_checks):
+    given = r"Runs?, such as `load_run\(run_dir\)`, got TrainState"
+    with pytest.raises(UserError, match=f"`run` must be a {given}"):
+        export_run(run.state, tmp_path / "made")
+    with pytest.raises(UserError, match=f"`runs` must be {given}"):
+        write_report([run.state], tmp_path / "made")
+    with pytest.raises(UserError, match=f"`runs` must be at least one {given}"):
+        next(predict_files([run.state], []))
+    assert not (tmp_path / "made").exists()
+    with pytest.raises(UserError, match=r"`runs` must be at least one Run, .* got none"):
+        next(predict_files([], []))
