@@ -1,4 +1,4 @@
-"""Dispatches: what each call of `train_steps` needs besides the state, drawn on the host."""
+"""Dispatches: the arguments of each call of `train_steps` except the state, drawn on the host."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,11 +19,11 @@ from cnnjax.sharding import put
 class Dispatch(NamedTuple):
     """The steps of one call of `train_steps`: one step, or the rest of an epoch."""
 
-    steps: tuple[int, int]  # The numbers of steps before and after it.
+    steps: tuple[int, int]  # The numbers of steps before and after this call.
     pixels: Pixels | StreamedPixels  # The training set, or the images of one step.
     plan: Plan
-    augment_key: Key[Array, ""]  # Of the epoch.
-    program: Program  # Of the epoch.
+    augment_key: Key[Array, ""]  # The key of the epoch.
+    program: Program  # The program of the epoch.
 
 
 @contextmanager

@@ -55,10 +55,14 @@ def evaluate(
     """
     check_network(model)
     check_valid(state)
+    if isinstance(image, np.ma.MaskedArray) or isinstance(label, np.ma.MaskedArray):
+        raise ArgumentError("`image` and `label` must be without a mask, got a masked array. Remove what is masked.")
     image, label = np.asarray(image), np.asarray(label)
-    if not (label.ndim == 1 and len(label) == len(image) > 0 and np.issubdtype(label.dtype, np.integer)):
+    if image.ndim != 4 or image.size == 0:
+        raise ArgumentError(f"`image` must be [N H W C], with at least one image, got {describe_shapes(image)}.")
+    if label.shape != image.shape[:1] or not np.issubdtype(label.dtype, np.integer):
         got = f"{describe_shapes(label)} for images {describe_shapes(image)}"
-        raise ArgumentError(f"`label` must be int [N], of the images [N H W C], got {got}.")
+        raise ArgumentError(f"`label` must be int [N], one for each image, got {got}.")
     size = _batch_size(image.shape[1:], len(image), on_cpu=jax.default_backend() == "cpu")
     totals, parts = Totals(), []
     for i in range(0, len(image), size):

@@ -149,7 +149,7 @@ def start_steps(
 class Validation(NamedTuple):
     """A validation that was started, perhaps before the device has finished the steps of its epoch."""
 
-    state: TrainState  # A copy of that at the end of the epoch.
+    state: TrainState  # A copy of the state at the end of the epoch.
     wait: Callable[[], Scores | None]  # Waits for the scores; None without a validation set.
 
 

@@ -144,7 +144,7 @@ class Scores(NamedTuple):
     Attributes:
       values: "accuracy", and in training the named values of the loss.
       confusion: {(true class, predicted class): number of examples}, see `class_scores`; empty in training.
-      logits: of every example, in order, if `evaluate` kept them.
+      logits: of every example, in order; None in training, and if they were not kept.
       metrics: the user's own scores, see `Config.metrics`; empty in training.
     """
 

@@ -133,7 +133,7 @@ def _check_classes(train: Examples | Streamed, dataset: ImageDataset, config: Co
 
 
 def _check_images_fit(size: int, device: Any) -> None:
-    """Raises a `UserError` if images of so many bytes do not fit; arrays in memory may be files that are mapped."""
+    """Raises a `UserError` if images of `size` bytes exceed the memory. Arrays in memory may be mapped files."""
     available = device_memory(device)
     if available is not None and size > available:
         raise UserError(

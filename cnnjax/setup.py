@@ -1,4 +1,4 @@
-"""What a run does not change, and descriptions of it."""
+"""The constants of a run, and descriptions of them."""
 
 import math
 from typing import Any, NamedTuple
@@ -74,7 +74,7 @@ class Setup(NamedTuple):
         return len(self.validation.label) <= 16 * evaluation_batch_size(self.validation, self.placement)
 
     def program_at(self, epoch: int) -> Program:
-        """Returns the program of an epoch (from 0), with its augmentation and what is frozen in it."""
+        """Returns the program of an epoch (from 0), with its augmentation and its frozen parameters."""
         return self.program.at_epoch(epoch)._replace(frozen=self.frozen_names(epoch))
 
 

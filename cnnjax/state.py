@@ -1,4 +1,4 @@
-"""The state of training: its initialization from a key, from data and from weights, and what is evaluated of it."""
+"""The state of training: its initialization from a key, data or weights, and the parameters to evaluate."""
 
 from contextlib import suppress
 from functools import partial
@@ -67,7 +67,7 @@ def init_from_data(
 ) -> TrainState:
     """Initializes a network from data, by its method `init_from_data(variables, image) -> variables`.
 
-    The arrays that it returns are copied.
+    Arrays that it returns are copied, except for those of `state`.
 
     Args:
       image: standardized training images.
@@ -78,9 +78,16 @@ def init_from_data(
     network: Any = model
     variables = {**network.init_from_data({"params": state.params, **state.model_state}, image)}
     unchanged = [*map(id, before)] == [*map(id, jax.tree.leaves(variables["params"]))]
-    ours = {*map(id, before), *map(id, jax.tree.leaves(state.model_state))}
-    # A step donates each array: those of the network's own must stay valid, and each must be another one.
-    variables = jax.tree.map(lambda x: jnp.copy(x) if isinstance(x, jax.Array) and id(x) not in ours else x, variables)
+    unused = {*map(id, before), *map(id, jax.tree.leaves(state.model_state))}
+
+    def own(x: Any) -> Any:
+        """Returns an array of the state at its first use, else a copy: a step donates each array."""
+        if id(x) in unused:
+            unused.remove(id(x))
+            return x
+        return jnp.copy(x) if isinstance(x, jax.Array) else x
+
+    variables = jax.tree.map(own, variables)
     params = variables.pop("params")
     opt_state = state.opt_state if unchanged else init_optimizer(tx, params)
     return TrainState(state.step, params, variables, opt_state)

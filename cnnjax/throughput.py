@@ -66,7 +66,7 @@ class Clock:
     """
 
     def __init__(self, seconds: float) -> None:
-        """Begins a session, after so many seconds of earlier ones."""
+        """Starts a session; `seconds` is the duration of earlier ones."""
         self._begin = time.perf_counter() - seconds  # When a run without interruptions would have begun.
         self.epoch_seconds = math.inf
 
@@ -75,11 +75,11 @@ class Clock:
         return time.perf_counter() - self._begin
 
     def start_epoch(self, num_examples: int = 0) -> None:
-        """Starts an epoch of which so many examples have been trained in earlier sessions."""
+        """Starts an epoch; `num_examples` of it were trained in earlier sessions."""
         self._start, self._before = time.perf_counter(), num_examples
 
     def end_steps(self, num_examples: int) -> float:
-        """Ends the steps of an epoch with so many examples; returns the images per second of this session."""
+        """Ends the steps of an epoch of `num_examples` examples; returns the images per second in this session."""
         self.epoch_seconds = time.perf_counter() - self._start
         return (num_examples - self._before) / self.epoch_seconds
 

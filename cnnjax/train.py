@@ -239,7 +239,7 @@ def _train(
         run.write_config(setup.facts)
         write_progress(run, progress)
         with tracer:
-            if not progress.stopped and int(state.step) < setup.program.num_steps:  # Else it was killed at its end.
+            if not progress.stopped and int(state.step) < setup.program.num_steps:  # Else only its score is missing.
                 state, progress = fit(
                     setup,
                     state,

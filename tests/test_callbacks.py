@@ -331,7 +331,7 @@ def test_a_stopped_run_that_gets_more_epochs_says_that_it_continues(tmp_path):
     train_and_evaluate(CONSTANT, run_dir=tmp_path, on_epoch=stop)
     report, longer = Lines(), replace(CONSTANT, num_epochs=4)
     run = train_and_evaluate(longer, run_dir=tmp_path, resume=True, on_epoch=stop, report=report)
-    line = "`on_epoch` or `patience` had stopped the run after epoch 1 of 3. It continues, because it now has 4."
+    line = "`on_epoch` or `patience` stopped the run after epoch 1 of 3. It continues, because `num_epochs` is now 4."
     assert line in report.lines
     assert (run.result["num_epochs"], run.result["stopped_epoch"]) == (4, None)
 

@@ -55,7 +55,9 @@ def test_mistakes_are_errors(research_run, test_set, no_type_checks):
             r"`label` must be int \[N\], .* got int\d+\[36\] for images float32",
         ),
         (image, np.eye(4)[label], r"`label` must be int \[N\]"),
-        (image[:0], label[:0], r"`label` must be int \[N\]"),
+        (image[:0], label[:0], r"`image` must be \[N H W C\], with at least one image, got float32"),
+        (image[0], label[:6], r"`image` must be \[N H W C\]"),
+        (image, np.ma.array(label, mask=label == 1), "without a mask"),
         (image.astype(np.uint8), label, "floating-point"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -1,10 +1,8 @@
 """Arrays in memory as a data set."""
 
 import hashlib
-from mmap import mmap
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -87,14 +85,15 @@ def _examples(split: str, x: Any, y: Any) -> Examples:
     check(y_name, f"between 0 and K - 1, K <= {MAX_CLASSES}", low >= 0 and high < MAX_CLASSES, f"{low} to {high}")
     image = image if image.ndim == 4 else image[..., None]  # [N H W] -> [N H W 1]
     own = np.ascontiguousarray(image)
-    # What the caller may change is copied. A mapped file may be larger than the memory.
-    if not isinstance(x, jax.Array) and not _is_mapped(image) and np.may_share_memory(own, image):
+    # The caller may change the memory, even that of a JAX array. A mapped file may be larger than the memory.
+    if not _is_mapped(image) and np.may_share_memory(own, image):
         own = own.copy()
     return Examples(own, label.astype(np.int32))
 
 
 def _is_mapped(array: np.ndarray) -> bool:
+    """Returns whether an array is a view of an `np.memmap`; other mapped memory may be shared with the caller."""
     base: Any = array
     while isinstance(base, np.ndarray) and not isinstance(base, np.memmap):
         base = base.base
-    return isinstance(base, (np.memmap, mmap))
+    return isinstance(base, np.memmap)

@@ -53,8 +53,7 @@ class Augment:
     def at_epoch(self, epoch: int, num_epochs: int) -> "Augment":
         """Returns the augmentation of an epoch (from 0), such as images that grow during a run of `num_epochs`.
 
-        Each distinct one is compiled: return few, and equal ones for epochs with the same augmentation. It must be the
-        same for the same arguments.
+        Return few distinct ones, since each is compiled, and the same one for the same arguments.
         """
         return self
 

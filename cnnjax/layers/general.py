@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -61,16 +62,24 @@ def conv_general_dilated(  # noqa: PLR0917  As in jax.
     return strided_conv2d(lhs, kernel, pads, window_strides[0])
 
 
+def _is_pairs(padding: Any) -> bool:
+    """Returns whether padding is a sequence of pairs of integers; jax refuses anything else."""
+    kinds = (Sequence, np.ndarray)
+    return isinstance(padding, kinds) and all(
+        isinstance(pad, kinds) and len(pad) == 2 and all(isinstance(p, Integral) for p in pad) for pad in padding
+    )
+
+
 def _crop(
     lhs: Float[Array, "..."], rhs: Float[Array, "..."], padding: Any, dimension_numbers: Any
 ) -> tuple[Float[Array, "..."], Any]:
-    """Returns images without what negative padding removes, and the rest of the padding.
+    """Crops images by the negative part of the padding; returns them with the rest of the padding.
 
     On a CPU XLA reads beyond the end of the images if the padding is negative (seen with jax 0.10).
     """
-    pads = [pad for pad in padding if len(pad) == 2 and all(isinstance(p, Integral) for p in pad)]
-    if len(pads) < len(padding) or len(pads) != jnp.ndim(lhs) - 2 or min(map(min, pads), default=0) >= 0:
+    if not _is_pairs(padding) or len(padding) != jnp.ndim(lhs) - 2 or min(map(min, padding), default=0) >= 0:
         return lhs, padding
+    pads = [*padding]
     axes = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers).lhs_spec[2:]
     removed = dict(zip(axes, [tuple(min(int(p), 0) for p in pad) for pad in pads], strict=True))
     if any(lhs.shape[axis] + sum(pad) < 0 for axis, pad in removed.items()):
@@ -95,9 +104,10 @@ def _usual_padding(
         return None
     if isinstance(padding, str):
         padding = lax.padtype_to_pads((h, w), (i, j), strides, padding)
+    if not _is_pairs(padding):
+        return None
     for n, size, pad in zip((h, w), (i, j), padding, strict=False):
-        whole = len(pad) == 2 and all(isinstance(p, Integral) for p in pad)
-        if not whole or not (min(pad) >= 0 and max(pad) < size <= n + sum(pad)):
+        if not (min(pad) >= 0 and max(pad) < size <= n + sum(pad)):
             return None
     if len(padding) != 2:
         return None

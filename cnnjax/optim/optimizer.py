@@ -67,7 +67,8 @@ class Optimizer(ABC):
     clip_norm: float = 0.0
     """Maximum global norm of the gradients; 0: unlimited."""
     accumulate_steps: int = 1
-    """Batches accumulated per update; an incomplete final group is dropped."""
+    """Batches accumulated per update; an incomplete final group is dropped. Above 1, the optimizer receives no `value`,
+    `grad` or `value_fn`."""
     lookahead: int = 0
     """Synchronize with the slow weights every this many updates (Zhang et al. 2019); 0: never."""
     groups: tuple[ParamGroup, ...] = ()
@@ -195,7 +196,9 @@ class Optimizer(ABC):
         if self.ema:
             tx = average(tx, self.ema)
         if self.accumulate_steps > 1:
-            tx = optax.MultiSteps(_of_gradients_alone(tx), self.accumulate_steps).gradient_transformation()
+            tx = optax.MultiSteps(
+                _of_gradients_alone(tx, self.accumulate_steps), self.accumulate_steps
+            ).gradient_transformation()
         return tx
 
     def _group_tx(
@@ -236,8 +239,8 @@ class Optimizer(ABC):
         return custom or self.schedule != "constant" or self.lookahead > 0 or rounded
 
 
-def _of_gradients_alone(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Returns an optimizer that receives neither `value`, `grad` nor `value_fn`: they are those of the last batch."""
+def _of_gradients_alone(tx: optax.GradientTransformation, accumulate_steps: int) -> optax.GradientTransformation:
+    """Returns `tx` without the arguments `value`, `grad` and `value_fn`, which belong to the last batch only."""
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
         try:
@@ -246,8 +249,8 @@ def _of_gradients_alone(tx: optax.GradientTransformation) -> optax.GradientTrans
             if not re.search(r"'(value|grad|value_fn)'", str(error)):
                 raise
             raise UserError(
-                "`optim.accumulate_steps` must be 1 for an optimizer that uses `value`, `grad` or `value_fn`, which "
-                f"belong to the last batch and not to all that are accumulated, got {describe(error)}"
+                "`optim.accumulate_steps` must be 1 for an optimizer that needs `value`, `grad` or `value_fn`, which "
+                f"belong to the last batch only, got {accumulate_steps} ({describe(error)})."
             ) from error
 
     return optax.GradientTransformation(tx.init, update)

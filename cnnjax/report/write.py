@@ -4,7 +4,7 @@ import base64
 import hashlib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -66,7 +66,7 @@ def write_report(
         folder cannot be written.
       OSError: the file cannot be written.
     """
-    runs = [runs] if isinstance(runs, Run) else [*runs]
+    runs = [runs] if isinstance(runs, Run) or not isinstance(runs, Iterable) else [*runs]
     kinds = ", ".join(dict.fromkeys(type(run).__name__ for run in runs))
     check("runs", "Runs, such as `load_run(run_dir)`", all(isinstance(run, Run) for run in runs), kinds)
     check("runs", "at least one run", len(runs) > 0, "none")

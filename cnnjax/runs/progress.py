@@ -157,7 +157,7 @@ def is_out_of_patience(rows: Sequence[Row], config: Config) -> bool:
 def restore(run: OpenRun, state: TrainState, sharding: PyTree) -> tuple[TrainState, Progress]:
     """Returns the latest checkpoint, or `state` and no progress if there is none.
 
-    A run that had stopped within fewer epochs than it has now is not stopped, unless it is out of patience.
+    A run that stopped early continues if it now has more epochs, unless it is out of patience.
     """
     if (latest := run.checkpoints.latest()) is None:
         return state, Progress([], [])
@@ -168,8 +168,8 @@ def restore(run: OpenRun, state: TrainState, sharding: PyTree) -> tuple[TrainSta
     stopped |= len(progress.rows) < num_epochs and is_out_of_patience(progress.rows, run.config)
     if progress.stopped and not stopped:
         run.report.say(
-            f"`on_epoch` or `patience` had stopped the run after epoch {len(progress.rows)} of "
-            f"{progress.stopped_within}. It continues, because it now has {num_epochs}."
+            f"`on_epoch` or `patience` stopped the run after epoch {len(progress.rows)} of {progress.stopped_within}. "
+            f"It continues, because `num_epochs` is now {num_epochs}."
         )
     return state, progress._replace(stopped_within=num_epochs if stopped else None)
 

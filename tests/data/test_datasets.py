@@ -11,6 +11,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -1004,3 +1005,19 @@ def test_masked_arrays_are_refused(i):
     arrays[i] = np.ma.masked_array(arrays[i], mask=np.ones_like(arrays[i], bool))
     with pytest.raises(UserError, match=r"`[xy]_train` must be an array without a mask, got a masked one\. Remove the"):
         load_dataset(tuple(arrays))
+
+
+def test_memory_that_the_caller_may_change_is_copied_and_a_mapped_file_is_not(tmp_path):
+    label = np.arange(8) % 2
+    memory = np.zeros(8 * 4 * 4 * 3 + 64, np.uint8)
+    aligned = memory[-memory.ctypes.data % 64 :][: 8 * 4 * 4 * 3].reshape(8, 4, 4, 3)
+    locked = aligned.view()
+    locked.flags.writeable = False
+    for image in (aligned, locked, jax.device_put(aligned), aligned[..., 0]):
+        found = load_dataset((image, label, image, label)).load("test").image
+        aligned[:] = 7
+        assert not found.any()
+        aligned[:] = 0
+    np.save(tmp_path / "images.npy", aligned)
+    image = np.load(tmp_path / "images.npy", mmap_mode="r")
+    assert np.shares_memory(load_dataset((image, label, image, label)).load("train").image, image)
