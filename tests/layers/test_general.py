@@ -147,3 +147,10 @@ def test_forward_mode_is_an_error_that_names_the_argument():
     image, kernel = jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 2))
     with pytest.raises(TypeError, match=r"Build it with `plain=True`, or without `conv_general_dilated`"):
         jax.jvp(partial(convolve, conv_general_dilated), (image, kernel), (image, kernel))
+
+
+@pytest.mark.parametrize("padding", [1, (1, 1), None], ids=repr)
+def test_what_is_no_padding_gets_the_message_of_jax(padding, no_type_checks):
+    image, kernel = jnp.zeros((2, 9, 8, 6)), jnp.zeros((3, 3, 6, 5))
+    with pytest.raises((TypeError, ValueError), match="padding argument to conv_general_dilated should be a string"):
+        convolve(conv_general_dilated, image, kernel, padding=padding)
