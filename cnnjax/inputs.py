@@ -8,6 +8,7 @@ from cnnjax.config import Config
 from cnnjax.data.datasets import ImageDataset, load_dataset
 from cnnjax.data.weights import load_weights, weights_of
 from cnnjax.errors import check, user_code
+from cnnjax.memory import explain_out_of_memory
 from cnnjax.pretrained import Weights
 
 
@@ -18,6 +19,7 @@ class Inputs(NamedTuple):
     weights: Weights | None
 
 
+@explain_out_of_memory()
 def load_inputs(
     config: Config,
     data_dir: str | os.PathLike[str] | None = None,

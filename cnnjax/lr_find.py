@@ -108,8 +108,8 @@ def find_learning_rate(
     """
     start_jax()
     say = (report or Report(quiet=True)).say
+    inputs = load_inputs(config, data_dir, say)
     with explain_out_of_memory():
-        inputs = load_inputs(config, data_dir, say)
         used, low = [], config.optim.learning_rate / RANGE
         rising = optax.exponential_decay(low, NUM_UPDATES - 1, RANGE**2)
 

@@ -19,7 +19,6 @@ import jax
 from cnnjax.config import Config, word
 from cnnjax.errors import NonFiniteLossError, StorageError, UserError, check, describe, for_reader
 from cnnjax.inputs import load_inputs
-from cnnjax.memory import explain_out_of_memory
 from cnnjax.process.console import Report
 from cnnjax.process.settings import num_cores, start_jax
 from cnnjax.process.signals import Interrupted, stop_signals
@@ -119,8 +118,7 @@ def train_seeds(
     version = next(filter(None, map(data_version, folders)), None)
     inputs = None
     if not (resume and all(_is_finished(run_dir, config) for run_dir in folders)):  # Else no data are needed.
-        with explain_out_of_memory():
-            inputs = load_inputs(config, data_dir, report.say, version=version, stream=stream)
+        inputs = load_inputs(config, data_dir, report.say, version=version, stream=stream)
     devices = jax.local_devices()
     rule = f"of at most the {len(devices)} device{'s' if len(devices) > 1 else ''} of this process"
     check("mesh", rule, size <= len(devices), mesh)

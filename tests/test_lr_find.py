@@ -16,6 +16,7 @@ import pytest
 from cnnjax import SGD, Augment, Config, Optimizer, ParamGroup, UserError
 from cnnjax.cli.main import main
 from cnnjax.data.order import epoch_plan
+from cnnjax.inputs import load_inputs
 from cnnjax.lr_find import RangeTest, find_learning_rate
 from cnnjax.seeds import train_seeds
 
@@ -238,13 +239,12 @@ def test_a_run_after_it_has_the_bits_of_a_run_without_it(tmp_path, monkeypatch, 
     assert "`plot` must be a file .svg or .html, got found.txt." in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("function", [find_learning_rate, partial(train_seeds, seeds=(0, 1))])
+@pytest.mark.parametrize("function", [load_inputs, find_learning_rate, partial(train_seeds, seeds=(0, 1))])
 def test_data_that_do_not_fit_into_memory_are_a_message(function, tmp_path, monkeypatch):
     def load(*arguments, **options):
         raise MemoryError("Unable to allocate 9 TiB.")
 
     monkeypatch.chdir(tmp_path)
-    for module in ("lr_find", "seeds"):
-        monkeypatch.setattr(f"cnnjax.{module}.load_inputs", load)
+    monkeypatch.setattr("cnnjax.inputs.load_dataset", load)
     with pytest.raises(UserError, match=r"^The run must fit into memory, got: Unable to allocate 9 TiB\. Lower"):
         function(Config(dataset=ARRAYS))

@@ -424,7 +424,7 @@ def test_such_an_optimizer_works_with_every_option(of, option):
             trace(tx, Dropped())
     elif option == "accumulate_steps" and of != "free":  # The loss is that of the last batch alone.
         message = (
-            "`optim.accumulate_steps` must be 1 for an optimizer that needs `value`, .*got 2 .TypeError: .*'value'"
+            "`optim.accumulate_steps` must be 1 for an optimizer that needs `value`, .*got 2: TypeError: .*'value'"
         )
         with pytest.raises(UserError, match=message):
             trace(tx, Dropped())

@@ -250,7 +250,7 @@ def _of_gradients_alone(tx: optax.GradientTransformation, accumulate_steps: int)
                 raise
             raise UserError(
                 "`optim.accumulate_steps` must be 1 for an optimizer that needs `value`, `grad` or `value_fn`, which "
-                f"belong to the last batch only, got {accumulate_steps} ({describe(error)})."
+                f"belong to the last batch only, got {accumulate_steps}: {describe(error)}"
             ) from error
 
     return optax.GradientTransformation(tx.init, update)
