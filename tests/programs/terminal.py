@@ -1,6 +1,7 @@
 """Runs a command in a terminal, closes the terminal when it shows some text, and prints the exit status.
 
-Until the command ends it receives SIGTERM again and again.
+Until the command ends it receives SIGHUP again and again, as from a shell that passes it on. Another signal could be
+handled before that of the closed terminal.
 
 Usage: terminal.py TEXT COMMAND...
 """
@@ -20,6 +21,6 @@ while text.encode() not in shown:
     shown += os.read(terminal, 1024)  # EIO if the command ends too early.
 os.close(terminal)
 while (ended := os.waitpid(pid, os.WNOHANG)) == (0, 0):
-    os.kill(pid, signal.SIGTERM)
+    os.kill(pid, signal.SIGHUP)
     time.sleep(0.001)
 print(os.waitstatus_to_exitcode(ended[1]))
