@@ -14,6 +14,7 @@ with _epy.lazy_api_imports(globals()):  # `cnnjax --help` does not wait for jax.
     from cnnjax.evaluation import evaluate
     from cnnjax.export.bundle import export_run
     from cnnjax.layers.general import conv_general_dilated
+    from cnnjax.loader import DataLoader
     from cnnjax.losses import CrossEntropy, softmax_cross_entropy
     from cnnjax.lr_find import RangeTest, find_learning_rate
     from cnnjax.metrics import Metrics, Scores
@@ -52,6 +53,7 @@ __all__ = [
     "Config",
     "CrossEntropy",
     "CutMix",
+    "DataLoader",
     "EfficientNetLite0",
     "FilePrediction",
     "Functions",

@@ -88,8 +88,8 @@ class Config:
     """Selects the test examples, independently of `seed`, so that all seeds share a test set."""
 
     def __post_init__(self) -> None:
-        _check_part("optim", self.optim, Optimizer, "Adam(), SGD() or Muon()")
-        _check_part("augment", self.augment, Augment, "Augment(), PhotoAugment(), Mixup() or CutMix()")
+        check_part("optim", self.optim, Optimizer, "Adam(), SGD() or Muon()")
+        check_part("augment", self.augment, Augment, "Augment(), PhotoAugment(), Mixup() or CutMix()")
         _check_dataset(self.dataset)
         check_fields(self)
         check(
@@ -200,7 +200,7 @@ def _check_dataset(dataset: Any) -> None:
     check("dataset", rule, valid, f"a {type(dataset).__name__}: {shorten(describe_shapes(dataset))}")
 
 
-def _check_part(name: str, value: Any, base: type, instances: str) -> None:
+def check_part(name: str, value: Any, base: type, instances: str) -> None:
     """Checks that a part of a configuration is an instance of its base class; `instances` is code that makes some."""
     if isinstance(value, base):
         return check_methods(type(value), base, name)

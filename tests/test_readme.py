@@ -55,8 +55,8 @@ def test_its_commands_have_options_that_exist(name, options, mine, monkeypatch):
 
 def test_the_training_loop_runs_and_learns(tmp_path, monkeypatch, capsys):
     """On images of Fashion-MNIST's shape whose brightness is the class, without the pinned digest of the real."""
-    label = np.arange(400, dtype=np.uint8) % 10
-    image = np.broadcast_to(20 * label[:, None, None, None], (400, 28, 28, 1)).copy()
+    label = np.arange(3200, dtype=np.uint8) % 10
+    image = np.broadcast_to(20 * label[:, None, None, None], (3200, 28, 28, 1)).copy()
     split = RawSplit(image, {"label": label})
     write_tfds(NAMED_SETS["fashion_mnist"], RawSet({"train": split, "test": split}, {}), tmp_path, lambda line: None)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
@@ -64,8 +64,11 @@ def test_the_training_loop_runs_and_learns(tmp_path, monkeypatch, capsys):
     scope = {}
     exec(LOOP, scope)
     assert scope["state"].step == 100
-    assert re.match(r"step 100: \d+\.\d% of the batch is correct", capsys.readouterr().out.splitlines()[-1])
+    lines = capsys.readouterr().out.splitlines()
+    assert re.match(r"step 100: \d+\.\d% of the batch is correct", lines[-2])
+    assert re.match(r"\d+\.\d+% of the test set is correct", lines[-1])
     assert scope["metrics"].correct > 16  # Chance is 6.4 of 64, give or take 2.4.
+    assert scope["scores"].accuracy > 0.2
 
 
 def test_the_loop_as_a_function(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import UInt8
 
 from cnnjax.data.stored import Examples, StoredSet, digest
 from cnnjax.errors import UserError, check
@@ -60,22 +61,64 @@ def _how_to_convert(name: str, image: np.ndarray) -> str:
     return f" from {low} to {high}. {fix}, so that it is between 0 and 255, and convert it."
 
 
+def own_images(name: str, images: Any) -> UInt8[np.ndarray, "N H W C"]:
+    """Returns images in the layout of a decoded set: a copy, unless they are a mapped file.
+
+    Raises:
+      UserError: they are not uint8 [N H W C] or [N H W].
+    """
+    _check_plain(name, images)
+    image = np.asarray(images)
+    if image.dtype != np.uint8:
+        raise UserError(f"`{name}` must be images of dtype uint8, got {image.dtype}{_how_to_convert(name, image)}")
+    check(name, "of shape [N, H, W, C] or [N, H, W]", image.ndim in (3, 4), image.shape)
+    check(name, "at least one image", image.size > 0, f"the shape {image.shape}")
+    image = image if image.ndim == 4 else image[..., None]  # [N H W] -> [N H W 1]
+    own = np.ascontiguousarray(image)
+    # The caller may change the memory, even that of a JAX array. A mapped file may be larger than the memory.
+    return own.copy() if not _is_mapped(image) and np.may_share_memory(own, image) else own
+
+
+def check_images(images: Any, image_shape: tuple[int, ...]) -> UInt8[np.ndarray, "N H W C"]:
+    """Returns images as an array with a channel axis.
+
+    Args:
+      images: see `Run.predict`.
+      image_shape: (H, W, C), that of the training images.
+
+    Raises:
+      UserError: `images` has another dtype or shape.
+    """
+    check("images", "an array without a mask", not isinstance(images, np.ma.MaskedArray), "a masked one")
+    try:
+        images = np.asarray(images)
+    except ValueError as error:
+        raise UserError(f"`images` must be one array, or of one size, got {error}.") from error
+    height, width, channels = image_shape
+    if images.ndim == 3 and channels == 1 and images.shape[1:] == (height, width):
+        images = images[..., None]
+    if images.dtype != np.uint8 or images.shape[1:] != image_shape:
+        gray = f" or [N {height} {width}]" if channels == 1 else ""
+        one = " For one image: images[None]." if images.shape == image_shape else ""
+        raise UserError(
+            f"`images` must be uint8 [N {height} {width} {channels}]{gray}, with values from 0 to 255 as in the "
+            f"training images, got {images.dtype} {[*images.shape]}.{one}"
+        )
+    return images
+
+
+def _check_plain(name: str, array: Any) -> None:
+    check(name, "a NumPy or JAX array", isinstance(array, AnyArray), type(array).__name__)
+    masked, got = isinstance(array, np.ma.MaskedArray), "a masked one. Remove the examples that are masked"
+    check(name, "an array without a mask", not masked, got)
+
+
 def _examples(split: str, x: Any, y: Any) -> Examples:
     """Validates the images and labels of a split, and returns them in the layout of a decoded set."""
-    x_name, y_name = f"x_{split}", f"y_{split}"
-    for name, array in ((x_name, x), (y_name, y)):
-        check(name, "a NumPy or JAX array", isinstance(array, AnyArray), type(array).__name__)
-        check(
-            name,
-            "an array without a mask",
-            not isinstance(array, np.ma.MaskedArray),
-            "a masked one. Remove the examples that are masked",
-        )
-    image, label = np.asarray(x), np.asarray(y)
-    if image.dtype != np.uint8:
-        raise UserError(f"`{x_name}` must be images of dtype uint8, got {image.dtype}{_how_to_convert(x_name, image)}")
-    check(x_name, "of shape [N, H, W, C] or [N, H, W]", image.ndim in (3, 4), image.shape)
-    check(x_name, "at least one image", image.size > 0, f"the shape {image.shape}")
+    y_name = f"y_{split}"
+    image = own_images(f"x_{split}", x)
+    _check_plain(y_name, y)
+    label = np.asarray(y)
     fix = f"Use `{y_name}.argmax(-1)` for one-hot labels, `{y_name}.ravel()` for a column"
     check(y_name, "of shape [N]", label.ndim == 1, f"{label.shape}. {fix}")
     fix = f". Number the classes: names, {y_name} = np.unique({y_name}, return_inverse=True)"
@@ -83,12 +126,7 @@ def _examples(split: str, x: Any, y: Any) -> Examples:
     check(y_name, f"one label for each of the {len(image)} images", len(label) == len(image), len(label))
     low, high = int(label.min()), int(label.max())
     check(y_name, f"between 0 and K - 1, K <= {MAX_CLASSES}", low >= 0 and high < MAX_CLASSES, f"{low} to {high}")
-    image = image if image.ndim == 4 else image[..., None]  # [N H W] -> [N H W 1]
-    own = np.ascontiguousarray(image)
-    # The caller may change the memory, even that of a JAX array. A mapped file may be larger than the memory.
-    if not _is_mapped(image) and np.may_share_memory(own, image):
-        own = own.copy()
-    return Examples(own, label.astype(np.int32))
+    return Examples(image, label.astype(np.int32))
 
 
 def _is_mapped(array: np.ndarray) -> bool:

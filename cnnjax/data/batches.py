@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
 from cnnjax.data.augment import Augment
 from cnnjax.data.order import Plan
@@ -26,7 +26,7 @@ class Pixels(NamedTuple):
     """A data set on the device, with its standardization."""
 
     image: UInt8[AnyArray, "N H W C"]
-    label: Int[AnyArray, " N"]
+    label: Int[AnyArray, " N"] | PyTree  # In a run the former.
     standardization: Standardization
 
 
@@ -58,7 +58,7 @@ def make_batch(
     augment = augment or Augment()
     _, h, w, _ = pixels.image.shape
     streamed = isinstance(pixels, StreamedPixels)
-    label = pixels.label if streamed else pixels.label[plan.example]
+    label = pixels.label if streamed else jax.tree.map(lambda values: values[plan.example], pixels.label)
     if augment.translate == 0 and augment.flip == "none":
         image = pixels.image if streamed else pixels.image[plan.example]
     else:

@@ -1,7 +1,6 @@
 """The outputs of a trained network for images in memory, in batches of one size: one program for any number."""
 
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -12,7 +11,7 @@ from jaxtyping import Array, Bool, Float, UInt8
 from cnnjax.compiler import jit
 from cnnjax.config import word
 from cnnjax.data.batches import Standardization, standardize
-from cnnjax.errors import UserError, check
+from cnnjax.errors import UserError
 from cnnjax.network import Network, layers_of, logits_of
 from cnnjax.state import TrainState, eval_params
 from cnnjax.step import apply_views
@@ -38,34 +37,6 @@ def in_batches(
         mask = np.arange(batch_size) < len(part)
         parts.append(np.asarray(fn(np.pad(part, padding), mask))[: len(part)])
     return np.concatenate(parts)
-
-
-def check_images(images: Any, image_shape: tuple[int, ...]) -> UInt8[np.ndarray, "N H W C"]:
-    """Returns images as an array with a channel axis.
-
-    Args:
-      images: see `Run.predict`.
-      image_shape: (H, W, C), that of the training images.
-
-    Raises:
-      UserError: `images` has another dtype or shape.
-    """
-    check("images", "an array without a mask", not isinstance(images, np.ma.MaskedArray), "a masked one")
-    try:
-        images = np.asarray(images)
-    except ValueError as error:
-        raise UserError(f"`images` must be one array, or of one size, got {error}.") from error
-    height, width, channels = image_shape
-    if images.ndim == 3 and channels == 1 and images.shape[1:] == (height, width):
-        images = images[..., None]
-    if images.dtype != np.uint8 or images.shape[1:] != image_shape:
-        gray = f" or [N {height} {width}]" if channels == 1 else ""
-        one = " For one image: images[None]." if images.shape == image_shape else ""
-        raise UserError(
-            f"`images` must be uint8 [N {height} {width} {channels}]{gray}, with values from 0 to 255 as in the "
-            f"training images, got {images.dtype} {[*images.shape]}.{one}"
-        )
-    return images
 
 
 @jit(static_argnames=("model", "tta", "softmax"))

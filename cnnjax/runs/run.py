@@ -16,6 +16,7 @@ from jaxtyping import Float
 
 from cnnjax.compiler import jit
 from cnnjax.config import Config, word
+from cnnjax.data.arrays import check_images
 from cnnjax.data.batches import standardize
 from cnnjax.data.datasets import ImageDataset, load_dataset
 from cnnjax.data.feed import pixels_of
@@ -28,7 +29,7 @@ from cnnjax.metrics import Scores, with_metrics
 from cnnjax.process.settings import start_jax
 from cnnjax.runs.checkpoints import Checkpoints
 from cnnjax.runs.codec import check_complete, collect_names
-from cnnjax.runs.inference import check_images, features_of, in_batches, outputs_of
+from cnnjax.runs.inference import features_of, in_batches, outputs_of
 from cnnjax.runs.manifest import read_manifest
 from cnnjax.runs.predictions import FilePrediction, predict_files
 from cnnjax.runs.records import read_record, read_result, read_rows, read_timing, run_argument
