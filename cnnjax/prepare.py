@@ -30,6 +30,7 @@ from cnnjax.data.stream import Streamed, StreamedImages
 from cnnjax.edits import notice_edits, tracing_anew
 from cnnjax.errors import UserError, check, option, user_code
 from cnnjax.files import changes
+from cnnjax.hosts import current
 from cnnjax.inputs import Inputs
 from cnnjax.jaxprs import calls_kernels
 from cnnjax.losses import ClassWeighted, CrossEntropy, balanced_weights
@@ -81,7 +82,9 @@ def set_up(
     got = f"{config.num_epochs} epochs of {steps} steps"
     check("num_epochs", "a number that gives fewer than 2**31 steps", steps * config.num_epochs < 2**31, got)
     if config.metrics is not None:
-        check_metrics(config.metrics, config.best_by, train.label, validation.label, dataset.num_classes)
+        labels = train.label, validation.label
+        # As in training, process 0 alone calls them.
+        current().share(lambda: check_metrics(config.metrics, config.best_by, *labels, dataset.num_classes))
     program = _make_program(config, train.label, dataset.num_classes, steps, placement)
     height, width, _ = train.image.shape[1:]
     with user_code("`augment`"):
