@@ -25,7 +25,7 @@ import flax.linen as nn
 import numpy as np
 import optax
 
-from cnnjax import Augment, Config, Logger, Optimizer, train_and_evaluate
+from cnnjax import Augment, Config, Logger, Optimizer, loop, train_and_evaluate
 from cnnjax.hosts import Hosts, connect
 from cnnjax.runs import checkpoints
 
@@ -91,11 +91,11 @@ def send_signal_at(moment, count, signum):
         if (name, number) == (moment, count):
             os.kill(os.getpid(), signum)
 
-    agreed, barrier, save = Hosts.agreed, Hosts.barrier, checkpoints.ocp.save_checkpointables
+    add_steps, barrier, save = loop.add_steps, Hosts.barrier, checkpoints.ocp.save_checkpointables
 
-    def own_agreed(self, step, **options):
-        reach("step", step)
-        return agreed(self, step, **options)
+    def own_add_steps(run, progress, metrics, steps, seconds):  # Just before the processes agree whether to stop.
+        reach("step", steps[1])
+        return add_steps(run, progress, metrics, steps, seconds)
 
     def own_barrier(self, name):
         if name == "a checkpoint is written":
@@ -114,7 +114,7 @@ def send_signal_at(moment, count, signum):
         save(*arguments, **options)
         thread.join()
 
-    Hosts.agreed, Hosts.barrier, checkpoints.ocp.save_checkpointables = own_agreed, own_barrier, own_save
+    loop.add_steps, Hosts.barrier, checkpoints.ocp.save_checkpointables = own_add_steps, own_barrier, own_save
 
 
 def top2(logits, label):
