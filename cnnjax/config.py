@@ -128,13 +128,7 @@ class Config:
         valid = metrics is None or (callable(metrics) and not isinstance(metrics, type))
         check("metrics", "a function (logits, label), or None", valid, got)
         for name in ("model", "optim", "augment", "loss", "metrics"):
-            value = getattr(self, name)
-            try:
-                hash(value)  # `jit` compiles once for equal values; a mutable one could differ from what is recorded.
-            except TypeError as error:
-                raise UserError(
-                    f"`{name}` must be hashable, got {show(value)} ({error}). Use @dataclass(frozen=True), and tuples."
-                ) from error
+            check_hashable(name, getattr(self, name))
         # A run directory may get a suffix, and a file name has at most 255 bytes.
         check("name", "short: at most 200 characters with the seed", len(self.run_name) <= 200, repr(self.run_name))
 
@@ -198,6 +192,20 @@ def _check_dataset(dataset: Any) -> None:
     )
     valid = (isinstance(dataset, tuple) and len(dataset) in (4, 6)) or callable(dataset)
     check("dataset", rule, valid, f"a {type(dataset).__name__}: {shorten(describe_shapes(dataset))}")
+
+
+def check_hashable(name: str, value: Any) -> None:
+    """Checks that a part of a configuration cannot change: `jit` compiles once for equal values.
+
+    Raises:
+      UserError: it is not hashable, and could differ from what is recorded.
+    """
+    try:
+        hash(value)
+    except TypeError as error:
+        raise UserError(
+            f"`{name}` must be hashable, got {show(value)} ({error}). Use @dataclass(frozen=True), and tuples."
+        ) from error
 
 
 def check_part(name: str, value: Any, base: type, instances: str) -> None:

@@ -1,6 +1,7 @@
 """Training batches for a loop of one's own."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from operator import index
 from typing import Any
@@ -8,44 +9,60 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from cnnjax.checks import check_augment
 from cnnjax.compiler import jit
-from cnnjax.config import check_part
-from cnnjax.data.arrays import check_images, own_images
-from cnnjax.data.augment import Augment
+from cnnjax.config import BALANCING, check_hashable, check_part
+from cnnjax.data.arrays import check_images, check_plain, own_images
+from cnnjax.data.augment import Augment, augment_of_epoch
 from cnnjax.data.batches import Pixels, Standardization, make_batch, pixel_statistics, standardize
 from cnnjax.data.order import Plan, epoch_plan, steps_per_epoch
-from cnnjax.errors import check, describe_shapes, user_code
-from cnnjax.typing import AnyArray, BatchLike
+from cnnjax.errors import check, check_name, describe_shapes, user_code
+from cnnjax.typing import BatchLike
 
 
 class DataLoader:
-    """Makes the batches of a loop around `train_step`: those that a run trains on, from images in memory.
+    """Makes shuffled, augmented and standardized batches for `train_step`, as a run does, from images in memory.
 
-    Order, augmentation and keys depend on the seed and the number of the epoch alone, so a loop can resume at any
-    epoch. The images are kept on the device as bytes. `len` is the number of batches per epoch, all of one size: the
-    last one is padded with examples that its mask leaves out.
+    An epoch is a function of the arguments and its number alone, so a loop can resume at any epoch. The images are kept
+    on one device, jax's default device, as bytes.
 
     Example:
       >>> data = load_dataset("cifar10")
       >>> loader = DataLoader(*data.load("train"), batch_size=128, seed=0, augment=Augment(flip="random"))
+      >>> tx = optax.adam(optax.cosine_decay_schedule(1e-3, 10 * loader.steps_per_epoch))
       >>> for epoch in range(10):
       ...     for batch in loader.epoch(epoch):
       ...         state, metrics = train_step(state, batch, train_key, model=model, tx=tx)
       >>> test = data.load("test")
       >>> evaluate(state, loader.standardize(test.image), test.label, model=model)
 
-    A run of the same seed trains on the batches of `load_parts(seed, validation_fraction)[0]` instead of
-    `load("train")`, and splits `jax.random.key(seed)` into three keys, the first for `init_state`, the second for
-    `train_step`. The two agree up to rounding.
+    A run with this seed trains on these batches if it has the same training examples, which are
+    `data.load_parts(seed, validation_fraction)[0]`. It splits `jax.random.key(seed)` into three keys: for `init_state`,
+    for `train_step`, and for the augmentation. The loader uses the third; do not use it again.
+
+    Args:
+      image: uint8 [N H W C] or [N H W]. Copied, unless it is a mapped file.
+      label: integers [N], which become int32; or a pytree of arrays [N ...], such as several labels or the logits of a
+        teacher, for a loss of your own. The values are not checked. Augmentations do not move it with the images;
+        those that mix images need integers [N].
+      batch_size: the number of examples per batch. The last batch of an epoch is padded with the first examples of the
+        epoch, which are masked.
+      seed: from 0 to 2**32 - 1.
+      augment: no augmentation if None. Its `num_classes` is set to the largest label + 1, unless you have set it.
+      num_epochs: the number of epochs of the loop, for an augmentation that depends on it.
+      sampling: see `Config`; "balanced" needs integers [N].
+      standardization: mean and standard deviation of each channel [C], in pixel units (0 to 255), such as
+        `load_weights(model).standardization`; None: those of `image`.
 
     Attributes:
-      standardization: mean and standard deviation of each channel of the images, float32 [C], from 0 to 255.
-    """
+      standardization: mean and standard deviation of each channel, float32 [C], in pixel units (0 to 255).
+      steps_per_epoch: the number of batches of an epoch.
 
-    standardization: Standardization
+    Raises:
+      UserError: an argument is wrong, or the augmentation does not fit the images or the labels.
+    """
 
     def __init__(
         self,
@@ -56,61 +73,62 @@ class DataLoader:
         seed: int,
         augment: Augment | None = None,
         num_epochs: int | None = None,
+        sampling: str = "none",
         standardization: tuple[Any, Any] | None = None,
     ):
-        """Copies the examples.
-
-        Args:
-          image: uint8 [N H W C] or [N H W].
-          label: integers [N]; or a pytree of arrays [N ...] for a loss of your own, such as several labels, or a
-            teacher's logits. No augmentation moves them with the images.
-          batch_size: the number of examples per batch.
-          seed: from 0 to 2**32 - 1.
-          augment: no augmentation if None. `Mixup` and `CutMix` need their `num_classes`.
-          num_epochs: the number of epochs of the loop, for an augmentation that depends on it.
-          standardization: mean and standard deviation [C] from 0 to 255, such as `load_weights(model).standardization`;
-            None: those of `image`.
-
-        Raises:
-          UserError: an argument is wrong, or the augmentation does not fit it.
-        """
-        augment = augment or Augment()
+        augment = Augment() if augment is None else augment
         check_part("augment", augment, Augment, "Augment(), PhotoAugment(), Mixup() or CutMix()")
+        check_hashable("augment", augment)
         images = own_images("image", image)
-        labels = jax.tree_util.tree_map_with_path(partial(_own_label, len(images)), label)
+        labels = jax.tree_util.tree_map_with_path(partial(_copy_label, len(images)), label)
         check("label", "an array, or a pytree of arrays", bool(jax.tree.leaves(labels)), repr(label))
-        self._batch_size = _integer("batch_size", batch_size, 1, 2**31)
+        classes = labels if isinstance(labels, np.ndarray) and labels.ndim == 1 and labels.dtype == np.int32 else None
+        check_name("sampling", sampling, BALANCING)
+        rule = "none if `label` is not integers [N]"
+        check("sampling", rule, sampling == "none" or classes is not None, sampling)
+        self._batch_size = _integer("batch_size", batch_size)
         self._seed = _integer("seed", seed, 0, 2**32)
         self._num_epochs = None if num_epochs is None else _integer("num_epochs", num_epochs, 1, 2**31)
         rule = f"the number of epochs for {type(augment).__name__}, which depends on it"
         check("num_epochs", rule, num_epochs is not None or not augment.depends_on_length(), num_epochs)
-        self._steps = steps_per_epoch(len(images), self._batch_size)
-        self._augment = augment
-        self._key = jax.random.split(jax.random.key(self._seed), 3)[2]  # As a run does.
+        self.steps_per_epoch = steps_per_epoch(len(images), self._batch_size)
         self.standardization = _standardization(images, standardization)
-        self._pixels = Pixels(jnp.asarray(images), labels, self.standardization)
-        self._checked: Augment | None = None
-        self._augment_of(0)
-
-    def __len__(self) -> int:
-        return self._steps
+        self._augment = augment if classes is None else _with_num_classes(augment, classes)
+        self._balanced_label = classes if sampling == "balanced" else None
+        self._device = next(iter(jnp.zeros(()).devices()))
+        key = jax.random.split(jax.random.key(self._seed), 3)[2]
+        self._key, self._pixels = jax.device_put(
+            (key, Pixels(images, labels, self.standardization)), self._device, may_alias=False
+        )
+        self._checked: set[Augment] = set()
+        changes = type(augment).at_epoch is not Augment.at_epoch
+        for epoch in range((self._num_epochs or 1) if changes else 1):
+            self._augment_of(epoch)
 
     def epoch(self, epoch: int) -> Iterator[BatchLike]:
-        """Returns the batches of an epoch (from 0), on the device: standardized images, float32 [B H W C].
+        """Returns an iterator over the batches of an epoch (from 0): standardized images, float32 [B H W C].
 
         Raises:
-          UserError: there is no such epoch, or the augmentation of this epoch is wrong.
+          UserError: `epoch` is not below `num_epochs`, or its augmentation is wrong.
         """
         epoch = _integer("epoch", epoch, 0, self._num_epochs or 2**31)
-        augment, (count, *size, _) = self._augment_of(epoch), self._pixels.image.shape
+        augment = self._augment_of(epoch)
+        count, height, width, _ = self._pixels.image.shape
         plan = epoch_plan(
-            self._seed, epoch, count, batch_size=self._batch_size, augment=augment, image_size=(size[0], size[1])
+            self._seed,
+            epoch,
+            count,
+            batch_size=self._batch_size,
+            augment=augment,
+            image_size=augment.output_size((height, width)),
+            balanced_label=self._balanced_label,
         )
-        key = jax.random.fold_in(self._key, epoch)
-        return (_make(self._pixels, plan.row(step), key, augment=augment) for step in range(self._steps))
+        key = jax.random.fold_in(self._key, jax.device_put(np.uint32(epoch), self._device))
+        rows = (jax.device_put(plan.row(step), self._device) for step in range(self.steps_per_epoch))
+        return (_make_batch(self._pixels, row, key, augment=augment) for row in rows)
 
     def standardize(self, image: Any) -> Float[np.ndarray, "N H W C"]:
-        """Returns other images as the network is trained on them, float32, such as those of the test set.
+        """Returns images, such as those of the test set, standardized as those of the training, float32.
 
         Args:
           image: uint8 [N H W C] of the shape of the training images, or [N H W].
@@ -118,68 +136,89 @@ class DataLoader:
         Raises:
           UserError: `image` has another dtype or shape.
         """
-        return np.asarray(standardize(check_images(image, self._pixels.image.shape[1:]), self.standardization))
+        image = check_images("image", image, self._pixels.image.shape[1:])
+        return np.asarray(standardize(image, self.standardization))
 
     def _augment_of(self, epoch: int) -> Augment:
         """Returns the augmentation of an epoch, once it is checked."""
-        image = self._pixels.image
         with user_code("`augment.at_epoch`"):
-            augment = self._augment.at_epoch(epoch, self._num_epochs or epoch + 1)
-        check("augment.at_epoch", "a method that returns an Augment", isinstance(augment, Augment), repr(augment))
-        if augment != self._checked:
-            height, width, channels = image.shape[1:]
+            augment = augment_of_epoch(self._augment, epoch, self._num_epochs or epoch + 1)
+        if augment not in self._checked:
+            height, width, channels = self._pixels.image.shape[1:]
             with user_code("`augment`"):
                 augment.check_size((height, width))
                 shape = (*augment.output_size((height, width)), channels)
-            _check_num_classes(augment, self._pixels.label)
-            check_augment(augment, self._pixels, self._batch_size, shape, self._key)
-            self._checked = augment
+            batch = check_augment(augment, self._pixels, self._batch_size, shape, self._key)
+            _check_mixed(augment, self._pixels.label, batch.label)
+            self._checked.add(augment)
         return augment
 
 
 @jit(static_argnames=("augment",))
-def _make(pixels: Pixels, plan: Plan, key: Key[Array, ""], *, augment: Augment) -> BatchLike:
+def _make_batch(pixels: Pixels, plan: Plan, key: Key[Array, ""], *, augment: Augment) -> BatchLike:
     return make_batch(pixels, plan, augment, key)
 
 
-def _integer(name: str, value: Any, low: int, end: int) -> int:
-    is_integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    check(name, f"an integer from {low} to {end - 1}", is_integer and bool(low <= value < end), repr(value))
-    return index(value)
+def _integer(name: str, value: Any, low: int | None = None, below: int = 0) -> int:
+    """Returns an integer; if `low` is not None, from `low` to `below` - 1."""
+    try:
+        number = None if isinstance(value, (bool, np.bool_)) else index(value)
+    except TypeError:
+        number = None
+    rule = "an integer" + ("" if low is None else f" from {low} to {below - 1}")
+    valid = number is not None and (low is None or low <= number < below)
+    check(name, rule, valid, repr(value))
+    return number or 0
 
 
-def _own_label(count: int, path: Any, label: Any) -> Array:
-    """Returns a copy of an array of labels [N ...] on the device."""
+def _copy_label(count: int, path: Any, label: Any) -> np.ndarray:
+    """Returns a copy of an array of labels [N ...]."""
     name = f"label{jax.tree_util.keystr(path)}"
-    check(name, "a NumPy or JAX array", isinstance(label, AnyArray), repr(label))
-    masked = isinstance(label, np.ma.MaskedArray)
-    check(name, "an array without a mask", not masked, "a masked one. Remove the examples that are masked")
+    check_plain(name, label)
+    fix = f". Number the classes: names, {name} = np.unique({name}, return_inverse=True)"
     numeric = jnp.issubdtype(label.dtype, jnp.number) or label.dtype == bool
-    check(name, "an array of numbers", numeric, describe_shapes(label))
-    shape = label.shape
-    check(name, f"[N ...], one for each of {count} images", shape[:1] == (count,), describe_shapes(label))
-    if jnp.issubdtype(label.dtype, jnp.integer) and label.size:
+    check(name, "numbers or bools", numeric, f"{label.dtype}{fix if label.dtype.kind in 'USO' else ''}")
+    rule = f"[N ...] with N = {count}, the number of images"
+    check(name, rule, label.shape[:1] == (count,), describe_shapes(label))
+    label = np.array(label)
+    if not jnp.issubdtype(label.dtype, jnp.integer):
+        return label
+    if label.size:
         low, high = int(label.min()), int(label.max())
-        check(name, "integers of 32 bits", low >= -(2**31) and high < 2**31, f"{low} to {high}")
-        label = label.astype(np.int32)
-    return jnp.array(label)
+        check(name, "between -2**31 and 2**31 - 1", low >= -(2**31) and high < 2**31, f"{low} to {high}")
+    return label.astype(np.int32)
 
 
 def _standardization(images: np.ndarray, given: tuple[Any, Any] | None) -> Standardization:
     if given is None:
         return pixel_statistics(images)
-    rule, shape = "a pair (mean, std) of finite numbers [C], with std above 0", images.shape[-1:]
-    pair = [np.asarray(x, np.float32) for x in given] if isinstance(given, (tuple, list)) else []
-    fits = len(pair) == 2 and all(x.shape == shape and np.isfinite(x).all() for x in pair)
+    try:
+        pair = [np.array(x, np.float32) for x in given]
+    except (TypeError, ValueError):
+        pair = []
+    rule = f"a pair (mean, std) of {images.shape[-1]} numbers each, from 0 to 255, and std above 0"
+    fits = len(pair) == 2 and all(x.shape == images.shape[-1:] and (x >= 0).all() and (x <= 255).all() for x in pair)
     check("standardization", rule, fits and bool((pair[1] > 0).all()), repr(given))
+    in_fractions = max(float(x.max()) for x in pair) <= 1
+    check("standardization", "in pixel units", not in_fractions or images.max() <= 1, f"{given!r}. Multiply it by 255")
     return Standardization(*pair)
 
 
-def _check_num_classes(augment: Augment, label: PyTree) -> None:
-    """Checks that an augmentation that mixes labels knows their classes: others would have probability 0."""
+def _with_num_classes(augment: Augment, label: Int[np.ndarray, " N"]) -> Augment:
+    """Returns the augmentation with the number of classes of the labels, unless the user has set it."""
+    if "num_classes" not in getattr(augment, "__dataclass_fields__", {}):
+        return augment
+    given: Any = augment
+    if given.num_classes != getattr(type(augment), "num_classes", None):
+        return augment
+    return replace(given, num_classes=max(2, int(label.max()) + 1))
+
+
+def _check_mixed(augment: Augment, label: PyTree, returned: Any) -> None:
+    """Checks labels that an augmentation turned into the probabilities of classes: others would be zero."""
     num_classes = getattr(augment, "num_classes", None)
-    if num_classes is not None and isinstance(label, Array) and label.ndim == 1 and label.dtype == jnp.int32:
-        least = int(label.max()) + 1
-        check(
-            "augment.num_classes", f"at least {least} for labels up to {least - 1}", num_classes >= least, num_classes
-        )
+    if num_classes is None or not isinstance(label, Array) or getattr(returned, "shape", ())[1:] == label.shape[1:]:
+        return
+    low, high = int(label.min()), int(label.max())
+    rule = f"from 0 to {num_classes - 1} for {type(augment).__name__}, whose `num_classes` is {num_classes}"
+    check("label", rule, low >= 0 and high < num_classes, f"{low} to {high}")

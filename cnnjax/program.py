@@ -8,10 +8,9 @@ from jax import lax
 from jaxtyping import Array, Float, Key, PyTree
 
 from cnnjax.compiler import jit
-from cnnjax.data.augment import Augment
+from cnnjax.data.augment import Augment, augment_of_epoch
 from cnnjax.data.batches import Pixels, StreamedPixels, make_batch
 from cnnjax.data.order import Plan
-from cnnjax.errors import check
 from cnnjax.metrics import Metrics
 from cnnjax.network import Network
 from cnnjax.optim.optimizer import Optimizer
@@ -45,10 +44,7 @@ class Program(NamedTuple):
 
     def at_epoch(self, epoch: int) -> "Program":
         """Returns the program of an epoch (from 0), with its augmentation."""
-        augment = self.augment.at_epoch(epoch, self.num_epochs)
-        got = f"{augment!r} for epoch {epoch}"
-        check("augment.at_epoch", "a method that returns an Augment", isinstance(augment, Augment), got)
-        return self._replace(augment=augment)
+        return self._replace(augment=augment_of_epoch(self.augment, epoch, self.num_epochs))
 
     def distinct_programs(self) -> "list[Program]":
         """Returns the distinct programs of the epochs, in the order of their first use."""

@@ -67,7 +67,7 @@ def own_images(name: str, images: Any) -> UInt8[np.ndarray, "N H W C"]:
     Raises:
       UserError: they are not uint8 [N H W C] or [N H W].
     """
-    _check_plain(name, images)
+    check_plain(name, images)
     image = np.asarray(images)
     if image.dtype != np.uint8:
         raise UserError(f"`{name}` must be images of dtype uint8, got {image.dtype}{_how_to_convert(name, image)}")
@@ -79,35 +79,37 @@ def own_images(name: str, images: Any) -> UInt8[np.ndarray, "N H W C"]:
     return own.copy() if not _is_mapped(image) and np.may_share_memory(own, image) else own
 
 
-def check_images(images: Any, image_shape: tuple[int, ...]) -> UInt8[np.ndarray, "N H W C"]:
+def check_images(name: str, images: Any, image_shape: tuple[int, ...]) -> UInt8[np.ndarray, "N H W C"]:
     """Returns images as an array with a channel axis.
 
     Args:
-      images: see `Run.predict`.
+      name: what messages call them.
+      images: uint8 [N H W C], or [N H W] if C is 1.
       image_shape: (H, W, C), that of the training images.
 
     Raises:
-      UserError: `images` has another dtype or shape.
+      UserError: they have another dtype or shape.
     """
-    check("images", "an array without a mask", not isinstance(images, np.ma.MaskedArray), "a masked one")
+    check(name, "an array without a mask", not isinstance(images, np.ma.MaskedArray), "a masked one")
     try:
         images = np.asarray(images)
     except ValueError as error:
-        raise UserError(f"`images` must be one array, or of one size, got {error}.") from error
+        raise UserError(f"`{name}` must be one array, or of one size, got {error}.") from error
     height, width, channels = image_shape
     if images.ndim == 3 and channels == 1 and images.shape[1:] == (height, width):
         images = images[..., None]
     if images.dtype != np.uint8 or images.shape[1:] != image_shape:
         gray = f" or [N {height} {width}]" if channels == 1 else ""
-        one = " For one image: images[None]." if images.shape == image_shape else ""
+        one = f" For one image: {name}[None]." if images.shape == image_shape else ""
         raise UserError(
-            f"`images` must be uint8 [N {height} {width} {channels}]{gray}, with values from 0 to 255 as in the "
+            f"`{name}` must be uint8 [N {height} {width} {channels}]{gray}, with values from 0 to 255 as in the "
             f"training images, got {images.dtype} {[*images.shape]}.{one}"
         )
     return images
 
 
-def _check_plain(name: str, array: Any) -> None:
+def check_plain(name: str, array: Any) -> None:
+    """Raises a `UserError` unless a value is a NumPy or JAX array, without a mask."""
     check(name, "a NumPy or JAX array", isinstance(array, AnyArray), type(array).__name__)
     masked, got = isinstance(array, np.ma.MaskedArray), "a masked one. Remove the examples that are masked"
     check(name, "an array without a mask", not masked, got)
@@ -117,7 +119,7 @@ def _examples(split: str, x: Any, y: Any) -> Examples:
     """Validates the images and labels of a split, and returns them in the layout of a decoded set."""
     y_name = f"y_{split}"
     image = own_images(f"x_{split}", x)
-    _check_plain(y_name, y)
+    check_plain(y_name, y)
     label = np.asarray(y)
     fix = f"Use `{y_name}.argmax(-1)` for one-hot labels, `{y_name}.ravel()` for a column"
     check(y_name, "of shape [N]", label.ndim == 1, f"{label.shape}. {fix}")

@@ -88,6 +88,18 @@ class Augment:
                 raise UserError(f"`augment.{name}` must be at most {limit} for images of {pixels} pixels, got {value}.")
 
 
+def augment_of_epoch(augment: Augment, epoch: int, num_epochs: int) -> Augment:
+    """Returns what `augment.at_epoch` returns.
+
+    Raises:
+      UserError: it is no augmentation.
+    """
+    found = augment.at_epoch(epoch, num_epochs)
+    got = f"{found!r} for epoch {epoch}"
+    check("augment.at_epoch", "a method that returns an Augment", isinstance(found, Augment), got)
+    return found
+
+
 @dataclass(frozen=True)
 class Mixup(Augment):
     """Mixes each image, and its label, with its neighbor in the batch.
@@ -165,4 +177,9 @@ def _mix(x: AnyArray, weight: Array) -> Array:
 
 
 def _mix_labels(label: Int[AnyArray, " B"], weight: Float[Array, " B"], num_classes: int) -> Float[Array, "B K"]:
+    if getattr(label, "shape", None) != weight.shape or not jnp.issubdtype(label.dtype, jnp.integer):
+        raise ArgumentError(
+            f"`batch.label` must be class indices, int [B], to be mixed, got {describe_shapes(label)}. Mix others in "
+            "`transform` of an Augment of your own."
+        )
     return _mix(jax.nn.one_hot(label, num_classes, dtype=jnp.float32), weight[:, None])

@@ -26,7 +26,7 @@ class Pixels(NamedTuple):
     """A data set on the device, with its standardization."""
 
     image: UInt8[AnyArray, "N H W C"]
-    label: Int[AnyArray, " N"] | PyTree  # In a run the former.
+    label: Int[AnyArray, " N"] | PyTree  # A pytree only in a `DataLoader`.
     standardization: Standardization
 
 
@@ -62,8 +62,8 @@ def make_batch(
     if augment.translate == 0 and augment.flip == "none":
         image = pixels.image if streamed else pixels.image[plan.example]
     else:
-        y = _reflect(jnp.arange(h)[None] - plan.shift[:, :1], h)  # [B H]
-        x = _reflect(jnp.arange(w)[None] - plan.shift[:, 1:], w)  # [B W]
+        y = _reflect(jnp.arange(h, dtype=jnp.int32)[None] - plan.shift[:, :1], h)  # [B H]
+        x = _reflect(jnp.arange(w, dtype=jnp.int32)[None] - plan.shift[:, 1:], w)  # [B W]
         x = jnp.where(plan.mirrored[:, None], w - 1 - x, x)
         if streamed:
             image = jax.vmap(lambda image, y, x: image[y[:, None], x])(pixels.image, y, x)  # [B H W C]
@@ -74,7 +74,8 @@ def make_batch(
         _, h, w, _ = image.shape
     image = standardize(image, pixels.standardization)
     if augment.cutout:
-        y, x = (jnp.arange(n)[None] - plan.cutout[:, i, None] for i, n in enumerate((h, w)))  # [B H], [B W]
+        rows, columns = (jnp.arange(n, dtype=jnp.int32)[None] for n in (h, w))
+        y, x = rows - plan.cutout[:, 0, None], columns - plan.cutout[:, 1, None]  # [B H], [B W]
         inside = ((y >= 0) & (y < augment.cutout))[:, :, None] & ((x >= 0) & (x < augment.cutout))[:, None, :]
         image = jnp.where(inside[..., None], 0.0, image)
     batch = Batch(image, label, plan.mask)

@@ -65,8 +65,8 @@ class PhotoAugment(Augment):
         return replace(self, train_sizes=self.train_sizes[-1 - left :][:1])
 
     def depends_on_length(self) -> bool:
-        """Returns whether the size changes during a run."""
-        return len({*self.train_sizes}) > 1
+        """Returns whether the size, or what a subclass decides, changes during a run."""
+        return len({*self.train_sizes}) > 1 or type(self).at_epoch is not PhotoAugment.at_epoch
 
     def transform_pixels(self, key: Key[Array, " B"], image: Num[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:
         """Returns crops, after RandAugment."""

@@ -176,7 +176,9 @@ class Run:
         Args:
           images: see `predict`.
         """
-        return np.asarray(standardize(check_images(images, self.facts.image_shape), self.facts.standardization))
+        return np.asarray(
+            standardize(check_images("images", images, self.facts.image_shape), self.facts.standardization)
+        )
 
     def predict(self, images: Any, *, tta: str = "none") -> Float[np.ndarray, "N K"]:
         """Returns the probability of each class, float32.
@@ -201,7 +203,7 @@ class Run:
 
     def _outputs(self, images: Any, tta: str, *, softmax: bool) -> Float[np.ndarray, "N K"]:
         check_name("tta", tta, TTA)
-        images = check_images(images, self.facts.image_shape)
+        images = check_images("images", images, self.facts.image_shape)
         network = partial(outputs_of, model=self.config.model, tta=tta, softmax=softmax)
         return in_batches(partial(network, self.state, self.facts.standardization), images)
 
@@ -236,7 +238,7 @@ class Run:
           UserError: there is no such layer; the message lists them. See also `predict`.
         """
         model, standardization = self.config.model, self.facts.standardization
-        images = check_images(images, self.facts.image_shape)
+        images = check_images("images", images, self.facts.image_shape)
         return in_batches(partial(features_of, self.state, standardization, model=model, layer=layer), images)
 
     def load_data(self, split: str = "test", *, data_dir: str | os.PathLike[str] | None = None) -> Examples:
