@@ -1,7 +1,6 @@
 """Training batches for a loop of one's own."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from operator import index
 from typing import Any
@@ -14,10 +13,11 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from cnnjax.checks import check_augment
 from cnnjax.compiler import jit
 from cnnjax.config import BALANCING, check_hashable, check_part
-from cnnjax.data.arrays import check_images, check_plain, own_images
-from cnnjax.data.augment import Augment, augment_of_epoch
+from cnnjax.data.arrays import MAX_CLASSES, check_images, check_plain, own_images
+from cnnjax.data.augment import Augment, CutMix, Mixup, augment_of_epoch
 from cnnjax.data.batches import Pixels, Standardization, make_batch, pixel_statistics, standardize
 from cnnjax.data.order import Plan, epoch_plan, steps_per_epoch
+from cnnjax.data.photo_augment import PhotoAugment
 from cnnjax.errors import check, check_name, describe_shapes, user_code
 from cnnjax.typing import BatchLike
 
@@ -38,19 +38,20 @@ class DataLoader:
       >>> test = data.load("test")
       >>> evaluate(state, loader.standardize(test.image), test.label, model=model)
 
-    A run with this seed trains on these batches if it has the same training examples, which are
-    `data.load_parts(seed, validation_fraction)[0]`. It splits `jax.random.key(seed)` into three keys: for `init_state`,
-    for `train_step`, and for the augmentation. The loader uses the third; do not use it again.
+    A run trains on these batches if it has the same seed, batch size, augmentation, sampling, number of epochs and
+    training examples, which are `data.load_parts(seed, validation_fraction)[0]`. It splits `jax.random.key(seed)` into
+    three keys: for `init_state`, for `train_step`, and for the augmentation. The loader uses the third; do not use it
+    again.
 
     Args:
-      image: uint8 [N H W C] or [N H W]. Copied, unless it is a mapped file.
+      image: uint8 [N H W C] or [N H W]. Copied, unless it is a mapped file, which must not change.
       label: integers [N], which become int32; or a pytree of arrays [N ...], such as several labels or the logits of a
         teacher, for a loss of your own. The values are not checked. Augmentations do not move it with the images;
         those that mix images need integers [N].
       batch_size: the number of examples per batch. The last batch of an epoch is padded with the first examples of the
         epoch, which are masked.
       seed: from 0 to 2**32 - 1.
-      augment: no augmentation if None. Its `num_classes` is set to the largest label + 1, unless you have set it.
+      augment: no augmentation if None. If it mixes labels, set its `num_classes`: only a run does that itself.
       num_epochs: the number of epochs of the loop, for an augmentation that depends on it.
       sampling: see `Config`; "balanced" needs integers [N].
       standardization: mean and standard deviation of each channel [C], in pixel units (0 to 255), such as
@@ -82,10 +83,11 @@ class DataLoader:
         images = own_images("image", image)
         labels = jax.tree_util.tree_map_with_path(partial(_copy_label, len(images)), label)
         check("label", "an array, or a pytree of arrays", bool(jax.tree.leaves(labels)), repr(label))
-        classes = labels if isinstance(labels, np.ndarray) and labels.ndim == 1 and labels.dtype == np.int32 else None
+        is_class = isinstance(labels, np.ndarray) and labels.ndim == 1 and labels.dtype == np.int32
+        self._classes = labels if is_class else None
         check_name("sampling", sampling, BALANCING)
         rule = "none if `label` is not integers [N]"
-        check("sampling", rule, sampling == "none" or classes is not None, sampling)
+        check("sampling", rule, sampling == "none" or is_class, sampling)
         self._batch_size = _integer("batch_size", batch_size)
         self._seed = _integer("seed", seed, 0, 2**32)
         self._num_epochs = None if num_epochs is None else _integer("num_epochs", num_epochs, 1, 2**31)
@@ -93,13 +95,13 @@ class DataLoader:
         check("num_epochs", rule, num_epochs is not None or not augment.depends_on_length(), num_epochs)
         self.steps_per_epoch = steps_per_epoch(len(images), self._batch_size)
         self.standardization = _standardization(images, standardization)
-        self._augment = augment if classes is None else _with_num_classes(augment, classes)
-        self._balanced_label = classes if sampling == "balanced" else None
+        self._augment = augment
+        self._balanced_label = self._classes if sampling == "balanced" else None
         self._device = next(iter(jnp.zeros(()).devices()))
-        key = jax.random.split(jax.random.key(self._seed), 3)[2]
-        self._key, self._pixels = jax.device_put(
-            (key, Pixels(images, labels, self.standardization)), self._device, may_alias=False
-        )
+        # On this device, but not bound to it: batches go where the state is.
+        with jax.default_device(self._device):
+            self._pixels = jax.device_put(Pixels(images, labels, Standardization(*map(np.array, self.standardization))))
+            self._key = jax.random.split(jax.random.key(self._seed), 3)[2]
         self._checked: set[Augment] = set()
         changes = type(augment).at_epoch is not Augment.at_epoch
         for epoch in range((self._num_epochs or 1) if changes else 1):
@@ -123,9 +125,13 @@ class DataLoader:
             image_size=augment.output_size((height, width)),
             balanced_label=self._balanced_label,
         )
-        key = jax.random.fold_in(self._key, jax.device_put(np.uint32(epoch), self._device))
-        rows = (jax.device_put(plan.row(step), self._device) for step in range(self.steps_per_epoch))
-        return (_make_batch(self._pixels, row, key, augment=augment) for row in rows)
+
+        def make(step: int) -> BatchLike:
+            with jax.default_device(self._device):
+                key = jax.random.fold_in(self._key, jax.device_put(np.uint32(epoch)))
+                return _make_batch(self._pixels, jax.device_put(plan.row(step)), key, augment=augment)
+
+        return map(make, range(self.steps_per_epoch))
 
     def standardize(self, image: Any) -> Float[np.ndarray, "N H W C"]:
         """Returns images, such as those of the test set, standardized as those of the training, float32.
@@ -143,13 +149,15 @@ class DataLoader:
         """Returns the augmentation of an epoch, once it is checked."""
         with user_code("`augment.at_epoch`"):
             augment = augment_of_epoch(self._augment, epoch, self._num_epochs or epoch + 1)
+        check_hashable("augment.at_epoch", augment)
         if augment not in self._checked:
             height, width, channels = self._pixels.image.shape[1:]
             with user_code("`augment`"):
                 augment.check_size((height, width))
                 shape = (*augment.output_size((height, width)), channels)
-            batch = check_augment(augment, self._pixels, self._batch_size, shape, self._key)
-            _check_mixed(augment, self._pixels.label, batch.label)
+            check_augment(augment, self._pixels, self._batch_size, shape, self._key)
+            if self._classes is not None:
+                _check_mixed(augment, self._classes)
             self._checked.add(augment)
         return augment
 
@@ -196,29 +204,23 @@ def _standardization(images: np.ndarray, given: tuple[Any, Any] | None) -> Stand
         pair = [np.array(x, np.float32) for x in given]
     except (TypeError, ValueError):
         pair = []
-    rule = f"a pair (mean, std) of {images.shape[-1]} numbers each, from 0 to 255, and std above 0"
+    rule = f"a pair (mean, std) of arrays [{images.shape[-1]}] from 0 to 255, with std above 0"
     fits = len(pair) == 2 and all(x.shape == images.shape[-1:] and (x >= 0).all() and (x <= 255).all() for x in pair)
     check("standardization", rule, fits and bool((pair[1] > 0).all()), repr(given))
-    in_fractions = max(float(x.max()) for x in pair) <= 1
-    check("standardization", "in pixel units", not in_fractions or images.max() <= 1, f"{given!r}. Multiply it by 255")
+    if max(x.max() for x in pair) <= 1 and not (pair[0].max() == 0 and pair[1].min() == 1):
+        fits = pixel_statistics(images).std.max() < 8 * pair[1].max()
+        check("standardization", "in pixel units (0 to 255)", bool(fits), f"{given!r}. Multiply it by 255")
     return Standardization(*pair)
 
 
-def _with_num_classes(augment: Augment, label: Int[np.ndarray, " N"]) -> Augment:
-    """Returns the augmentation with the number of classes of the labels, unless the user has set it."""
-    if "num_classes" not in getattr(augment, "__dataclass_fields__", {}):
-        return augment
-    given: Any = augment
-    if given.num_classes != getattr(type(augment), "num_classes", None):
-        return augment
-    return replace(given, num_classes=max(2, int(label.max()) + 1))
-
-
-def _check_mixed(augment: Augment, label: PyTree, returned: Any) -> None:
-    """Checks labels that an augmentation turned into the probabilities of classes: others would be zero."""
-    num_classes = getattr(augment, "num_classes", None)
-    if num_classes is None or not isinstance(label, Array) or getattr(returned, "shape", ())[1:] == label.shape[1:]:
-        return
-    low, high = int(label.min()), int(label.max())
-    rule = f"from 0 to {num_classes - 1} for {type(augment).__name__}, whose `num_classes` is {num_classes}"
-    check("label", rule, low >= 0 and high < num_classes, f"{low} to {high}")
+def _check_mixed(augment: Augment, label: Int[np.ndarray, " N"]) -> None:
+    """Checks the classes that one of our augmentations mixes: the probabilities of others would be zero."""
+    mixes = isinstance(augment, (Mixup, CutMix))
+    if isinstance(augment, PhotoAugment):
+        mixes = augment.mixup > 0 or augment.cutmix > 0
+    if mixes:
+        ours: Any = augment
+        low, high, num_classes = int(label.min()), int(label.max()), ours.num_classes
+        rule = f"from 0 to {num_classes - 1}, as `augment.num_classes` is {num_classes}"
+        fix = f"Set it to {high + 1}" if low >= 0 and high < MAX_CLASSES else "Number the classes from 0"
+        check("label", rule, low >= 0 and high < num_classes, f"{low} to {high}. {fix}")

@@ -179,7 +179,7 @@ def _mix(x: AnyArray, weight: Array) -> Array:
 def _mix_labels(label: Int[AnyArray, " B"], weight: Float[Array, " B"], num_classes: int) -> Float[Array, "B K"]:
     if getattr(label, "shape", None) != weight.shape or not jnp.issubdtype(label.dtype, jnp.integer):
         raise ArgumentError(
-            f"`batch.label` must be class indices, int [B], to be mixed, got {describe_shapes(label)}. Mix others in "
-            "`transform` of an Augment of your own."
+            f"`batch.label` must be class indices, int [B], to be mixed, got {describe_shapes(label)}. Use "
+            "`label.ravel()` for a column; mix others in `transform` of an Augment of your own."
         )
     return _mix(jax.nn.one_hot(label, num_classes, dtype=jnp.float32), weight[:, None])

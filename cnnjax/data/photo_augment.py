@@ -71,7 +71,8 @@ class PhotoAugment(Augment):
     def transform_pixels(self, key: Key[Array, " B"], image: Num[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:
         """Returns crops, after RandAugment."""
         check_keys(key, image)
-        crop_key, ops_key = jax.vmap(jax.random.split, out_axes=1)(key)
+        keys = jax.vmap(jax.random.split)(key)  # [B 2]
+        crop_key, ops_key = keys[:, 0], keys[:, 1]
         _, height, width, _ = image.shape
         size = self.output_size((height, width))
         image = random_resized_crop(crop_key, image, size=size, scale=self.scale, ratio=self.ratio)
@@ -84,7 +85,8 @@ class PhotoAugment(Augment):
     def transform(self, key: Key[Array, " B"], batch: Batch) -> Batch:
         """Returns the mixed batch."""
         check_keys(key, batch.image)
-        mixup_key, cutmix_key, choice_key = jax.vmap(lambda k: jax.random.split(k, 3), out_axes=1)(key)
+        keys = jax.vmap(lambda k: jax.random.split(k, 3))(key)  # [B 3]
+        mixup_key, cutmix_key, choice_key = keys[:, 0], keys[:, 1], keys[:, 2]
         batches = []
         if self.mixup:
             batches.append(Mixup(alpha=self.mixup, num_classes=self.num_classes).transform(mixup_key, batch))
