@@ -210,6 +210,13 @@ def test_a_loop_compiles_once_and_transfers_nothing_implicitly():
     assert [program._cache_size() for program in programs] == [count + 1 for count in compiled]
 
 
+def test_no_key_is_used_twice():
+    augment = PhotoAugment(mixup=0.2, cutmix=1.0, num_classes=4)
+    with jax.debug_key_reuse(True):
+        loader = DataLoader(IMAGE, LABEL, batch_size=64, seed=0, augment=augment)
+        assert len([batch for epoch in range(2) for batch in loader.epoch(epoch)]) == 4
+
+
 @pytest.mark.parametrize("augment", [SEEN, Mixup(translate=1, cutout=1)])
 def test_batches_have_the_same_bits_in_64_bits_and_under_strict_promotion(augment):
     expected = epoch_of(DataLoader(IMAGE, LABEL, batch_size=16, seed=0, augment=augment))
