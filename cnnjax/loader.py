@@ -46,8 +46,8 @@ class DataLoader:
     Args:
       image: uint8 [N H W C] or [N H W]. Copied, unless it is a mapped file, which must not change.
       label: integers [N], which become int32; or a pytree of arrays [N ...], such as several labels or the logits of a
-        teacher, for a loss of your own. The values are not checked. Augmentations do not move it with the images;
-        those that mix images need integers [N].
+        teacher, for a loss of your own. Values are not checked, such as -1 for an image without a label. Augmentations
+        do not move labels with the images; those that mix images need classes [N].
       batch_size: the number of examples per batch. The last batch of an epoch is padded with the first examples of the
         epoch, which are masked.
       seed: from 0 to 2**32 - 1.
@@ -176,7 +176,7 @@ def _integer(name: str, value: Any, low: int | None = None, below: int = 0) -> i
     rule = "an integer" + ("" if low is None else f" from {low} to {below - 1}")
     valid = number is not None and (low is None or low <= number < below)
     check(name, rule, valid, repr(value))
-    return number or 0
+    return index(value)
 
 
 def _copy_label(count: int, path: Any, label: Any) -> np.ndarray:
