@@ -176,7 +176,7 @@ def _integer(name: str, value: Any, low: int | None = None, below: int = 0) -> i
     rule = "an integer" + ("" if low is None else f" from {low} to {below - 1}")
     valid = number is not None and (low is None or low <= number < below)
     check(name, rule, valid, repr(value))
-    return index(value)
+    return int(value)
 
 
 def _copy_label(count: int, path: Any, label: Any) -> np.ndarray:
