@@ -38,10 +38,10 @@ class DataLoader:
       >>> test = data.load("test")
       >>> evaluate(state, loader.standardize(test.image), test.label, model=model)
 
-    A run trains on these batches if it has the same seed, batch size, augmentation, sampling, number of epochs and
-    training examples, which are `data.load_parts(seed, validation_fraction)[0]`. It splits `jax.random.key(seed)` into
-    three keys: for `init_state`, for `train_step`, and for the augmentation. The loader uses the third; do not use it
-    again.
+    A run trains on these batches if it has the same seed, batch size, augmentation, sampling, number of epochs,
+    standardization and training examples, which are `data.load_parts(seed, validation_fraction)[0]`. It splits
+    `jax.random.key(seed)` into three keys: for `init_state`, for `train_step`, and for the augmentation. The loader
+    uses the third; do not use it again.
 
     Args:
       image: uint8 [N H W C] or [N H W]. Copied, unless it is a mapped file, which must not change.
@@ -98,9 +98,10 @@ class DataLoader:
         self._augment = augment
         self._balanced_label = self._classes if sampling == "balanced" else None
         self._device = next(iter(jnp.zeros(()).devices()))
+        own = Standardization(*map(np.array, self.standardization))  # The caller may change the public one.
         # On this device, but not bound to it: batches go where the state is.
         with jax.default_device(self._device):
-            self._pixels = jax.device_put(Pixels(images, labels, Standardization(*map(np.array, self.standardization))))
+            self._pixels = jax.device_put(Pixels(images, labels, own))
             self._key = jax.random.split(jax.random.key(self._seed), 3)[2]
         self._checked: set[Augment] = set()
         changes = type(augment).at_epoch is not Augment.at_epoch
