@@ -37,7 +37,7 @@ with _epy.lazy_api_imports(globals()):  # `cnnjax --help` does not wait for jax.
     from cnnjax.runs.tensorboard import TensorBoard
     from cnnjax.runs.trackers import MLflow, WandB
     from cnnjax.state import TrainState, eval_params, init_from_data, init_from_weights, init_state
-    from cnnjax.step import eval_step, train_step
+    from cnnjax.step import apply_gradients, eval_step, mean_loss, train_step
     from cnnjax.train import train_and_evaluate
     from cnnjax.typing import Batch
 
@@ -78,6 +78,7 @@ __all__ = [
     "TrainState",
     "UserError",
     "WandB",
+    "apply_gradients",
     "compiler_options",
     "conv_general_dilated",
     "eval_params",
@@ -92,6 +93,7 @@ __all__ = [
     "load_dataset",
     "load_run",
     "load_weights",
+    "mean_loss",
     "predict_files",
     "run_experiment",
     "softmax_cross_entropy",

@@ -1,5 +1,6 @@
 """Checks of what the parts of a run return for the shapes of its batches, and for random logits."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
@@ -16,12 +17,14 @@ from cnnjax.data.batches import Pixels, StreamedPixels, make_batch
 from cnnjax.data.order import plain_plan
 from cnnjax.edits import notice_edits
 from cnnjax.errors import UserError, check, check_name, describe, describe_shapes, user_code
+from cnnjax.files import changes
+from cnnjax.jaxprs import repeats_draws
 from cnnjax.metrics import call_metrics, sum_metrics
-from cnnjax.network import Network, apply_in_training, logits_of
+from cnnjax.network import apply_in_training, logits_of
 from cnnjax.optim.optimizer import REST, Optimizer, param_labels
 from cnnjax.program import Program
 from cnnjax.state import TrainState, init_from_data, init_optimizer
-from cnnjax.step import update
+from cnnjax.step import train_step, update
 from cnnjax.typing import AnyArray, BatchLike, LossFn, MetricsFn
 
 MAX_LABELS = 10_000  # With 1,000 classes their logits take 40 MB.
@@ -158,17 +161,89 @@ def _init_from_data(program: Program, state: TrainState, image: AnyArray) -> Tra
 
 
 def check_training(
-    state: TrainState, batch: BatchLike, key: Key[Array, ""], *, model: Network, loss_fn: LossFn, num_classes: int
+    program: Program, state: TrainState, batch: BatchLike, key: Key[Array, ""], *, num_classes: int
 ) -> None:
-    """Checks what a network in training, and the loss, return for the shapes of a state and a batch.
+    """Checks what a network in training, and the loss or a step of the user, return for the shapes of state and batch.
 
     Raises:
       UserError: a shape is wrong, or a part raised an exception.
     """
     with user_code("`model`"):
-        apply = partial(apply_in_training, model)
+        apply = partial(apply_in_training, program.model)
         trained = notice_edits(apply, state.params, state.model_state, batch.image, key).output
     check_logits(trained, (len(batch.mask), num_classes))
+    if program.step_fn is train_step:
+        _check_loss(program.loss_fn, trained, batch)
+    else:  # What it passes to the network and to the loss is up to the user.
+        _check_step_fn(program, state, batch, key)
+
+
+def _check_step_fn(program: Program, state: TrainState, batch: BatchLike, key: Key[Array, ""]) -> None:
+    names, step_fn = ("model", "tx", "loss_fn", "frozen", "placement"), program.step_fn
+    try:
+        inspect.signature(step_fn).bind(state, batch, key, **dict.fromkeys(names))
+    except TypeError as error:
+        raise UserError(
+            f"`train_step` must accept (state, batch, key, *, {', '.join(names)}), as cnnjax's does, got "
+            f"{getattr(step_fn, '__qualname__', type(step_fn).__name__)}, which refuses them: {error}. Add **options, "
+            "which receives what it does not use."
+        ) from error
+    step = partial(Program.call_step, program)
+    with user_code("`train_step`"):
+        result: Any = notice_edits(step, state, batch, key)
+        trace = jax.make_jaxpr(step)(state, batch, key)
+    parts = [type(part).__name__ for part in result] if type(result) is tuple else []
+    if parts != ["TrainState", "Metrics"]:
+        got = f"({', '.join(parts)})" if parts else type(result).__name__
+        raise UserError(
+            f"`train_step` must return a tuple (TrainState, Metrics), as `train_step` of cnnjax does, got {got}."
+        )
+    after, metrics = result
+    check_kept(state, after._replace(step=state.step), "train_step")
+    if metrics.norm is None:
+        raise UserError(
+            "`train_step` must return metrics with the norm of the gradients, got None. Return those of "
+            "`apply_gradients`, or metrics._replace(norm=optax.tree.norm(grads))."
+        )
+    kinds = {"loss": jnp.floating, "num_examples": jnp.integer, "norm": jnp.floating}
+    values, taken = metrics.values, (*kinds, "grad_norm")
+    if not isinstance(values, dict) or {*values} & {*taken}:
+        got = sorted(values) if isinstance(values, dict) else type(values).__name__
+        rule = f"metrics whose `values` are a dict without the names {', '.join(taken)}"
+        raise UserError(f"`train_step` must return {rule}, got {got}.")
+    for name, value in {**metrics._asdict(), **values}.items():
+        if name != "values":
+            check_shape("train_step", f"the metric {name!r}, a sum over the batch,", (), value)
+            if not jnp.issubdtype(value.dtype, kinds.get(name, jnp.number)):
+                rule = f"the metric {name!r} with a dtype of kind {kinds[name].__name__}"
+                raise UserError(f"`train_step` must return {rule}, got {describe_shapes(value)}.")
+    if repeats_draws(trace, [False] * (len(trace.in_avals) - 1) + [True]):
+        raise UserError(
+            "`train_step` must draw other random numbers in each step, got some that depend on its `key` alone, which "
+            "is the same for every step. Draw them from jax.random.fold_in(key, state.step), as cnnjax's `train_step` "
+            "and `mean_loss` do."
+        )
+
+
+def check_kept(state: TrainState, after: TrainState, part: str = "") -> None:
+    """Checks that a step keeps structure, shapes and dtypes of a state.
+
+    Args:
+      part: what is at fault if it does not; by default the network, or the optimizer.
+
+    Raises:
+      UserError: it does not.
+    """
+    old, new = (
+        {jax.tree_util.keystr(path): f"{x.dtype}{list(x.shape)}" for path, x in jax.tree.leaves_with_path(tree)}
+        for tree in (state, after)
+    )
+    for name, (before, now) in changes(old, new).items():
+        part = part or ("model" if name.startswith(".model_state") else "optim")
+        raise UserError(f"`{part}` must keep the shape and dtype of its state: {name} was {before} and became {now}.")
+
+
+def _check_loss(loss_fn: LossFn, trained: Any, batch: BatchLike) -> None:
     try:
         notice_edits(partial(sum_metrics, loss_fn=loss_fn), trained, batch)
     except UserError as error:

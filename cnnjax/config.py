@@ -1,5 +1,6 @@
 """The configuration of a run: together with the code, it determines every bit of the result."""
 
+import inspect
 import re
 import unicodedata
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from cnnjax.models.cnn import CNN
 from cnnjax.network import check_network
 from cnnjax.optim.optimizer import Optimizer
 from cnnjax.optim.recipes import Adam
+from cnnjax.step import train_step
 
 NAME_OR_CONFIG = r"\w[\w-]*(/\w[\w.-]*)?(:[\d.]+)?/?"  # As tfds writes them.
 BALANCING, BEST_BY = ("none", "balanced"), ("accuracy", "balanced_accuracy", "loss")
@@ -63,6 +65,8 @@ class Config:
     """none: an epoch visits every example once; balanced: it draws equally often from every class."""
     class_weights: str = "none"
     """none; balanced: weights the loss of each example so that all classes have the same total weight."""
+    train_step: Any = train_step
+    """What is done with each batch: a function with the arguments and results of cnnjax's `train_step`."""
     metrics: Any = None
     """Your own scores, of the validation images after each epoch and of the test images at the end: a function
     (logits [N K], label [N]) -> {name: number} of NumPy arrays."""
@@ -122,18 +126,17 @@ class Config:
         check_name("tta", self.tta, TTA)
         check_network(self.model)
         check("loss", "a function of logits and a batch", callable(self.loss), show(self.loss))
-        metrics, got = self.metrics, show(self.metrics)
-        if isinstance(metrics, type):
-            got = f"the class {metrics.__name__}. Create an instance: {metrics.__name__}()"
-        valid = metrics is None or (callable(metrics) and not isinstance(metrics, type))
-        check("metrics", "a function (logits, label), or None", valid, got)
-        for name in ("model", "optim", "augment", "loss", "metrics"):
+        _check_function("train_step", "a function (state, batch, key, ...)", self.train_step)
+        if self.metrics is not None:
+            _check_function("metrics", "a function (logits, label), or None", self.metrics)
+        for name in ("model", "optim", "augment", "loss", "train_step", "metrics"):
             check_hashable(name, getattr(self, name))
         # A run directory may get a suffix, and a file name has at most 255 bytes.
         check("name", "short: at most 200 characters with the seed", len(self.run_name) <= 200, repr(self.run_name))
 
     def __repr__(self) -> str:
-        values = {f.name: repr(getattr(self, f.name)) for f in fields(self) if f.name != "dataset"}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "dataset"}
+        values = {name: x.__qualname__ if inspect.isfunction(x) else repr(x) for name, x in values.items()}
         dataset = describe_shapes(self.dataset) if isinstance(self.dataset, tuple) else repr(self.dataset)
         values = {"name": values.pop("name"), "dataset": dataset, **values}
         return f"Config({', '.join(f'{name}={value}' for name, value in values.items())})"
@@ -167,7 +170,7 @@ class Config:
           UserError: a `num_classes` was set to another value.
         """
         changes = {}
-        for name in ("model", "augment", "loss", "metrics"):
+        for name in ("model", "augment", "loss", "train_step", "metrics"):
             part = getattr(self, name)
             if "num_classes" not in getattr(part, "__dataclass_fields__", {}):
                 continue
@@ -192,6 +195,12 @@ def _check_dataset(dataset: Any) -> None:
     )
     valid = (isinstance(dataset, tuple) and len(dataset) in (4, 6)) or callable(dataset)
     check("dataset", rule, valid, f"a {type(dataset).__name__}: {shorten(describe_shapes(dataset))}")
+
+
+def _check_function(name: str, rule: str, value: Any) -> None:
+    is_class = isinstance(value, type)
+    got = f"the class {value.__name__}. Create an instance: {value.__name__}()" if is_class else show(value)
+    check(name, rule, callable(value) and not is_class, got)
 
 
 def check_hashable(name: str, value: Any) -> None:

@@ -1,12 +1,15 @@
 """The programs and kernels that the equations of a jaxpr call."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr  # pyright: ignore[reportPrivateImportUsage]  In jax 0.12, another name of Jaxpr.
+from jax.extend.core import ClosedJaxpr, Literal  # pyright: ignore[reportPrivateImportUsage]  In jax 0.12, another name of Jaxpr.
 
 CALLS = ("jit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "checkpoint")
+_DRAWS, _KEY, _OTHER = ("random_bits", "random_gamma"), 1, 2
 LOOPS = ("scan", "while", "cond")  # They execute their programs several times, or one of them.
 
 
@@ -31,6 +34,37 @@ def constants_of(program: ClosedJaxpr) -> Iterator[Any]:
         for parameter in jax.tree.leaves([*equation.params.values()], is_leaf=lambda x: isinstance(x, ClosedJaxpr)):
             if isinstance(parameter, ClosedJaxpr):
                 yield from constants_of(parameter)
+
+
+def repeats_draws(program: ClosedJaxpr, is_key: Sequence[bool]) -> bool:
+    """Returns whether a program draws random numbers that depend on a key among its inputs, and on no other input.
+
+    Args:
+      is_key: for each input, whether it is such a key.
+    """
+    return _trace_draws(program, [_KEY if key else _OTHER for key in is_key])[0]
+
+
+def _trace_draws(program: Any, inputs: list[int]) -> tuple[bool, list[int]]:
+    """Returns whether there is such a draw, and on which kinds of inputs each output depends.
+
+    Args:
+      inputs: for each input of the program, the kinds on which it depends.
+    """
+    jaxpr = getattr(program, "jaxpr", program)
+    kinds, found = dict(zip(jaxpr.invars, inputs, strict=True)), False
+    for equation in jaxpr.eqns:
+        given = [0 if isinstance(x, Literal) else kinds.get(x, 0) for x in equation.invars]
+        found |= equation.primitive.name in _DRAWS and given[0] == _KEY
+        inner, merged = called_program(equation), reduce(or_, given, 0)
+        if inner is not None:
+            inside, results = _trace_draws(inner, given)
+        else:  # What comes from where inside of a loop is not followed.
+            several = [_trace_draws(x, [merged] * len(x.invars))[0] for x in programs_in(equation)]
+            inside, results = any(several), [merged] * len(equation.outvars)
+        found |= inside
+        kinds.update(zip(equation.outvars, results, strict=True))
+    return found, [0 if isinstance(x, Literal) else kinds.get(x, 0) for x in jaxpr.outvars]
 
 
 def called_program(equation: Any) -> Any:

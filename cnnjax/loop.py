@@ -56,7 +56,7 @@ def fit(
     steps_per_epoch, num_epochs = setup.steps_per_epoch, setup.program.num_epochs
     clock = Clock(progress.seconds)
     at_peak = {
-        shape: seconds_at_peak(setup.config.model, shape, setup.placement.devices)
+        shape: seconds_at_peak(setup.config, shape, setup.placement.devices)
         for shape in {setup.train_shape(program) for program in setup.program.distinct_programs()}
     }
     is_due = partial(run.checkpoints.is_due, checkpoint_seconds)

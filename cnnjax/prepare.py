@@ -14,6 +14,7 @@ from cnnjax.checks import (
     check_augment,
     check_depths,
     check_init_from_data,
+    check_kept,
     check_logits,
     check_metrics,
     check_optimizer,
@@ -29,7 +30,6 @@ from cnnjax.data.stored import Examples
 from cnnjax.data.stream import Streamed, StreamedImages
 from cnnjax.edits import notice_edits, tracing_anew
 from cnnjax.errors import UserError, check, option, user_code
-from cnnjax.files import changes
 from cnnjax.hosts import current
 from cnnjax.inputs import Inputs
 from cnnjax.jaxprs import calls_kernels
@@ -167,6 +167,7 @@ def _make_program(
         loss_fn=loss_fn,
         num_steps=steps_per_epoch * config.num_epochs,
         num_epochs=config.num_epochs,
+        step_fn=config.train_step,
         placement=placement if placement.divides_state else None,
     )
 
@@ -272,8 +273,7 @@ def check_parts(setup: Setup) -> tuple[TrainState, dict[str, Any]]:
         output = notice_edits(apply, state.params, state.model_state, image)
     check_logits(output, (batch_size, num_classes))
     for batch in batches:
-        loss_fn = setup.program.loss_fn
-        check_training(state, batch, key, model=config.model, loss_fn=loss_fn, num_classes=num_classes)
+        check_training(setup.program, state, batch, key, num_classes=num_classes)
     return state, variables
 
 
@@ -293,14 +293,7 @@ def check_step(setup: Setup, state: TrainState) -> Any:
     placed: Any = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), state, placement.of_state(state))
     with user_code("The training step of `model`, `loss` and `optim`"):
         step = trace_steps(setup, placed, program._replace(frozen=setup.frozen_names(0)))
-    after, _ = step.out_info
-    old, new = (
-        {jax.tree_util.keystr(path): f"{x.dtype}{list(x.shape)}" for path, x in jax.tree.leaves_with_path(tree)}
-        for tree in (state, after)
-    )
-    for name, (before, now) in changes(old, new).items():
-        part = "model" if name.startswith(".model_state") else "optim"
-        raise UserError(f"`{part}` must keep the shape and dtype of its state: {name} was {before} and became {now}.")
+    check_kept(state, step.out_info[0])
     sizes, intermediate = placement.bytes_per_device(state), largest_result(step.jaxpr.jaxpr) // placement.num_devices
     data = num_bytes(setup.train_input) + (0 if setup.dataset.streams else num_bytes(setup.validation))
     needed = data + sizes + max(sizes, intermediate)  # Each epoch ends with a copy of the state.

@@ -1,6 +1,6 @@
 """Many steps as one program."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -18,7 +18,7 @@ from cnnjax.pretrained import VariablePath
 from cnnjax.sharding import Placement
 from cnnjax.state import TrainState, init_state, replace_variables
 from cnnjax.step import train_step
-from cnnjax.typing import AnyArray, LossFn
+from cnnjax.typing import AnyArray, BatchLike, LossFn, StepFn
 
 
 class Program(NamedTuple):
@@ -30,12 +30,26 @@ class Program(NamedTuple):
     loss_fn: LossFn
     num_steps: int  # In the whole run.
     num_epochs: int
+    step_fn: StepFn = train_step
     placement: Placement | None = None  # Only if it divides the state.
     frozen: tuple[str, ...] = ()  # See `train_step`.
 
     def make_tx(self) -> optax.GradientTransformation:
         """Returns the optimizer."""
         return self.optim.make_tx(self.num_steps, self.num_epochs)
+
+    def call_step(self, state: TrainState, batch: BatchLike, key: Key[Array, ""]) -> Any:
+        """Returns what the step, `train_step` or the user's, makes of a batch."""
+        return self.step_fn(
+            state,
+            batch,
+            key,
+            model=self.model,
+            tx=self.make_tx(),
+            loss_fn=self.loss_fn,
+            frozen=self.frozen,
+            placement=self.placement,
+        )
 
     @property
     def divides_initial_state(self) -> bool:
@@ -89,7 +103,7 @@ def train_steps(
     *,
     program: Program,
 ) -> tuple[TrainState, Metrics]:
-    """Applies `train_step` to each row of a plan; one program that never waits for the host.
+    """Applies the step to each row of a plan; one program that never waits for the host.
 
     Args:
       state: donated.
@@ -102,20 +116,14 @@ def train_steps(
     Returns:
       The next state, and the metrics of each step [S].
     """
-    tx = program.make_tx()
 
     def step(state: TrainState, plan: Plan) -> tuple[TrainState, Metrics]:
         batch = make_batch(pixels, plan, program.augment, augment_key)
-        return train_step(
-            state,
-            batch,
-            key,
-            model=program.model,
-            tx=tx,
-            loss_fn=program.loss_fn,
-            frozen=program.frozen,
-            placement=program.placement,
-        )
+        after, metrics = program.call_step(state, batch, key)
+        after = after._replace(step=state.step + 1)  # A step of the user may not count.
+        if program.placement is not None:
+            after = lax.with_sharding_constraint(after, program.placement.of_state(after))
+        return after, metrics
 
     if len(plan.example) > 1:
         return lax.scan(step, state, plan)

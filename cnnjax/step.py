@@ -1,6 +1,8 @@
-"""The step: gradient, update and apply in one jitted function; and the evaluation of a batch."""
+"""The step: gradient, update and apply in one jitted function; its two parts; and the evaluation of a batch."""
 
 import inspect
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -77,31 +79,10 @@ def _step(
     frozen: tuple[str, ...],
     placement: Placement | None,
 ) -> tuple[TrainState, Metrics]:
-    check_batch(batch)
-    names = sorted(state.params) if isinstance(state.params, dict) else []
-    if not isinstance(frozen, tuple) or not {*frozen} <= {*names}:
-        raise ArgumentError(f"`frozen` must be a tuple of top-level names in `state.params` ({names}), got {frozen!r}.")
-    key = jax.random.fold_in(key, state.step)
-
-    def mean_loss(params: PyTree) -> tuple[Float[Array, ""], tuple[Metrics, dict[str, PyTree]]]:
-        if frozen:
-            params = {name: lax.stop_gradient(part) if name in frozen else part for name, part in params.items()}
-        if placement is not None:
-            params = placement.gather(params)
-        output, model_state, extra_loss = apply_in_training(model, params, state.model_state, batch.image, key)
-        metrics = sum_metrics(output, batch, loss_fn)
-        count = metrics.num_examples.astype(metrics.loss.dtype)
-        if extra_loss is not None:
-            metrics = metrics._replace(loss=metrics.loss + extra_loss.astype(metrics.loss.dtype) * count)
-        return metrics.loss / count, (metrics, model_state)
-
-    (loss, (metrics, model_state)), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
-    extra = {"value": loss, "grad": grads, "value_fn": lambda params: mean_loss(params)[0]}
-    with jax.numpy_dtype_promotion("standard"):  # Parameters, and optimizers of optax, may mix dtypes.
-        updates, opt_state = update(tx, grads, state, extra)
-        params = optax.apply_updates(state.params, updates)
-        metrics = metrics._replace(norm=optax.tree.norm(grads))
-    state = TrainState(state.step + 1, params, model_state, opt_state)
+    options = {"model": model, "loss_fn": loss_fn, "frozen": frozen, "placement": placement}
+    loss_of = partial(mean_loss, state=state, batch=batch, key=key, **options)
+    grads, aux = jax.grad(loss_of, has_aux=True)(state.params)
+    state, metrics = apply_gradients(state, grads, *aux, tx=tx, value_fn=lambda params: loss_of(params)[0])
     if placement is not None:
         state = lax.with_sharding_constraint(state, placement.of_state(state))
     return state, metrics
@@ -111,6 +92,98 @@ def _step(
 _STATIC = ("model", "tx", "loss_fn", "frozen", "placement")
 _donating_step = jit(_step, static_argnames=_STATIC, donate_argnames=("state",))
 _keeping_step = jit(_step, static_argnames=_STATIC)
+
+
+def mean_loss(
+    params: PyTree,
+    state: TrainState,
+    batch: BatchLike,
+    key: Key[Array, ""],
+    *,
+    model: Network,
+    loss_fn: LossFn = softmax_cross_entropy,
+    frozen: tuple[str, ...] = (),
+    placement: Placement | None = None,
+) -> tuple[Float[Array, ""], tuple[Metrics, dict[str, PyTree]]]:
+    """Returns the loss that `train_step` differentiates: the first part of a step of your own.
+
+    Example:
+      >>> def sam_step(state, batch, key, *, tx, **options):
+      ...     loss_of = partial(mean_loss, state=state, batch=batch, key=key, **options)
+      ...     grads, _ = jax.grad(loss_of, has_aux=True)(state.params)
+      ...     scale = 0.05 / optax.tree.norm(grads)
+      ...     nearby = jax.tree.map(lambda p, g: p + scale * g, state.params, grads)
+      ...     grads, (metrics, model_state) = jax.grad(loss_of, has_aux=True)(nearby)
+      ...     return apply_gradients(state, grads, metrics, model_state, tx=tx)
+
+    Args:
+      params: where the loss is computed; those in `state` are not used.
+      state: gives the state of the network, and the step.
+      batch, model, loss_fn, frozen, placement: see `train_step`.
+      key: the same for every step; `state.step` is folded into it.
+
+    Returns:
+      The mean loss over the unmasked examples, with what the network sows into "losses"; and its metrics and the next
+      `model_state`.
+
+    Raises:
+      ValueError: an argument or a shape is wrong.
+    """
+    check_batch(batch)
+    names = sorted(params) if isinstance(params, dict) else []
+    if not isinstance(frozen, tuple) or not {*frozen} <= {*names}:
+        raise ArgumentError(f"`frozen` must be a tuple of top-level names in `state.params` ({names}), got {frozen!r}.")
+    if frozen:
+        params = {name: lax.stop_gradient(part) if name in frozen else part for name, part in params.items()}
+    if placement is not None:
+        params = placement.gather(params)
+    key = jax.random.fold_in(key, state.step)
+    output, model_state, extra_loss = apply_in_training(model, params, state.model_state, batch.image, key)
+    metrics = sum_metrics(output, batch, loss_fn)
+    count = metrics.num_examples.astype(metrics.loss.dtype)
+    if extra_loss is not None:
+        metrics = metrics._replace(loss=metrics.loss + extra_loss.astype(metrics.loss.dtype) * count)
+    return metrics.loss / count, (metrics, model_state)
+
+
+def apply_gradients(
+    state: TrainState,
+    grads: PyTree,
+    metrics: Metrics,
+    model_state: dict[str, PyTree],
+    *,
+    tx: optax.GradientTransformation,
+    value_fn: Callable[[PyTree], Float[Array, ""]] | None = None,
+) -> tuple[TrainState, Metrics]:
+    """Updates the parameters once, with given gradients: the last part of a step of your own.
+
+    Args:
+      state: the state before the step.
+      grads: of each parameter.
+      metrics: of the batch. The optimizer receives the mean loss as `value`.
+      model_state: the next state of the network, see `mean_loss`.
+      tx: the optimizer, see `train_step`.
+      value_fn: the loss as a function of the parameters, for an optimizer that searches along a line.
+
+    Returns:
+      The next state, and the metrics with the norm of the gradients.
+
+    Raises:
+      ValueError: the gradients are not those of the parameters, or `tx` needs more arguments.
+    """
+    check_tx(tx)
+    if jax.tree.structure(grads) != jax.tree.structure(state.params):
+        raise ArgumentError(
+            f"`grads` must have the structure of `state.params`, {describe_shapes(state.params)}, got "
+            f"{describe_shapes(grads)}."
+        )
+    extra: dict[str, Any] = {"value": metrics.loss / metrics.num_examples.astype(metrics.loss.dtype), "grad": grads}
+    extra |= {} if value_fn is None else {"value_fn": value_fn}
+    with jax.numpy_dtype_promotion("standard"):  # Parameters, and optimizers of optax, may mix dtypes.
+        updates, opt_state = update(tx, grads, state, extra)
+        params = optax.apply_updates(state.params, updates)
+        metrics = metrics._replace(norm=optax.tree.norm(grads))
+    return TrainState(state.step + 1, params, model_state, opt_state), metrics
 
 
 def update(

@@ -75,5 +75,7 @@ class PublishedWeights(NamedTuple):
 
 # (logits [B K], batch) -> loss [B], or (loss [B], {name: value [B]})
 LossFn = Callable[[Any, Any], Float[Array, " B"] | tuple[Float[Array, " B"], dict[str, Array]]]
+# (state, batch, key, *, model, tx, loss_fn, frozen, placement) -> (state, metrics)
+StepFn = Callable[..., tuple[Any, Any]]
 # (logits [N K], label [N]) -> {name: number}, on the host.
 MetricsFn = Callable[[np.ndarray, np.ndarray], Mapping[str, float]]

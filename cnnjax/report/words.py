@@ -11,6 +11,7 @@ from cnnjax.config import Config
 from cnnjax.losses import CrossEntropy
 from cnnjax.report.analysis import FALL, GAP, Fit
 from cnnjax.runs.statistics import wilson_interval
+from cnnjax.step import train_step
 
 CALIBRATED = 0.02  # A calibration that is off by less than 2 points needs no warning.
 NORMAL = 1.96  # 95% of a normal distribution lies within this many standard deviations.
@@ -175,6 +176,9 @@ def _scale_of_loss(history: Mapping[str, np.ndarray], config: Config) -> list[st
         reasons.append(getattr(loss, "__name__", type(loss).__name__))
     elif loss.label_smoothing:
         reasons.append(f"label smoothing of {loss.label_smoothing:g}")
+    if config.train_step is not train_step:
+        step: Any = config.train_step
+        reasons.append(f"the training step {getattr(step, '__name__', type(step).__name__)}")
     if config.class_weights != "none":
         reasons.append("class weights")
     if not np.isfinite(history.get("train_accuracy", np.nan)).all():  # Only class indices have one.

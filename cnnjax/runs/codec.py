@@ -30,10 +30,11 @@ from cnnjax.errors import UserError, for_reader
 from cnnjax.fields import show
 from cnnjax.files import changes, file_sha256
 from cnnjax.runs.schema import EncodedConfig
+from cnnjax.step import train_step
 
 ARRAYS = "(arrays in memory)"
-_LATER = ("metrics", "patience")  # Fields that older runs lack; None by default.
-OPTIONAL = ("loss", "metrics", "augment", "dataset")  # A network predicts without them.
+_LATER = {"metrics": None, "patience": None, "train_step": train_step}  # Fields that older runs lack: their defaults.
+OPTIONAL = ("loss", "train_step", "metrics", "augment", "dataset")  # A network predicts without them.
 
 
 class _MissingNameError(UserError):
@@ -41,7 +42,7 @@ class _MissingNameError(UserError):
 
 
 class _Missing:
-    """Takes the place of a loss, of metrics or of data. A call raises the error.
+    """Takes the place of a loss, a training step, metrics or data. A call raises the error.
 
     Attributes:
       recorded: the part of the configuration as JSON.
@@ -56,7 +57,8 @@ class _Missing:
         """Returns a placeholder for the part `key` of a configuration."""
         kind, name = ("function", "arrays") if recorded == ARRAYS else next(iter(recorded.items()))
         # As `Config.dataset_word` and the report call it.
-        known = {"__name__": str(name).rpartition(".")[2]} if kind == "function" or key == "loss" else {}
+        named = kind == "function" or key in ("loss", "train_step")
+        known = {"__name__": str(name).rpartition(".")[2]} if named else {}
         placeholder = object.__new__(cls)
         vars(placeholder).update(recorded=recorded, message=message, **known)  # An augmentation is frozen.
         return placeholder
@@ -122,8 +124,8 @@ def encode(config: Config, objects: list[Any] | None = None) -> EncodedConfig:
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     if isinstance(config.dataset, tuple):
         values["dataset"] = ARRAYS  # Identified by their digests.
-    for name in _LATER:
-        if values[name] is None:
+    for name, default in _LATER.items():
+        if values[name] is default:
             del values[name]  # So that it equals a configuration that was recorded before the field existed.
     encoded: Any = {name: encoder.encode(value, name) for name, value in values.items()}
     return encoded
@@ -187,8 +189,8 @@ class _Encoder(NamedTuple):
 def decode(content: Mapping[str, Any], names: Mapping[str, Any], files: Iterable[str] = ()) -> Config:
     """Returns the configuration that `encode` wrote.
 
-    If names are missing in its loss, metrics, augmentation or data, a placeholder that keeps their JSON takes their
-    place. Using it raises the error, see `check_complete`: a network predicts without them.
+    If names are missing in its loss, training step, metrics, augmentation or data, a placeholder that keeps their JSON
+    takes their place. Using it raises the error, see `check_complete`: a network predicts without them.
 
     Args:
       content: of `encode`.

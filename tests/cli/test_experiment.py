@@ -25,7 +25,7 @@ from cnnjax.runs.manifest import read_manifest
 from cnnjax.runs.records import read_record, read_result
 
 FILE = Path(__file__).parents[1] / "programs" / "own_experiment.py"
-OPTIONS = ["--model.width", "6", "--optim.b1", "0.8"]
+OPTIONS = ["--model.width", "6", "--optim.b1", "0.8", "--train-step.radius", "0.2"]
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +56,14 @@ def fails(capsys, *arguments):
 
 def test_train_overrides_fields_of_the_classes_and_records_names(trained):
     run_dirs, out = trained
-    assert re.search(r"^2 seeds, 0:2: test_accuracy \d+\.\d\d% ± ", out.splitlines()[-1])
+    assert re.search(r"^2 seeds, 0:2: test_accuracy \d+\.\d\d%", out.splitlines()[-1])
     content = json.loads((run_dirs[1] / "config.json").read_text())
     config = content["config"]
     assert (config["name"], config["seed"], config["dataset"]) == ("own_experiment", 1, {"function": "patterns"})
     assert config["loss"] == {"function": "focal_loss"}
     assert config["model"] == {"class": "ConvNet", "num_classes": 10, "width": 6, "activation": {"default": "relu"}}
     assert (config["optim"]["class"], config["optim"]["b1"], config["optim"]["learning_rate"]) == ("Lion", 0.8, 0.01)
+    assert config["train_step"] == {"class": "Adversarial", "radius": 0.2}
     assert config["augment"] == {"class": "Noise", "flip": "random", "translate": 0, "cutout": 0, "scale": 0.1}
     assert [Path(name).name for name in content["files"]] == ["own_experiment.py"]
     result = read_result(run_dirs[1])
@@ -76,6 +77,7 @@ def test_help_lists_the_fields_with_their_docstrings(capsys):
     assert "--model.width INT Number of channels. (default: 4)" in out
     assert "--optim.b1 FLOAT Weight of the momentum in the sign. (default: 0.9)" in out
     assert "--optim.learning-rate FLOAT Learning rate for the mean loss of a batch" in out
+    assert "--train-step.radius FLOAT Distance in each pixel, in standard deviations. (default: 0.1)" in out
     assert "--augment.scale FLOAT Standard deviation of the noise. (default: 0.1)" in out
     listed = {
         part: {*re.findall(rf" --{part} ([a-z0-9|]+) ", out)[0].split("|")} for part in ("model", "optim", "augment")
@@ -185,7 +187,8 @@ def test_what_the_file_must_provide_is_named_when_it_is_used(ours, tmp_path, mon
     main(["report", str(ours), "--path", "report.html"])
     lacks = capsys.readouterr().err
     assert f"The report lacks calibration and example images: {needed.format('dataset', 'patterns')}" in lacks
-    assert re.search(r"The training loss is computed with focal_loss", Path("report.html").read_text())
+    computed = "The training loss is computed with focal_loss, the training step Adversarial, the val"
+    assert computed in Path("report.html").read_text()
     for run in (ours, load_run(ours)):  # From the command line, and from Python.
         with pytest.raises((UserError, SystemExit)) as stopped:
             if isinstance(run, Path):

@@ -1,10 +1,11 @@
-"""An experiment with its own network, optimizer, loss, augmentation and data.
+"""An experiment with its own network, optimizer, loss, augmentation, training step and data.
 
 cnnjax train tests/programs/own_experiment.py --model.width 8 --optim.b1 0.95
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cnnjax import Augment, Batch, Config, Optimizer, run_experiment
+from cnnjax import Augment, Batch, Config, Metrics, Optimizer, TrainState, mean_loss, run_experiment, train_step
 
 
 class ConvNet(nn.Module):
@@ -56,6 +57,23 @@ class Noise(Augment):
         return batch._replace(image=batch.image + self.scale * noise)
 
 
+@dataclass(frozen=True)
+class Adversarial:
+    """Trains on images that are moved along the sign of their gradient (Goodfellow et al. 2015)."""
+
+    radius: float = 0.1
+    """Distance in each pixel, in standard deviations."""
+
+    def __call__(
+        self, state: TrainState, batch: Batch, key: jax.Array, *, tx: optax.GradientTransformation, **options: Any
+    ) -> tuple[TrainState, Metrics]:
+        def loss_of(image: jax.Array) -> jax.Array:
+            return mean_loss(state.params, state, batch._replace(image=image), key, **options)[0]
+
+        image = batch.image + self.radius * jnp.sign(jax.grad(loss_of)(batch.image))
+        return train_step(state, batch._replace(image=image), key, tx=tx, **options)
+
+
 def focal_loss(logits: jax.Array, batch: Batch) -> jax.Array:
     log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.label[:, None], axis=1)[:, 0]
     return -((1 - jnp.exp(log_p)) ** 2) * log_p
@@ -78,6 +96,7 @@ CONFIG = Config(
     optim=Lion(learning_rate=1e-2),
     augment=Noise(flip="random"),
     loss=focal_loss,
+    train_step=Adversarial(),
 )
 
 if __name__ == "__main__":

@@ -1,0 +1,502 @@
+"""A training step of the user: the same path as `train_step`, compared with optax, plain JAX and hand-written steps."""
+
+import json
+import re
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+import pytest
+
+from cnnjax import (
+    MLP,
+    SGD,
+    Adam,
+    Augment,
+    Batch,
+    Config,
+    ParamGroup,
+    TrainState,
+    UserError,
+    apply_gradients,
+    init_state,
+    load_run,
+    mean_loss,
+    train_and_evaluate,
+    train_step,
+)
+from cnnjax.jaxprs import repeats_draws
+from cnnjax.runs.codec import encode
+
+KEY = jax.random.key(7)
+RNG = np.random.default_rng(0)
+IMAGE, LABEL = RNG.normal(size=(6, 4, 3, 1)).astype(np.float32), np.array([0, 3, 1, 2, 2, 0], np.int32)
+BATCH = Batch(IMAGE, LABEL, np.array([True] * 5 + [False]))
+PIXELS, CLASS = RNG.integers(0, 256, (80, 6, 6, 1), dtype=np.uint8), np.arange(80) % 4
+
+
+class Linear(nn.Module):
+    num_classes: int = 4
+
+    @nn.compact
+    def __call__(self, image):
+        return nn.Dense(self.num_classes)(image.reshape(len(image), -1))
+
+
+class Normed(nn.Module):
+    """Has dropout and batch statistics."""
+
+    num_classes: int = 4
+
+    @nn.compact
+    def __call__(self, image, *, train):
+        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(8)(image.reshape(len(image), -1)))
+        return nn.Dense(self.num_classes)(nn.Dropout(0.5, deterministic=not train)(nn.relu(x)))
+
+
+class TwoLayers(nn.Module):
+    num_classes: int = 4
+
+    @nn.compact
+    def __call__(self, image):
+        x = nn.relu(nn.Dense(5, name="body")(image.reshape(len(image), -1)))
+        return nn.Dense(self.num_classes, name="head")(x)
+
+
+CONFIG = Config(
+    dataset=(PIXELS[:60], CLASS[:60], PIXELS[60:], CLASS[60:]),
+    num_epochs=2,
+    batch_size=9,
+    model=Linear(),
+    optim=SGD(learning_rate=0.05, momentum=0.9),
+    augment=Augment(flip="random"),
+)
+
+
+def wrapped(state, batch, key, **options):
+    return train_step(state, batch, key, **options)
+
+
+@dataclass(frozen=True)
+class SAM:
+    """Follows the gradient at the worst nearby parameters."""
+
+    radius: float = 0.05
+    """Distance of these parameters."""
+
+    def __call__(self, state, batch, key, *, tx, **options):
+        loss_of = partial(mean_loss, state=state, batch=batch, key=key, **options)
+        grads, _ = jax.grad(loss_of, has_aux=True)(state.params)
+        scale = self.radius / optax.tree.norm(grads)
+        nearby = jax.tree.map(lambda p, g: p + scale * g, state.params, grads)
+        grads, (metrics, model_state) = jax.grad(loss_of, has_aux=True)(nearby)
+        return apply_gradients(state, grads, metrics, model_state, tx=tx)
+
+
+def clipped(state, batch, key, *, tx, **options):
+    """Clips the gradient of each example to the norm 1, as DP-SGD does, and counts how many it clips."""
+
+    def of_example(example):
+        one = jax.tree.map(lambda x: x[None], example)
+        return jax.grad(mean_loss, has_aux=True)(state.params, state, one, key, **options)
+
+    grads, (metrics, _) = jax.vmap(of_example)(batch)
+    norm = jax.vmap(optax.tree.norm)(grads)
+    grads = jax.tree.map(lambda g: jnp.einsum("b,b...->...", 1 / jnp.maximum(norm, 1), g) / len(norm), grads)
+    metrics = jax.tree.map(lambda x: x.sum(0), metrics)
+    metrics = metrics._replace(values={**metrics.values, "clipped": jnp.sum(norm > 1)})
+    return apply_gradients(state, grads, metrics, state.model_state, tx=tx)
+
+
+def adversarial(state, batch, key, *, tx, **options):
+    """Trains on images that are moved along the sign of their gradient, from a random start (Wong et al. 2020)."""
+    own_key, key = jax.random.split(key)
+    noise = jax.random.uniform(jax.random.fold_in(own_key, state.step), batch.image.shape, minval=-0.1, maxval=0.1)
+
+    def loss_of(image):
+        return mean_loss(state.params, state, batch._replace(image=image), key, **options)[0]
+
+    moved = noise + 0.1 * jnp.sign(jax.grad(loss_of)(batch.image + noise))
+    return train_step(state, batch._replace(image=batch.image + moved.clip(-0.1, 0.1)), key, tx=tx, **options)
+
+
+def start(model: Any = Linear(), tx: Any = optax.sgd(0.1)) -> TrainState:  # noqa: B008
+    return init_state(jax.random.key(0), jnp.zeros((1, *IMAGE.shape[1:])), model=model, tx=tx)
+
+
+def assert_close(a, b):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, 1e-5, 1e-6), a, b)
+
+
+def history_of(run_dir):
+    return (run_dir / "metrics.jsonl").read_bytes()
+
+
+# --- The two parts of `train_step` ----------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("model", [Linear(), Normed()])
+def test_the_parts_make_the_step(model):
+    tx = optax.sgd(0.1, momentum=0.9)
+    state = start(model, tx)
+    state, _ = train_step(state, BATCH, KEY, model=model, tx=tx)
+    expected, sums = train_step(state, BATCH, KEY, model=model, tx=tx, donate=False)
+
+    @jax.jit
+    def by_parts(state):
+        grads, (metrics, model_state) = jax.grad(mean_loss, has_aux=True)(state.params, state, BATCH, KEY, model=model)
+        return apply_gradients(state, grads, metrics, model_state, tx=tx)
+
+    after, metrics = by_parts(state)
+    assert_close(after, expected)
+    assert_close(metrics, sums)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_the_loss_is_that_of_other_parameters():
+    state = start()
+    other = jax.tree.map(lambda p: p + 0.3, state.params)
+    loss, (metrics, model_state) = mean_loss(other, state, BATCH, KEY, model=Linear())
+    logits = IMAGE[:5].reshape(5, -1) @ np.asarray(other["Dense_0"]["kernel"]) + np.asarray(other["Dense_0"]["bias"])
+    by_hand = optax.softmax_cross_entropy_with_integer_labels(logits, LABEL[:5]).mean()
+    np.testing.assert_allclose(loss, by_hand, rtol=1e-6)
+    np.testing.assert_allclose(metrics.loss, 5 * by_hand, rtol=1e-6)
+    assert (int(metrics.num_examples), metrics.norm, model_state) == (5, None, {})
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_dropout_depends_on_the_step():
+    model = Normed()
+    state = start(model)
+    losses = [
+        float(mean_loss(state.params, state._replace(step=jnp.int32(step)), BATCH, KEY, model=model)[0])
+        for step in (0, 0, 1)
+    ]
+    assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_an_optimizer_that_searches_along_a_line():
+    tx, model = optax.lbfgs(), Linear()
+    state = start(model, tx)
+    expected, _ = train_step(state, BATCH, KEY, model=model, tx=tx, donate=False)
+
+    def loss_of(params):
+        return mean_loss(params, state, BATCH, KEY, model=model)[0]
+
+    grads, aux = jax.jit(jax.grad(mean_loss, has_aux=True), static_argnames="model")(
+        state.params, state, BATCH, KEY, model=model
+    )
+    after, _ = jax.jit(partial(apply_gradients, tx=tx, value_fn=loss_of))(state, grads, *aux)
+    assert_close(after.params, expected.params)
+    with pytest.raises(ValueError, match=r"`tx` must be the optimizer of `state`, and accept .* `value_fn`"):
+        apply_gradients(state, grads, *aux, tx=tx)
+
+
+def test_gradients_are_those_of_the_parameters():
+    state = start()
+    _, aux = mean_loss(state.params, state, BATCH, KEY, model=Linear())
+    with pytest.raises(ValueError, match=r"`grads` must have the structure of `state.params`, {'Dense_0': .*}, got {}"):
+        apply_gradients(state, {}, *aux, tx=optax.sgd(0.1))
+    with pytest.raises(ValueError, match="`frozen` must be a tuple of top-level names"):
+        mean_loss(state.params, state, BATCH, KEY, model=Linear(), frozen=("Dense_1",))
+
+
+# --- Published methods, beside their implementations in optax --------------------------------------------------------
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_sam_is_that_of_optax():
+    tx, state = optax.sgd(0.1), start()
+    after, metrics = jax.jit(partial(SAM(0.05), model=Linear(), tx=tx))(state, BATCH, KEY)
+    sam = optax.contrib.sam(tx, optax.chain(optax.contrib.normalize(), optax.sgd(0.05)), opaque_mode=True)
+
+    def objective(params, _=None):
+        return mean_loss(params, state, BATCH, KEY, model=Linear())[0]
+
+    grads = jax.grad(objective)(state.params)
+    updates, _ = sam.update(grads, sam.init(state.params), state.params, grad_fn=jax.grad(objective))
+    assert_close(after.params, optax.apply_updates(state.params, updates))
+    assert float(metrics.grad_norm) != float(optax.tree.norm(grads))
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_clipped_gradients_of_examples_are_those_of_optax():
+    tx, state, batch = optax.sgd(0.1), start(), BATCH._replace(mask=np.ones(6, bool))
+    after, metrics = jax.jit(partial(clipped, model=Linear(), tx=tx))(state, batch, KEY)
+
+    def loss_of(params, image, label):
+        logits: Any = Linear().apply({"params": params}, image[None])
+        return optax.softmax_cross_entropy_with_integer_labels(logits[0], label)
+
+    grads = jax.vmap(jax.grad(loss_of), (None, 0, 0))(state.params, IMAGE, LABEL)
+    private = optax.contrib.differentially_private_aggregate(1.0, 0.0, 0)
+    mean, _ = private.update(grads, private.init(state.params), state.params)
+    assert_close(after.params, jax.tree.map(lambda p, g: p - 0.1 * g, state.params, mean))
+    assert 0 < int(metrics.values["clipped"]) <= 6
+
+
+# --- In a run -------------------------------------------------------------------------------------------------------
+
+
+def test_a_step_that_calls_ours_gives_the_bits_of_ours(tmp_path):
+    ours, theirs = (
+        train_and_evaluate(replace(CONFIG, train_step=step), run_dir=tmp_path / step.__name__)
+        for step in (train_step, wrapped)
+    )
+    assert ours.finished_result()["sha256"] == theirs.finished_result()["sha256"]
+    assert history_of(ours.run_dir) == history_of(theirs.run_dir)
+    assert "train_step" not in json.loads((ours.run_dir / "config.json").read_text())["config"]
+
+
+@pytest.mark.parametrize("step", [SAM(), SAM(radius=0.5), clipped, adversarial], ids=["sam", "wide sam", "dp", "fgsm"])
+def test_a_run_with_a_step_is_reproduced_and_resumed(step, tmp_path):
+    config = replace(CONFIG, train_step=step)
+
+    def stop(step, metrics):
+        if step == 8:
+            raise KeyboardInterrupt
+
+    whole = train_and_evaluate(config, run_dir=tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train_and_evaluate(config, run_dir=tmp_path / "parts", on_step=stop, checkpoint_seconds=0.0)
+    parts = train_and_evaluate(config, run_dir=tmp_path / "parts", resume=True)
+    assert whole.finished_result()["sha256"] == parts.finished_result()["sha256"]
+    assert history_of(tmp_path / "whole") == history_of(tmp_path / "parts")
+    ours = train_and_evaluate(CONFIG, run_dir=tmp_path / "ours")
+    assert whole.finished_result()["sha256"]["params"] != ours.finished_result()["sha256"]["params"]
+    with pytest.raises(UserError, match=r"another configuration: `train_step"):
+        train_and_evaluate(CONFIG, run_dir=tmp_path / "whole")
+
+
+def test_what_a_step_counts_is_in_the_history_and_reaches_callbacks(tmp_path):
+    steps = []
+    run = train_and_evaluate(
+        replace(CONFIG, train_step=clipped), run_dir=tmp_path / "run", on_step=lambda step, m: steps.append(m)
+    )
+    assert all(0 <= x <= 1 for x in run.history["train_clipped"])
+    assert {"loss", "accuracy", "grad_norm", "clipped"} == steps[0].keys()
+    assert run.history["train_clipped"][0] > 0
+
+
+def test_a_network_predicts_without_its_step(tmp_path):
+    config = replace(CONFIG, model=MLP(), train_step=SAM(0.1))
+    trained = train_and_evaluate(config, run_dir=tmp_path / "run")
+    run = load_run(tmp_path / "run")
+    np.testing.assert_array_equal(run.predict(PIXELS), trained.predict(PIXELS))
+    assert encode(run.config)["train_step"] == {"class": "SAM", "radius": 0.1}
+    with pytest.raises(UserError, match="`train_step` of this run is SAM, which is not part of cnnjax"):
+        train_and_evaluate(replace(run.config, dataset=CONFIG.dataset), run_dir=tmp_path / "again")
+    full = load_run(tmp_path / "run", replace(config, train_step=SAM()))
+    assert full.config.train_step == SAM(0.1)
+
+
+def test_frozen_parameters_and_accumulated_gradients(tmp_path):
+    optim = Adam(accumulate_steps=2, clip_norm=1.0, groups=(ParamGroup("^body/", start_epoch=1),))
+    config = replace(CONFIG, model=TwoLayers(), optim=optim)
+    states = {}
+    for step in (train_step, wrapped, SAM()):
+        name = getattr(step, "__name__", "sam")
+
+        def keep(row, state, name=name):
+            states[name, row["epoch"]] = state.params
+
+        train_and_evaluate(replace(config, train_step=step), run_dir=tmp_path / name, on_epoch=keep)
+    assert_close(states["wrapped", 2], states["train_step", 2])
+    first = load_run(tmp_path / "sam", config, step=6).state.params
+    np.testing.assert_array_equal(states["sam", 1]["body"]["kernel"], first["body"]["kernel"])
+    np.testing.assert_array_equal(states["sam", 1]["body"]["kernel"], states["train_step", 1]["body"]["kernel"])
+    assert not np.array_equal(states["sam", 2]["body"]["kernel"], states["sam", 1]["body"]["kernel"])
+
+
+def test_the_loop_counts_the_steps(tmp_path):
+    seen = []
+    run = train_and_evaluate(
+        replace(CONFIG, train_step=plain_descent),
+        run_dir=tmp_path / "run",
+        on_epoch=lambda row, state: seen.append((row["step"], int(state.step))),
+    )
+    assert seen == [(6, 6), (12, 12)]
+    assert run.history["train_grad_norm"].tolist() == [1.0, 1.0]
+
+
+def plain_descent(state, batch, key, *, tx, **options):
+    """Does not count."""
+    grads, (metrics, model_state) = jax.grad(mean_loss, has_aux=True)(state.params, state, batch, key, **options)
+    params = jax.tree.map(lambda p, g: p - 0.01 * g, state.params, grads)
+    return state._replace(params=params, model_state=model_state), metrics._replace(norm=jnp.ones(()))
+
+
+# --- Mistakes -------------------------------------------------------------------------------------------------------
+
+
+def lacks_options(state, batch, key, *, model, tx):
+    return train_step(state, batch, key, model=model, tx=tx)
+
+
+def returns_state(state, batch, key, **options):
+    return train_step(state, batch, key, **options)[0]
+
+
+def returns_loss(state, batch, key, **options):
+    state, metrics = train_step(state, batch, key, **options)
+    return state, metrics.loss
+
+
+def lacks_norm(state, batch, key, *, tx, **options):
+    _, (metrics, _) = mean_loss(state.params, state, batch, key, **options)
+    return state, metrics
+
+
+def changes_dtype(state, batch, key, **options):
+    state, metrics = train_step(state, batch, key, **options)
+    return state._replace(params=jax.tree.map(jnp.bfloat16, state.params)), metrics
+
+
+def drops_state(state, batch, key, **options):
+    state, metrics = train_step(state, batch, key, **options)
+    return state._replace(opt_state=()), metrics
+
+
+def names_loss(state, batch, key, **options):
+    state, metrics = train_step(state, batch, key, **options)
+    return state, metrics._replace(values={"loss": metrics.loss})
+
+
+def sums_nothing(state, batch, key, **options):
+    state, metrics = train_step(state, batch, key, **options)
+    return state, metrics._replace(values={"mean": jnp.zeros(3)})
+
+
+def counts_in_float(state, batch, key, **options):
+    state, metrics = train_step(state, batch, key, **options)
+    return state, metrics._replace(num_examples=metrics.num_examples / 2)
+
+
+def fails(state, batch, key, **options):
+    raise LookupError("no such thing")
+
+
+def repeats_noise(state, batch, key, **options):
+    noise = 0.1 * jax.random.normal(jax.random.split(key)[0], batch.image.shape)
+    return train_step(state, batch._replace(image=batch.image + noise), key, **options)
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (
+            lacks_options,
+            "`train_step` must accept (state, batch, key, *, model, tx, loss_fn, frozen, placement), as cnnjax's does, "
+            "got lacks_options, which refuses them: got an unexpected keyword argument 'loss_fn'. Add **options,",
+        ),
+        (returns_state, "`train_step` must return a tuple (TrainState, Metrics), as `train_step` of cnnjax"),
+        (returns_state, "does, got TrainState."),
+        (returns_loss, "does, got (TrainState, ShapeDtypeStruct)."),
+        (lacks_norm, "`train_step` must return metrics with the norm of the gradients, got None. Return those of"),
+        (
+            changes_dtype,
+            "`train_step` must keep the shape and dtype of its state: .params['Dense_0']['bias'] was float32[4] and "
+            "became bfloat16[4].",
+        ),
+        (drops_state, "`train_step` must keep the shape and dtype of its state: .opt_state"),
+        (
+            names_loss,
+            "`train_step` must return metrics whose `values` are a dict without the names loss, num_examples, norm, "
+            "grad_norm, got ['loss'].",
+        ),
+        (
+            sums_nothing,
+            "the metric 'mean', a sum over the batch, of shape (), got float32[3].",
+        ),
+        (
+            counts_in_float,
+            "`train_step` must return the metric 'num_examples' with a dtype of kind integer, got float32[].",
+        ),
+        (fails, "LookupError: no such thing."),
+        (
+            repeats_noise,
+            "`train_step` must draw other random numbers in each step, got some that depend on its `key` alone, which "
+            "is the same for every step. Draw them from jax.random.fold_in(key, state.step),",
+        ),
+    ],
+)
+def test_a_mistake_is_an_error_before_the_first_step(step, message, tmp_path):
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        train_and_evaluate(replace(CONFIG, train_step=step), run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert str(error.value).startswith("`train_step` ") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (
+            SAM,
+            "`train_step` must be a function (state, batch, key, ...), got the class SAM. Create an instance: SAM().",
+        ),
+        (None, "`train_step` must be a function (state, batch, key, ...), got None."),
+    ],
+)
+def test_a_step_is_a_function(value, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        replace(CONFIG, train_step=value)
+
+
+# --- Random numbers that would repeat -------------------------------------------------------------------------------
+
+
+def folded(key, step):
+    return jax.random.normal(jax.random.fold_in(key, step), (2,))
+
+
+def split_after_folding(key, step):
+    return jax.random.bernoulli(jax.random.split(jax.random.fold_in(key, step), 3)[1])
+
+
+def in_a_loop(key, step):
+    return jax.lax.fori_loop(0, 3, lambda i, x: x + jax.random.normal(jax.random.fold_in(key, i)), 0.0 * step)
+
+
+def constant(key, step):
+    return jax.random.normal(jax.random.key(3), (2,)) + step
+
+
+def alone(key, step):
+    return jax.random.normal(key, (2,)) + step
+
+
+def split_alone(key, step):
+    return jax.jit(lambda key: jax.vmap(jax.random.uniform)(jax.random.split(key, 3)))(key) + step
+
+
+def under_a_derivative(key, step):
+    return jax.grad(lambda x: (x * jax.random.normal(key)).sum())(1.0 * step)
+
+
+def in_a_branch(key, step):
+    return jax.lax.cond(True, lambda key: jax.random.gamma(key, 2.0), lambda key: jnp.zeros(()), key) + step
+
+
+@pytest.mark.parametrize(
+    ("draw", "expected"),
+    [
+        (folded, False),
+        (split_after_folding, False),
+        (in_a_loop, False),  # What a loop draws is not followed if one of its inputs changes.
+        (constant, False),
+        (alone, True),
+        (split_alone, True),
+        (under_a_derivative, True),
+        (in_a_branch, True),
+    ],
+)
+def test_draws_that_depend_on_the_key_alone(draw, expected):
+    assert repeats_draws(jax.make_jaxpr(draw)(KEY, 5), [True, False]) == expected
