@@ -15,11 +15,11 @@ from cnnjax.config import BEST_BY
 from cnnjax.data.augment import Augment
 from cnnjax.data.batches import Pixels, StreamedPixels, make_batch
 from cnnjax.data.order import plain_plan
-from cnnjax.edits import notice_edits
+from cnnjax.edits import notice_edits, trace_and_notice_edits, trace_sha256
 from cnnjax.errors import UserError, check, check_name, describe, describe_shapes, user_code
 from cnnjax.files import changes
 from cnnjax.jaxprs import repeats_draws
-from cnnjax.metrics import call_metrics, sum_metrics
+from cnnjax.metrics import Metrics, call_metrics, sum_metrics
 from cnnjax.network import apply_in_training, logits_of
 from cnnjax.optim.optimizer import REST, Optimizer, param_labels
 from cnnjax.program import Program
@@ -163,7 +163,7 @@ def _init_from_data(program: Program, state: TrainState, image: AnyArray) -> Tra
 def check_training(
     program: Program, state: TrainState, batch: BatchLike, key: Key[Array, ""], *, num_classes: int
 ) -> None:
-    """Checks what a network in training, and the loss or a step of the user, return for the shapes of state and batch.
+    """Checks the shapes that a network returns in training, and those of the loss or of the user's step.
 
     Raises:
       UserError: a shape is wrong, or a part raised an exception.
@@ -174,62 +174,79 @@ def check_training(
     check_logits(trained, (len(batch.mask), num_classes))
     if program.step_fn is train_step:
         _check_loss(program.loss_fn, trained, batch)
-    else:  # What it passes to the network and to the loss is up to the user.
+    else:  # It may call network and loss with other arguments.
         _check_step_fn(program, state, batch, key)
 
 
 def _check_step_fn(program: Program, state: TrainState, batch: BatchLike, key: Key[Array, ""]) -> None:
-    names, step_fn = ("model", "tx", "loss_fn", "frozen", "placement"), program.step_fn
+    step_fn: Any = program.step_fn
+    options, name = program.options(), getattr(step_fn, "__qualname__", type(step_fn).__name__)
+    if isinstance(step_fn, partial) and (taken := sorted(options.keys() & step_fn.keywords.keys())):
+        raise UserError(f"`train_step` must leave {taken} to the Config, got a partial that sets them.")
     try:
-        inspect.signature(step_fn).bind(state, batch, key, **dict.fromkeys(names))
-    except TypeError as error:
+        inspect.signature(step_fn).bind(state, batch, key, **options)
+    except (TypeError, ValueError) as error:  # A function in C may have no signature.
         raise UserError(
-            f"`train_step` must accept (state, batch, key, *, {', '.join(names)}), as cnnjax's does, got "
-            f"{getattr(step_fn, '__qualname__', type(step_fn).__name__)}, which refuses them: {error}. Add **options, "
-            "which receives what it does not use."
+            f"`train_step` must accept (state, batch, key, *, {', '.join(options)}), got {name}: {error}. Its "
+            "signature may be (state, batch, key, **options); numbers of its own are fields of a frozen dataclass with "
+            "a method `__call__`."
         ) from error
-    step = partial(Program.call_step, program)
-    with user_code("`train_step`"):
-        result: Any = notice_edits(step, state, batch, key)
-        trace = jax.make_jaxpr(step)(state, batch, key)
-    parts = [type(part).__name__ for part in result] if type(result) is tuple else []
-    if parts != ["TrainState", "Metrics"]:
-        got = f"({', '.join(parts)})" if parts else type(result).__name__
+    call = partial(Program.call_step, program)
+    try:
+        with user_code("`train_step`"):
+            trace, result = trace_and_notice_edits(call, state, batch, key)
+            again = jax.make_jaxpr(call)(state, batch, key)
+    except UserError as error:
+        raise UserError(str(error).replace("`loss_fn`", "`loss`")) from error.__cause__
+    if trace_sha256(trace) != trace_sha256(again):
+        raise UserError(
+            f"`train_step` must be the same each time that JAX traces it, got {name}, which uses a value of the host "
+            "that changes, such as a counter or a number of np.random. Use its arguments, and jax.random."
+        )
+    if type(result) is not tuple or [*map(type, result)] != [TrainState, Metrics]:
+        parts = [type(part).__name__ for part in result] if type(result) is tuple else []
+        got = f"({', '.join(parts)})" if type(result) is tuple else type(result).__name__
         raise UserError(
             f"`train_step` must return a tuple (TrainState, Metrics), as `train_step` of cnnjax does, got {got}."
         )
     after, metrics = result
     check_kept(state, after._replace(step=state.step), "train_step")
+    _check_step_metrics(metrics)
+    if repeats_draws(trace, [False] * (len(trace.in_avals) - 1) + [True]):
+        raise UserError(
+            "`train_step` must draw other random numbers in each step, got some that depend on its `key` alone, which "
+            "is the same for every step. Draw them from jax.random.fold_in(key, state.step), as cnnjax's `train_step` "
+            "and `mean_loss` do; numbers that should repeat, from a key of their own, such as jax.random.key(0)."
+        )
+
+
+def _check_step_metrics(metrics: Metrics) -> None:
     if metrics.norm is None:
         raise UserError(
             "`train_step` must return metrics with the norm of the gradients, got None. Return those of "
             "`apply_gradients`, or metrics._replace(norm=optax.tree.norm(grads))."
         )
-    kinds = {"loss": jnp.floating, "num_examples": jnp.integer, "norm": jnp.floating}
-    values, taken = metrics.values, (*kinds, "grad_norm")
-    if not isinstance(values, dict) or {*values} & {*taken}:
-        got = sorted(values) if isinstance(values, dict) else type(values).__name__
-        rule = f"metrics whose `values` are a dict without the names {', '.join(taken)}"
+    values, taken = metrics.values, {"loss", "grad_norm"}
+    if not isinstance(values, dict) or taken & values.keys() or not all(isinstance(name, str) for name in values):
+        got = [*values] if isinstance(values, dict) else type(values).__name__
+        rule = "metrics whose `values` are a dict with names other than loss and grad_norm"
         raise UserError(f"`train_step` must return {rule}, got {got}.")
-    for name, value in {**metrics._asdict(), **values}.items():
-        if name != "values":
-            check_shape("train_step", f"the metric {name!r}, a sum over the batch,", (), value)
-            if not jnp.issubdtype(value.dtype, kinds.get(name, jnp.number)):
-                rule = f"the metric {name!r} with a dtype of kind {kinds[name].__name__}"
-                raise UserError(f"`train_step` must return {rule}, got {describe_shapes(value)}.")
-    if repeats_draws(trace, [False] * (len(trace.in_avals) - 1) + [True]):
-        raise UserError(
-            "`train_step` must draw other random numbers in each step, got some that depend on its `key` alone, which "
-            "is the same for every step. Draw them from jax.random.fold_in(key, state.step), as cnnjax's `train_step` "
-            "and `mean_loss` do."
-        )
+    integer, floating, either = (jnp.integer,), (jnp.floating,), (jnp.integer, jnp.floating)
+    numbers = [("loss", metrics.loss, floating), ("norm", metrics.norm, floating)]
+    numbers += [("num_examples", metrics.num_examples, integer)]
+    numbers += [(name, value, either) for name, value in values.items()]
+    for name, value, kinds in numbers:
+        check_shape("train_step", f"the metric {name!r}", (), value)
+        if not any(jnp.issubdtype(value.dtype, kind) for kind in kinds):
+            rule = f"the metric {name!r} with a dtype of kind {' or '.join(kind.__name__ for kind in kinds)}"
+            raise UserError(f"`train_step` must return {rule}, got {describe_shapes(value)}.")
 
 
 def check_kept(state: TrainState, after: TrainState, part: str = "") -> None:
     """Checks that a step keeps structure, shapes and dtypes of a state.
 
     Args:
-      part: what is at fault if it does not; by default the network, or the optimizer.
+      part: is named in the error; by default `model` or `optim`.
 
     Raises:
       UserError: it does not.
@@ -239,8 +256,15 @@ def check_kept(state: TrainState, after: TrainState, part: str = "") -> None:
         for tree in (state, after)
     )
     for name, (before, now) in changes(old, new).items():
+        if before is None and name.startswith(".model_state"):
+            raise UserError(
+                f"`{part or 'model'}` must keep the structure of its state, got the new array {name}, {now}. A network "
+                "creates it as a variable, or in its `init_from_data`."
+            )
         part = part or ("model" if name.startswith(".model_state") else "optim")
         raise UserError(f"`{part}` must keep the shape and dtype of its state: {name} was {before} and became {now}.")
+    if jax.tree.structure(after) != jax.tree.structure(state):
+        raise UserError(f"`{part or 'optim'}` must keep the structure of its state, got other containers.")
 
 
 def _check_loss(loss_fn: LossFn, trained: Any, batch: BatchLike) -> None:

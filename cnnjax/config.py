@@ -30,7 +30,7 @@ Arrays = tuple[Any, Any, Any, Any] | tuple[Any, Any, Any, Any, Any, Any]
 class Config:
     """A run. The same configuration and seed on the same machine give the same bits.
 
-    Network, optimizer, augmentation, loss and metrics are objects, whose fields are options.
+    Network, optimizer, augmentation, loss, training step and metrics are objects, whose fields are options.
     """
 
     name: str = ""
@@ -65,8 +65,8 @@ class Config:
     """none: an epoch visits every example once; balanced: it draws equally often from every class."""
     class_weights: str = "none"
     """none; balanced: weights the loss of each example so that all classes have the same total weight."""
-    train_step: Any = train_step
-    """What is done with each batch: a function with the arguments and results of cnnjax's `train_step`."""
+    train_step: Any = field(default_factory=lambda: train_step)
+    """The training step: a function with the arguments and results of cnnjax's `train_step`, which is the default."""
     metrics: Any = None
     """Your own scores, of the validation images after each epoch and of the test images at the end: a function
     (logits [N K], label [N]) -> {name: number} of NumPy arrays."""

@@ -37,14 +37,24 @@ def notice_edits(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
     Args:
       function: of a module, or a `partial` of one with arguments that are compared by value.
     """
+    return trace_and_notice_edits(function, *args, **kwargs)[1]
+
+
+def trace_and_notice_edits(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    """Does what `notice_edits` does; returns the jaxpr, too."""
     function = partial(function)
     jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*args, **kwargs)
     options = (getattr(jax.config, name) for name in _OPTIONS)
     inputs = jax.tree.structure((args, kwargs)), f"{jaxpr.in_avals}"
     key = (function.func, function.args, *sorted(function.keywords.items()), *inputs, *options)
-    text = re.sub("0x[0-9a-f]+", "", f"{jaxpr}")  # Without the addresses of functions.
-    trace = tree_sha256([np.frombuffer(text.encode(), np.uint8), *constants_of(jaxpr)])
+    trace = trace_sha256(jaxpr)
     if _TRACES.setdefault(key, trace) != trace:
         jax.clear_caches()
         _TRACES[key] = trace
-    return shapes
+    return jaxpr, shapes
+
+
+def trace_sha256(jaxpr: Any) -> str:
+    """Returns the SHA-256 of what a jaxpr computes, and of its constants."""
+    text = re.sub("0x[0-9a-f]+", "", f"{jaxpr}")  # Without the addresses of functions.
+    return tree_sha256([np.frombuffer(text.encode(), np.uint8), *constants_of(jaxpr)])

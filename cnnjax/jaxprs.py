@@ -1,4 +1,4 @@
-"""The programs and kernels that the equations of a jaxpr call."""
+"""The programs and kernels that the equations of a jaxpr call, and the random numbers that they draw."""
 
 from collections.abc import Iterator, Sequence
 from functools import reduce
@@ -8,9 +8,10 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Literal  # pyright: ignore[reportPrivateImportUsage]  In jax 0.12, another name of Jaxpr.
 
-CALLS = ("jit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "checkpoint")
-_DRAWS, _KEY, _OTHER = ("random_bits", "random_gamma"), 1, 2
+CALLS = ("jit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "checkpoint", "remat2")
 LOOPS = ("scan", "while", "cond")  # They execute their programs several times, or one of them.
+_DRAWS = ("random_bits", "random_gamma")
+_KEY, _OTHER = 1, 2  # Bits: depends on the key; on another input.
 
 
 def programs_in(equation: Any) -> Iterator[Any]:
@@ -46,7 +47,7 @@ def repeats_draws(program: ClosedJaxpr, is_key: Sequence[bool]) -> bool:
 
 
 def _trace_draws(program: Any, inputs: list[int]) -> tuple[bool, list[int]]:
-    """Returns whether there is such a draw, and on which kinds of inputs each output depends.
+    """Returns whether there is such a draw, and on which kinds of inputs, as bits, each output depends.
 
     Args:
       inputs: for each input of the program, the kinds on which it depends.
@@ -56,15 +57,29 @@ def _trace_draws(program: Any, inputs: list[int]) -> tuple[bool, list[int]]:
     for equation in jaxpr.eqns:
         given = [0 if isinstance(x, Literal) else kinds.get(x, 0) for x in equation.invars]
         found |= equation.primitive.name in _DRAWS and given[0] == _KEY
-        inner, merged = called_program(equation), reduce(or_, given, 0)
+        inner, results = called_program(equation), [reduce(or_, given, 0)] * len(equation.outvars)
         if inner is not None:
             inside, results = _trace_draws(inner, given)
-        else:  # What comes from where inside of a loop is not followed.
-            several = [_trace_draws(x, [merged] * len(x.invars))[0] for x in programs_in(equation)]
-            inside, results = any(several), [merged] * len(equation.outvars)
-        found |= inside
+            found |= inside
+        else:  # The first passage through a loop; after it, all results depend on all inputs.
+            for inner, inputs_of_inner in _loop_inputs(equation, given):
+                found |= _trace_draws(inner, inputs_of_inner)[0]
         kinds.update(zip(equation.outvars, results, strict=True))
     return found, [0 if isinstance(x, Literal) else kinds.get(x, 0) for x in jaxpr.outvars]
+
+
+def _loop_inputs(equation: Any, given: list[int]) -> Iterator[tuple[Any, list[int]]]:
+    """Yields each program that an equation of `LOOPS`, or another one, calls, with its first inputs among `given`."""
+    if equation.primitive.name == "while":
+        of_cond, of_body = (equation.params[f"{part}_nconsts"] for part in ("cond", "body"))
+        carried = given[of_cond + of_body :]
+        yield equation.params["cond_jaxpr"], given[:of_cond] + carried
+        yield equation.params["body_jaxpr"], given[of_cond : of_cond + of_body] + carried
+        return
+    for inner in programs_in(equation):
+        given_to_inner = given[1:] if equation.primitive.name == "cond" else given
+        same = len(inner.invars) == len(given_to_inner)
+        yield inner, given_to_inner if same else [reduce(or_, given, 0)] * len(inner.invars)
 
 
 def called_program(equation: Any) -> Any:

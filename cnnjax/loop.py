@@ -26,6 +26,7 @@ from cnnjax.runs.progress import (
 from cnnjax.setup import Setup
 from cnnjax.sharding import fetch
 from cnnjax.state import TrainState, copy_state
+from cnnjax.step import train_step
 from cnnjax.throughput import Clock, make_timing, seconds_at_peak
 
 # Longer epochs are not queued: a process that is stopped ends when the device has computed what is queued.
@@ -55,8 +56,9 @@ def fit(
     """
     steps_per_epoch, num_epochs = setup.steps_per_epoch, setup.program.num_epochs
     clock = Clock(progress.seconds)
+    knows_flops = setup.program.step_fn is train_step  # A user's step may compute anything.
     at_peak = {
-        shape: seconds_at_peak(setup.config, shape, setup.placement.devices)
+        shape: seconds_at_peak(setup.config.model, shape, setup.placement.devices) if knows_flops else None
         for shape in {setup.train_shape(program) for program in setup.program.distinct_programs()}
     }
     is_due = partial(run.checkpoints.is_due, checkpoint_seconds)

@@ -28,8 +28,8 @@ class Metrics(NamedTuple):
       loss: the sum of the losses; the losses that the network sows count once per example.
       num_examples: number of unmasked examples.
       values: "accuracy", the number of correct predictions, int32, if the labels are class indices, int [B], of at
-        least two logits; and the named values of the loss.
-      norm: see `grad_norm`; None in evaluation.
+        least two logits; and the named values of the loss, or of a training step.
+      norm: see `grad_norm`; None if no gradient was computed.
     """
 
     loss: Float[Array, ""]
@@ -56,10 +56,13 @@ class Metrics(NamedTuple):
         """The global norm of the gradient of the mean loss.
 
         Raises:
-          ValueError: these are metrics of `eval_step`, which computes no gradient.
+          ValueError: these are metrics of `eval_step` or `mean_loss`.
         """
         if self.norm is None:
-            raise ArgumentError("`metrics` must be those of `train_step` to have a gradient, got those of `eval_step`.")
+            raise ArgumentError(
+                "`metrics` must be those of `train_step` or `apply_gradients` to have a gradient, got those of "
+                "`eval_step` or `mean_loss`."
+            )
         return self.norm
 
 
@@ -142,7 +145,7 @@ class Scores(NamedTuple):
     """Means over `num_examples` examples.
 
     Attributes:
-      values: "accuracy", and in training the named values of the loss.
+      values: "accuracy", and in training the named values of the loss or of the training step.
       confusion: {(true class, predicted class): number of examples}, see `class_scores`; empty in training.
       logits: of every example, in order; None in training, and if they were not kept.
       metrics: the user's own scores, see `Config.metrics`; empty in training.

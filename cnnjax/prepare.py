@@ -44,6 +44,7 @@ from cnnjax.runs.records import make_facts
 from cnnjax.setup import Setup, count_params, device_name, trace_steps
 from cnnjax.sharding import Placement, place, put
 from cnnjax.state import TrainState, init_from_data
+from cnnjax.step import train_step
 from cnnjax.typing import AnyArray
 
 INIT_IMAGES = 5000  # Number of training images that a network may be initialized from.
@@ -130,7 +131,8 @@ def set_up(
 
 
 def _check_classes(train: Examples | Streamed, dataset: ImageDataset, config: Config) -> None:
-    several = bool(np.ptp(train.label)) or not isinstance(config.loss, CrossEntropy)  # A loss may ignore labels.
+    uses_labels = isinstance(config.loss, CrossEntropy) and config.train_step is train_step
+    several = bool(np.ptp(train.label)) or not uses_labels
     got = f"only {dataset.class_names[train.label[0]]!r}. Add images of another class"
     check("dataset", "a set with training images of at least two classes", several, got)
 
@@ -242,7 +244,7 @@ def oddities(examples: Examples | Streamed, num_classes: int) -> Iterator[str]:
 
 
 def check_parts(setup: Setup) -> tuple[TrainState, dict[str, Any]]:
-    """Checks what network, optimizer, augmentation and loss return, without computing anything.
+    """Checks what network, optimizer, augmentation, loss and training step return, without computing anything.
 
     Returns:
       The shapes of the state, and those of the variables before `init_from_data`.
@@ -291,7 +293,8 @@ def check_step(setup: Setup, state: TrainState) -> Any:
     device, placement, batch_size = setup.placement.device, setup.placement, setup.batch_size
     program = max(setup.program.distinct_programs(), key=lambda program: math.prod(setup.train_shape(program)))
     placed: Any = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), state, placement.of_state(state))
-    with user_code("The training step of `model`, `loss` and `optim`"):
+    ours = program.step_fn is train_step
+    with user_code("The training step of `model`, `loss` and `optim`" if ours else "`train_step`"):
         step = trace_steps(setup, placed, program._replace(frozen=setup.frozen_names(0)))
     check_kept(state, step.out_info[0])
     sizes, intermediate = placement.bytes_per_device(state), largest_result(step.jaxpr.jaxpr) // placement.num_devices

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax import lax
 from jaxtyping import Array, Float, Key, PyTree
@@ -38,18 +39,19 @@ class Program(NamedTuple):
         """Returns the optimizer."""
         return self.optim.make_tx(self.num_steps, self.num_epochs)
 
+    def options(self) -> dict[str, Any]:
+        """Returns the keyword arguments of the training step."""
+        return {
+            "model": self.model,
+            "tx": self.make_tx(),
+            "loss_fn": self.loss_fn,
+            "frozen": self.frozen,
+            "placement": self.placement,
+        }
+
     def call_step(self, state: TrainState, batch: BatchLike, key: Key[Array, ""]) -> Any:
-        """Returns what the step, `train_step` or the user's, makes of a batch."""
-        return self.step_fn(
-            state,
-            batch,
-            key,
-            model=self.model,
-            tx=self.make_tx(),
-            loss_fn=self.loss_fn,
-            frozen=self.frozen,
-            placement=self.placement,
-        )
+        """Calls the training step, `train_step` or the user's, on a batch."""
+        return self.step_fn(state, batch, key, **self.options())
 
     @property
     def divides_initial_state(self) -> bool:
@@ -119,8 +121,10 @@ def train_steps(
 
     def step(state: TrainState, plan: Plan) -> tuple[TrainState, Metrics]:
         batch = make_batch(pixels, plan, program.augment, augment_key)
-        after, metrics = program.call_step(state, batch, key)
-        after = after._replace(step=state.step + 1)  # A step of the user may not count.
+        after, metrics = program.call_step(state, batch, jax.random.clone(key))
+        after = jax.tree.map(
+            _without_weak_type, after._replace(step=state.step + 1)
+        )  # A user's step need not increment it.
         if program.placement is not None:
             after = lax.with_sharding_constraint(after, program.placement.of_state(after))
         return after, metrics
@@ -129,4 +133,10 @@ def train_steps(
         return lax.scan(step, state, plan)
     # Inside a loop XLA does not lay out convolutions for its fast CPU kernels (jax issue 12868).
     state, metrics = step(state, plan.row(0))
-    return state, jax.tree.map(lambda value: value[None], metrics)
+    return state, jax.tree.map(lambda value: jnp.asarray(value)[None], metrics)
+
+
+def _without_weak_type(x: Any) -> Array:
+    """Returns an array, as a checkpoint restores it: a weak type would promote others in another way."""
+    x = jnp.asarray(x)
+    return x.astype(x.dtype) if x.weak_type else x

@@ -105,7 +105,7 @@ def mean_loss(
     frozen: tuple[str, ...] = (),
     placement: Placement | None = None,
 ) -> tuple[Float[Array, ""], tuple[Metrics, dict[str, PyTree]]]:
-    """Returns the loss that `train_step` differentiates: the first part of a step of your own.
+    """Returns the loss that `train_step` differentiates: the first part of a step of your own, not jitted.
 
     Example:
       >>> def sam_step(state, batch, key, *, tx, **options):
@@ -117,22 +117,23 @@ def mean_loss(
       ...     return apply_gradients(state, grads, metrics, model_state, tx=tx)
 
     Args:
-      params: where the loss is computed; those in `state` are not used.
+      params: the parameters at which the loss is computed, instead of `state.params`.
       state: gives the state of the network, and the step.
       batch, model, loss_fn, frozen, placement: see `train_step`.
       key: the same for every step; `state.step` is folded into it.
 
     Returns:
-      The mean loss over the unmasked examples, with what the network sows into "losses"; and its metrics and the next
-      `model_state`.
+      The mean loss over the unmasked examples, plus the losses that the network sows; and (metrics, model_state): the
+      metrics without `norm`, and the next `model_state`.
 
     Raises:
       ValueError: an argument or a shape is wrong.
     """
+    check_network(model)
     check_batch(batch)
     names = sorted(params) if isinstance(params, dict) else []
     if not isinstance(frozen, tuple) or not {*frozen} <= {*names}:
-        raise ArgumentError(f"`frozen` must be a tuple of top-level names in `state.params` ({names}), got {frozen!r}.")
+        raise ArgumentError(f"`frozen` must be a tuple of top-level names in the parameters ({names}), got {frozen!r}.")
     if frozen:
         params = {name: lax.stop_gradient(part) if name in frozen else part for name, part in params.items()}
     if placement is not None:
@@ -155,11 +156,11 @@ def apply_gradients(
     tx: optax.GradientTransformation,
     value_fn: Callable[[PyTree], Float[Array, ""]] | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """Updates the parameters once, with given gradients: the last part of a step of your own.
+    """Updates the parameters once, with given gradients: the last part of a step of your own, not jitted.
 
     Args:
       state: the state before the step.
-      grads: of each parameter.
+      grads: the gradients, with the structure and the shapes of `state.params`.
       metrics: of the batch. The optimizer receives the mean loss as `value`.
       model_state: the next state of the network, see `mean_loss`.
       tx: the optimizer, see `train_step`.
@@ -172,9 +173,9 @@ def apply_gradients(
       ValueError: the gradients are not those of the parameters, or `tx` needs more arguments.
     """
     check_tx(tx)
-    if jax.tree.structure(grads) != jax.tree.structure(state.params):
+    if jax.tree.map(jnp.shape, grads) != jax.tree.map(jnp.shape, state.params):
         raise ArgumentError(
-            f"`grads` must have the structure of `state.params`, {describe_shapes(state.params)}, got "
+            f"`grads` must have the structure and the shapes of `state.params`, {describe_shapes(state.params)}, got "
             f"{describe_shapes(grads)}."
         )
     extra: dict[str, Any] = {"value": metrics.loss / metrics.num_examples.astype(metrics.loss.dtype), "grad": grads}

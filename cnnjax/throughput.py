@@ -6,9 +6,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from cnnjax.config import Config
+from cnnjax.network import Network
 from cnnjax.runs.schema import Timing
-from cnnjax.step import train_step
 from cnnjax.summary import forward_flops
 
 # Dense FLOP/s in bfloat16 (float16 for V100 and T4, which have no bfloat16) with sums in float32, by `device_kind`. The
@@ -46,20 +45,17 @@ def peak_flops(device_kind: str) -> float | None:
     return next((peak for pattern, peak in PEAKS.items() if re.fullmatch(pattern, device_kind)), None)
 
 
-def seconds_at_peak(config: Config, image_shape: tuple[int, ...], devices: Sequence[Any]) -> float | None:
+def seconds_at_peak(model: Network, image_shape: tuple[int, ...], devices: Sequence[Any]) -> float | None:
     """Returns the seconds per training image if all devices computed at their peak; None if that is not known.
 
     A training image is three times the FLOPs of a forward pass: the backward pass computes the gradients of the
-    activations and of the parameters. What a step of the user computes is not known. Source: Chowdhery et al. 2022
-    (PaLM), appendix B.
+    activations and of the parameters. Source: Chowdhery et al. 2022 (PaLM), appendix B.
 
     Args:
       devices: those that share a batch.
     """
     peak = peak_flops(devices[0].device_kind)
-    if peak is None or config.train_step is not train_step:
-        return None
-    return 3 * forward_flops(config.model, image_shape) / (peak * len(devices))
+    return None if peak is None else 3 * forward_flops(model, image_shape) / (peak * len(devices))
 
 
 class Clock:

@@ -72,9 +72,9 @@ def train_and_evaluate(
         was nothing to resume. A finished run is not trained again, except for more epochs if no step depends on their
         number (a constant learning rate, no lookahead). False: `run_dir` must be new.
       on_step: called as `on_step(step, metrics)` with the number of steps so far and, as floats, the means over the
-        batch: "loss", "accuracy" (if the labels are class indices), "grad_norm", and the values that the loss names.
-        What it returns is ignored. On an accelerator an epoch of images in memory is one program, so the calls for its
-        steps come at its end.
+        batch: "loss", "accuracy" (if the labels are class indices), "grad_norm", and the values that the loss or the
+        training step names. What it returns is ignored. On an accelerator an epoch of images in memory is one program,
+        so the calls for its steps come at its end.
       on_epoch: called as `on_epoch(row, state)` after each epoch, before it is saved. `row` contains the values of the
         epoch in metrics.jsonl and timing.jsonl, and "best_epoch", the epoch with the best validation score so far (see
         `Config.best_by`; the latest if several are equal, or without validation). `state` may be kept, but not donated.

@@ -3,8 +3,8 @@
 import json
 import re
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from functools import partial, wraps
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -25,6 +25,7 @@ from cnnjax import (
     TrainState,
     UserError,
     apply_gradients,
+    find_learning_rate,
     init_state,
     load_run,
     mean_loss,
@@ -69,6 +70,7 @@ class TwoLayers(nn.Module):
         return nn.Dense(self.num_classes, name="head")(x)
 
 
+LINEAR, DESCENT = Linear(), optax.sgd(0.1)
 CONFIG = Config(
     dataset=(PIXELS[:60], CLASS[:60], PIXELS[60:], CLASS[60:]),
     num_epochs=2,
@@ -126,7 +128,7 @@ def adversarial(state, batch, key, *, tx, **options):
     return train_step(state, batch._replace(image=batch.image + moved.clip(-0.1, 0.1)), key, tx=tx, **options)
 
 
-def start(model: Any = Linear(), tx: Any = optax.sgd(0.1)) -> TrainState:  # noqa: B008
+def start(model: Any = LINEAR, tx: Any = DESCENT) -> TrainState:
     return init_state(jax.random.key(0), jnp.zeros((1, *IMAGE.shape[1:])), model=model, tx=tx)
 
 
@@ -203,9 +205,12 @@ def test_an_optimizer_that_searches_along_a_line():
 def test_gradients_are_those_of_the_parameters():
     state = start()
     _, aux = mean_loss(state.params, state, BATCH, KEY, model=Linear())
-    with pytest.raises(ValueError, match=r"`grads` must have the structure of `state.params`, {'Dense_0': .*}, got {}"):
-        apply_gradients(state, {}, *aux, tx=optax.sgd(0.1))
-    with pytest.raises(ValueError, match="`frozen` must be a tuple of top-level names"):
+    with pytest.raises(ValueError, match=r"`grads` must have the structure and the shapes of .*, got {}"):
+        apply_gradients(state, {}, *aux, tx=DESCENT)
+    of_examples = jax.tree.map(lambda p: jnp.stack([p] * 6), state.params)
+    with pytest.raises(ValueError, match=r"of `state.params`, .*float32\[4\].*, got .*float32\[6, 4\]"):
+        apply_gradients(state, of_examples, *aux, tx=DESCENT)
+    with pytest.raises(ValueError, match="`frozen` must be a tuple of top-level names in the parameters"):
         mean_loss(state.params, state, BATCH, KEY, model=Linear(), frozen=("Dense_1",))
 
 
@@ -243,6 +248,19 @@ def test_clipped_gradients_of_examples_are_those_of_optax():
     assert 0 < int(metrics.values["clipped"]) <= 6
 
 
+def run_whole_and_in_parts(config, tmp_path):
+    """Returns a run, and the same run stopped within its second epoch and resumed."""
+
+    def stop(step, metrics):
+        if step == 8:
+            raise KeyboardInterrupt
+
+    whole = train_and_evaluate(config, run_dir=tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train_and_evaluate(config, run_dir=tmp_path / "parts", on_step=stop, checkpoint_seconds=0.0)
+    return whole, train_and_evaluate(config, run_dir=tmp_path / "parts", resume=True)
+
+
 # --- In a run -------------------------------------------------------------------------------------------------------
 
 
@@ -260,14 +278,7 @@ def test_a_step_that_calls_ours_gives_the_bits_of_ours(tmp_path):
 def test_a_run_with_a_step_is_reproduced_and_resumed(step, tmp_path):
     config = replace(CONFIG, train_step=step)
 
-    def stop(step, metrics):
-        if step == 8:
-            raise KeyboardInterrupt
-
-    whole = train_and_evaluate(config, run_dir=tmp_path / "whole")
-    with pytest.raises(KeyboardInterrupt):
-        train_and_evaluate(config, run_dir=tmp_path / "parts", on_step=stop, checkpoint_seconds=0.0)
-    parts = train_and_evaluate(config, run_dir=tmp_path / "parts", resume=True)
+    whole, parts = run_whole_and_in_parts(config, tmp_path)
     assert whole.finished_result()["sha256"] == parts.finished_result()["sha256"]
     assert history_of(tmp_path / "whole") == history_of(tmp_path / "parts")
     ours = train_and_evaluate(CONFIG, run_dir=tmp_path / "ours")
@@ -334,6 +345,112 @@ def plain_descent(state, batch, key, *, tx, **options):
     return state._replace(params=params, model_state=model_state), metrics._replace(norm=jnp.ones(()))
 
 
+class Tempered(nn.Module):
+    """Divides its logits, in bfloat16, by a temperature."""
+
+    num_classes: int = 4
+
+    @nn.compact
+    def __call__(self, image, *, train):
+        x = nn.Dense(self.num_classes, dtype=jnp.bfloat16)(image.reshape(len(image), -1))
+        return (x / self.variable("ema", "temperature", jnp.ones, ()).value).astype(jnp.float32)
+
+
+def tempered(state, batch, key, **options):
+    """Keeps a number of a weak type in the state."""
+    after, metrics = train_step(state, batch, key, **options)
+    return after._replace(model_state={"ema": {"temperature": jnp.where(state.step < 3, 2.0, 1.7)}}), metrics
+
+
+def tempered_with_a_number(state, batch, key, **options):
+    after, metrics = train_step(state, batch, key, **options)
+    return after._replace(model_state={"ema": {"temperature": 1.7}}), metrics._replace(norm=1.0)
+
+
+@pytest.mark.parametrize("step", [tempered, tempered_with_a_number])
+def test_a_weak_type_in_the_state_does_not_change_the_bits(step, tmp_path):
+    config = replace(CONFIG, model=Tempered(), train_step=step)
+    whole, parts = run_whole_and_in_parts(config, tmp_path)
+    assert whole.finished_result()["sha256"] == parts.finished_result()["sha256"]
+
+
+def test_a_key_may_be_split_in_each_step(tmp_path):
+    with jax.debug_key_reuse(True):
+        train_and_evaluate(replace(CONFIG, train_step=adversarial), run_dir=tmp_path / "run")
+
+
+def test_the_learning_rate_range_test_uses_the_step():
+    ours, wide = (find_learning_rate(replace(CONFIG, train_step=step)).loss for step in (train_step, SAM(radius=2.0)))
+    assert ours[0] < wide[0]  # The loss nearby is higher.
+
+
+# --- What a run records ---------------------------------------------------------------------------------------------
+
+
+class Base:
+    radius = 0.1
+
+    @classmethod
+    def step(cls, state, batch, key, **options):
+        return train_step(state, batch._replace(image=batch.image * cls.radius), key, **options)
+
+
+class Derived(Base):
+    radius = 2.0
+
+
+def scaled_by(factor):
+    def decorate(step):
+        @wraps(step)
+        def scaled(state, batch, key, **options):
+            return step(state, batch._replace(image=batch.image * factor), key, **options)
+
+        return scaled
+
+    return decorate
+
+
+@scaled_by(2.0)
+def decorated(state, batch, key, **options):
+    return train_step(state, batch, key, **options)
+
+
+def scaled(state, batch, key, *, factor, **options):
+    return train_step(state, batch._replace(image=batch.image * factor), key, **options)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        Derived.step,
+        scaled_by(2.0)(wrapped),
+        jax.jit(partial(scaled, factor=2.0), static_argnames=("model", "tx", "loss_fn", "frozen", "placement")),
+    ],
+    ids=["method", "decorated", "jitted partial"],
+)
+def test_what_a_name_does_not_tell_is_refused(step):
+    with pytest.raises(UserError, match="`train_step` must be the function that its name stands for, got another one"):
+        encode(replace(CONFIG, train_step=step))
+
+
+@pytest.mark.parametrize(
+    ("step", "recorded"),
+    [
+        (Base.step, {"function": "Base.step"}),
+        (decorated, {"function": "decorated"}),
+        (jax.jit(wrapped), {"function": "wrapped"}),
+        (
+            partial(train_step, frozen=()),
+            {"partial": "cnnjax.train_step", "args": [], "keywords": {"dict": {"frozen": []}}},
+        ),
+    ],
+    ids=["method", "decorated", "jitted", "partial"],
+)
+def test_what_a_name_tells_is_recorded(step, recorded):
+    config = replace(CONFIG, train_step=step)
+    assert encode(config)["train_step"] == recorded
+
+
 # --- Mistakes -------------------------------------------------------------------------------------------------------
 
 
@@ -380,6 +497,43 @@ def counts_in_float(state, batch, key, **options):
     return state, metrics._replace(num_examples=metrics.num_examples / 2)
 
 
+def draws_on_the_host(state, batch, key, **options):
+    noise = np.random.default_rng().normal(size=batch.image.shape).astype(np.float32)
+    return train_step(state, batch._replace(image=batch.image + noise), key, **options)
+
+
+def adds_a_collection(state, batch, key, **options):
+    state, metrics = train_step(state, batch, key, **options)
+    return state._replace(model_state={"teacher": state.params}), metrics
+
+
+def empties_a_collection(state, batch, key, **options):
+    state, metrics = train_step(state, batch, key, **options)
+    return state._replace(model_state={"teacher": {}}), metrics
+
+
+def names_a_number(state, batch, key, **options):
+    state, metrics = train_step(state, batch, key, **options)
+    return state, metrics._replace(values={1: metrics.loss})
+
+
+def counts_a_bool(state, batch, key, **options):
+    state, metrics = train_step(state, batch, key, **options)
+    return state, metrics._replace(values={"any": metrics.loss > 0})
+
+
+class Other(NamedTuple):
+    loss: Any
+
+
+Other.__name__ = "Metrics"
+
+
+def returns_other_metrics(state, batch, key, **options):
+    state, metrics = train_step(state, batch, key, **options)
+    return state, Other(metrics.loss)
+
+
 def fails(state, batch, key, **options):
     raise LookupError("no such thing")
 
@@ -394,8 +548,8 @@ def repeats_noise(state, batch, key, **options):
     [
         (
             lacks_options,
-            "`train_step` must accept (state, batch, key, *, model, tx, loss_fn, frozen, placement), as cnnjax's does, "
-            "got lacks_options, which refuses them: got an unexpected keyword argument 'loss_fn'. Add **options,",
+            "accept (state, batch, key, *, model, tx, loss_fn, frozen, placement), got lacks_options: "
+            "got an unexpected keyword argument 'loss_fn'. Its signature may be",
         ),
         (returns_state, "`train_step` must return a tuple (TrainState, Metrics), as `train_step` of cnnjax"),
         (returns_state, "does, got TrainState."),
@@ -409,18 +563,29 @@ def repeats_noise(state, batch, key, **options):
         (drops_state, "`train_step` must keep the shape and dtype of its state: .opt_state"),
         (
             names_loss,
-            "`train_step` must return metrics whose `values` are a dict without the names loss, num_examples, norm, "
-            "grad_norm, got ['loss'].",
+            "`train_step` must return metrics whose `values` are a dict with names other than loss and grad_norm, got "
+            "['loss'].",
         ),
         (
             sums_nothing,
-            "the metric 'mean', a sum over the batch, of shape (), got float32[3].",
+            "`train_step` must return the metric 'mean' of shape (), got float32[3].",
         ),
         (
             counts_in_float,
             "`train_step` must return the metric 'num_examples' with a dtype of kind integer, got float32[].",
         ),
         (fails, "LookupError: no such thing."),
+        (max, "), got max: "),
+        (partial(train_step, loss_fn=names_loss), "`train_step` must leave ['loss_fn'] to the Config, got a partial"),
+        (draws_on_the_host, "`train_step` must be the same each time that JAX traces it, got draws_on_the_host, which"),
+        (
+            adds_a_collection,
+            "got the new array .model_state['teacher']['Dense_0']['bias'], float32[4]. A network creates it as a",
+        ),
+        (empties_a_collection, "`train_step` must keep the structure of its state, got other containers."),
+        (names_a_number, "`values` are a dict with names other than loss and grad_norm, got [1]."),
+        (counts_a_bool, "the metric 'any' with a dtype of kind integer or floating, got bool[]."),
+        (returns_other_metrics, "does, got (TrainState, Metrics)."),
         (
             repeats_noise,
             "`train_step` must draw other random numbers in each step, got some that depend on its `key` alone, which "
@@ -465,6 +630,26 @@ def in_a_loop(key, step):
     return jax.lax.fori_loop(0, 3, lambda i, x: x + jax.random.normal(jax.random.fold_in(key, i)), 0.0 * step)
 
 
+def in_a_scan(key, step):
+    return jax.lax.scan(lambda x, key: (x + jax.random.normal(key), None), 0.0 * step, jax.random.split(key, 3))[0]
+
+
+def in_a_while(key, step):
+    return jax.lax.while_loop(lambda x: x < 3, lambda x: x + jax.random.uniform(key), 0.0 * step)
+
+
+def until_it_is_low(key, step):
+    return jax.lax.while_loop(lambda x: jax.random.uniform(key) < x, lambda x: x / 2, 1.0 * step)
+
+
+def folded_in_a_scan(key, step):
+    return in_a_scan(jax.random.fold_in(key, step), step)
+
+
+def rematerialized(key, step):
+    return jax.checkpoint(lambda x, key: x + jax.random.normal(key))(1.0 * step, key)
+
+
 def constant(key, step):
     return jax.random.normal(jax.random.key(3), (2,)) + step
 
@@ -490,7 +675,12 @@ def in_a_branch(key, step):
     [
         (folded, False),
         (split_after_folding, False),
-        (in_a_loop, False),  # What a loop draws is not followed if one of its inputs changes.
+        (in_a_loop, True),  # The counter of the loop begins anew in each step.
+        (in_a_scan, True),
+        (in_a_while, True),
+        (rematerialized, True),
+        (folded_in_a_scan, False),
+        (until_it_is_low, True),
         (constant, False),
         (alone, True),
         (split_alone, True),

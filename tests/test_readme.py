@@ -19,7 +19,7 @@ from cnnjax.data.tfds_format import write_tfds
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-EXPERIMENT, LOOP, _, LIBRARY = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+EXPERIMENT, STEPS, LOOP, _, LIBRARY = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 OPTIONS = re.findall(r"cnnjax train (\w+) ([^#\n]+?)\s*(?:#.*)?$", README, re.MULTILINE)
 OPTIONS += re.findall(r"make train EXPERIMENT=(\w+) ARGS=\"(.+?)\"", README)
 
@@ -44,6 +44,16 @@ def test_the_experiment_file_trains_and_is_scored(mine, capsys):
     auroc = np.mean((pairs > 0) + 0.5 * (pairs == 0))
     assert run.finished_result()["test_metrics"]["auroc"] == pytest.approx(auroc)
     assert re.findall(r"[Tt]est accuracy .*?auroc (\d\.\d{4})", out) == 2 * [f"{auroc:.4f}"]
+
+
+@pytest.mark.parametrize("name", ["adversarial", "clipped"])
+def test_the_steps_train(name, mine):
+    text = EXPERIMENT.replace("CONFIG =", f"from cnnjax import train_step\n{STEPS}\nCONFIG =").replace("SAM()", name)
+    Path("experiments/mine.py").write_text(text)
+    main(["train", "mine", "--num-epochs", "1", "--model.width", "4"])
+    run = load_run("runs/mine-seed0", load_experiment("mine").config)
+    assert run.config.train_step.__name__ == name
+    assert np.isfinite(run.history["train_loss"]).all() and (run.history["train_grad_norm"] > 0).all()
 
 
 @pytest.mark.parametrize(("name", "options"), OPTIONS)

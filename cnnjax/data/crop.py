@@ -59,8 +59,8 @@ def draw_crop(
     first, found = jnp.argmax(inside), jnp.any(inside)
     whole_h, whole_w = min(height, round(width / ratio[0])), min(width, round(height * ratio[1]))
     h, w = jnp.where(found, h[first], whole_h), jnp.where(found, w[first], whole_w)
-    top = jax.random.randint(top_key, (), 0, height - h + 1)
-    left = jax.random.randint(left_key, (), 0, width - w + 1)
+    top = jax.random.randint(top_key, (), 0, height - h + 1, jnp.int32)
+    left = jax.random.randint(left_key, (), 0, width - w + 1, jnp.int32)
     top, left = jnp.where(found, top, (height - h) // 2), jnp.where(found, left, (width - w) // 2)
     return jnp.stack([top, left, h, w])
 
@@ -93,9 +93,10 @@ def _weights(
 
     A triangle around the center of the new pixel, as wide as two pixels of the coarser of both grids.
     """
+    start, length = start.astype(jnp.float32), length.astype(jnp.float32)
     scale = length / out_size  # Old pixels per new one.
-    center = start + (jnp.arange(out_size) + 0.5) * scale
-    pixel = jnp.arange(in_size)
+    center = start + (jnp.arange(out_size, dtype=jnp.float32) + 0.5) * scale
+    pixel = jnp.arange(in_size, dtype=jnp.float32)
     distance = jnp.abs((pixel + 0.5)[None] - center[:, None]) / jnp.maximum(scale, 1)
     weight = jnp.where(((pixel >= start) & (pixel < start + length))[None], jnp.maximum(1 - distance, 0), 0)
     return weight / weight.sum(1, keepdims=True)

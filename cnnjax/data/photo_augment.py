@@ -1,6 +1,7 @@
 """The augmentation of photos: random resized crops of growing images, RandAugment, mixup and CutMix."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from math import inf
 
 import jax
@@ -94,7 +95,7 @@ class PhotoAugment(Augment):
             batches.append(CutMix(alpha=self.cutmix, num_classes=self.num_classes).transform(cutmix_key, batch))
         if len(batches) < 2:
             return batches[0] if batches else batch
-        first = jax.vmap(jax.random.bernoulli)(choice_key)  # [B]
+        first = jax.vmap(partial(jax.random.bernoulli, p=jnp.float32(0.5)))(choice_key)  # [B]
         one, other = batches
         image = jnp.where(first[:, None, None, None], one.image, other.image)
         return batch._replace(image=image, label=jnp.where(first[:, None], one.label, other.label))

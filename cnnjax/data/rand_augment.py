@@ -48,8 +48,9 @@ def rand_augment(
     def of_one(key: Key[Array, ""], image: Float[Array, "H W C"]) -> Float[Array, "H W C"]:
         for op_key in jax.random.split(key, num_ops):
             which, way = jax.random.split(op_key)
-            op = jax.random.randint(which, (), 0, len(OPS))
-            image = apply_op(image, op, jnp.where(jax.random.bernoulli(way), 1.0, -1.0), magnitude)
+            op = jax.random.randint(which, (), 0, len(OPS), jnp.int32)
+            sign = jnp.where(jax.random.bernoulli(way, jnp.float32(0.5)), jnp.float32(1), jnp.float32(-1))
+            image = apply_op(image, op, sign, magnitude)
         return image
 
     return jax.vmap(of_one)(key, image)
@@ -98,15 +99,17 @@ def _affine(
     shear_y = jnp.where(chosen("shear_y"), 0.3 * level, 0.0)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     matrix = jnp.stack([jnp.stack([cos, shear_x - sin]), jnp.stack([shear_y + sin, cos])])
-    center = jnp.where(chosen("rotate"), jnp.asarray([width / 2, height / 2]), 0.0)  # Shears keep the top left corner.
-    shift = jnp.trunc(150 / 331 * level * jnp.asarray([width, height]))
+    size = jnp.asarray([width, height], jnp.float32)
+    center = jnp.where(chosen("rotate"), size / 2, 0.0)  # Shears keep the top left corner.
+    shift = jnp.trunc(150 / 331 * level * size)
     shift = jnp.where(jnp.stack([chosen("translate_x"), chosen("translate_y")]), shift, 0.0)
     return matrix, center - matrix @ center + shift
 
 
 def _warp(image: Float[Array, "H W C"], matrix: Float[Array, "2 2"], offset: Float[Array, "2"]) -> Array:
     height, width, channels = image.shape
-    y, x = jnp.meshgrid(jnp.arange(height) + 0.5, jnp.arange(width) + 0.5, indexing="ij")  # [H W]
+    y, x = (jnp.arange(side, dtype=jnp.float32) + 0.5 for side in (height, width))
+    y, x = jnp.meshgrid(y, x, indexing="ij")  # [H W]
     old_x = jnp.floor(matrix[0, 0] * x + matrix[0, 1] * y + offset[0]).astype(jnp.int32)
     old_y = jnp.floor(matrix[1, 0] * x + matrix[1, 1] * y + offset[1]).astype(jnp.int32)
     inside = (old_x >= 0) & (old_x < width) & (old_y >= 0) & (old_y < height)
@@ -118,7 +121,7 @@ def _gray(image: Float[Array, "H W C"]) -> Float[Array, "H W 1"]:
     """Source: ITU-R 601-2, as in Pillow's mode L."""
     if image.shape[-1] == 1:
         return image
-    return (image * jnp.asarray([[[0.299, 0.587, 0.114]]])).sum(-1, keepdims=True)
+    return (image * jnp.asarray([[[0.299, 0.587, 0.114]]], jnp.float32)).sum(-1, keepdims=True)
 
 
 def _smooth(image: Float[Array, "H W C"]) -> Float[Array, "H W C"]:
@@ -147,6 +150,6 @@ def _equalize(image: Float[Array, "H W C"]) -> Float[Array, "H W C"]:
         step = (pixel.size - count[pixel.max()]) // 255
         before = jnp.cumsum(count) - count  # Darker pixels.
         table = jnp.minimum((step // 2 + before) // jnp.maximum(step, 1), 255)
-        return jnp.where(step > 0, table, jnp.arange(256))[pixel].astype(jnp.float32)
+        return jnp.where(step > 0, table, jnp.arange(256, dtype=jnp.int32))[pixel].astype(jnp.float32)
 
     return jax.vmap(of_channel, in_axes=-1, out_axes=-1)(pixel)

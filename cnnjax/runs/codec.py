@@ -10,6 +10,7 @@ import hashlib
 import inspect
 import json
 import math
+import sys
 import sysconfig
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -107,7 +108,8 @@ def built_in() -> dict[str, Any]:
     # Other functions are not named in it, and import what training does not need, such as charts.
     classes = {f"cnnjax.{name}": getattr(cnnjax, name) for name in dir(cnnjax) if name[0].isupper()}
     found = {name: x for name, x in classes.items() if _is_dataclass(x)}
-    return found | {f"cnnjax.{f.__name__}": f for f in (cnnjax.softmax_cross_entropy, cnnjax.conv_general_dilated)}
+    functions = (cnnjax.softmax_cross_entropy, cnnjax.conv_general_dilated, train_step)
+    return found | {f"cnnjax.{f.__name__}": f for f in functions}
 
 
 def encode(config: Config, objects: list[Any] | None = None) -> EncodedConfig:
@@ -182,8 +184,29 @@ class _Encoder(NamedTuple):
                 f"function at the top level of a file), got {show(x)}.{fix}"
             )
         if id(x) not in self.ours:
+            if _is_another(x, name):
+                raise UserError(
+                    f"`{path}` must be the function that its name stands for, got another one with the name {name}, "
+                    "whose parameters would be lost. Make it a dataclass with a method `__call__`, whose fields are "
+                    "recorded, or a partial without anything around it."
+                )
             self.objects.append(x)
         return name
+
+
+def _is_another(x: Any, name: str) -> bool:
+    """Returns whether a function that wraps another, or a method of a class, is not what its module has by its name.
+
+    For example a decorated function, or the method of a base class, bound to the class that is derived from it.
+    """
+    inner = inspect.unwrap(x) if callable(x) else x
+    if isinstance(inner, partial):  # Inside of `jax.jit`, say.
+        return True
+    found: Any = sys.modules.get(getattr(x, "__module__", None) or "")
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    same = found == x or (found == inner and not inspect.isfunction(x))  # `jax.jit` changes no value.
+    return (inner is not x or inspect.ismethod(x)) and found is not None and not same
 
 
 def decode(content: Mapping[str, Any], names: Mapping[str, Any], files: Iterable[str] = ()) -> Config:
@@ -271,10 +294,12 @@ def _build(cls: Any, values: Mapping[str, Any]) -> Any:
 
 
 def _missing(path: str, name: str, files: tuple[str, ...]) -> _MissingNameError:
-    file = next((file for file in files if not file.endswith(" in a cell")), "FILE")
-    found = f"that defines it: --experiment {file}"
-    if file != "FILE" and not Path(file).exists():
-        found = f"that defines it ({file} in the working directory of the training): --experiment FILE"
+    known = [file for file in files if not file.endswith(" in a cell")]
+    found = f"that defines it: --experiment {known[0] if known else 'FILE'}"
+    if len(known) > 1:  # Only one of them is an experiment, which imports the others.
+        found = f"with the CONFIG that was trained, which is one of {', '.join(known)}: --experiment FILE"
+    elif known and not Path(known[0]).exists():
+        found = f"that defines it ({known[0]} in the working directory of the training): --experiment FILE"
     fix = for_reader(f"Pass the file {found}", "Pass a `config` that has it, such as that of training.")
     return _MissingNameError(
         f"`{path}` of this run is {name}, which is not part of cnnjax, and a run directory imports no code. {fix}"

@@ -88,7 +88,8 @@ class Callbacks:
         if not np.all(metrics.num_examples):
             step = first + int(np.argmin(metrics.num_examples))
             raise UserError(
-                f"`augment.transform` must leave at least one example of each batch unmasked, got none in step {step}."
+                "`augment.transform` (or a `train_step` of your own) must leave at least one example of each batch "
+                f"unmasked, got none in step {step}."
             )
         if self.on_step is None and not self.loggers.active:
             return

@@ -314,8 +314,8 @@ def load_run(run_dir: str | os.PathLike[str], config: Config | None = None, *, s
     Args:
       run_dir: the run directory.
       config: a configuration with the classes, functions and arrays of the run; None: enough if its network and its
-        optimizer are cnnjax's own. The loss and the augmentation are used only in training, the data only in training
-        and scoring.
+        optimizer are cnnjax's own. Loss, augmentation and step are used only in training, the data only in training and
+        scoring.
       step: of the checkpoint to use; None: the best by validation, or else the last.
 
     Raises:

@@ -111,7 +111,7 @@ class Timing(TypedDict):
 
     Keys:
       flops_utilization: the FLOP/s of the network as a fraction of the peak of the devices, see `throughput`; only on
-        known devices.
+        known devices, with cnnjax's `train_step`.
     """
 
     epoch: Positive

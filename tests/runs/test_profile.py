@@ -11,7 +11,7 @@ import pytest
 from generated import Lines
 from programs.research import CONFIG
 
-from cnnjax import MLP, Config, UserError, train_and_evaluate
+from cnnjax import MLP, UserError, train_and_evaluate
 from cnnjax.cli.main import main
 from cnnjax.prepare import set_up
 from cnnjax.runs.profile import Profile, covered, parse_steps, summarize
@@ -244,7 +244,7 @@ def test_the_peak_of_a_device():
     }
     assert {kind: peak_flops(kind) for kind in kinds} == kinds
     device = SimpleNamespace(device_kind="NVIDIA H200")
-    config = Config(model=MLP(num_classes=10))
-    one, two = (seconds_at_peak(config, (28, 28, 1), [device] * n) for n in (1, 2))
+    model = MLP(num_classes=10)
+    one, two = (seconds_at_peak(model, (28, 28, 1), [device] * n) for n in (1, 2))
     assert one == 2 * two == 3 * 2 * (784 * 512 + 512 * 512 + 512 * 10) / 989.4e12
-    assert seconds_at_peak(config, (28, 28, 1), [SimpleNamespace(device_kind="cpu")]) is None
+    assert seconds_at_peak(model, (28, 28, 1), [SimpleNamespace(device_kind="cpu")]) is None
