@@ -206,7 +206,10 @@ def test_no_key_is_used_twice():
         assert len([batch for epoch in range(2) for batch in loader.epoch(epoch)]) == 4
 
 
-@pytest.mark.parametrize("augment", [SEEN, Mixup(translate=1, cutout=1)])
+PHOTO = PhotoAugment(train_sizes=(4,), num_ops=2, mixup=0.2, cutmix=1.0, num_classes=4)
+
+
+@pytest.mark.parametrize("augment", [SEEN, Mixup(translate=1, cutout=1), PHOTO])
 def test_batches_have_the_same_bits_in_64_bits_and_under_strict_promotion(augment):
     expected = epoch_of(DataLoader(IMAGE, LABEL, batch_size=16, seed=0, augment=augment))
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):

@@ -384,6 +384,15 @@ def test_the_learning_rate_range_test_uses_the_step():
     assert ours[0] < wide[0]  # The loss nearby is higher.
 
 
+def test_the_utilization_of_the_device_is_not_known(tmp_path, monkeypatch):
+    monkeypatch.setattr("cnnjax.throughput.PEAKS", {jax.devices()[0].device_kind: 1e9})
+    ours, theirs = (
+        train_and_evaluate(replace(CONFIG, num_epochs=1, train_step=step), run_dir=tmp_path / step.__name__).history
+        for step in (train_step, wrapped)
+    )
+    assert ours.keys() - theirs.keys() == {"flops_utilization"}
+
+
 # --- What a run records ---------------------------------------------------------------------------------------------
 
 

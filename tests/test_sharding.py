@@ -100,6 +100,12 @@ def test_each_device_holds_the_state_or_its_part_of_large_arrays(on):
         assert sum(parts != [shape] for _, shape, parts in on[mesh]["state"]) == 4
 
 
+def test_a_users_step_keeps_the_state_divided(on):
+    assert on["own step"]["distance"] <= BOUND
+    assert on["own step"]["state"] == on["data=4,model=2"]["state"]
+    assert on["own step"]["programs"] == 1
+
+
 def check_only_gradients_are_added(found):
     assert {kind for kind, _ in found["collectives"]} == {"all-reduce"}
     assert len(shapes_of_params(found)) > 4

@@ -24,7 +24,7 @@ import numpy as np
 import optax
 from research import Noise
 
-from cnnjax import CNN, MLP, Config, Optimizer, train_and_evaluate
+from cnnjax import CNN, MLP, Config, Optimizer, train_and_evaluate, train_step
 from cnnjax.data.batches import make_batch
 from cnnjax.dispatch import open_dispatches
 from cnnjax.files import tree_sha256
@@ -86,9 +86,14 @@ def held(state):
     return [(name_of(path), x.shape, sorted({part.data.shape for part in x.addressable_shards})) for path, x in leaves]
 
 
-def train(mesh, data_dir):
+def without_placement(state, batch, key, *, placement, **options):
+    """A step of the user, who does not know of devices."""
+    return train_step(state, batch, key, **options)
+
+
+def train(mesh, data_dir, config=CONFIG):
     """Trains an epoch; returns a summary, and the parameters before and after it, each as one vector."""
-    setup, state = open_on(mesh, CONFIG, data_dir)
+    setup, state = open_on(mesh, config, data_dir)
     compiled, batches, loss, before = steps._cache_size(), [], 0.0, vector(state)
     communication = collectives(setup, state)
     with open_dispatches(setup, 0) as dispatches:
@@ -144,6 +149,11 @@ def train_on_all(data_dir, folder):
         found[mesh], before, after[mesh] = train(mesh, data_dir)
         found[mesh]["distance"] = np.linalg.norm(after[mesh] - after["data=1"]) / np.linalg.norm(after["data=1"])
         found[mesh]["moved"] = np.linalg.norm(after[mesh] - before) / np.linalg.norm(before)
+    own = replace(CONFIG, train_step=without_placement)
+    found["own step"], _, after["own step"] = train("data=4,model=2", data_dir, own)
+    found["own step"]["distance"] = np.linalg.norm(after["own step"] - after["data=1"]) / np.linalg.norm(
+        after["data=1"]
+    )
     found["run on 8"] = train_and_evaluate(CONFIG, run_dir=folder / "run", data_dir=data_dir).result
     found["6 examples on 4"] = place(6, jax.devices()[:4]).num_devices
     return found

@@ -270,6 +270,9 @@ def test_a_name_that_is_not_passed_names_the_file_to_pass():
         ):
             with pytest.raises(UserError, match=re.escape(fix)):
                 decode(content, {}, [file])
+        fix = "Pass the file with the CONFIG that was trained, which is one of helper.py, mine.py: --experiment FILE"
+        with pytest.raises(UserError, match=re.escape(fix)):
+            decode(content, {}, ["helper.py", "mine.py"])
     called = {**content, "model": {"class": "focal_loss", "logits": 0, "label": 0}}  # It is no class.
     with pytest.raises(UserError, match="`model` of this run is focal_loss, which is not part of cnnjax"):
         decode(called, collect_names(OWN[0]))
