@@ -17,6 +17,7 @@ from cnnjax.data.batches import Pixels, StreamedPixels, make_batch
 from cnnjax.data.order import plain_plan
 from cnnjax.edits import notice_edits, trace_and_notice_edits, trace_sha256
 from cnnjax.errors import UserError, check, check_name, describe, describe_shapes, user_code
+from cnnjax.fields import shorten
 from cnnjax.files import changes
 from cnnjax.jaxprs import repeats_draws
 from cnnjax.metrics import Metrics, call_metrics, sum_metrics
@@ -196,9 +197,10 @@ def _check_step_fn(program: Program, state: TrainState, batch: BatchLike, key: K
         with user_code("`train_step`"):
             trace, result = trace_and_notice_edits(call, state, batch, key)
             again = jax.make_jaxpr(call)(state, batch, key)
+            is_same = trace_sha256(trace) == trace_sha256(again)
     except UserError as error:
         raise UserError(str(error).replace("`loss_fn`", "`loss`")) from error.__cause__
-    if trace_sha256(trace) != trace_sha256(again):
+    if not is_same:
         raise UserError(
             f"`train_step` must be the same each time that JAX traces it, got {name}, which uses a value of the host "
             "that changes, such as a counter or a number of np.random. Use its arguments, and jax.random."
@@ -263,8 +265,11 @@ def check_kept(state: TrainState, after: TrainState, part: str = "") -> None:
             )
         part = part or ("model" if name.startswith(".model_state") else "optim")
         raise UserError(f"`{part}` must keep the shape and dtype of its state: {name} was {before} and became {now}.")
-    if jax.tree.structure(after) != jax.tree.structure(state):
-        raise UserError(f"`{part or 'optim'}` must keep the structure of its state, got other containers.")
+    for name, before, now in zip(state._fields, state, after, strict=True):
+        if (old := jax.tree.structure(before)) != (new := jax.tree.structure(now)):
+            part = part or ("model" if name == "model_state" else "optim")
+            got = f"{name} was {shorten(f'{old}')} and became {shorten(f'{new}')}"
+            raise UserError(f"`{part}` must keep the structure of its state: {got}.")
 
 
 def _check_loss(loss_fn: LossFn, trained: Any, batch: BatchLike) -> None:

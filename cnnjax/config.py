@@ -125,7 +125,7 @@ class Config:
         check("patience", rule, self.patience is None or fraction > 0, self.patience)
         check_name("tta", self.tta, TTA)
         check_network(self.model)
-        check("loss", "a function of logits and a batch", callable(self.loss), show(self.loss))
+        _check_function("loss", "a function of logits and a batch", self.loss)
         _check_function("train_step", "a function (state, batch, key, ...)", self.train_step)
         if self.metrics is not None:
             _check_function("metrics", "a function (logits, label), or None", self.metrics)

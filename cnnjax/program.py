@@ -122,9 +122,8 @@ def train_steps(
     def step(state: TrainState, plan: Plan) -> tuple[TrainState, Metrics]:
         batch = make_batch(pixels, plan, program.augment, augment_key)
         after, metrics = program.call_step(state, batch, jax.random.clone(key))
-        after = jax.tree.map(
-            _without_weak_type, after._replace(step=state.step + 1)
-        )  # A user's step need not increment it.
+        after = after._replace(step=state.step + 1)  # A user's step need not increment it.
+        after = jax.tree.map(_without_weak_type, after)
         if program.placement is not None:
             after = lax.with_sharding_constraint(after, program.placement.of_state(after))
         return after, metrics

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.custom_derivatives import linear_call
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
@@ -105,14 +104,14 @@ class Placement(NamedTuple):
         of the size of each parameter.
         """
 
+        @jax.custom_vjp
         def gather_leaf(leaf: jax.Array) -> jax.Array:
-            return linear_call(
-                lambda _, leaf: lax.with_sharding_constraint(leaf, self.replicated),
-                lambda _, grad: lax.with_sharding_constraint(grad, self.of_state(grad)),
-                (),
-                leaf,
-            )
+            return lax.with_sharding_constraint(leaf, self.replicated)
 
+        def divide(_: None, grad: jax.Array) -> tuple[jax.Array]:
+            return (lax.with_sharding_constraint(grad, self.of_state(grad)),)
+
+        gather_leaf.defvjp(lambda leaf: (gather_leaf(leaf), None), divide)
         return jax.tree.map(gather_leaf, params)
 
     def local_rows(self, batch_size: int) -> np.ndarray:

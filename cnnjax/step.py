@@ -144,7 +144,7 @@ def mean_loss(
     count = metrics.num_examples.astype(metrics.loss.dtype)
     if extra_loss is not None:
         metrics = metrics._replace(loss=metrics.loss + extra_loss.astype(metrics.loss.dtype) * count)
-    return metrics.loss / count, (metrics, model_state)
+    return metrics.loss / jnp.maximum(count, 1), (metrics, model_state)  # 0 for padding alone.
 
 
 def apply_gradients(

@@ -110,9 +110,10 @@ def clipped(state, batch, key, *, tx, **options):
 
     grads, (metrics, _) = jax.vmap(of_example)(batch)
     norm = jax.vmap(optax.tree.norm)(grads)
-    grads = jax.tree.map(lambda g: jnp.einsum("b,b...->...", 1 / jnp.maximum(norm, 1), g) / len(norm), grads)
+    weight = batch.mask / jnp.maximum(norm, 1) / batch.mask.sum()
+    grads = jax.tree.map(lambda g: jnp.einsum("b,b...->...", weight, g), grads)
     metrics = jax.tree.map(lambda x: x.sum(0), metrics)
-    metrics = metrics._replace(values={**metrics.values, "clipped": jnp.sum(norm > 1)})
+    metrics = metrics._replace(values={**metrics.values, "clipped": jnp.sum((norm > 1) & batch.mask)})
     return apply_gradients(state, grads, metrics, state.model_state, tx=tx)
 
 
@@ -233,19 +234,21 @@ def test_sam_is_that_of_optax():
 
 
 @pytest.mark.usefixtures("quick_compilation")
-def test_clipped_gradients_of_examples_are_those_of_optax():
-    tx, state, batch = optax.sgd(0.1), start(), BATCH._replace(mask=np.ones(6, bool))
+@pytest.mark.parametrize("size", [5, 6])
+def test_clipped_gradients_of_examples_are_those_of_optax(size):
+    tx, state, batch = optax.sgd(0.1), start(), BATCH._replace(mask=np.arange(6) < size)
     after, metrics = jax.jit(partial(clipped, model=Linear(), tx=tx))(state, batch, KEY)
 
     def loss_of(params, image, label):
         logits: Any = Linear().apply({"params": params}, image[None])
         return optax.softmax_cross_entropy_with_integer_labels(logits[0], label)
 
-    grads = jax.vmap(jax.grad(loss_of), (None, 0, 0))(state.params, IMAGE, LABEL)
+    grads = jax.vmap(jax.grad(loss_of), (None, 0, 0))(state.params, IMAGE[:size], LABEL[:size])
     private = optax.contrib.differentially_private_aggregate(1.0, 0.0, 0)
     mean, _ = private.update(grads, private.init(state.params), state.params)
     assert_close(after.params, jax.tree.map(lambda p, g: p - 0.1 * g, state.params, mean))
-    assert 0 < int(metrics.values["clipped"]) <= 6
+    norms = jax.vmap(optax.tree.norm)(grads)
+    assert 0 < int(metrics.values["clipped"]) == int((norms > 1).sum())
 
 
 def run_whole_and_in_parts(config, tmp_path):
@@ -434,8 +437,9 @@ def scaled(state, batch, key, *, factor, **options):
         Derived.step,
         scaled_by(2.0)(wrapped),
         jax.jit(partial(scaled, factor=2.0), static_argnames=("model", "tx", "loss_fn", "frozen", "placement")),
+        jax.jit(scaled_by(2.0)(wrapped)),
     ],
-    ids=["method", "decorated", "jitted partial"],
+    ids=["method", "decorated", "jitted partial", "jitted and decorated"],
 )
 def test_what_a_name_does_not_tell_is_refused(step):
     with pytest.raises(UserError, match="`train_step` must be the function that its name stands for, got another one"):
@@ -448,16 +452,59 @@ def test_what_a_name_does_not_tell_is_refused(step):
         (Base.step, {"function": "Base.step"}),
         (decorated, {"function": "decorated"}),
         (jax.jit(wrapped), {"function": "wrapped"}),
-        (
-            partial(train_step, frozen=()),
-            {"partial": "cnnjax.train_step", "args": [], "keywords": {"dict": {"frozen": []}}},
-        ),
+        (partial(scaled, factor=2.0), {"partial": "scaled", "args": [], "keywords": {"dict": {"factor": 2.0}}}),
     ],
     ids=["method", "decorated", "jitted", "partial"],
 )
 def test_what_a_name_tells_is_recorded(step, recorded):
     config = replace(CONFIG, train_step=step)
     assert encode(config)["train_step"] == recorded
+
+
+class Options(NamedTuple):
+    factor: float = 2.0
+
+
+@dataclass(frozen=True)
+class Scaled:
+    options: Options = Options()  # noqa: RUF009
+
+    def __call__(self, state, batch, key, **options):
+        return scaled(state, batch, key, factor=self.options.factor, **options)
+
+
+def test_a_named_tuple_is_refused():
+    message = r"`train_step.options` must not be a NamedTuple, got Options\(factor=2.0\). Make it a frozen dataclass."
+    with pytest.raises(UserError, match=message):
+        encode(replace(CONFIG, train_step=Scaled()))
+
+
+@pytest.mark.parametrize("now", [wrapped, np.ones(3)], ids=["function", "array"])
+def test_a_name_that_was_defined_again_is_accepted(now, monkeypatch):
+    """As in a cell of a notebook that is executed twice."""
+    config = replace(CONFIG, train_step=decorated)
+    monkeypatch.setitem(globals(), "decorated", now)
+    assert encode(config)["train_step"] == {"function": "decorated"}
+
+
+class Sowing(nn.Module):
+    """Adds a penalty on its logits to the loss."""
+
+    num_classes: int = 4
+
+    @nn.compact
+    def __call__(self, image, *, train):
+        logits = nn.Dense(self.num_classes)(image.reshape(len(image), -1))
+        self.sow("losses", "penalty", 0.01 * jnp.square(logits).mean())
+        return logits
+
+
+def test_padding_alone_has_a_loss_of_zero(tmp_path):
+    state = start()
+    padding = BATCH._replace(mask=np.zeros(6, bool))
+    assert float(mean_loss(state.params, state, padding, KEY, model=LINEAR)[0]) == 0.0
+    run = train_and_evaluate(replace(CONFIG, model=Sowing(), train_step=clipped), run_dir=tmp_path / "run")
+    assert np.isfinite(run.history["train_loss"]).all()
 
 
 # --- Mistakes -------------------------------------------------------------------------------------------------------
@@ -591,7 +638,7 @@ def repeats_noise(state, batch, key, **options):
             adds_a_collection,
             "got the new array .model_state['teacher']['Dense_0']['bias'], float32[4]. A network creates it as a",
         ),
-        (empties_a_collection, "`train_step` must keep the structure of its state, got other containers."),
+        (empties_a_collection, "structure of its state: model_state was PyTreeDef({}) and became PyTreeDef({'teacher'"),
         (names_a_number, "`values` are a dict with names other than loss and grad_norm, got [1]."),
         (counts_a_bool, "the metric 'any' with a dtype of kind integer or floating, got bool[]."),
         (returns_other_metrics, "does, got (TrainState, Metrics)."),

@@ -100,10 +100,11 @@ def test_each_device_holds_the_state_or_its_part_of_large_arrays(on):
         assert sum(parts != [shape] for _, shape, parts in on[mesh]["state"]) == 4
 
 
-def test_a_users_step_keeps_the_state_divided(on):
-    assert on["own step"]["distance"] <= BOUND
-    assert on["own step"]["state"] == on["data=4,model=2"]["state"]
-    assert on["own step"]["programs"] == 1
+@pytest.mark.parametrize("step", ["without_placement", "by_example"])
+def test_a_users_step_keeps_the_state_divided(on, step):
+    assert on[step]["distance"] <= BOUND
+    assert on[step]["state"] == on["data=4,model=2"]["state"]
+    assert on[step]["programs"] == 1
 
 
 def check_only_gradients_are_added(found):

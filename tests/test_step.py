@@ -225,7 +225,7 @@ def test_frozen_parameters_do_not_change_and_the_others_change_as_without():
 @pytest.mark.parametrize("frozen", [("whiten", "Dense_0", "Conv_1"), "Dense_0"])
 def test_parameters_to_freeze_that_do_not_exist(frozen):
     message = (
-        "`frozen` must be a tuple of top-level names in `state.params` (['BatchNorm_0', 'Dense_0', 'Dense_1']), got "
+        "`frozen` must be a tuple of top-level names in the parameters (['BatchNorm_0', 'Dense_0', 'Dense_1']), got "
         f"{frozen!r}."
     )
     with pytest.raises(ValueError, match=re.escape(message)):

@@ -2,10 +2,8 @@
 
 import dataclasses
 import os
-import re
 import sys
 import sysconfig
-from contextlib import suppress
 from contextvars import ContextVar
 from importlib.util import decode_source
 from inspect import isabstract
@@ -75,16 +73,9 @@ def find_experiment(name: str) -> Path:
             f"`EXPERIMENT` must be the path of a file, or a name in the folder experiments, got {name!r}, and there is "
             f"no such folder in {Path.cwd()}. Change to the project's folder, or pass the path of a file FILE.py."
         )
-    files = [path for path in (*folder.glob("*.py"), *Path().glob("*.py")) if has_config(path)]
+    files = [path for path in (*folder.glob("*.py"), *Path().glob("*.py")) if codec.has_config(path)]
     known = [path.stem if path.parent.name else path.name for path in files]
     raise unknown_name("EXPERIMENT", name, known or ["(there is no file with a CONFIG in experiments/)"])
-
-
-def has_config(path: Path) -> bool:
-    """Returns whether a file sets CONFIG, without running it."""
-    with suppress(OSError), open_regular(path) as file:
-        return re.search(rb"^CONFIG\b", file.read(), re.MULTILINE) is not None
-    return False
 
 
 def load_experiment(name: str) -> Experiment:

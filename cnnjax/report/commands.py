@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from cnnjax.cli.experiment import has_config
-from cnnjax.runs.codec import ARRAYS
+from cnnjax.runs.codec import ARRAYS, has_config
 from cnnjax.runs.manifest import read_manifest
 from cnnjax.runs.records import read_record
 from cnnjax.runs.run import Run

@@ -10,6 +10,7 @@ import hashlib
 import inspect
 import json
 import math
+import re
 import sys
 import sysconfig
 from collections.abc import Iterable, Mapping
@@ -29,7 +30,7 @@ from cnnjax.config import Config
 from cnnjax.data.augment import Augment
 from cnnjax.errors import UserError, for_reader
 from cnnjax.fields import show
-from cnnjax.files import changes, file_sha256
+from cnnjax.files import changes, file_sha256, open_regular
 from cnnjax.runs.schema import EncodedConfig
 from cnnjax.step import train_step
 
@@ -137,7 +138,7 @@ class _Encoder(NamedTuple):
     ours: dict[int, str]
     objects: list[Any]
 
-    def encode(self, value: Any, path: str, default: Any = dataclasses.MISSING) -> Any:  # noqa: PLR0911  One per case.
+    def encode(self, value: Any, path: str, default: Any = dataclasses.MISSING) -> Any:  # noqa: PLR0911, PLR0912  One per case.
         if isinstance(value, _Missing):
             return value.recorded
         value = value.item() if isinstance(value, np.generic) else value
@@ -150,6 +151,8 @@ class _Encoder(NamedTuple):
             if isinstance(value, float) and math.isnan(value):
                 raise UserError(f"`{path}` must be a number, got nan.")
             return value
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            raise UserError(f"`{path}` must not be a NamedTuple, got {show(value)}. Make it a frozen dataclass.")
         if isinstance(value, (tuple, list)):
             return [self.encode(x, f"{path}.{i}") for i, x in enumerate(value)]
         if isinstance(value, Mapping):
@@ -195,18 +198,25 @@ class _Encoder(NamedTuple):
 
 
 def _is_another(x: Any, name: str) -> bool:
-    """Returns whether a function that wraps another, or a method of a class, is not what its module has by its name.
+    """Returns whether a function wraps what its module has by its name, or is that method, but of another class.
 
-    For example a decorated function, or the method of a base class, bound to the class that is derived from it.
+    For example a decorated function, or the method of a base class, bound to the class that is derived from it. A name
+    that was defined again, as in a cell of a notebook or a file that is loaded twice, is not compared.
     """
-    inner = inspect.unwrap(x) if callable(x) else x
-    if isinstance(inner, partial):  # Inside of `jax.jit`, say.
+    if isinstance(_innermost(x), partial):  # Inside of `jax.jit`, say.
         return True
-    found: Any = sys.modules.get(getattr(x, "__module__", None) or "")
+    inner, found = x, sys.modules.get(getattr(x, "__module__", None) or "")
+    while hasattr(inner, "__wrapped__") and not inspect.isfunction(inner):  # `jax.jit` changes no value.
+        inner = inner.__wrapped__
     for part in name.split("."):
         found = getattr(found, part, None)
-    same = found == x or (found == inner and not inspect.isfunction(x))  # `jax.jit` changes no value.
-    return (inner is not x or inspect.ismethod(x)) and found is not None and not same
+    return _innermost(found) is _innermost(x) and found not in (x, inner)
+
+
+def _innermost(x: Any) -> Any:
+    """Returns the function that wrappers and bound methods call in the end."""
+    x = inspect.unwrap(x) if callable(x) else x
+    return getattr(x, "__func__", x)
 
 
 def decode(content: Mapping[str, Any], names: Mapping[str, Any], files: Iterable[str] = ()) -> Config:
@@ -278,6 +288,13 @@ def _decode(value: Any, path: str, names: Mapping[str, Any], files: tuple[str, .
     return partial(found, *arguments["args"], **arguments["keywords"]) if kind == "partial" else found
 
 
+def has_config(path: Path) -> bool:
+    """Returns whether a file sets CONFIG, without running it."""
+    with suppress(OSError), open_regular(path) as file:
+        return re.search(rb"^CONFIG\b", file.read(), re.MULTILINE) is not None
+    return False
+
+
 def _find(name: str, path: str, names: Mapping[str, Any], files: tuple[str, ...], kind: str = "") -> Any:
     found = built_in().get(name, names.get(name))
     valid = {"class": _is_dataclass, "enum": _is_enum}.get(kind, lambda found: found is not None)
@@ -295,11 +312,10 @@ def _build(cls: Any, values: Mapping[str, Any]) -> Any:
 
 def _missing(path: str, name: str, files: tuple[str, ...]) -> _MissingNameError:
     known = [file for file in files if not file.endswith(" in a cell")]
-    found = f"that defines it: --experiment {known[0] if known else 'FILE'}"
-    if len(known) > 1:  # Only one of them is an experiment, which imports the others.
-        found = f"with the CONFIG that was trained, which is one of {', '.join(known)}: --experiment FILE"
-    elif known and not Path(known[0]).exists():
-        found = f"that defines it ({known[0]} in the working directory of the training): --experiment FILE"
+    experiments = [file for file in known if has_config(Path(file))]
+    found = f"that defines it: --experiment {experiments[0] if experiments else 'FILE'}"
+    if len(experiments) != 1 and known:  # It was moved, or imports the file that defines the name.
+        found = f"with the CONFIG that was trained, which is or imports {' and '.join(known)}: --experiment FILE"
     fix = for_reader(f"Pass the file {found}", "Pass a `config` that has it, such as that of training.")
     return _MissingNameError(
         f"`{path}` of this run is {name}, which is not part of cnnjax, and a run directory imports no code. {fix}"

@@ -24,7 +24,7 @@ import numpy as np
 import optax
 from research import Noise
 
-from cnnjax import CNN, MLP, Config, Optimizer, train_and_evaluate, train_step
+from cnnjax import CNN, MLP, Config, Optimizer, apply_gradients, mean_loss, train_and_evaluate, train_step
 from cnnjax.data.batches import make_batch
 from cnnjax.dispatch import open_dispatches
 from cnnjax.files import tree_sha256
@@ -91,6 +91,19 @@ def without_placement(state, batch, key, *, placement, **options):
     return train_step(state, batch, key, **options)
 
 
+def by_example(state, batch, key, *, tx, **options):
+    """Averages the gradients of the examples."""
+
+    def of_example(example):
+        return jax.grad(mean_loss, has_aux=True)(state.params, state, example, key, **options)
+
+    grads, (metrics, _) = jax.vmap(of_example)(jax.tree.map(lambda x: x[:, None], batch))
+    weight = batch.mask / batch.mask.sum()
+    grads = jax.tree.map(lambda g: jnp.einsum("b,b...->...", weight, g), grads)
+    metrics = jax.tree.map(lambda x: x.sum(0), metrics)
+    return apply_gradients(state, grads, metrics, state.model_state, tx=tx)
+
+
 def train(mesh, data_dir, config=CONFIG):
     """Trains an epoch; returns a summary, and the parameters before and after it, each as one vector."""
     setup, state = open_on(mesh, config, data_dir)
@@ -150,10 +163,14 @@ def train_on_all(data_dir, folder):
         found[mesh]["distance"] = np.linalg.norm(after[mesh] - after["data=1"]) / np.linalg.norm(after["data=1"])
         found[mesh]["moved"] = np.linalg.norm(after[mesh] - before) / np.linalg.norm(before)
     own = replace(CONFIG, train_step=without_placement)
-    found["own step"], _, after["own step"] = train("data=4,model=2", data_dir, own)
-    found["own step"]["distance"] = np.linalg.norm(after["own step"] - after["data=1"]) / np.linalg.norm(
-        after["data=1"]
-    )
+    for step in (without_placement, by_example):
+        name, config = step.__name__, replace(CONFIG, model=MLP(dense_dropout=0.0), train_step=step)
+        alone = replace(config, train_step=train_step)
+        (found[name], _, own), (*_, expected) = (
+            train("data=4,model=2", data_dir, config),
+            train("data=1", data_dir, alone),
+        )
+        found[name]["distance"] = np.linalg.norm(own - expected) / np.linalg.norm(expected)
     found["run on 8"] = train_and_evaluate(CONFIG, run_dir=folder / "run", data_dir=data_dir).result
     found["6 examples on 4"] = place(6, jax.devices()[:4]).num_devices
     return found

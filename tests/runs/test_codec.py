@@ -250,7 +250,7 @@ def test_only_dataclasses_and_what_the_configuration_holds_have_names():
     assert names == {"focal_loss": focal_loss, "Focal": Focal, "Net": Net}
 
 
-def test_a_name_that_is_not_passed_names_the_file_to_pass():
+def test_a_name_that_is_not_passed_names_the_file_to_pass(tmp_path):
     content = encode(OWN[0])
     for part, name in (("model", "Net"), ("optim", "Lion"), ("augment", "Noise"), ("loss", "focal_loss")):
         names = {known: x for known, x in collect_names(OWN[0]).items() if known != name}
@@ -261,18 +261,18 @@ def test_a_name_that_is_not_passed_names_the_file_to_pass():
             "`config` that has it, such as that of training."
         )
     with messages_for_shell():
-        for file, fix in (
-            (__file__, f"Pass the file that defines it: --experiment {__file__}"),
-            (
-                "no/mine.py",
-                "Pass the file that defines it (no/mine.py in the working directory of the training): --exp",
-            ),
+        (tmp_path / "mine.py").write_text("CONFIG = None")
+        mine = str(tmp_path / "mine.py")
+        trained = "Pass the file with the CONFIG that was trained, which is or imports"
+        for files, fix in (
+            ([mine], f"Pass the file that defines it: --experiment {mine}"),
+            (["helper.py", mine], f"Pass the file that defines it: --experiment {mine}"),
+            (["no/mine.py"], f"{trained} no/mine.py: --experiment FILE"),
+            (["helper.py", "no/mine.py"], f"{trained} helper.py and no/mine.py: --experiment FILE"),
+            ([], "Pass the file that defines it: --experiment FILE"),
         ):
             with pytest.raises(UserError, match=re.escape(fix)):
-                decode(content, {}, [file])
-        fix = "Pass the file with the CONFIG that was trained, which is one of helper.py, mine.py: --experiment FILE"
-        with pytest.raises(UserError, match=re.escape(fix)):
-            decode(content, {}, ["helper.py", "mine.py"])
+                decode(content, {}, files)
     called = {**content, "model": {"class": "focal_loss", "logits": 0, "label": 0}}  # It is no class.
     with pytest.raises(UserError, match="`model` of this run is focal_loss, which is not part of cnnjax"):
         decode(called, collect_names(OWN[0]))
