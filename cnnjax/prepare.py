@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import product
 from typing import Any
 
 import jax
@@ -274,8 +275,13 @@ def check_parts(setup: Setup) -> tuple[TrainState, dict[str, Any]]:
         apply = partial(apply_in_evaluation, config.model)
         output = notice_edits(apply, state.params, state.model_state, image)
     check_logits(output, (batch_size, num_classes))
-    for batch in batches:
-        check_training(setup.program, state, batch, key, num_classes=num_classes)
+    programs = [setup.program]
+    if setup.program.step_fn is not train_step:  # It receives the names of the frozen parameters, too.
+        known = setup._replace(params=state.params)
+        frozen = dict.fromkeys(known.frozen_names(epoch) for epoch in range(config.num_epochs))
+        programs = [setup.program._replace(frozen=names) for names in frozen]
+    for program, batch in product(programs, batches):
+        check_training(program, state, batch, key, num_classes=num_classes)
     return state, variables
 
 

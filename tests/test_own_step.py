@@ -656,6 +656,23 @@ def test_a_mistake_is_an_error_before_the_first_step(step, message, tmp_path):
     assert str(error.value).startswith("`train_step` ") and "\n" not in str(error.value)
 
 
+def fails_if_frozen(state, batch, key, *, frozen, **options):
+    if frozen:
+        raise LookupError(f"{frozen}")
+    return train_step(state, batch, key, **options)
+
+
+@pytest.mark.parametrize("group", [ParamGroup("^body/", num_epochs=1), ParamGroup("^body/", num_epochs=0)])
+def test_a_step_is_checked_with_the_parameters_that_will_be_frozen(group, tmp_path):
+    optim = SGD(learning_rate=0.05, groups=(group,))
+    config = replace(CONFIG, model=TwoLayers(), optim=optim, train_step=fails_if_frozen)
+    if group.num_epochs:  # On a CPU one program trains both epochs, see `Setup.frozen_names`.
+        train_and_evaluate(config, run_dir=tmp_path / "run")
+    else:
+        with pytest.raises(UserError, match=r"`train_step` failed at .*: LookupError: \('body',\)"):
+            train_and_evaluate(config, run_dir=tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [
