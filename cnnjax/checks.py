@@ -180,18 +180,7 @@ def check_training(
 
 
 def _check_step_fn(program: Program, state: TrainState, batch: BatchLike, key: Key[Array, ""]) -> None:
-    step_fn: Any = program.step_fn
-    options, name = program.options(), getattr(step_fn, "__qualname__", type(step_fn).__name__)
-    if isinstance(step_fn, partial) and (taken := sorted(options.keys() & step_fn.keywords.keys())):
-        raise UserError(f"`train_step` must leave {taken} to the Config, got a partial that sets them.")
-    try:
-        inspect.signature(step_fn).bind(state, batch, key, **options)
-    except (TypeError, ValueError) as error:  # A function in C may have no signature.
-        raise UserError(
-            f"`train_step` must accept (state, batch, key, *, {', '.join(options)}), got {name}: {error}. Its "
-            "signature may be (state, batch, key, **options); numbers of its own are fields of a frozen dataclass with "
-            "a method `__call__`."
-        ) from error
+    name = _check_step_signature(program, state, batch, key)
     call = partial(Program.call_step, program)
     try:
         with user_code("`train_step`"):
@@ -220,6 +209,23 @@ def _check_step_fn(program: Program, state: TrainState, batch: BatchLike, key: K
             "is the same for every step. Draw them from jax.random.fold_in(key, state.step), as cnnjax's `train_step` "
             "and `mean_loss` do; numbers that should repeat, from a key of their own, such as jax.random.key(0)."
         )
+
+
+def _check_step_signature(program: Program, *arguments: Any) -> str:
+    """Checks that a user's step accepts the arguments of a step; returns its name."""
+    step_fn: Any = program.step_fn
+    options, name = program.options(), getattr(step_fn, "__qualname__", type(step_fn).__name__)
+    if isinstance(step_fn, partial) and (taken := sorted(options.keys() & step_fn.keywords.keys())):
+        raise UserError(f"`train_step` must leave {taken} to the Config, got a partial that sets them.")
+    try:
+        inspect.signature(step_fn).bind(*arguments, **options)
+    except (TypeError, ValueError) as error:  # A function in C may have no signature.
+        raise UserError(
+            f"`train_step` must accept (state, batch, key, *, {', '.join(options)}), got {name}: {error}. Its "
+            "signature may be (state, batch, key, **options); numbers of its own are fields of a frozen dataclass with "
+            "a method `__call__`."
+        ) from error
+    return name
 
 
 def _check_step_metrics(metrics: Metrics) -> None:

@@ -173,12 +173,17 @@ def apply_gradients(
       ValueError: the gradients are not those of the parameters, or `tx` needs more arguments.
     """
     check_tx(tx)
-    if jax.tree.map(jnp.shape, grads) != jax.tree.map(jnp.shape, state.params):
+
+    def shapes(tree: PyTree) -> tuple[Any, list[tuple[int, ...]]]:
+        return jax.tree.structure(tree), [*map(jnp.shape, jax.tree.leaves(tree))]
+
+    if shapes(grads) != shapes(state.params):
         raise ArgumentError(
             f"`grads` must have the structure and the shapes of `state.params`, {describe_shapes(state.params)}, got "
             f"{describe_shapes(grads)}."
         )
-    extra: dict[str, Any] = {"value": metrics.loss / metrics.num_examples.astype(metrics.loss.dtype), "grad": grads}
+    count = metrics.num_examples.astype(metrics.loss.dtype)
+    extra: dict[str, Any] = {"value": metrics.loss / jnp.maximum(count, 1), "grad": grads}
     extra |= {} if value_fn is None else {"value_fn": value_fn}
     with jax.numpy_dtype_promotion("standard"):  # Parameters, and optimizers of optax, may mix dtypes.
         updates, opt_state = update(tx, grads, state, extra)

@@ -209,7 +209,7 @@ def test_parameters_that_are_not_a_dict_have_no_names_to_freeze():
     state = init_state(KEY, IMAGE, model=model, tx=TX)
     optim = SGD(groups=(ParamGroup("head", num_epochs=0),))
     assert optim.frozen(state.params, 0, 4, 1) == ()
-    with pytest.raises(ValueError, match=r"`frozen` must be .* names in `state.params` \(\[\]\), got \('head',\)"):
+    with pytest.raises(ValueError, match=r"`frozen` must be .* names in the parameters \(\[\]\), got \('head',\)"):
         train_step(state, BATCH, STEP_KEY, model=model, tx=TX, frozen=("head",))
 
 

@@ -386,7 +386,7 @@ def test_collections_are_kept_streams_have_keys_and_sown_losses_are_added():
     variables = {"params": state.params, **state.model_state}
     logits = jax.jit(partial(model.apply, train=False))(variables, IMAGE[:5])
     np.testing.assert_allclose(evaluated.loss, cross_entropy(logits, LABEL[:5]).sum(), rtol=1e-5)
-    with pytest.raises(ValueError, match="`metrics` must be those of `train_step` to have a gradient"):
+    with pytest.raises(ValueError, match=r"`metrics` must be those of `train_step` or .* to have a gradient"):
         _ = evaluated.grad_norm
 
 
