@@ -1,5 +1,6 @@
 """The experiment files: each one trains, and states what was measured."""
 
+import importlib
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cnnjax import init_from_data
+from cnnjax import MLP, Config, init_from_data, train_and_evaluate
 from cnnjax.cli.experiment import load_experiment
 from cnnjax.data.batches import Pixels, pixel_statistics, standardize
 from cnnjax.data.order import epoch_plan
@@ -40,7 +41,7 @@ def test_every_experiment_runs_two_steps(path):
     plan = epoch_plan(0, 0, 2 * BATCH_SIZE, batch_size=BATCH_SIZE, augment=config.augment, image_size=shape[:2])
     model = config.model.clone(zero_init=False) if hasattr(config.model, "zero_init") else config.model
     optim = replace(config.optim, freeze_epochs=0).for_network(model)  # Every layer moves.
-    program = Program(model, optim, config.augment, config.loss, 100, 10)
+    program = Program(model, optim, config.augment, config.loss, 100, 10, config.train_step)
     key = jax.random.key(0)
     state = init_train_state(key, jnp.zeros((1, *shape)), program=program)
     if hasattr(model, "init_from_data"):
@@ -66,3 +67,17 @@ def test_every_experiment_states_what_was_measured(path):
         return
     for figure in (r"\d\d\.\d\d%( ± \d\.\d\d)? \(", r"\d seeds?", r"\d+ (minutes|seconds)", r"cores"):
         assert re.search(figure, docstring), figure
+
+
+def test_an_attack_moves_pixels_within_its_radius(tmp_path, monkeypatch):
+    """The classes are dark and bright images, 40 levels apart."""
+    monkeypatch.syspath_prepend(HERE)
+    attack = importlib.import_module("attack").attack
+    label = np.arange(240) % 2
+    image = np.broadcast_to(np.uint8(100 + 40 * label)[:, None, None, None], (240, 4, 4, 1))
+    config = Config(dataset=(image[:160], label[:160], image[160:], label[160:]), num_epochs=8, model=MLP())
+    run = train_and_evaluate(config, run_dir=tmp_path / "run")
+    assert run.test_accuracy == 1.0
+    assert attack(run, 0.0, 2) == attack(run, 5.0, 4) == (1.0, 1.0)
+    before, after = attack(run, 39.0, 4)
+    assert before == 1.0 and after < 0.6
