@@ -93,8 +93,10 @@ def sum_metrics(output: Any, batch: BatchLike, loss_fn: LossFn) -> Metrics:
             f"`loss_fn` must return loss [B] or (loss [B], {{name: value [B]}}), got {describe_shapes(result)}."
         )
     for name, value in [(None, loss), *values.items()]:
-        if getattr(value, "shape", None) != size or (name is None and not jnp.issubdtype(value.dtype, jnp.floating)):
-            what = "floating-point values" if name is None else f"values {name!r}"
+        kinds = (jnp.floating,) if name is None else (jnp.floating, jnp.integer, jnp.bool_)
+        is_array = getattr(value, "shape", None) == size
+        if not is_array or not any(jnp.issubdtype(value.dtype, kind) for kind in kinds):
+            what = "floating-point values" if name is None else f"{'real ' * is_array}values {name!r}"
             raise ArgumentError(
                 f"`loss_fn` must return {what} of shape {size}, one per example, got {describe_shapes(value)}."
             )

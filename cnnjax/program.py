@@ -17,7 +17,7 @@ from cnnjax.network import Network
 from cnnjax.optim.optimizer import Optimizer
 from cnnjax.pretrained import VariablePath
 from cnnjax.sharding import Placement
-from cnnjax.state import TrainState, init_state, replace_variables
+from cnnjax.state import TrainState, init_state, replace_variables, strong_type
 from cnnjax.step import train_step
 from cnnjax.typing import AnyArray, BatchLike, LossFn, StepFn
 
@@ -123,7 +123,7 @@ def train_steps(
         batch = make_batch(pixels, plan, program.augment, augment_key)
         after, metrics = program.call_step(state, batch, jax.random.clone(key))
         after = after._replace(step=state.step + 1)  # A user's step need not increment it.
-        after = jax.tree.map(_without_weak_type, after)
+        after = jax.tree.map(strong_type, after)
         if program.placement is not None:
             after = lax.with_sharding_constraint(after, program.placement.of_state(after))
         return after, metrics
@@ -133,9 +133,3 @@ def train_steps(
     # Inside a loop XLA does not lay out convolutions for its fast CPU kernels (jax issue 12868).
     state, metrics = step(state, plan.row(0))
     return state, jax.tree.map(lambda value: jnp.asarray(value)[None], metrics)
-
-
-def _without_weak_type(x: Any) -> Array:
-    """Returns an array, as a checkpoint restores it: a weak type would promote others in another way."""
-    x = jnp.asarray(x)
-    return x.astype(x.dtype) if x.weak_type else x

@@ -144,6 +144,12 @@ def copy_state(state: TrainState) -> TrainState:
     return jax.tree.map(jnp.copy, state)
 
 
+def strong_type(x: Any) -> Array:
+    """Returns an array as a checkpoint restores it: a weak type would promote others in another way."""
+    x = jnp.asarray(x)
+    return x.astype(x.dtype) if x.weak_type else x
+
+
 def init_optimizer(tx: optax.GradientTransformation, params: PyTree) -> Any:
     """Returns the initial state of an optimizer.
 

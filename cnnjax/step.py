@@ -19,7 +19,7 @@ from cnnjax.losses import softmax_cross_entropy
 from cnnjax.metrics import Metrics, sum_metrics
 from cnnjax.network import Network, apply_in_evaluation, apply_in_training, check_network, logits_of
 from cnnjax.sharding import Placement
-from cnnjax.state import TrainState, check_tx, eval_params
+from cnnjax.state import TrainState, check_tx, eval_params, strong_type
 from cnnjax.typing import AnyArray, BatchLike, LossFn
 
 
@@ -141,10 +141,15 @@ def mean_loss(
     key = jax.random.fold_in(key, state.step)
     output, model_state, extra_loss = apply_in_training(model, params, state.model_state, batch.image, key)
     metrics = sum_metrics(output, batch, loss_fn)
-    count = metrics.num_examples.astype(metrics.loss.dtype)
     if extra_loss is not None:
-        metrics = metrics._replace(loss=metrics.loss + extra_loss.astype(metrics.loss.dtype) * count)
-    return metrics.loss / jnp.maximum(count, 1), (metrics, model_state)  # 0 for padding alone.
+        count, dtype = metrics.num_examples, metrics.loss.dtype
+        metrics = metrics._replace(loss=metrics.loss + extra_loss.astype(dtype) * count.astype(dtype))
+    return _mean(metrics), (metrics, model_state)
+
+
+def _mean(metrics: Metrics) -> Float[Array, ""]:
+    """Returns the mean loss; 0 for padding alone."""
+    return metrics.loss / jnp.maximum(metrics.num_examples, 1).astype(metrics.loss.dtype)
 
 
 def apply_gradients(
@@ -182,14 +187,13 @@ def apply_gradients(
             f"`grads` must have the structure and the shapes of `state.params`, {describe_shapes(state.params)}, got "
             f"{describe_shapes(grads)}."
         )
-    count = metrics.num_examples.astype(metrics.loss.dtype)
-    extra: dict[str, Any] = {"value": metrics.loss / jnp.maximum(count, 1), "grad": grads}
+    extra: dict[str, Any] = {"value": _mean(metrics), "grad": grads}
     extra |= {} if value_fn is None else {"value_fn": value_fn}
     with jax.numpy_dtype_promotion("standard"):  # Parameters, and optimizers of optax, may mix dtypes.
         updates, opt_state = update(tx, grads, state, extra)
         params = optax.apply_updates(state.params, updates)
         metrics = metrics._replace(norm=optax.tree.norm(grads))
-    return TrainState(state.step + 1, params, model_state, opt_state), metrics
+    return jax.tree.map(strong_type, TrainState(state.step + 1, params, model_state, opt_state)), metrics
 
 
 def update(

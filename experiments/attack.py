@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from cnnjax import Batch, eval_step, load_run
+from cnnjax import Batch, UserError, eval_step, load_run
 
 BATCH_SIZE = 1000
 
@@ -25,8 +25,13 @@ def main() -> None:
     parser.add_argument("--radius", type=float, default=25.5, help="largest change of a pixel, of 255 levels (25.5)")
     parser.add_argument("--num-steps", type=int, default=20, help="number of steps (20)")
     args = parser.parse_args()
+    if not 0 <= args.radius <= 255 or args.num_steps < 1:
+        parser.error("--radius must be from 0 to 255, and --num-steps at least 1")
     for run_dir in args.runs:
-        before, after = attack(load_run(run_dir), args.radius, args.num_steps)
+        try:
+            before, after = attack(load_run(run_dir), args.radius, args.num_steps)
+        except UserError as error:
+            parser.error(str(error))
         print(f"{run_dir}: {before:.2%} of the test images are correct, {after:.2%} within {args.radius:g} levels")
 
 

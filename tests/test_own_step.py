@@ -280,7 +280,6 @@ def test_a_step_that_calls_ours_gives_the_bits_of_ours(tmp_path):
 @pytest.mark.parametrize("step", [SAM(), SAM(radius=0.5), clipped, adversarial], ids=["sam", "wide sam", "dp", "fgsm"])
 def test_a_run_with_a_step_is_reproduced_and_resumed(step, tmp_path):
     config = replace(CONFIG, train_step=step)
-
     whole, parts = run_whole_and_in_parts(config, tmp_path)
     assert whole.finished_result()["sha256"] == parts.finished_result()["sha256"]
     assert history_of(tmp_path / "whole") == history_of(tmp_path / "parts")
@@ -359,6 +358,17 @@ class Tempered(nn.Module):
         return (x / self.variable("ema", "temperature", jnp.ones, ()).value).astype(jnp.float32)
 
 
+class Warming(Tempered):
+    """Its own variable has a weak type after a step."""
+
+    @nn.compact
+    def __call__(self, image, *, train):
+        temperature = self.variable("ema", "temperature", jnp.ones, ())
+        if train:
+            temperature.value = jnp.where(image.sum() > 0, 2.0, 1.7)
+        return nn.Dense(self.num_classes)(image.reshape(len(image), -1)) / temperature.value
+
+
 def tempered(state, batch, key, **options):
     """Keeps a number of a weak type in the state."""
     after, metrics = train_step(state, batch, key, **options)
@@ -375,6 +385,13 @@ def test_a_weak_type_in_the_state_does_not_change_the_bits(step, tmp_path):
     config = replace(CONFIG, model=Tempered(), train_step=step)
     whole, parts = run_whole_and_in_parts(config, tmp_path)
     assert whole.finished_result()["sha256"] == parts.finished_result()["sha256"]
+
+
+def test_no_part_of_a_state_has_a_weak_type():
+    """Neither in a loop of one's own, whose state Orbax restores without."""
+    state = start(Warming())
+    state, _ = train_step(state, BATCH, KEY, model=Warming(), tx=DESCENT)
+    assert not any(x.weak_type for x in jax.tree.leaves(state))
 
 
 def test_a_key_may_be_split_in_each_step(tmp_path):

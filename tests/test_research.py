@@ -271,6 +271,11 @@ def test_sums_of_narrow_losses_are_wide():
         ),
         (
             BATCH,
+            lambda logits, batch: (logits[:, 0], {"a": logits[:, 0] * 1j}),
+            r"`loss_fn` must return real values 'a' of shape \(6,\), one per example, got complex64\[6\]\.",
+        ),
+        (
+            BATCH,
             lambda logits, batch: (logits[:, 0], {"accuracy": logits[:, 0]}),
             r"`loss_fn` must not name a value loss, accuracy or grad_norm, got \['accuracy'\]\.",
         ),

@@ -162,15 +162,11 @@ def train_on_all(data_dir, folder):
         found[mesh], before, after[mesh] = train(mesh, data_dir)
         found[mesh]["distance"] = np.linalg.norm(after[mesh] - after["data=1"]) / np.linalg.norm(after["data=1"])
         found[mesh]["moved"] = np.linalg.norm(after[mesh] - before) / np.linalg.norm(before)
-    own = replace(CONFIG, train_step=without_placement)
+    plain = replace(CONFIG, model=MLP(dense_dropout=0.0))
+    *_, expected = train("data=1", data_dir, plain)
     for step in (without_placement, by_example):
-        name, config = step.__name__, replace(CONFIG, model=MLP(dense_dropout=0.0), train_step=step)
-        alone = replace(config, train_step=train_step)
-        (found[name], _, own), (*_, expected) = (
-            train("data=4,model=2", data_dir, config),
-            train("data=1", data_dir, alone),
-        )
-        found[name]["distance"] = np.linalg.norm(own - expected) / np.linalg.norm(expected)
+        found[step.__name__], _, own = train("data=4,model=2", data_dir, replace(plain, train_step=step))
+        found[step.__name__]["distance"] = np.linalg.norm(own - expected) / np.linalg.norm(expected)
     found["run on 8"] = train_and_evaluate(CONFIG, run_dir=folder / "run", data_dir=data_dir).result
     found["6 examples on 4"] = place(6, jax.devices()[:4]).num_devices
     return found
